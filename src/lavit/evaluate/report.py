@@ -1,0 +1,258 @@
+"""Every figure of a trained run, each with count, interval, floor and ceiling (`lavit eval RUN`).
+
+Held-out pictures are those of the starter data's split `other_hand`: emoji that the run knows, in the hand it has not
+seen. "Exact" means that the caption without its template equals the name.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+import lavit
+from lavit.config import InputError, read_json
+from lavit.data.corpus import Corpus, Edit, Picture, load_corpus
+from lavit.evaluate import tokenizer as tokens_
+from lavit.evaluate.figures import Figure, share
+from lavit.evaluate.image import Gallery, embed, hits, pooled, shrink
+from lavit.generate.pipeline import Pipeline
+
+Progress = Callable[[str, int, int], None]
+HELD_OUT = "other_hand"
+BATCH = 32
+
+
+@dataclass
+class Evaluation:
+    """A run and the data it is measured on; features are computed once."""
+
+    pipeline: Pipeline
+    data: str
+    limit: int | None
+    progress: Progress | None
+
+    @cached_property
+    def train(self) -> Corpus:
+        """Pictures that the run was trained on."""
+        return load_corpus(self.data)
+
+    @cached_property
+    def held_out(self) -> Corpus:
+        """Known emoji in the hand that the run has not seen."""
+        return load_corpus(self.data, (HELD_OUT,))
+
+    @cached_property
+    def unseen(self) -> Corpus:
+        """Emoji of families that the run has not seen in any hand."""
+        return load_corpus(self.data, ("unseen",))
+
+    def patches(self, corpus: Corpus, what: str) -> Float[Tensor, "images patches dim"]:
+        """Encoder features of a corpus."""
+        parts = []
+        for number, picture in enumerate(corpus.pictures):
+            parts.append(self.pipeline.model.patches([picture.record.open()]))
+            if self.progress and (number % 20 == 0 or number + 1 == len(corpus)):
+                self.progress(f"features, {what}", number + 1, len(corpus))
+        return torch.cat(parts)
+
+    @cached_property
+    def train_patches(self) -> Float[Tensor, "images patches dim"]:
+        """Features of the training pictures."""
+        return self.patches(self.train, "train")
+
+    @cached_property
+    def held_out_patches(self) -> Float[Tensor, "images patches dim"]:
+        """Features of the held-out pictures."""
+        return self.patches(self.held_out, "held out")
+
+    @cached_property
+    def unseen_patches(self) -> Float[Tensor, "images patches dim"]:
+        """Features of the pictures of unseen families."""
+        return self.patches(self.unseen, "unseen")
+
+    @cached_property
+    def gallery(self) -> Gallery:
+        """Every real picture, all names."""
+        parts = [self.train_patches, self.held_out_patches, self.unseen_patches]
+        names = [name_of(p) for corpus in (self.train, self.held_out, self.unseen) for p in corpus.pictures]
+        return Gallery(torch.cat([pooled(part) for part in parts]), tuple(names))
+
+    def some(self, count: int, of: int, *, seed: int = 0) -> list[int]:
+        """Numbers of a fixed random choice."""
+        chosen = np.random.default_rng([seed, of]).permutation(of)[: min(count, of, self.limit or of)]
+        return sorted(chosen.tolist())
+
+
+def name_of(picture: Picture) -> str:
+    """The name: the first caption without its template."""
+    return without_template(picture.captions[0])
+
+
+def without_template(caption: str) -> str:
+    """A caption is the name and a full stop."""
+    return caption.strip().rstrip(".").strip().lower()
+
+
+def evaluate_run(
+    run: Path, *, data: str | None = None, limit: int | None = None, progress: Progress | None = None
+) -> list[Figure]:
+    """All figures; `data` defaults to what the run was trained on, `limit` bounds the pictures of each figure."""
+    pipeline = lavit.load(run)
+    if data is None:
+        data = read_json(Path(run) / "training.json")["data"]
+    if limit is not None and limit < 1:
+        raise InputError(f"limit is {limit}: measure at least one picture")
+    evaluation = Evaluation(pipeline, data, limit, progress)
+    return [
+        figure
+        for part in (tokenizer_figures, caption_figures, question_figures, drawing_figures, edit_figures)
+        for figure in part(evaluation)
+    ]
+
+
+def tokenizer_figures(e: Evaluation) -> Iterator[Figure]:
+    """Reconstruction, live codes, kept share, lengths."""
+    tokenizer = e.pipeline.model.tokenizer
+    train = tokens_.encode_all(tokenizer, e.train_patches)
+    held = tokens_.encode_all(tokenizer, e.held_out_patches)
+    mean_feature = e.train_patches.mean(0)
+    yield tokens_.reconstruction(tokenizer, e.train_patches, mean_feature, where="train")
+    yield tokens_.reconstruction(tokenizer, e.held_out_patches, mean_feature, where="held out")
+    yield from tokens_.code_use(train, tokenizer.config.codes, where="train")
+    yield from tokens_.code_use(held, tokenizer.config.codes, where="held out")
+    images = [picture.record.open() for picture in e.held_out.pictures]
+    yield from tokens_.lengths(held, images, where="held out")
+
+
+def caption_figures(e: Evaluation) -> Iterator[Figure]:
+    """Exact names on held-out and on training pictures."""
+    common = Counter(name_of(p) for p in e.train.pictures).most_common(1)[0][0]
+    known = Gallery(pooled(e.train_patches), tuple(name_of(p) for p in e.train.pictures))
+    for where, corpus, patches, count in (
+        ("held out", e.held_out, e.held_out_patches, len(e.held_out)),
+        ("train", e.train, e.train_patches, 400),
+    ):
+        chosen = e.some(count, len(corpus))
+        pictures = [corpus.pictures[i] for i in chosen]
+        names = [name_of(picture) for picture in pictures]
+        said = _captions(e, pictures, f"captions, {where}")
+        constant = float(np.mean([name == common for name in names]))
+        own = chosen if corpus is e.train else None
+        ranked = known.nearest(pooled(patches[chosen]), exclude=own)
+        peer = float(np.mean(hits(ranked, names)))
+        right = [without_template(text) == name for text, name in zip(said, names, strict=True)]
+        note = f"{len(set(known.names))} names; nearest training picture by pooled features: {peer:.3f}"
+        yield share(f"caption: exact name, {where}", right, floor=("best constant", constant), note=note)
+
+
+def _captions(e: Evaluation, pictures: Sequence[Picture], what: str) -> list[str]:
+    said: list[str] = []
+    for start in range(0, len(pictures), BATCH):
+        said += e.pipeline.caption([picture.record.open() for picture in pictures[start : start + BATCH]])
+        if e.progress:
+            e.progress(what, len(said), len(pictures))
+    return said
+
+
+def question_figures(e: Evaluation) -> Iterator[Figure]:
+    """Answers to templated questions about held-out pictures, by kind of answer."""
+    chosen = [e.held_out.questions[i] for i in e.some(300, len(e.held_out.questions))]
+    if not chosen:
+        return
+    said: list[str] = []
+    for start in range(0, len(chosen), BATCH):
+        part = chosen[start : start + BATCH]
+        images = [e.held_out.pictures[q.picture].record.open() for q in part]
+        said += e.pipeline.ask(images, [q.question for q in part])
+        if e.progress:
+            e.progress("questions", len(said), len(chosen))
+    right = [text.strip().lower() == q.answer.lower() for text, q in zip(said, chosen, strict=True)]
+    for kind, wanted in (("yes or no", True), ("open", False)):
+        at = [i for i, q in enumerate(chosen) if (q.answer in ("yes", "no")) is wanted]
+        if at:
+            common = Counter(chosen[i].answer for i in at).most_common(1)[0][1] / len(at)
+            yield share(f"question: {kind}, held out", [right[i] for i in at], floor=("best constant", common))
+
+
+def drawing_figures(e: Evaluation) -> Iterator[Figure]:
+    """Reconstructions and drawings: is the nearest real picture the right one?"""
+    size = e.pipeline.model.config.pixels.size
+    held = [e.held_out.pictures[i] for i in e.some(60, len(e.held_out))]
+    yield from _found(e, "reconstruction", held, size, lambda p, i: e.pipeline.reconstruct(p.record.open(), seed=i))
+    names = sorted({name_of(picture) for picture in e.train.pictures})
+    picked = {names[i] for i in e.some(50, len(names), seed=1)}
+    first = {name_of(picture): picture for picture in reversed(e.train.pictures) if name_of(picture) in picked}
+    drawn = [first[name] for name in sorted(first)]
+    yield from _found(e, "drawing of a trained name", drawn, size, lambda p, i: e.pipeline.draw(p.prompts[0], seed=i)[0])
+
+
+def _found(
+    e: Evaluation,
+    what: str,
+    pictures: Sequence[Picture],
+    size: int,
+    make: Callable[[Picture, int], Image.Image],
+) -> Iterator[Figure]:
+    made = []
+    for number, picture in enumerate(pictures):
+        made.append(make(picture, number))
+        if e.progress:
+            e.progress(what, number + 1, len(pictures))
+    names = [name_of(picture) for picture in pictures]
+    ranked = e.gallery.nearest(embed(e.pipeline.model, made))
+    best = e.gallery.nearest(embed(e.pipeline.model, [shrink(p.record.open(), size) for p in pictures]))
+    wrong = names[1:] + names[:1]  # another drawing's name
+    for top in (1, 5):
+        yield share(
+            f"{what}: nearest real picture, top-{top}",
+            hits(ranked, names, top=top),
+            floor=("another's drawing", float(np.mean(hits(ranked, wrong, top=top)))),
+            ceiling=(f"real picture at {size} px", float(np.mean(hits(best, names, top=top)))),
+            note=f"among {len(set(e.gallery.names))} names",
+        )
+
+
+def edit_figures(e: Evaluation) -> Iterator[Figure]:
+    """Same instruction, two pictures: is each result nearer to its own source than to the other's?"""
+    pairs = _edit_pairs(e, 40)
+    if not pairs:
+        return
+    right: list[bool] = []
+    for number, pair in enumerate(pairs):
+        sources = [e.train.pictures[edit.source].record.open() for edit in pair]
+        results = [e.pipeline.edit(s, edit.prompt, seed=number)[0] for s, edit in zip(sources, pair, strict=True)]
+        like = embed(e.pipeline.model, results) @ embed(e.pipeline.model, sources).T
+        right += [bool(like[0, 0] > like[0, 1]), bool(like[1, 1] > like[1, 0])]
+        if e.progress:
+            e.progress("edits", number + 1, len(pairs))
+    yield share("edit: nearer its own source than another's", right, floor=("chance", 0.5))
+
+
+def _edit_pairs(e: Evaluation, count: int) -> list[tuple[Edit, Edit]]:
+    """Pairs of edits with one prompt and sources of different families."""
+    edits = e.train.edits
+    rng = np.random.default_rng(2)
+    pairs = []
+    wanted = min(count, e.limit or count)
+    for number in rng.permutation(len(edits))[:2000]:
+        first = edits[number]
+        family = e.train.pictures[first.source].row.get("family")
+        others = [
+            edit
+            for edit in edits
+            if edit.prompt == first.prompt and e.train.pictures[edit.source].row.get("family") != family
+        ]
+        if others:
+            pairs.append((first, others[rng.integers(len(others))]))
+        if len(pairs) >= wanted:
+            break
+    return pairs

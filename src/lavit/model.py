@@ -1,0 +1,169 @@
+"""LaVIT, all of it on one page: an image becomes tokens, one LM reads and writes them, tokens become a picture.
+
+    image ─ vision ─ selector ─ merger ─ codebook ─┐
+            └────────── tokenizer ──────────┘      ├─ language ─ codes ─ tokenizer.decode ─ pixels ─ image
+    text ─ text tokenizer ─────────────────────────┘         └─ text
+
+The model is pure: it holds parts and composes them. Prompts, files and sampling are the pipeline's (generate/).
+Parts are read from disk when they are first used, so that a caption never loads the pixel decoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from PIL.Image import Image
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from lavit.config import InputError, ModelConfig, from_json, read_json, to_json
+from lavit.images import pixels as to_pixels
+from lavit.modules.language import Language
+from lavit.modules.pixels import Pixels
+from lavit.modules.selector import KeepPolicy
+from lavit.modules.tokenizer import VisualTokenizer
+from lavit.modules.vision import Vision, load_vision, save_vision
+from lavit.sequence import VisualTokens
+from lavit.storage import load_language, load_strictly, load_tensors, replacing, save_language, save_tensors
+
+PARTS = ("vision", "tokenizer", "language", "pixels")
+
+
+class LaVIT(nn.Module):
+    """Vision, tokenizer, language and pixels under one configuration.
+
+    Give parts to the constructor, or a `folder` from which missing ones are read at first use.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        parts: dict[str, nn.Module] | None = None,
+        *,
+        text: PreTrainedTokenizerBase | None = None,
+        folder: Path | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.folder = folder
+        self.device, self.dtype = torch.device(device), dtype
+        self.parts = nn.ModuleDict(parts or {})
+        self._text = text
+
+    @property
+    def vision(self) -> Vision:
+        """The frozen encoder."""
+        return self._part("vision")
+
+    @property
+    def tokenizer(self) -> VisualTokenizer:
+        """Selector, merger, codebook, reconstructor."""
+        return self._part("tokenizer")
+
+    @property
+    def language(self) -> Language:
+        """The LM with its joint vocabulary."""
+        return self._part("language")
+
+    @property
+    def pixels(self) -> Pixels:
+        """The diffusion decoder."""
+        return self._part("pixels")
+
+    @property
+    def text(self) -> PreTrainedTokenizerBase:
+        """The LM's own text tokenizer."""
+        if self._text is None:
+            self._part("language")
+        return self._text
+
+    def _part(self, name: str) -> Any:
+        if name not in self.parts:
+            if self.folder is None:
+                raise InputError(f"this model has no {name}: give one, or train the {name} stage")
+            self.parts[name] = self._load(name).to(self.device, self.dtype).eval()
+        return self.parts[name]
+
+    def _load(self, name: str) -> nn.Module:
+        folder = self.folder
+        if name == "vision":
+            return load_vision(self.config.vision, folder / "vision")
+        if name == "tokenizer":
+            tokenizer = VisualTokenizer(self.config.tokenizer)
+            where = folder / "tokenizer" / "model.safetensors"
+            load_strictly(tokenizer, load_tensors(where), where)
+            return tokenizer
+        if name == "language":
+            language, self._text = load_language(self.config, folder)
+            return language
+        if not (folder / "pixels").is_dir():
+            raise InputError(f"{folder} has no pixel decoder: lavit train pixels --out {folder}")
+        return Pixels.load(folder / "pixels", self.config.pixels)
+
+    @torch.inference_mode()
+    def patches(self, images: Sequence[Image]) -> Float[Tensor, "images patches dim"]:
+        """Encoder features of pictures (RGB, any size; squashed to the encoder's)."""
+        vision = self.config.vision
+        batch = to_pixels(images, vision.image_size, vision.mean, vision.std)
+        return self.vision(batch.to(self.device, self.dtype))
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        images: Sequence[Image],
+        policy: KeepPolicy | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> VisualTokens:
+        """Pictures to visual tokens; same picture, same tokens, whatever the batch (each is encoded alone)."""
+        tokens = [self.tokenizer.encode(self.patches([image]), policy, generator=generator) for image in images]
+        return VisualTokens(
+            torch.cat([t.codes for t in tokens]),
+            torch.cat([t.lengths for t in tokens]),
+            torch.cat([t.keep for t in tokens]),
+        )
+
+    @torch.inference_mode()
+    def features(self, codes: Sequence[Tensor]) -> Float[Tensor, "images patches dim"]:
+        """Reconstructed encoder features of images given as codes: what the pixel decoder paints."""
+        lengths = torch.tensor([len(c) for c in codes], device=self.device)
+        return self.tokenizer.decode(torch.cat(list(codes)).to(self.device), lengths)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> LaVIT:
+        """Open a model folder or a training run; parts load at first use."""
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise InputError(f"there is no model at {folder}: give the folder of a trained run, or a preset's name")
+        config = from_json(ModelConfig, read_json(folder / "config.json"))
+        return cls(config, folder=folder, device=device, dtype=dtype)
+
+    def save_pretrained(self, folder: str | Path, *, parts: Sequence[str] = PARTS) -> None:
+        """Write the configuration and the named parts; each part's folder is replaced as a whole."""
+        import dataclasses
+        import json
+
+        folder = Path(folder)
+        config = self.config
+        if "vision" in parts:
+            config = dataclasses.replace(config, vision=save_vision(self.vision, folder / "vision"))
+        if "tokenizer" in parts:
+            with replacing(folder / "tokenizer") as new:
+                save_tensors(self.tokenizer.state_dict(), new / "model.safetensors")
+        if "language" in parts:
+            saved = save_language(self.language, self.text, config.language, folder)
+            config = dataclasses.replace(config, language=saved)
+        if "pixels" in parts:
+            with replacing(folder / "pixels") as new:
+                self.pixels.save(new)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config = config
+        (folder / "config.json").write_text(json.dumps(to_json(config), indent=1) + "\n")

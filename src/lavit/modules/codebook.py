@@ -1,0 +1,146 @@
+"""Codebook: merged rows become discrete codes (paper Sec. 3.1, Eq. 3).
+
+    row ─ Linear ─ tanh ─ Linear ─ z/‖z‖ ─ nearest of K unit vectors ─ code
+
+Codes move by exponential averages of the vectors assigned to them, not by gradients; k-means on gathered vectors starts
+them. Dead codes are revived from the current batch and their sums are reset with them (else the old sums overwrite the
+revived code at the next update). All statistics are fp32, count kept tokens only, and are summed over ranks.
+Decay is not published; 0.995 is the sibling's (Video-LaVIT). Codes are renormalised after each update.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lavit.modules.layers import initialise
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """Vectors after the look-up: straight-through `vectors`, their `codes`, and the commitment loss."""
+
+    vectors: Float[Tensor, "total code_dim"]
+    codes: Int[Tensor, "total"]
+    commitment: Float[Tensor, ""]
+
+
+def gather_rows(rows: Float[Tensor, "total dim"]) -> Float[Tensor, "all_rows dim"]:
+    """Rows of every rank, in rank order; ranks may hold different numbers of rows."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return rows
+    counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    longest = max(int(count) for count in counts)
+    padded = F.pad(rows, (0, 0, 0, longest - len(rows)))
+    gathered = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(gathered, padded.contiguous())
+    return torch.cat([part[: int(count)] for part, count in zip(gathered, counts, strict=True)])
+
+
+class Codebook(nn.Module):
+    """K unit vectors of `code_dim`, and the projection that leads to them."""
+
+    def __init__(self, dim: int, codes: int, code_dim: int) -> None:
+        super().__init__()
+        self.to_code = nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, code_dim))
+        initialise(self)
+        self.register_buffer("vectors", F.normalize(torch.randn(codes, code_dim), dim=-1))
+        self.register_buffer("mass", torch.ones(codes))  # averaged number of assigned vectors a step
+        self.register_buffer("sums", self.vectors.clone())  # averaged sum of assigned vectors
+        self.register_buffer("idle", torch.zeros(codes, dtype=torch.long))  # steps since a code was last used
+
+    @property
+    def size(self) -> int:
+        """Number of codes K."""
+        return len(self.vectors)
+
+    def project(self, rows: Float[Tensor, "*shape dim"]) -> Float[Tensor, "*shape code_dim"]:
+        """Unit vectors in code space."""
+        return F.normalize(self.to_code(rows).float(), dim=-1)
+
+    def index(self, vectors: Float[Tensor, "total code_dim"]) -> Int[Tensor, "total"]:
+        """Nearest code of each unit vector; inverse of `vector`. Ties go to the lower code.
+
+        The distance is the true one, so that published codes need not be of length one to the last bit.
+        """
+        return (vectors.float() @ self.vectors.T - self.vectors.square().sum(-1) / 2).argmax(-1)
+
+    def vector(self, codes: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape code_dim"]:
+        """Vectors of codes."""
+        return self.vectors[codes]
+
+    def quantise(self, vectors: Float[Tensor, "total code_dim"]) -> Quantised:
+        """Look up, straight-through ẑ = z + sg(c - z), commitment = mean ‖z - sg(c)‖²."""
+        codes = self.index(vectors.detach())
+        chosen = self.vector(codes).detach()
+        commitment = (vectors - chosen).square().sum(-1).mean()
+        return Quantised(vectors + (chosen - vectors).detach(), codes, commitment)
+
+    @torch.no_grad()
+    def k_means(self, vectors: Float[Tensor, "total code_dim"], *, rounds: int, generator: torch.Generator) -> None:
+        """Start the codes by spherical k-means on the vectors of all ranks.
+
+        Starting points are distinct random vectors; an empty cluster takes the vector that is farthest from its code.
+        """
+        vectors = gather_rows(vectors.float())
+        pick = torch.randperm(len(vectors), generator=generator)[: self.size]
+        if len(pick) < self.size:  # fewer vectors than codes: the rest stay random
+            pick = torch.cat([pick, torch.randint(len(vectors), (self.size - len(pick),), generator=generator)])
+        centres = vectors[pick].clone()
+        for _ in range(rounds):
+            nearest, codes = (vectors @ centres.T).max(-1)
+            mass = torch.bincount(codes, minlength=self.size).float()
+            sums = torch.zeros_like(centres).index_add_(0, codes, vectors)
+            empty = (mass == 0).nonzero()[:, 0]
+            farthest = nearest.argsort()[: len(empty)]
+            sums[empty[: len(farthest)]] = vectors[farthest]
+            centres = F.normalize(torch.where(sums.norm(dim=-1, keepdim=True) > 0, sums, centres), dim=-1)
+        self.vectors.copy_(centres)
+        mass = torch.bincount((vectors @ centres.T).argmax(-1), minlength=self.size).float().clamp(min=1.0)
+        self.mass.copy_(mass / mass.mean())
+        self.sums.copy_(self.vectors * self.mass[:, None])
+        self.idle.zero_()
+
+    @torch.no_grad()
+    def update(
+        self,
+        vectors: Float[Tensor, "total code_dim"],
+        codes: Int[Tensor, "total"],
+        *,
+        decay: float,
+        patience: int,
+        generator: torch.Generator,
+    ) -> int:
+        """Move the codes towards their vectors and revive those unused for `patience` steps; returns how many.
+
+        The sums over ranks make every rank's codebook the same; revival draws from the vectors of all ranks, so
+        `generator` must be in the same state everywhere. `patience` 0 revives nothing.
+        """
+        vectors = vectors.float()
+        mass = torch.bincount(codes, minlength=self.size).float()
+        sums = torch.zeros_like(self.sums).index_add_(0, codes, vectors)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(mass)
+            dist.all_reduce(sums)
+        self.mass.lerp_(mass, 1 - decay)
+        self.sums.lerp_(sums, 1 - decay)
+        self.idle.copy_(torch.where(mass > 0, 0, self.idle + 1))
+        moved = F.normalize(self.sums, dim=-1)
+        self.vectors.copy_(torch.where(self.sums.norm(dim=-1, keepdim=True) > 1e-8, moved, self.vectors))
+        dead = (self.idle >= patience).nonzero()[:, 0] if patience else self.idle[:0]
+        if len(dead):
+            pool = gather_rows(vectors)
+            pick = torch.randperm(len(pool), generator=generator)[: len(dead)]
+            dead = dead[: len(pick)]
+            self.vectors[dead] = pool[pick]
+            typical = self.mass.mean()
+            self.mass[dead] = typical
+            self.sums[dead] = pool[pick] * typical
+            self.idle[dead] = 0
+        return len(dead)

@@ -1,0 +1,172 @@
+"""Language: any causal LM from transformers with a joint vocabulary, reading and writing images (paper Sec. 3.2).
+
+    text ids ──── the LM's own embedding ───┐
+    visual ids ── rows of our own ──────────┼─ LM ─ hidden ─┬─ the LM's own head ─ text logits
+    slots ─────── merger copy ─ Linear ─────┘               └─ visual head ────── logits of image start, end, codes
+
+The LM is left as it is: the new rows live beside it, so nothing of it is resized, the visual logits are a product with
+those rows alone, and LoRA (peft, injected in place) leaves the base weights untouched. `export` joins the rows to a
+plain transformers checkpoint. Read images enter as continuous features of a *second* merger, initialised from stage 1.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from lavit.config import InputError
+from lavit.modules.merger import Merger
+from lavit.sequence import IGNORE, Batch, attention_mask, fill_slots
+from lavit.vocabulary import Vocabulary
+
+CHUNK = 1024  # positions whose logits exist at one time
+
+
+@dataclass(frozen=True)
+class LanguageLoss:
+    """Sums over the target tokens of a batch; divide by the (global) counts. Text and visual targets apart."""
+
+    text: Float[Tensor, ""]
+    visual: Float[Tensor, ""]
+    text_tokens: Int[Tensor, ""]
+    visual_tokens: Int[Tensor, ""]
+    text_correct: Int[Tensor, ""]
+    visual_correct: Int[Tensor, ""]
+
+
+class Language(nn.Module):
+    """A causal LM with visual rows, a visual head and a reader for pictures.
+
+    `lm` is any transformers causal LM whose logits are `get_output_embeddings()(hidden)`; others (soft-capped or scaled
+    logits) raise `InputError`. `end` is the id that ends a text. `merger` is copied.
+    """
+
+    def __init__(self, lm: PreTrainedModel, merger: Merger, *, dim: int, codes: int, end: int) -> None:
+        super().__init__()
+        self.lm = lm
+        table = lm.get_input_embeddings().weight
+        self.vocabulary = Vocabulary(text_size=table.shape[0], codes=codes, end=end)
+        self.width = table.shape[1]
+        self.tied = lm.get_output_embeddings().weight is table
+        shape = (self.vocabulary.visual_size, self.width)
+        self.rows = nn.Parameter(torch.empty(shape))
+        self.head_rows = None if self.tied else nn.Parameter(torch.empty(shape))
+        self.merger = copy.deepcopy(merger)
+        self.to_language = nn.Linear(dim, self.width)
+        nn.init.normal_(self.rows, std=float(table.detach().float().std()))
+        if self.head_rows is not None:
+            nn.init.normal_(self.head_rows, std=float(lm.get_output_embeddings().weight.detach().float().std()))
+        nn.init.trunc_normal_(self.to_language.weight, std=0.02)
+        nn.init.zeros_(self.to_language.bias)
+
+    @property
+    def body(self) -> nn.Module:
+        """The LM without its head: ids or embeddings in, hidden states out."""
+        return self.lm.base_model
+
+    def check_head(self) -> None:
+        """Raise `InputError` unless the LM's logits are its head applied to the hidden states."""
+        ids = torch.arange(4, device=self.rows.device)[None] % self.vocabulary.text_size
+        with torch.no_grad():
+            expected = self.lm(input_ids=ids).logits
+            found = self.text_logits(self.body(input_ids=ids).last_hidden_state)
+        if not torch.allclose(expected, found, rtol=1e-3, atol=1e-3):
+            raise InputError(
+                f"{type(self.lm).__name__} changes its logits behind the head (soft-capping or scaling): "
+                "such language models are not supported yet; use one whose logits are head(hidden)"
+            )
+
+    def read(
+        self, patches: Float[Tensor, "images patches dim"], keep: Bool[Tensor, "images patches"]
+    ) -> Float[Tensor, "kept width"]:
+        """Continuous features of pictures that are read, packed image after image (no quantisation).
+
+        `patches` are prepared (`VisualTokenizer.prepare`).
+        """
+        return self.to_language(self.merger(patches, keep))
+
+    def embed(
+        self,
+        ids: Int[Tensor, "rows tokens"],
+        *,
+        slots: Bool[Tensor, "rows tokens"] | None = None,
+        features: Float[Tensor, "total width"] | None = None,
+    ) -> Float[Tensor, "rows tokens width"]:
+        """Input embeddings of joint ids; where `slots` is true the next row of `features` enters instead."""
+        visual = self.vocabulary.is_visual(ids)
+        text = self.lm.get_input_embeddings()(ids.masked_fill(visual, self.vocabulary.end))
+        rows = F.embedding(self.vocabulary.rows(ids).clamp(min=0), self.rows)
+        embeddings = torch.where(visual[..., None], rows.to(text.dtype), text)
+        if slots is None or features is None:
+            return embeddings
+        return fill_slots(embeddings, slots, features)
+
+    def text_logits(self, hidden: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape text"]:
+        """Logits of the LM's own text ids."""
+        return self.lm.get_output_embeddings()(hidden)
+
+    def visual_logits(self, hidden: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape visual"]:
+        """Logits of image start, image end and the codes, in the order of `Vocabulary.rows`."""
+        return F.linear(hidden, (self.rows if self.tied else self.head_rows).to(hidden.dtype))
+
+    def hidden(
+        self,
+        embeddings: Float[Tensor, "rows tokens width"],
+        *,
+        documents: Int[Tensor, "rows tokens"],
+        positions: Int[Tensor, "rows tokens"],
+    ) -> Float[Tensor, "rows tokens width"]:
+        """Hidden states of packed rows; attention stays inside each document."""
+        mask = attention_mask(documents)
+        bias = torch.zeros(mask.shape, dtype=embeddings.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+        out = self.body(inputs_embeds=embeddings, attention_mask=bias, position_ids=positions, use_cache=False)
+        return out.last_hidden_state
+
+    def forward(
+        self,
+        batch: Batch,
+        patches: Float[Tensor, "images patches dim"] | None = None,
+        keep: Bool[Tensor, "images patches"] | None = None,
+    ) -> LanguageLoss:
+        """Next-id cross-entropy over text and codes with one softmax (Eq. 6), summed over targets.
+
+        `patches` and `keep` are those of `batch.images`, in order; without them slots take the rows of their codes.
+        """
+        features = self.read(patches, keep) if patches is not None and len(patches) else None
+        embeddings = self.embed(batch.ids, slots=batch.slots if features is not None else None, features=features)
+        hidden = self.hidden(embeddings, documents=batch.documents, positions=batch.positions)
+        wanted = batch.labels != IGNORE
+        return self.loss(hidden[wanted], batch.labels[wanted])
+
+    def loss(self, hidden: Float[Tensor, "targets width"], labels: Int[Tensor, "targets"]) -> LanguageLoss:
+        """Cross-entropy in chunks: the full logits never exist, forward or backward."""
+        parts = [
+            checkpoint(self._chunk_loss, h, y, use_reentrant=False)
+            if torch.is_grad_enabled() and len(hidden) > CHUNK
+            else self._chunk_loss(h, y)
+            for h, y in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True)
+        ]
+        text, visual, text_correct, visual_correct = (torch.stack(column).sum() for column in zip(*parts, strict=True))
+        visual_tokens = self.vocabulary.is_visual(labels).sum()
+        return LanguageLoss(
+            text, visual, len(labels) - visual_tokens, visual_tokens, text_correct.long(), visual_correct.long()
+        )
+
+    def _chunk_loss(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        logits = torch.cat([self.text_logits(hidden), self.visual_logits(hidden)], -1).float()
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        visual = self.vocabulary.is_visual(labels)
+        correct = logits.detach().argmax(-1) == labels
+        return (
+            (losses * ~visual).sum(),
+            (losses * visual).sum(),
+            (correct & ~visual).sum(),
+            (correct & visual).sum(),
+        )

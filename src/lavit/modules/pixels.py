@@ -1,0 +1,372 @@
+"""Pixels: a diffusion decoder paints the picture of the reconstructed features (paper Sec. 3.1, Eq. 5).
+
+    features ─ condition head ─┐
+    noise ──────────────────── denoiser (diffusers UNet) × steps ─ latents ─ autoencoder, or unfolded pixels ─ picture
+
+One class; the 512-px (SD 1.5), the 1024-px (SDXL) and our small decoders differ by configuration alone. Guidance is one
+batched forward. Noise is drawn per picture from its own seed, so that a picture does not depend on its batch.
+The default solver is DPM-Solver++ 2M (arXiv 2211.01095) where the published decoders take 25-50 DDIM steps.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin, UNet2DConditionModel, UNet2DModel
+from jaxtyping import Float, Shaped
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lavit.config import InputError, PixelsConfig, read_json
+from lavit.modules.condition import HEADS, Condition
+
+# Stable Diffusion's noise: what SD 1.5 and SDXL were trained with
+STABLE_DIFFUSION_NOISE = {
+    "_class_name": "DDIMScheduler",
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+UNETS = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}
+KL_WEIGHT = 1e-6  # as Stable Diffusion's autoencoder
+MIN_SNR_GAMMA = 5.0
+
+
+class Pixels(nn.Module):
+    """Condition head, denoiser, noise schedule and, where there is one, autoencoder.
+
+    Pictures are float, -1..1. Latents have unit spread: the autoencoder's, standardised by the mean and deviation in its
+    configuration, or pixels folded `patch`² to one (no autoencoder).
+    """
+
+    def __init__(
+        self,
+        config: PixelsConfig,
+        unet: UNet2DModel | UNet2DConditionModel,
+        scheduler: SchedulerMixin,
+        vae: AutoencoderKL | None = None,
+    ) -> None:
+        super().__init__()
+        if (vae is None) != (not config.vae):
+            raise InputError("pixels: an autoencoder is needed exactly where the configuration names one")
+        self.config, self.scheduler = config, scheduler
+        self.condition = HEADS[config.condition](config)
+        self.unet, self.vae = unet, vae
+        self._check_widths()
+
+    @classmethod
+    def build(cls, config: PixelsConfig) -> Pixels:
+        """A decoder with random weights (of the global generator), all sizes from `config`."""
+        vae = AutoencoderKL.from_config(_options(config.vae)) if config.vae else None
+        unet = _unet_class(config.unet.get("_class_name")).from_config(_options(config.unet))
+        return cls(config, unet, _scheduler(config.scheduler or STABLE_DIFFUSION_NOISE), vae)
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent, along one side."""
+        if self.vae is None:
+            return self.config.patch
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        return 3 * self.config.patch**2 if self.vae is None else self.vae.config.latent_channels
+
+    @torch.no_grad()
+    def encode(self, pictures: Float[Tensor, "images 3 height width"]) -> Float[Tensor, "images channels rows columns"]:
+        """Latents of pictures in -1..1; the most likely ones where there is an autoencoder. Inverse of `decode`."""
+        if self.vae is None:
+            return F.pixel_unshuffle(pictures, self.config.patch)
+        vae = self._steady_vae()
+        latents = vae.encode(pictures.to(vae.dtype)).latent_dist.mode()
+        mean, deviation = self._latent_moments(latents)
+        return ((latents - mean) / deviation).to(pictures.dtype)
+
+    @torch.no_grad()
+    def decode(self, latents: Float[Tensor, "images channels rows columns"]) -> Float[Tensor, "images 3 height width"]:
+        """Pictures of latents, not clamped."""
+        if self.vae is None:
+            return F.pixel_shuffle(latents, self.config.patch)
+        vae = self._steady_vae()
+        mean, deviation = self._latent_moments(latents)
+        return vae.decode((latents * deviation + mean).to(vae.dtype)).sample.to(latents.dtype)
+
+    def autoencoder_loss(
+        self, pictures: Float[Tensor, "images 3 height width"], *, generator: torch.Generator | None = None
+    ) -> Float[Tensor, ""]:
+        """L1 of the reconstruction and a trace of KL to the unit normal: trains `vae` before stage 3."""
+        if self.vae is None:
+            raise InputError("pixels: this decoder has no autoencoder to train (its latents are folded pixels)")
+        posterior = self.vae.encode(pictures).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator, device=_home(generator, pictures))
+        latents = posterior.mean + posterior.std * noise.to(pictures)
+        return F.l1_loss(self.vae.decode(latents).sample, pictures) + KL_WEIGHT * posterior.kl().mean()
+
+    @torch.no_grad()
+    def calibrate(self, pictures: Float[Tensor, "images 3 height width"]) -> None:
+        """Measure mean and deviation of the autoencoder's latents, per channel, so that `encode` standardises them."""
+        if self.vae is None:
+            raise InputError("pixels: folded pixels need no calibration")
+        parts = [self.vae.encode(part).latent_dist.mode() for part in pictures.split(64)]
+        deviation, mean = torch.std_mean(torch.cat(parts), dim=(0, 2, 3))
+        self.vae.register_to_config(latents_mean=mean.tolist(), latents_std=deviation.tolist(), scaling_factor=1.0)
+
+    def forward(
+        self,
+        latents: Float[Tensor, "images channels rows columns"],
+        features: Float[Tensor, "images patches dim"],
+        *,
+        generator: torch.Generator,
+    ) -> Float[Tensor, ""]:
+        """Loss of Eq. 5 on latents (`encode`, computed once): squared error of the predicted noise.
+
+        Each picture gets a noise level and, with probability `condition_dropout`, the null condition.
+        """
+        self._check_features(features)
+        images, home = len(latents), _home(generator, latents)
+        noise = torch.randn(latents.shape, generator=generator, device=home).to(latents)
+        times = torch.randint(self.scheduler.config.num_train_timesteps, (images,), generator=generator, device=home)
+        dropped = torch.rand(images, generator=generator, device=home) < self.config.condition_dropout
+        times, dropped = times.to(latents.device), dropped.to(latents.device)
+        size = tuple(latents.shape[2:])
+        condition = self.told(features, size).replaced(dropped, self.condition.null(images, size))
+        noisy = self.scheduler.add_noise(latents, noise, times)
+        is_noise = self.scheduler.config.prediction_type == "epsilon"
+        target = noise if is_noise else self.scheduler.get_velocity(latents, noise, times)
+        found = self._predict(noisy, times, condition)
+        errors = (found.float() - target.float()).square().flatten(1).mean(1)
+        return (errors * self._weights(times)).mean()
+
+    def loss(
+        self,
+        pictures: Float[Tensor, "images 3 height width"],
+        features: Float[Tensor, "images patches dim"],
+        *,
+        generator: torch.Generator,
+    ) -> Float[Tensor, ""]:
+        """`forward` on pictures instead of cached latents."""
+        return self(self.encode(pictures), features, generator=generator)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        features: Float[Tensor, "images patches dim"],
+        *,
+        seeds: Sequence[int],
+        steps: int | None = None,
+        guidance: float | None = None,
+        sampler: str | SchedulerMixin | None = None,
+        size: tuple[int, int] | None = None,
+        callback: Callable[[int, Tensor], None] | None = None,
+    ) -> Float[Tensor, "images 3 height width"]:
+        """Paint one picture per row of features, -1..1; what is None comes from the configuration.
+
+        seeds: one per picture, its noise whatever the batch. sampler: "dpm", "ddim" or any diffusers scheduler.
+        size: (height, width) in pixels. callback: called with the step's number and the latents, after each step.
+        """
+        config = self.config
+        steps = config.steps if steps is None else steps
+        guidance = config.guidance if guidance is None else guidance
+        height, width = size or (config.size, config.size)
+        self._check_request(features, seeds, steps, guidance, (height, width))
+        shape = (self.latent_channels, height // self.factor, width // self.factor)
+        weight = self.unet.dtype
+        condition = self.told(features.to(weight), shape[1:])
+        if guidance != 1:
+            condition = condition.followed_by(self.condition.null(len(features), shape[1:]))
+        generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        latents = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        solver = self._solver(sampler or config.sampler)
+        solver.set_timesteps(steps, device=features.device)
+        latents = latents.to(features.device) * solver.init_noise_sigma
+        extra = {"generator": generators} if "generator" in inspect.signature(solver.step).parameters else {}
+        for step, time in enumerate(solver.timesteps):
+            scaled = solver.scale_model_input(latents, time).to(weight)
+            found = self._guided(scaled, time, condition, guidance, (height, width)).float()
+            latents = solver.step(found, time, latents, **extra).prev_sample
+            if callback is not None:
+                callback(step, latents)
+        return self.decode(latents.to(weight)).clamp(-1, 1)
+
+    def told(self, features: Float[Tensor, "images patches dim"], size: tuple[int, int]) -> Condition:
+        """The condition that features make, for latents of `size` (height, width)."""
+        self._check_features(features)
+        if self.config.direction:
+            features = F.normalize(features, dim=-1) * features.shape[-1] ** 0.5
+        return self.condition(features, size)
+
+    def save(self, folder: Path) -> None:
+        """Write unet/, scheduler/, vae/ (each opens in diffusers) and condition/model.safetensors."""
+        folder = Path(folder)
+        self.unet.save_pretrained(folder / "unet")
+        self.scheduler.save_pretrained(folder / "scheduler")
+        if self.vae is not None:
+            self.vae.save_pretrained(folder / "vae")
+        (folder / "condition").mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in self.condition.state_dict().items()}
+        save_file(tensors, folder / "condition" / "model.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path, config: PixelsConfig) -> Pixels:
+        """Read what `save` wrote; a part that is missing or of other sizes than `config`'s raises `InputError`."""
+        folder = Path(folder)
+        unet_class = _unet_class(read_json(folder / "unet" / "config.json").get("_class_name"))
+        unet = _load_strictly(unet_class, folder / "unet", config.unet)
+        vae = _load_strictly(AutoencoderKL, folder / "vae", config.vae) if config.vae else None
+        scheduler = _scheduler(read_json(folder / "scheduler" / "scheduler_config.json"))
+        pixels = cls(config, unet, scheduler, vae)
+        where = folder / "condition" / "model.safetensors"
+        try:
+            pixels.condition.load_state_dict(load_file(where))
+        except FileNotFoundError as error:
+            raise InputError(f"{where} is missing: this model folder is incomplete") from error
+        except (SafetensorError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"{where} does not fit this configuration: {reason}") from error
+        return pixels
+
+    def _guided(
+        self, latents: Tensor, time: Tensor, condition: Condition, guidance: float, size: tuple[int, int]
+    ) -> Tensor:
+        if guidance == 1:
+            return self._predict(latents, time, condition, size)
+        with_features, without = self._predict(latents.repeat(2, 1, 1, 1), time, condition, size).chunk(2)
+        return without + guidance * (with_features - without)
+
+    def _predict(
+        self, latents: Tensor, times: Tensor, condition: Condition, size: tuple[int, int] | None = None
+    ) -> Tensor:
+        """The denoiser's output; `times` is one noise level or one per picture, `size` the picture's, for SDXL's ids."""
+        if condition.grid is not None:
+            latents = torch.cat([latents, condition.grid.to(latents.dtype)], dim=1)
+        if condition.context is None:
+            return self.unet(latents, times).sample
+        extra: dict[str, Any] = {"encoder_attention_mask": condition.valid}
+        if condition.pooled is not None:
+            height, width = size or tuple(side * self.factor for side in latents.shape[2:])
+            ids = latents.new_tensor([height, width, 0, 0, height, width]).expand(len(latents), -1)
+            extra["added_cond_kwargs"] = {"text_embeds": condition.pooled, "time_ids": ids}
+        return self.unet(latents, times, condition.context, **extra).sample
+
+    def _weights(self, times: Tensor) -> Tensor:
+        if self.config.weighting == "equal":
+            return torch.ones(len(times), device=times.device)
+        kept = self.scheduler.alphas_cumprod.to(times.device)[times]
+        ratio = kept / (1 - kept)
+        is_noise = self.scheduler.config.prediction_type == "epsilon"
+        return ratio.clamp(max=MIN_SNR_GAMMA) / (ratio if is_noise else ratio + 1)
+
+    def _solver(self, sampler: str | SchedulerMixin) -> SchedulerMixin:
+        if not isinstance(sampler, str):
+            return type(sampler).from_config(sampler.config)
+        trained = self.scheduler.config
+        if sampler == "ddim":
+            return diffusers.DDIMScheduler.from_config(trained)
+        if sampler != "dpm":
+            raise InputError(f'there is no sampler {sampler!r}: choose "dpm" or "ddim"')
+        # DPM-Solver clips by its thresholding, whose bounds coincide at 1
+        clip = bool(trained.get("clip_sample", False))
+        return diffusers.DPMSolverMultistepScheduler.from_config(
+            trained,
+            algorithm_type="dpmsolver++",
+            thresholding=clip,
+            sample_max_value=float(trained.get("clip_sample_range", 1.0)),
+            final_sigmas_type="zero",
+        )
+
+    def _steady_vae(self) -> AutoencoderKL:
+        """The autoencoder, in fp32 where it would overflow in fp16 (SDXL's `force_upcast`)."""
+        if self.vae.dtype == torch.float16 and self.vae.config.force_upcast:
+            self.vae.to(torch.float32)
+        return self.vae
+
+    def _latent_moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the autoencoder's latents, [channels, 1, 1], from its configuration."""
+        config = self.vae.config
+        mean = config.latents_mean if config.latents_mean is not None else [config.shift_factor or 0.0]
+        deviation = config.latents_std if config.latents_std is not None else [1.0]
+        mean, deviation = (torch.tensor(v, device=like.device)[:, None, None] for v in (mean, deviation))
+        return mean, deviation / config.scaling_factor
+
+    def _check_widths(self) -> None:
+        config, unet = self.config, self.unet.config
+        grid = config.condition_dim if config.condition == "grid" else 0
+        if unet.in_channels != self.latent_channels + grid:
+            raise InputError(
+                f"the unet takes {unet.in_channels} channels, but latents have {self.latent_channels} and the map {grid}"
+            )
+        if (config.condition == "grid") != isinstance(self.unet, UNet2DModel):
+            raise InputError('a "grid" condition goes with UNet2DModel, the others with UNet2DConditionModel')
+        wide = config.condition_dim + (config.pooled_dim if config.condition == "pooled" else 0)
+        if not grid and unet.cross_attention_dim != wide:
+            raise InputError(f"the unet listens to {unet.cross_attention_dim} channels, but the context has {wide}")
+
+    def _check_features(self, features: Shaped[Tensor, "..."]) -> None:
+        expected = (self.config.patches, self.config.features_dim)
+        if features.dim() != 3 or tuple(features.shape[1:]) != expected:
+            raise InputError(f"pixels: features are {list(features.shape)}, expected [pictures, {expected[0]}, {expected[1]}]")
+
+    def _check_request(
+        self, features: Tensor, seeds: Sequence[int], steps: int, guidance: float, size: tuple[int, int]
+    ) -> None:
+        self._check_features(features)
+        most = self.scheduler.config.num_train_timesteps
+        if not 1 <= steps <= most:
+            raise InputError(f"pixels: steps is {steps}, expected 1 to {most}")
+        if not guidance >= 0:
+            raise InputError(f"pixels: guidance is {guidance}, expected 0 or more (1 is without guidance)")
+        if len(seeds) != len(features):
+            raise InputError(f"pixels: {len(seeds)} seeds for {len(features)} pictures, expected one each")
+        levels = 2 ** (len(self.unet.config.block_out_channels) - 1) if isinstance(self.unet, UNet2DModel) else 1
+        if any(side < 1 or side % (self.factor * levels) for side in size):
+            raise InputError(f"pixels: size is {size[0]}x{size[1]}, expected multiples of {self.factor * levels}")
+
+
+def _home(generator: torch.Generator | None, like: Tensor) -> torch.device:
+    """Where noise is drawn: on the generator's own device."""
+    return like.device if generator is None else generator.device
+
+
+def _options(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def _unet_class(name: str | None) -> type[ModelMixin]:
+    if name not in UNETS:
+        raise InputError(f"pixels: unknown unet class {name!r}, expected one of {', '.join(UNETS)}")
+    return UNETS[name]
+
+
+def _scheduler(config: dict[str, Any]) -> SchedulerMixin:
+    kind = getattr(diffusers, str(config.get("_class_name")), None)
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+        raise InputError(f"pixels: unknown scheduler class {config.get('_class_name')!r}, expected one of diffusers'")
+    return kind.from_config(_options(config))
+
+
+def _load_strictly(kind: type[ModelMixin], folder: Path, expected: dict[str, Any]) -> ModelMixin:
+    """A diffusers model with every weight from the folder and the sizes that the configuration names."""
+    found = read_json(folder / "config.json")
+    for name, value in _options(expected).items():
+        moments = name in ("latents_mean", "latents_std", "scaling_factor")  # measured in training
+        if not moments and found.get(name) != (list(value) if isinstance(value, tuple) else value):
+            raise InputError(f"{folder}: {name} is {found.get(name)}, this configuration expects {value}")
+    try:
+        model, info = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True, local_files_only=True)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise InputError(f"{folder} cannot be read: {' '.join(str(error).split())[:300]}") from error
+    wrong = [*info["missing_keys"], *info["unexpected_keys"], *(str(key) for key in info["mismatched_keys"])]
+    if wrong:
+        raise InputError(f"{folder} does not fit its own configuration: {', '.join(wrong[:3])}")
+    return model

@@ -1,0 +1,237 @@
+"""Text and images as one stream of ids: segments ⇄ documents ⇄ packed batches (paper Sec. 3.2).
+
+A document is a tuple of segments. The paper's kinds, and how they look as ids (S image start, E image end, c codes,
+f slots that take continuous merger features, t text, . end of text):
+
+    [text]          t t t .
+    [image, text]   S f f f E t t t .        the image is read
+    [text, image]   t t t S c c c E          the image is written
+
+Labels are the next id of the same document. At the slots of a read image the labels are the stage-1 codes of the
+same mask. Packed rows hold whole documents; attention never crosses them and positions restart (block-diagonal):
+
+    documents   0 0 0 1 1        mask  1 . . . .
+    positions   0 1 2 0 1              1 1 . . .
+                                       1 1 1 . .
+                                       . . . 1 .
+                                       . . . 1 1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Sequence_
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lavit.config import InputError
+from lavit.vocabulary import Vocabulary
+
+IGNORE = -100  # label of a position that gives no loss
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """Images as tokens: a ragged batch, packed image after image in raster order of the kept patches."""
+
+    codes: Int[Tensor, "total"]
+    lengths: Int[Tensor, "images"]
+    keep: Bool[Tensor, "images patches"]
+
+    def split(self) -> tuple[Int[Tensor, "kept"], ...]:
+        """Codes of each image."""
+        return self.codes.split(self.lengths.tolist())
+
+
+@dataclass(frozen=True)
+class Text:
+    """Ids of text; `target=False` gives it no loss (prompts of fine-tuning)."""
+
+    ids: tuple[int, ...]
+    target: bool = True
+
+
+@dataclass(frozen=True)
+class Image:
+    """Codes of one image. `read`: its content enters as features of the picture at `index` of the batch's source."""
+
+    codes: tuple[int, ...]
+    read: bool
+    index: int = -1
+    target: bool = True
+
+
+Segment = Text | Image
+Document = tuple[Segment, ...]
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One document as ids, labels and slots, each of the same length."""
+
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    slots: tuple[bool, ...]
+    images: tuple[int, ...]  # source index of each read image, in order
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed rows. `images` are the source indices of the read images, in the order of their slots."""
+
+    ids: Int[Tensor, "rows tokens"]
+    labels: Int[Tensor, "rows tokens"]
+    positions: Int[Tensor, "rows tokens"]
+    documents: Int[Tensor, "rows tokens"]  # number of the document inside its row; -1 at padding
+    slots: Bool[Tensor, "rows tokens"]
+    images: Int[Tensor, "images"]
+
+    @property
+    def useful(self) -> float:
+        """Share of positions that hold a document's token."""
+        return float((self.documents >= 0).float().mean())
+
+
+def image_ids(image: Image, vocabulary: Vocabulary) -> list[int]:
+    """Start, codes, end of one image as joint ids."""
+    codes = vocabulary.ids(torch.tensor(image.codes, dtype=torch.long)).tolist()
+    return [vocabulary.image_start, *codes, vocabulary.image_end]
+
+
+def lay_out(document: Document, vocabulary: Vocabulary, *, supervise_read_images: bool = True) -> Sequence:
+    """Turn a document into ids, next-id labels and slots.
+
+    A text that ends the document gets the LM's end id. A read image without `supervise_read_images` gives no loss
+    inside; its image end still predicts the text that follows.
+    """
+    ids: list[int] = []
+    target: list[bool] = []  # may this id be predicted?
+    slots: list[bool] = []
+    images: list[int] = []
+    for number, segment in enumerate(document):
+        if isinstance(segment, Text):
+            piece = list(segment.ids) + ([vocabulary.end] if number == len(document) - 1 else [])
+            slot, wanted = [False] * len(piece), segment.target
+        else:
+            if not segment.codes:
+                raise InputError("an image of a document has no codes: every image keeps at least one patch")
+            piece = image_ids(segment, vocabulary)
+            slot = [False, *([segment.read] * len(segment.codes)), False]
+            wanted = segment.target and (supervise_read_images or not segment.read)
+            images += [segment.index] * segment.read
+        ids += piece
+        slots += slot
+        target += [wanted] * len(piece)
+    labels = [ids[i + 1] if target[i + 1] else IGNORE for i in range(len(ids) - 1)] + [IGNORE]
+    return Sequence(tuple(ids), tuple(labels), tuple(slots), tuple(images))
+
+
+def first_fit(lengths: Sequence_[int], capacity: int) -> list[list[int]]:
+    """Pack items of the given lengths into rows of `capacity`, each into the first row with room.
+
+    Returns the item numbers of each row. Raises `InputError` for an item longer than a row.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    first_open = 0
+    for number, length in enumerate(lengths):
+        if length > capacity:
+            raise InputError(f"document {number} has {length} tokens, more than a row of {capacity}: use longer rows")
+        for row in range(first_open, len(rows)):
+            if room[row] >= length:
+                break
+        else:
+            rows.append([])
+            room.append(capacity)
+            row = len(rows) - 1
+        rows[row].append(number)
+        room[row] -= length
+        while first_open < len(rows) and room[first_open] == 0:
+            first_open += 1
+    return rows
+
+
+def pack(rows: Sequence_[Sequence_[Sequence]], vocabulary: Vocabulary, *, tokens: int | None = None) -> Batch:
+    """Lay the documents of each row one after the other; inverse of `unpack`.
+
+    `tokens` is the length of a row (default: the longest); the tail is padding with document -1 and no loss.
+    """
+    width = tokens or max(sum(map(len, row)) for row in rows)
+    shape = (len(rows), width)
+    ids = torch.full(shape, vocabulary.end)
+    labels = torch.full(shape, IGNORE)
+    positions = torch.zeros(shape, dtype=torch.long)
+    documents = torch.full(shape, -1)
+    slots = torch.zeros(shape, dtype=torch.bool)
+    images: list[int] = []
+    for r, row in enumerate(rows):
+        at = 0
+        for number, sequence in enumerate(row):
+            to = at + len(sequence)
+            ids[r, at:to] = torch.tensor(sequence.ids)
+            labels[r, at:to] = torch.tensor(sequence.labels)
+            positions[r, at:to] = torch.arange(len(sequence))
+            documents[r, at:to] = number
+            slots[r, at:to] = torch.tensor(sequence.slots)
+            images += sequence.images
+            at = to
+    if not bool((labels != IGNORE).any()):
+        raise InputError("every label of this batch is masked: no document in it has a target")
+    return Batch(ids, labels, positions, documents, slots, torch.tensor(images, dtype=torch.long))
+
+
+def unpack(batch: Batch, vocabulary: Vocabulary) -> list[list[Sequence]]:
+    """Documents of each row, as they went into `pack`."""
+    images = iter(batch.images.tolist())
+    rows = []
+    for r in range(len(batch.ids)):
+        row = []
+        for number in range(int(batch.documents[r].max()) + 1):
+            at = batch.documents[r] == number
+            ids = batch.ids[r, at]
+            slots = batch.slots[r, at]
+            reads = int((slots[1:] & (ids[:-1] == vocabulary.image_start)).sum())
+            row.append(
+                Sequence(
+                    tuple(ids.tolist()),
+                    tuple(batch.labels[r, at].tolist()),
+                    tuple(slots.tolist()),
+                    tuple(next(images) for _ in range(reads)),
+                )
+            )
+        rows.append(row)
+    return rows
+
+
+def attention_mask(documents: Int[Tensor, "rows tokens"]) -> Bool[Tensor, "rows 1 tokens tokens"]:
+    """Causal inside a document, nothing across (drawn in the header). Padding sees only itself."""
+    same = documents[:, :, None] == documents[:, None, :]
+    tokens = documents.shape[1]
+    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=documents.device).tril()
+    itself = torch.eye(tokens, dtype=torch.bool, device=documents.device)
+    real = (documents >= 0)[:, :, None]
+    return ((same & causal & real) | itself)[:, None]
+
+
+def fill_slots(
+    embeddings: Float[Tensor, "rows tokens width"],
+    slots: Bool[Tensor, "rows tokens"],
+    features: Float[Tensor, "total width"],
+) -> Float[Tensor, "rows tokens width"]:
+    """Put image features into their slots, in order.
+
+    Raises `InputError` with both counts if slots and features disagree: the mask that laid out the sequence and the
+    mask that merged the features must be one.
+    """
+    wanted, given = int(slots.sum()), len(features)
+    if wanted != given:
+        raise InputError(
+            f"the sequences have {wanted} image slots but {given} image features came: "
+            "codes and features must come from the same keep mask"
+        )
+    return embeddings.masked_scatter(slots[..., None], features.to(embeddings.dtype))

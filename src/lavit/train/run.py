@@ -1,0 +1,219 @@
+"""A whole training run: data → features → tokenizer → language → pixels, each stage saved as a usable part.
+
+The run folder *is* a model folder (`lavit caption --model RUN …`) with more beside it: training.json, metrics.jsonl,
+tensorboard/, checkpoints/, cache/. The same command on the same folder goes on where it was; other settings on the same
+folder are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from jaxtyping import Float
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lavit.config import InputError, ModelConfig, TrainConfig, from_json, read_json, to_json
+from lavit.data.corpus import Corpus, load_corpus
+from lavit.data.documents import Documents
+from lavit.data.features import Features, compute_features, view_of
+from lavit.images import pixels as to_pixels
+from lavit.model import LaVIT
+from lavit.modules.pixels import Pixels
+from lavit.modules.tokenizer import VisualTokenizer
+from lavit.modules.vision import Vision, load_vision
+from lavit.sequence import VisualTokens
+from lavit.storage import build_language, load_base
+from lavit.train.language import LanguageStage, train_text_tokenizer
+from lavit.train.loop import Report, Stage, train
+from lavit.train.stages import AutoencoderStage, PixelsStage, TokenizerStage, tokenize_features
+
+log = logging.getLogger(__name__)
+STAGES = ("tokenizer", "language", "pixels")
+
+
+class Run:
+    """One training run in a folder. `watch` hears of progress: (what, done, of all) while features are computed, and
+    `Report`s of the loop.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        data: str | Path,
+        model: ModelConfig,
+        training: TrainConfig,
+        *,
+        watch: Callable[[Report], None] | None = None,
+        prepare: Callable[[str, int, int], None] | None = None,
+    ) -> None:
+        self.folder, self.data, self.training = Path(folder), str(data), training
+        self.watch, self.prepare = watch, prepare
+        self.accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+        self.config = self._settle(model)
+
+    def _settle(self, model: ModelConfig) -> ModelConfig:
+        """Write what this run is, or check that the folder is of the same run; returns the model's configuration."""
+        mine = {"data": self.data, "model": to_json(model), "training": to_json(self.training)}
+        path = self.folder / "training.json"
+        if path.exists():
+            if read_json(path) != mine:
+                raise InputError(
+                    f"{self.folder} holds a run with other settings: give another --out, or delete it to start anew"
+                )
+            if (self.folder / "config.json").exists():
+                return from_json(ModelConfig, read_json(self.folder / "config.json"))
+            return model
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(mine, indent=1) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write to {self.folder}: {error.strerror}") from error
+        return model
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The training split."""
+        return load_corpus(self.data)
+
+    @cached_property
+    def vision(self) -> Vision:
+        """The frozen encoder."""
+        return load_vision(self.config.vision, self.folder / "vision").to(self.accelerator.device)
+
+    @cached_property
+    def features(self) -> Features:
+        """Encoder features of every picture and view, computed once; other ranks wait for the first."""
+        with self.accelerator.main_process_first():
+            return compute_features(
+                [picture.record for picture in self.corpus.pictures],
+                self.vision,
+                self.folder / "cache",
+                views=self.training.views,
+                seed=self.training.seed,
+                progress=self._progress("encoder features"),
+            )
+
+    @cached_property
+    def tokens(self) -> VisualTokens:
+        """Stage-1 tokens of every picture and view."""
+        return tokenize_features(self.tokenizer, self.features)
+
+    @cached_property
+    def tokenizer(self) -> VisualTokenizer:
+        """The trained tokenizer of this run."""
+        return self._model().tokenizer
+
+    @cached_property
+    def pictures(self) -> Float[Tensor, "rows 3 size size"]:
+        """Pictures and their views at the pixel decoder's size, in -1..1."""
+        size, views = self.config.pixels.size, self.training.views
+        half = (0.5, 0.5, 0.5)
+        images = (
+            view_of(picture.record.open(), view, self.training.seed + number)
+            for number, picture in enumerate(self.corpus.pictures)
+            for view in range(views)
+        )
+        return torch.cat([to_pixels([image], size, half, half) for image in images])
+
+    def train(self, stages: Sequence[str] = STAGES) -> None:
+        """Train stages in order; one that is finished is not touched again."""
+        for stage in stages:
+            if stage not in STAGES:
+                raise InputError(f"there is no stage {stage!r}: choose from {', '.join(STAGES)}, all")
+            if (self.folder / stage / "done").exists():
+                log.info("%s is trained already", stage)
+                continue
+            torch.manual_seed(self.training.seed)
+            getattr(self, f"_train_{stage}")()
+
+    def _model(self) -> LaVIT:
+        return LaVIT(self.config, folder=self.folder, device=self.accelerator.device)
+
+    def _progress(self, what: str) -> Callable[[int, int], None] | None:
+        if self.prepare is None or not self.accelerator.is_main_process:
+            return None
+        return lambda done, count: self.prepare(what, done, count)
+
+    def _loop(self, stage: Stage, *, warmup: float, betas: tuple[float, float] = (0.9, 0.99)) -> None:
+        train(
+            stage,
+            self.folder,
+            accelerator=self.accelerator,
+            clip=self.training.clip,
+            warmup=warmup,
+            betas=betas,
+            checkpoint_every=self.training.checkpoint_every,
+            watch=self.watch if self.accelerator.is_main_process else None,
+        )
+
+    def _save(self, model: LaVIT, *parts: str) -> None:
+        """Write parts of the run, and mark the last one as finished."""
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            model.save_pretrained(self.folder, parts=parts)
+            (self.folder / parts[-1] / "done").touch()
+        self.config = model.config
+        self.accelerator.wait_for_everyone()
+
+    def _train_tokenizer(self) -> None:
+        config = self.training.tokenizer
+        tokenizer = VisualTokenizer(self.config.tokenizer)
+        stage = TokenizerStage(tokenizer, self.features, config, seed=self.training.seed)
+        self._loop(stage, warmup=config.warmup)
+        model = LaVIT(self.config, {"vision": self.vision, "tokenizer": tokenizer}, folder=self.folder)
+        self._save(model, "vision", "tokenizer")
+
+    def _train_language(self) -> None:
+        config = self.training.language
+        base = self.config.language
+        if base.source == "random":
+            text = self._new_text_tokenizer()
+            end = {"bos_token_id": None, "eos_token_id": text.eos_token_id}
+            base = replace(base, architecture={**base.architecture, "vocab_size": len(text), **end})
+        lm, found = load_base(base, self.folder / "base")
+        text = found or text
+        model_config = replace(self.config, language=base)
+        language = build_language(lm, self.tokenizer.merger, model_config, text)
+        language.check_head()
+        codes = tuple(tuple(part.tolist()) for part in self.tokens.split())
+        documents = Documents(
+            self.corpus,
+            codes,
+            views=self.training.views,
+            text=text,
+            vocabulary=language.vocabulary,
+            config=config,
+            seed=self.training.seed,
+        )
+        stage = LanguageStage(language, self.tokenizer, documents, self.features, self.tokens, config)
+        self._loop(stage, warmup=config.warmup, betas=(0.9, 0.95))
+        model = LaVIT(model_config, {"language": language}, text=text, folder=self.folder)
+        self._save(model, "language")
+
+    def _new_text_tokenizer(self) -> PreTrainedTokenizerBase:
+        """A text tokenizer trained on the corpus, kept in the cache so that a resumed run has the same."""
+        folder = self.folder / "cache" / "text"
+        with self.accelerator.main_process_first():
+            if not (folder / "tokenizer.json").exists():
+                train_text_tokenizer(self.corpus, self.training.text_vocabulary).save_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder)
+
+    def _train_pixels(self) -> None:
+        config, seed = self.training.pixels, self.training.seed
+        pixels = Pixels.build(self.config.pixels)
+        if config.autoencoder_steps:
+            self._loop(AutoencoderStage(pixels, self.pictures, config, seed=seed), warmup=config.warmup)
+            pixels.calibrate(self.pictures[:512])
+        stage = PixelsStage(pixels, self.tokenizer, self.pictures, self.tokens, config, seed=seed)
+        self._loop(stage, warmup=config.warmup)
+        pixels.load_state_dict(stage.averaged.module.state_dict())
+        self._save(LaVIT(self.config, {"pixels": pixels}, folder=self.folder), "pixels")

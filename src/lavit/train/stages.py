@@ -1,0 +1,304 @@
+"""The three stages of the paper as objects for one loop: what trains, on what batch, with which loss.
+
+    TokenizerStage   Eq. 4: mean 1 - cos + λ (ρ - mean M)², phase a without the look-up, phase b with it
+    LanguageStage    Eq. 6: next-token cross-entropy over text and codes, both orders
+    PixelsStage      Eq. 5: ε-prediction on the reconstructed features; AutoencoderStage before it, where there is one
+
+Batches are functions of (seed, step), noise of (seed, step, picture): one rank and two see the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from lavit.config import PixelsTraining, TokenizerTraining
+from lavit.data.features import Features
+from lavit.modules.codebook import gather_rows
+from lavit.modules.pixels import Pixels
+from lavit.modules.selector import KeepPolicy, gumbel
+from lavit.modules.tokenizer import TokenizerOutput, VisualTokenizer, cosine_distance
+from lavit.sequence import VisualTokens
+from lavit.train.health import CodeUse, check_codes, check_selector, selector_figures, use_figures
+from lavit.train.loop import Shard
+
+WINDOW = 100  # steps over which live codes are counted
+
+
+def seeded(*numbers: int) -> torch.Generator:
+    """A generator whose stream depends on all the numbers."""
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+def draw_pictures(count: int, batch: int, *, seed: int, step: int) -> Int[Tensor, "batch"]:
+    """Pictures of a step: epoch after epoch in new orders, each picture once an epoch."""
+    at = torch.arange(step * batch, (step + 1) * batch)
+    orders = {int(e): torch.randperm(count, generator=seeded(seed, 1, int(e))) for e in (at // count).unique()}
+    return torch.stack([orders[int(i) // count][int(i) % count] for i in at])
+
+
+@dataclass(frozen=True)
+class FeatureBatch:
+    """Features of this rank's pictures, and their places in the global batch."""
+
+    patches: Float[Tensor, "images patches dim"]
+    places: Int[Tensor, "images"]
+
+
+class TokenizerStage:
+    """Stage 1 in its two phases."""
+
+    name = "tokenizer"
+
+    def __init__(
+        self, tokenizer: VisualTokenizer, features: Features, config: TokenizerTraining, *, seed: int
+    ) -> None:
+        self.module, self.features, self.config, self.seed = tokenizer, features, config, seed
+        self.steps = config.steps
+        some = draw_pictures(len(features), min(len(features), 512), seed=seed, step=0)
+        tokenizer.reconstructor.start_from(features.rows(some).mean((0, 1)) / tokenizer.config.feature_scale)
+        self.use = CodeUse(tokenizer.codebook.size, WINDOW)
+        self.last: TokenizerOutput | None = None
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The selector apart, for its own rate."""
+        config = self.config
+        selector = list(self.module.selector.parameters())
+        rest = [p for name, p in self.module.named_parameters() if not name.startswith("selector.")]
+        common = {"weight_decay": config.weight_decay}
+        return [
+            {"params": rest, "lr": config.learning_rate, **common},
+            {"params": selector, "lr": config.learning_rate * config.selector_rate, **common},
+        ]
+
+    def batch(self, step: int, shard: Shard) -> FeatureBatch:
+        """Pictures in random views."""
+        batch = self.config.batch
+        pictures = draw_pictures(len(self.features), batch, seed=self.seed, step=step)
+        views = torch.randint(self.features.views, (batch,), generator=seeded(self.seed, 2, step))
+        mine = shard.of(torch.arange(batch))
+        return FeatureBatch(self.features.rows(pictures[mine], views[mine]), mine)
+
+    def temperature(self, step: int) -> float:
+        """Geometric from `temperature` to `final_temperature` over phase a."""
+        done = min(1.0, step / max(1, self.config.steps_a))
+        first, final = self.config.temperature, self.config.final_temperature
+        return first * (final / first) ** done
+
+    def losses(
+        self, module: nn.Module, batch: FeatureBatch, step: int, accelerator: Accelerator
+    ) -> dict[str, Tensor]:
+        """Eq. 4 plus commitment; figures of selector health."""
+        config, device = self.config, accelerator.device
+        quantise = step >= config.steps_a
+        if step == config.steps_a and config.k_means:
+            self._start_codes(accelerator)
+        train_selector = not quantise or config.train_selector
+        patches = batch.patches.to(device)
+        noise = None
+        if train_selector:
+            shape = (patches.shape[1], 2)
+            noise = torch.stack([gumbel(shape, seeded(self.seed, 3, step, int(i))) for i in batch.places]).to(device)
+        out: TokenizerOutput = module(
+            patches,
+            noise,
+            quantise=quantise,
+            dense=config.selector_gradient == "dense",
+            temperature=self.temperature(step),
+            train_selector=train_selector,
+        )
+        self.last = out
+        reconstruction = cosine_distance(out.features, patches).mean()
+        loss = reconstruction
+        if train_selector:
+            loss = loss + config.rate_weight * self._rate_loss(out.mask, accelerator)
+            if config.decided_weight:
+                loss = loss + config.decided_weight * (out.keep_probability * (1 - out.keep_probability)).mean()
+        figures = {"reconstruction": reconstruction}
+        if out.quantised is not None:
+            share = len(out.vectors) * accelerator.num_processes / _total(len(out.vectors), accelerator)
+            figures["commitment"] = out.quantised.commitment
+            loss = loss + config.commitment * out.quantised.commitment * share
+        kept = (out.mask.detach() > 0.5).sum(1)
+        return {"loss": loss, **figures, **selector_figures(out.keep_probability.detach(), kept)}
+
+    def _rate_loss(self, mask: Tensor, accelerator: Accelerator) -> Tensor:
+        """(ρ - mean M)², the mean per picture or over the global batch."""
+        rates = mask.mean(1)
+        if self.config.rate_over == "image":
+            return (self.config.rate - rates).square().mean()
+        mean = rates.mean()
+        everywhere = accelerator.reduce(mean.detach(), "mean")
+        return (self.config.rate - (mean + (everywhere - mean).detach())).square()
+
+    @torch.no_grad()
+    def _start_codes(self, accelerator: Accelerator) -> None:
+        """k-means on vectors of pictures drawn from the training set."""
+        tokenizer, wanted = self.module, self.config.k_means_vectors
+        shard = Shard(accelerator.process_index, accelerator.num_processes)
+        rows: list[Tensor] = []
+        for number in range(wanted):
+            batch = self.batch(self.steps + number, shard).patches.to(accelerator.device)
+            keep = tokenizer.select(batch)
+            rows.append(tokenizer.codebook.project(tokenizer.merger(tokenizer.prepare(batch), keep)))
+            if sum(map(len, rows)) * shard.ranks >= wanted:
+                break
+        vectors = torch.cat(rows)
+        tokenizer.codebook.k_means(vectors, rounds=self.config.k_means, generator=seeded(self.seed, 4))
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """Move the codes; count their use; raise `Alarm` if selector or codebook is failing."""
+        out, config = self.last, self.config
+        kept = float((out.mask.detach() > 0.5).float().mean())
+        check_selector(kept, step)
+        if out.quantised is None:
+            return {}
+        revived = self.module.codebook.update(
+            out.vectors.detach(),
+            out.quantised.codes,
+            decay=config.decay,
+            patience=config.patience,
+            generator=seeded(self.seed, 5, step),
+        )
+        self.use.add(gather_rows(out.quantised.codes[:, None].float())[:, 0].long())
+        figures = self.use.figures()
+        check_codes(figures["live_codes"], step, steps_with_codes=step - config.steps_a, window=WINDOW)
+        return {**figures, "revived": float(revived)}
+
+    def state(self) -> dict[str, Tensor]:
+        """The window of code use."""
+        counts = list(self.use.counts)
+        return {"use": torch.stack(counts) if counts else torch.zeros(0, self.use.codes, dtype=torch.long)}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take the window back."""
+        self.use.counts.extend(state["use"])
+
+
+def _total(count: int, accelerator: Accelerator) -> int:
+    return int(accelerator.reduce(torch.tensor(count, device=accelerator.device), "sum"))
+
+
+@torch.no_grad()
+def tokenize_features(
+    tokenizer: VisualTokenizer, features: Features, *, policy: KeepPolicy | None = None, batch: int = 64
+) -> VisualTokens:
+    """Visual tokens of every row (picture and view) of cached features, in order."""
+    device = next(tokenizer.parameters()).device
+    parts = []
+    for start in range(0, len(features.array), batch):
+        rows = torch.from_numpy(np.asarray(features.array[start : start + batch], dtype=np.float32))
+        parts.append(tokenizer.encode(rows.to(device), policy))
+    return VisualTokens(
+        torch.cat([p.codes for p in parts]).cpu(),
+        torch.cat([p.lengths for p in parts]).cpu(),
+        torch.cat([p.keep for p in parts]).cpu(),
+    )
+
+
+class PixelsStage:
+    """Stage 3: the denoiser, on features reconstructed from the codes of each picture."""
+
+    name = "pixels"
+
+    def __init__(
+        self,
+        pixels: Pixels,
+        tokenizer: VisualTokenizer,
+        pictures: Float[Tensor, "rows 3 size size"],
+        tokens: VisualTokens,
+        config: PixelsTraining,
+        *,
+        seed: int,
+    ) -> None:
+        self.module, self.config, self.seed = pixels, config, seed
+        self.steps = config.steps
+        self.tokenizer, self.codes = tokenizer.eval(), tokens.split()
+        if pixels.vae is not None:
+            pixels.vae.requires_grad_(False)
+        with torch.no_grad():
+            self.latents = torch.cat([pixels.encode(part) for part in pictures.split(64)])
+        self.averaged = AveragedModel(pixels, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=False)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """One group."""
+        params = [p for p in self.module.parameters() if p.requires_grad]
+        return [{"params": params, "lr": self.config.learning_rate, "weight_decay": self.config.weight_decay}]
+
+    def batch(self, step: int, shard: Shard) -> Int[Tensor, "images"]:
+        """Rows (picture and view) of a step."""
+        return shard.of(draw_pictures(len(self.latents), self.config.batch, seed=self.seed, step=step))
+
+    def losses(
+        self, module: nn.Module, batch: Int[Tensor, "images"], step: int, accelerator: Accelerator
+    ) -> dict[str, Tensor]:
+        """Mean squared error of the predicted noise."""
+        device = accelerator.device
+        codes = [self.codes[int(i)].to(device) for i in batch]
+        with torch.no_grad():
+            lengths = torch.tensor([len(c) for c in codes], device=device)
+            features = self.tokenizer.decode(torch.cat(codes), lengths)
+        generator = seeded(self.seed, 6, step, accelerator.process_index)
+        return {"loss": module(self.latents[batch].to(device), features, generator=generator)}
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """Move the averaged weights."""
+        self.averaged.update_parameters(self.module)
+        return {}
+
+    def state(self) -> dict[str, Tensor]:
+        """The averaged weights."""
+        return dict(self.averaged.state_dict())
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take the averaged weights back."""
+        self.averaged.load_state_dict(state)
+
+
+class AutoencoderStage:
+    """The small autoencoder whose latents stage 3 denoises."""
+
+    name = "autoencoder"
+
+    def __init__(
+        self, pixels: Pixels, pictures: Float[Tensor, "rows 3 size size"], config: PixelsTraining, *, seed: int
+    ) -> None:
+        self.module, self.pictures, self.config, self.seed = pixels.vae, pictures, config, seed
+        self.pixels = pixels
+        self.steps = config.autoencoder_steps
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """One group."""
+        return [{"params": list(self.module.parameters()), "lr": self.config.autoencoder_rate, "weight_decay": 0.0}]
+
+    def batch(self, step: int, shard: Shard) -> Int[Tensor, "images"]:
+        """Rows (picture and view) of a step."""
+        return shard.of(draw_pictures(len(self.pictures), self.config.batch, seed=self.seed, step=step))
+
+    def losses(
+        self, module: nn.Module, batch: Int[Tensor, "images"], step: int, accelerator: Accelerator
+    ) -> dict[str, Tensor]:
+        """Reconstruction plus a little KL."""
+        generator = seeded(self.seed, 7, step, accelerator.process_index)
+        return {"loss": self.pixels.autoencoder_loss(self.pictures[batch].to(accelerator.device), generator=generator)}
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """Nothing follows."""
+        return {}
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing beyond the module."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Nothing beyond the module."""

@@ -1,0 +1,140 @@
+"""One toy model and one toy data set for the whole run of tests, built from configurations; nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lavit.config import (
+    LanguageConfig,
+    LanguageTraining,
+    ModelConfig,
+    PixelsConfig,
+    PixelsTraining,
+    TokenizerConfig,
+    TokenizerTraining,
+    TrainConfig,
+    VisionConfig,
+)
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(2)
+
+NAMES = ("red square", "green square", "blue square", "red bar", "green bar", "blue bar", "red dot", "blue dot")
+COLOURS = {"red": (220, 30, 30), "green": (30, 180, 30), "blue": (30, 60, 220)}
+
+
+def toy_picture(name: str, size: int = 48) -> Image.Image:
+    """A coloured shape on white."""
+    colour, shape = name.split()
+    pixels = np.full((size, size, 3), 255, dtype=np.uint8)
+    y, x = np.mgrid[:size, :size] / size
+    inside = {
+        "square": (abs(y - 0.5) < 0.3) & (abs(x - 0.5) < 0.3),
+        "bar": abs(y - 0.5) < 0.12,
+        "dot": (y - 0.5) ** 2 + (x - 0.5) ** 2 < 0.04,
+    }[shape]
+    pixels[inside] = COLOURS[colour]
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight pictures with names, as an imagefolder."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "train").mkdir()
+    lines = []
+    for number, name in enumerate(NAMES):
+        toy_picture(name).save(folder / "train" / f"{number}.png")
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"{name}."}))
+    (folder / "train" / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def toy_config() -> ModelConfig:
+    """A LaVIT of some ten thousand weights: 16 patches of 32 channels."""
+    return ModelConfig(
+        name="toy",
+        vision=VisionConfig(
+            source="random",
+            image_size=32,
+            grid=4,
+            dim=32,
+            mean=(0.5, 0.5, 0.5),
+            std=(0.5, 0.5, 0.5),
+            architecture={
+                "model_type": "dinov2",
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": 32,
+                "patch_size": 8,
+            },
+        ),
+        tokenizer=TokenizerConfig(
+            dim=32, patches=16, heads=2, merger_depth=1, reconstructor_depth=1, mlp_ratio=2.0, codes=32, code_dim=8
+        ),
+        language=LanguageConfig(
+            source="random",
+            architecture={
+                "model_type": "llama",
+                "hidden_size": 48,
+                "intermediate_size": 96,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 256,
+                "tie_word_embeddings": True,
+            },
+        ),
+        pixels=PixelsConfig(
+            size=16,
+            features_dim=32,
+            patches=16,
+            condition="grid",
+            condition_dim=8,
+            patch=2,
+            unet={
+                "_class_name": "UNet2DModel",
+                "sample_size": 8,
+                "in_channels": 12 + 8,
+                "out_channels": 12,
+                "block_out_channels": (16, 16),
+                "down_block_types": ("DownBlock2D", "DownBlock2D"),
+                "up_block_types": ("UpBlock2D", "UpBlock2D"),
+                "layers_per_block": 1,
+                "norm_num_groups": 4,
+                "add_attention": False,
+            },
+        ),
+    )
+
+
+def toy_training(steps: int = 6) -> TrainConfig:
+    """A few steps of every stage."""
+    return TrainConfig(
+        views=1,
+        text_vocabulary=300,
+        checkpoint_every=4,
+        tokenizer=TokenizerTraining(steps_a=steps, steps_b=steps, batch=8, learning_rate=2e-3, k_means_vectors=64),
+        language=LanguageTraining(
+            steps=steps, rows=2, tokens=96, learning_rate=3e-3, rows_rate=3e-3, reader_rate=3e-3, weight_decay=0.0
+        ),
+        pixels=PixelsTraining(autoencoder_steps=0, autoencoder_rate=1e-3, steps=steps, batch=8, learning_rate=1e-3),
+    )
+
+
+@pytest.fixture(scope="session")
+def toy_run(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy run whose three stages have been trained for a few steps."""
+    from lavit.train.run import Run
+
+    folder = tmp_path_factory.mktemp("run") / "toy"
+    Run(folder, toy_data, toy_config(), toy_training()).train()
+    return folder

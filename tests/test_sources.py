@@ -1,0 +1,177 @@
+"""Sources: every way in gives the same records; what is broken is named, never fatal."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lavit.config import InputError
+from lavit.data.sources import Record, check, load_records, readable
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+
+
+def png(colour: tuple[int, int, int], size: tuple[int, int] = (6, 4)) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", size, colour).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """An imagefolder with two splits and a metadata file in each."""
+    data = tmp_path / "data"
+    for split, names in (("train", ("red", "green")), ("unseen", ("blue",))):
+        (data / split).mkdir(parents=True)
+        for name in names:
+            (data / split / f"{name}.png").write_bytes(png(COLOURS[name]))
+        rows = [{"file_name": f"{name}.png", "name": name, "licence": "CC0"} for name in names]
+        write_lines(data / split / "metadata.jsonl", rows)
+    (data / "LICENSE.txt").write_text("CC0")
+    return data
+
+
+def as_jsonl(folder: Path, cache: Path) -> Path:
+    rows = [{"image": f"train/{name}.png", "text": name} for name in ("red", "green")]
+    write_lines(folder / "pairs.jsonl", rows)
+    return folder / "pairs.jsonl"
+
+
+def as_parquet(folder: Path, cache: Path) -> Path:
+    import datasets
+
+    rows = {"image": [{"bytes": png(COLOURS[n]), "path": None} for n in ("red", "green")]}
+    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+    table = datasets.Dataset.from_dict({**rows, "caption": ["red", "green"]}, features=features)
+    table.to_parquet(str(cache / "pairs.parquet"))
+    return cache / "pairs.parquet"
+
+
+def as_tar(folder: Path, cache: Path) -> Path:
+    shards = cache / "shards"
+    shards.mkdir()
+    for index, name in enumerate(("red", "green")):
+        with tarfile.open(shards / f"{index:05d}.tar", "w") as tar:
+            for suffix, data in (("png", png(COLOURS[name])), ("txt", name.encode())):
+                entry = tarfile.TarInfo(f"{index:05d}.{suffix}")
+                entry.size = len(data)
+                tar.addfile(entry, io.BytesIO(data))
+    return shards
+
+
+def as_folder(folder: Path, cache: Path) -> Path:
+    return folder
+
+
+@pytest.mark.parametrize("form", [as_folder, as_jsonl, as_parquet, as_tar])
+def test_every_form_gives_the_same_records(form, folder, tmp_path):
+    source = form(folder, tmp_path)
+    records = load_records(source, "train", cache=tmp_path / "cache")
+    found = {record.texts: record.open().getpixel((0, 0)) for record in records}
+    assert found == {("red",): COLOURS["red"], ("green",): COLOURS["green"]}
+    assert len(records) == 2 and records[-1].texts == records[1].texts
+    with pytest.raises(IndexError):
+        records[2]
+
+
+def test_splits_stay_apart(folder, tmp_path):
+    unseen = load_records(folder, "unseen", cache=tmp_path / "cache")
+    assert [record.texts for record in unseen] == [("blue",)]
+    assert unseen[0].columns["licence"] == "CC0"
+    assert unseen[0].name.endswith("unseen/blue.png")
+
+
+def test_columns_can_be_named_and_hold_several_texts(folder, tmp_path):
+    rows = [{"where": "train/red.png", "said": ["red", "a red sheet", ""]}]
+    write_lines(folder / "more.jsonl", rows)
+    given = {"image_column": "where", "text_column": "said", "cache": tmp_path / "cache"}
+    (record,) = load_records(folder / "more.jsonl", **given)
+    assert record.texts == ("red", "a red sheet")
+    with pytest.raises(InputError, match="no picture column among where, said"):
+        load_records(folder / "more.jsonl", cache=tmp_path / "cache")
+    with pytest.raises(InputError, match="no column 'sad'"):
+        load_records(folder / "more.jsonl", **{**given, "text_column": "sad"})
+
+
+@pytest.mark.parametrize("form", [as_folder, as_jsonl, as_tar])
+def test_a_broken_picture_is_named_and_the_rest_goes_on(form, folder, tmp_path, monkeypatch):
+    whole = png(COLOURS["red"], (60, 60))
+    (folder / "train" / "red.png").write_bytes(whole[: len(whole) // 2])
+    if form is as_tar:
+        monkeypatch.setitem(COLOURS, "red", (1, 2, 3))
+        source = form(folder, tmp_path)
+        _break_first(source / "00000.tar")
+    else:
+        source = form(folder, tmp_path)
+    good, bad = readable(load_records(source, "train", cache=tmp_path / "cache"))
+    assert [record.texts for record in good] == [("green",)]
+    ((name, reason),) = bad
+    assert ("0000" in name if form is as_tar else name.endswith("red.png")) and "\n" not in reason
+    assert "damaged" in reason
+
+
+def _break_first(shard: Path) -> None:
+    with tarfile.open(shard, "w") as tar:
+        for suffix, data in (("png", png((1, 2, 3))[:40]), ("txt", b"red")):
+            entry = tarfile.TarInfo(f"00000.{suffix}")
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+
+
+def test_a_missing_picture_is_named(folder, tmp_path):
+    write_lines(folder / "gone.jsonl", [{"image": "train/gone.png", "text": "gone"}])
+    records = load_records(folder / "gone.jsonl", cache=tmp_path / "cache")
+    good, bad = readable(records)
+    assert good == [] and "gone.png" in bad[0][0] and "does not exist" in bad[0][1]
+    assert readable([Record(image=b"", texts=(), name="row 7")])[1][0][0] == "row 7"
+
+
+def test_check_reports_counts_texts_sizes_and_licences(folder, tmp_path):
+    (folder / "train" / "green.png").write_bytes(b"\x89PNG")
+    report = check(folder, "train", cache=tmp_path / "cache")
+    assert (report.records, report.texts, report.without_text) == (2, 2, 0)
+    assert report.characters == (3, 4.0, 5)
+    assert report.sizes == {"6x4": 1}
+    assert report.licences == {"CC0": 2} and report.licence_files == ("LICENSE.txt",)
+    assert [name.rsplit("/", 1)[-1] for name, _ in report.broken] == ["green.png"]
+
+
+def test_bad_sources_are_one_clear_line(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("a")
+    (tmp_path / "notes.txt").write_text("a")
+    for source, split, words in (
+        (tmp_path / "missing", "train", "does not exist"),
+        (tmp_path / "empty", "train", "is empty"),
+        (tmp_path / "empty.jsonl", "train", "empty"),
+        (tmp_path / "text", "train", "holds no pictures"),
+        (tmp_path / "notes.txt", "train", "no data file that is known"),
+    ):
+        with pytest.raises(InputError, match=words) as raised:
+            load_records(source, split, cache=tmp_path / "cache")
+        assert source.name in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_an_unknown_split_is_refused_where_splits_exist(folder, tmp_path):
+    with pytest.raises(InputError, match="no split 'other': its sub-folders are train, unseen"):
+        load_records(folder, "other", cache=tmp_path / "cache")
+    card = "---\nconfigs:\n- config_name: default\n  data_files:\n"
+    card += (
+        '  - split: train\n    path: "train/**"\n  - split: unseen\n    path: "unseen/**"\n---\n'
+    )
+    (folder / "README.md").write_text(card)
+    assert len(load_records(folder, "unseen", cache=tmp_path / "cache")) == 1
+    with pytest.raises(InputError, match="other") as raised:
+        load_records(folder, "other", cache=tmp_path / "cache")
+    assert "\n" not in str(raised.value)
