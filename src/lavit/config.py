@@ -85,7 +85,15 @@ class LanguageConfig:
     source: str
     architecture: dict[str, Any] = field(default_factory=dict)
     lora_rank: int = 0  # 0: all weights train
-    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    lora_targets: tuple[str, ...] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
     # read images enter as continuous merger features (the paper) or as the rows of their codes (an ablation)
     read_as: Literal["features", "codes"] = "features"
     sha256: str | None = None
@@ -216,6 +224,7 @@ class TrainConfig:
     views: int = 1  # cached views of each training picture: the plain one and small shifts, zooms and turns of it
     text_vocabulary: int = 2048  # of the text tokenizer that is trained where the LM is random
     checkpoint_every: int = 200  # steps
+    log_every: int = 10  # steps
     clip: float = 1.0  # gradient norm
     tokenizer: TokenizerTraining
     language: LanguageTraining

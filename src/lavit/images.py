@@ -24,9 +24,7 @@ from torch import Tensor
 
 from lavit.config import InputError
 
-MAX_PIXELS = (
-    64 * 1024 * 1024
-)  # larger headers are refused: a few kB of file could ask for GB of memory
+MAX_PIXELS = 64 * 1024 * 1024  # larger headers are refused: a few kB of file could ask for GB of memory
 
 # width:height -> (height, width) of the 1024-px decoder
 ASPECT_SIZES: Mapping[str, tuple[int, int]] = MappingProxyType(
@@ -59,9 +57,7 @@ def aspect_size(ratio: str) -> tuple[int, int]:
     `InputError`.
     """
     if ratio not in ASPECT_SIZES:
-        raise InputError(
-            f"aspect ratio {ratio!r} is not known: choose one of {', '.join(ASPECT_SIZES)}"
-        )
+        raise InputError(f"aspect ratio {ratio!r} is not known: choose one of {', '.join(ASPECT_SIZES)}")
     return ASPECT_SIZES[ratio]
 
 
@@ -108,9 +104,7 @@ def to_image(picture: Float[Tensor, "3 height width"]) -> Image.Image:
     """Values in -1..1 (clipped) as an RGB picture; a value that is not finite raises ValueError."""
     picture = picture.detach().float().cpu()
     if not torch.isfinite(picture).all():
-        raise ValueError(
-            "the picture holds values that are not finite: has the decoder's training diverged?"
-        )
+        raise ValueError("the picture holds values that are not finite: has the decoder's training diverged?")
     levels = ((picture.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
 
@@ -121,9 +115,7 @@ def _check_file(path: Path, name: str) -> None:
     except FileNotFoundError as error:
         raise InputError(f"{name} does not exist: give the path of a picture file") from error
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{name} cannot be read: {getattr(error, 'strerror', None) or error}"
-        ) from error
+        raise InputError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if stat.S_ISDIR(mode):
         raise InputError(f"{name} is a folder: give the path of a picture file")
     if not stat.S_ISREG(mode):
@@ -136,16 +128,10 @@ def _open_stream(stream: io.BufferedIOBase, name: str) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(stream)
     except UnidentifiedImageError as error:
-        raise InputError(
-            f"{name} is not a picture, or is damaged: no known format matches it"
-        ) from error
+        raise InputError(f"{name} is not a picture, or is damaged: no known format matches it") from error
     except Image.DecompressionBombError as error:
-        raise InputError(
-            f"{name} is too large ({error}): at most {MAX_PIXELS / 1e6:.0f} megapixels"
-        ) from error
-    except (
-        Exception
-    ) as error:  # decoders raise anything (struct.error, SyntaxError, ...) on a broken header
+        raise InputError(f"{name} is too large ({error}): at most {MAX_PIXELS / 1e6:.0f} megapixels") from error
+    except Exception as error:  # decoders raise anything (struct.error, SyntaxError, ...) on a broken header
         raise InputError(f"{name} is damaged: {_line(error)}") from error
     with image:
         if image.format == "EPS":  # Pillow would run Ghostscript on it
@@ -160,8 +146,7 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
         raise InputError(f"{name} is empty: {width}x{height} pixels")
     if width * height > MAX_PIXELS:
         raise InputError(
-            f"{name} is too large: {width}x{height} pixels, "
-            f"at most {MAX_PIXELS / 1e6:.0f} megapixels; scale it down"
+            f"{name} is too large: {width}x{height} pixels, at most {MAX_PIXELS / 1e6:.0f} megapixels; scale it down"
         )
     try:
         if getattr(image, "n_frames", 1) > 1 and image.tell() != 0:
@@ -169,18 +154,14 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
         image.load()
     except Exception as error:  # as above: whatever a decoder raises, the file is what is wrong
         raise InputError(f"{name} is damaged or cut short: {_line(error)}") from error
-    turn = _UPRIGHT.get(
-        _orientation(image)
-    )  # after load: TIFF turns itself and drops the tag there
+    turn = _UPRIGHT.get(_orientation(image))  # after load: TIFF turns itself and drops the tag there
     return image if turn is None else image.transpose(turn)
 
 
 def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(_ORIENTATION, 1)
-    except (
-        Exception
-    ):  # a broken EXIF block says nothing about the pixels: the picture stays as stored
+    except Exception:  # a broken EXIF block says nothing about the pixels: the picture stays as stored
         return 1
 
 

@@ -28,7 +28,14 @@ from lavit.modules.selector import KeepPolicy
 from lavit.modules.tokenizer import VisualTokenizer
 from lavit.modules.vision import Vision, load_vision, save_vision
 from lavit.sequence import VisualTokens
-from lavit.storage import load_language, load_strictly, load_tensors, replacing, save_language, save_tensors
+from lavit.storage import (
+    load_language,
+    load_strictly,
+    load_tensors,
+    replacing,
+    save_language,
+    save_tensors,
+)
 
 PARTS = ("vision", "tokenizer", "language", "pixels")
 
@@ -137,7 +144,11 @@ class LaVIT(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        folder: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> LaVIT:
         """Open a model folder or a training run; parts load at first use."""
         folder = Path(folder)

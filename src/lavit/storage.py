@@ -1,12 +1,12 @@
 """Every part on disk is a standard checkpoint; this file reads and writes them, strictly, safetensors only.
 
-    config.json      ours (`ModelConfig`)
-    tokenizer/       model.safetensors: selector, merger, codebook, reconstructor
-    vision/          a transformers vision checkpoint, where the encoder is not a reference
-    language/        a plain transformers causal LM with the joint vocabulary and its text tokenizer;
-                     or, over a referenced base, a PEFT adapter and rows.safetensors
-    reader/          model.safetensors: the second merger and the projection that let pictures into the LM
-    pixels/          a diffusers folder
+config.json      ours (`ModelConfig`)
+tokenizer/       model.safetensors: selector, merger, codebook, reconstructor
+vision/          a transformers vision checkpoint, where the encoder is not a reference
+language/        a plain transformers causal LM with the joint vocabulary and its text tokenizer;
+                 or, over a referenced base, a PEFT adapter and rows.safetensors
+reader/          model.safetensors: the second merger and the projection that let pictures into the LM
+pixels/          a diffusers folder
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from lavit.config import InputError, LanguageConfig, ModelConfig, require
 from lavit.modules.language import Language
@@ -124,9 +130,7 @@ def load_base(config: LanguageConfig, folder: Path | None) -> tuple[PreTrainedMo
         raise InputError(f"no language model at {where}: {str(error).splitlines()[0]}") from error
 
 
-def build_language(
-    lm: PreTrainedModel, merger: Merger, config: ModelConfig, text: PreTrainedTokenizerBase
-) -> Language:
+def build_language(lm: PreTrainedModel, merger: Merger, config: ModelConfig, text: PreTrainedTokenizerBase) -> Language:
     """A new `Language` around a base LM: fresh rows, the stage-1 merger copied, LoRA injected where asked."""
     dim, codes = config.vision.dim, config.tokenizer.codes
     language = Language(lm, merger, dim=dim, codes=codes, end=text.eos_token_id)
@@ -139,7 +143,9 @@ def inject_lora(language: Language, config: LanguageConfig) -> None:
     """Put LoRA layers into the LM in place (peft); only they, the rows and the reader train then."""
     peft = require("peft", extra="mini")
     lora = peft.LoraConfig(
-        r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules=list(config.lora_targets)
+        r=config.lora_rank,
+        lora_alpha=2 * config.lora_rank,
+        target_modules=list(config.lora_targets),
     )
     peft.inject_adapter_in_model(lora, language.lm)
 

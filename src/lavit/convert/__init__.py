@@ -1,0 +1,14 @@
+"""Published weights and fixtures ⇄ ours: the only room that knows foreign names (names.py)."""
+
+from lavit.convert.fixture import Result, check_fixture, smoothing_effect, table
+from lavit.convert.published import Converted, convert_published, convert_reverse
+
+__all__ = [
+    "Converted",
+    "Result",
+    "check_fixture",
+    "convert_published",
+    "convert_reverse",
+    "smoothing_effect",
+    "table",
+]

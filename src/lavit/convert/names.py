@@ -1,9 +1,10 @@
 """The published names and ours: one table per part, read in both directions (glossary: style.md).
 
-A `Rename` says which published tensors become which of ours. Nearly all are the same tensor under another name; two
-kinds are not: tables with a leading axis of one ("squeeze"), and the encoder's q_bias and v_bias, which transformers
-keeps in one vector with zeros for the key between them ("qkv_bias"). `theirs_to_ours` and `ours_to_theirs` are inverses
-to the bit and strict: a name nobody knows, or a missing one, raises `InputError`. No other file knows a foreign name.
+A `Rename` says which published tensors become which of ours. Nearly all are the same tensor under
+another name; two kinds are not: tables with a leading axis of one ("squeeze"), and the encoder's
+q_bias and v_bias, which transformers keeps in one vector with zeros for the key between them
+("qkv_bias"). `theirs_to_ours` and `ours_to_theirs` are inverses to the bit and strict: a name that
+nobody knows, or a missing one, raises `InputError`. No other room knows a foreign name.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -38,7 +39,9 @@ Renames = tuple[Rename, ...]
 def pairs(modules: Mapping[str, str]) -> Renames:
     """Weight and bias of modules that only changed their name."""
     return tuple(
-        Rename((f"{theirs}.{kind}",), f"{ours}.{kind}") for theirs, ours in modules.items() for kind in ("weight", "bias")
+        Rename((f"{theirs}.{kind}",), f"{ours}.{kind}")
+        for theirs, ours in modules.items()
+        for kind in ("weight", "bias")
     )
 
 
@@ -71,7 +74,7 @@ def _cross_block(self_attention: str, cross_attention: str) -> Renames:
 
 
 def vision(depth: int) -> Renames:
-    """EVA ViT → transformers' `blip_2_vision_model`. The published head feeds nothing and has no place in ours."""
+    """EVA ViT → transformers' `blip_2_vision_model`, which has no place for its head."""
     block = (
         Rename(("attn.q_bias", "attn.v_bias"), "self_attn.qkv.bias", "qkv_bias"),
         Rename(("attn.qkv.weight",), "self_attn.qkv.weight"),
@@ -136,6 +139,37 @@ def reconstructor(depth: int) -> Renames:
     )
 
 
+def condition(kind: str) -> Renames:
+    """Condition heads of a decoder: "cross" (512 px) or "pooled" (1024 px)."""
+    if kind == "cross":
+        return pairs({"unet_proj": "to_context"})
+    pool = {f"unet_attnpool.{theirs}_proj": f"pool.{ours}" for theirs, ours in POOL.items()}
+    return (
+        *pairs({"unet_proj_1": "to_narrow", "unet_proj_2": "to_wide", **pool}),
+        Rename(("unet_attnpool.positional_embedding",), "pool.positions"),
+    )
+
+
+POOL = {"q": "query", "k": "key", "v": "value", "c": "out"}
+
+
+def vision_architecture(
+    *, dim: int, hidden: int, depth: int, heads: int, image_size: int, patch_size: int
+) -> dict[str, Any]:
+    """EVA ViT as a transformers configuration: eps 1e-6, q and v biases."""
+    return {
+        "model_type": "blip_2_vision_model",
+        "hidden_size": dim,
+        "intermediate_size": hidden,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "image_size": image_size,
+        "patch_size": patch_size,
+        "layer_norm_eps": 1e-6,
+        "qkv_bias": True,
+    }
+
+
 def depth_of(names: Iterable[str], prefix: str = "") -> int:
     """Number of blocks among published names."""
     found = (re.match(re.escape(prefix) + r"blocks\.(\d+)\.", name) for name in names)
@@ -143,7 +177,7 @@ def depth_of(names: Iterable[str], prefix: str = "") -> int:
 
 
 def check_names(found: Iterable[str], renames: Renames, *, where: str, aside: Iterable[str] = ()) -> None:
-    """Raise `InputError` unless `found` are exactly the published names of the rules, plus some of `aside`."""
+    """Raise `InputError` unless `found` are the rules' published names, plus some of `aside`."""
     found, expected = set(found), {name for rename in renames for name in rename.theirs}
     missing, unknown = sorted(expected - found), sorted(found - expected - set(aside))
     if missing or unknown:
@@ -156,14 +190,18 @@ def theirs_to_ours(rename: Rename, tensors: Mapping[str, Tensor], *, where: str 
     if rename.kind == "qkv_bias":
         return torch.cat([parts[0], torch.zeros_like(parts[0]), parts[1]])
     if rename.kind == "squeeze":
-        if parts[0].shape[0] != 1:
-            raise InputError(f"{where} {rename.theirs[0]} is {list(parts[0].shape)}, expected a leading axis of 1")
-        return parts[0][0]
+        table = parts[0]
+        if table.dim() < 2 or table.numel() != table.shape[-2] * table.shape[-1]:
+            raise InputError(f"{where}: {rename.theirs[0]} is {list(table.shape)}, expected [1, rows, channels]")
+        return table.reshape(table.shape[-2:])
     return parts[0]
 
 
 def ours_to_theirs(rename: Rename, tensor: Tensor) -> dict[str, Tensor]:
-    """The published tensors behind one of ours; a key bias that is not zero raises `InputError`."""
+    """The published tensors behind one of ours; a key bias that is not zero raises `InputError`.
+
+    A squeezed table comes back with one leading axis.
+    """
     if rename.kind == "qkv_bias":
         query, key, value = tensor.chunk(3)
         if bool(key.any()):
@@ -172,14 +210,16 @@ def ours_to_theirs(rename: Rename, tensor: Tensor) -> dict[str, Tensor]:
     return {rename.theirs[0]: tensor[None] if rename.kind == "squeeze" else tensor}
 
 
-def convert_all(tensors: Mapping[str, Tensor], renames: Renames, *, where: str, aside: Iterable[str] = ()) -> dict[str, Tensor]:
+def convert_all(
+    tensors: Mapping[str, Tensor], renames: Renames, *, where: str, aside: Iterable[str] = ()
+) -> dict[str, Tensor]:
     """All our tensors of a part at once, names checked."""
     check_names(tensors, renames, where=where, aside=aside)
     return {rename.ours: theirs_to_ours(rename, tensors, where=where) for rename in renames}
 
 
 def started_codebook(vectors: Tensor) -> dict[str, Tensor]:
-    """The averages that our codebook keeps beside its vectors and the published one does not: one vector per code."""
+    """The averages that our codebook keeps beside its vectors: as if each code had one vector."""
     codes = len(vectors)
     return {
         "mass": torch.ones(codes, device=vectors.device),

@@ -1,0 +1,1 @@
+"""Data: sources, the starter set, corpora, documents, cached features."""

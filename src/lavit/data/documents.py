@@ -97,7 +97,11 @@ class Documents:
     def _edit(self, rng: np.random.Generator) -> Document:
         edit = self.corpus.edits[rng.integers(len(self.corpus.edits))]
         source = self._image(edit.source, rng, read=False, target=False)
-        return source, Text(self.ids(edit.prompt), target=False), self._image(edit.target, rng, read=False)
+        return (
+            source,
+            Text(self.ids(edit.prompt), target=False),
+            self._image(edit.target, rng, read=False),
+        )
 
     def _text(self, rng: np.random.Generator) -> Document:
         prompts = self.corpus.pictures[rng.integers(len(self.corpus))].prompts
@@ -111,7 +115,9 @@ class Documents:
         missed = 0
         while missed < MISSES:
             document = lay_out(
-                self.draw(rng), self.vocabulary, supervise_read_images=self.config.supervise_read_images
+                self.draw(rng),
+                self.vocabulary,
+                supervise_read_images=self.config.supervise_read_images,
             )
             if len(document) > self.config.tokens:
                 raise InputError(f"a document has {len(document)} tokens, a row {self.config.tokens}: use longer rows")

@@ -102,10 +102,7 @@ def list_emoji() -> list[Emoji]:
     keywords: dict[Key, list[str]] = {}
     for base in sorted({base for _, base in found}, key=lambda base: (len(base), base)):
         keywords.setdefault(_family(base), names[base][1])
-    return [
-        _emoji(key, names[base], stems[key], art[key], keywords[_family(base)])
-        for key, base in found
-    ]
+    return [_emoji(key, names[base], stems[key], art[key], keywords[_family(base)]) for key, base in found]
 
 
 def _emoji(
@@ -130,11 +127,7 @@ def _emoji(
         group=group,
         family="-".join(f"{code:x}" for code in _family(key)),
         tone=tone,
-        shape=tuple(
-            PEOPLE.get(code, (code,))[0]
-            for at, code in enumerate(key)
-            if not (at and code in SIGNS)
-        ),
+        shape=tuple(PEOPLE.get(code, (code,))[0] for at, code in enumerate(key) if not (at and code in SIGNS)),
         gender=_gender(key),
         art=art,
     )
@@ -152,9 +145,7 @@ def without_tones(key: Key) -> Key:
 
 def _family(key: Key) -> Key:
     drop = TONES.keys() | SIGNS.keys() | HAIR | {RIGHT}
-    plain = tuple(
-        PEOPLE.get(code, (code,))[0] for at, code in enumerate(key) if not (at and code in drop)
-    )
+    plain = tuple(PEOPLE.get(code, (code,))[0] for at, code in enumerate(key) if not (at and code in drop))
     if len(plain) > 1 and set(plain) <= {
         P,
         0x1F9D2,

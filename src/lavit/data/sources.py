@@ -181,9 +181,7 @@ def _load(datasets: Any, data: str | Path, split: str, cache: Path | None) -> An
             if builder is None:
                 kinds = ", ".join(BUILDERS)
                 raise InputError(f"{str(data)!r} is no data file that is known here: {kinds}")
-            return datasets.load_dataset(
-                builder, data_files={split: str(path)}, split=split, **where
-            )
+            return datasets.load_dataset(builder, data_files={split: str(path)}, split=split, **where)
         if path.is_dir():
             return _load_folder(datasets, path, split, where)
         if isinstance(data, Path) or str(data).count("/") > 1 or str(data).startswith((".", "~")):
@@ -227,9 +225,7 @@ def _load_folder(datasets: Any, path: Path, split: str, where: Mapping[str, Any]
     return datasets.load_dataset("imagefolder", data_files={split: pattern}, split=split, **where)
 
 
-def _column(
-    names: Sequence[str], given: str | None, known: Sequence[str], data: str | Path
-) -> str | None:
+def _column(names: Sequence[str], given: str | None, known: Sequence[str], data: str | Path) -> str | None:
     if given is not None and given not in names:
         raise InputError(f"{str(data)!r} has no column {given!r}: it has {', '.join(names)}")
     return given or next((name for name in known if name in names), None)

@@ -180,9 +180,7 @@ def _draw(
 
     def draw(place: tuple[Key, str]) -> None:
         svg = art[place].read_text(encoding="utf-8")
-        png = svg_to_bytes(
-            svg_string=svg, width=SIZE, height=SIZE, background="white", skip_system_fonts=True
-        )
+        png = svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE, background="white", skip_system_fonts=True)
         with Image.open(io.BytesIO(png)) as picture:
             picture.convert("RGB").save(out / _file(rows[place]), "PNG")
 
@@ -199,9 +197,7 @@ def _file(row: Mapping[str, Any]) -> str:
 # ---- edits and questions ----
 
 
-def _edits(
-    rows: Mapping[tuple[Key, str], dict[str, Any]], emoji: Sequence[Emoji]
-) -> list[dict[str, str]]:
+def _edits(rows: Mapping[tuple[Key, str], dict[str, Any]], emoji: Sequence[Emoji]) -> list[dict[str, str]]:
     """Real pairs: skin tones, genders, and the other artist's hand; `train` only if both pictures
     are.
     """
@@ -209,12 +205,7 @@ def _edits(
     tones: dict[Key, list[Emoji]] = defaultdict(list)
     genders: dict[Key, list[Emoji]] = defaultdict(list)
     for one in emoji:
-        pairs += [
-            (one, a, one, b, f"in the {b} style", "artist")
-            for a in one.art
-            for b in one.art
-            if a != b
-        ]
+        pairs += [(one, a, one, b, f"in the {b} style", "artist") for a in one.art for b in one.art if a != b]
         if " and " not in one.tone:
             tones[without_tones(one.key)].append(one)
         if one.gender:
@@ -255,15 +246,11 @@ def _questions(rows: Mapping[tuple[Key, str], dict[str, Any]], seed: int) -> lis
     return [
         {"split": row["split"], "image": _file(row), "question": question, "answer": answer}
         for row in rows.values()
-        for question, answer in _ask(
-            row, pools[row["split"]], random.Random(f"{seed}:{row['file_name']}")
-        )
+        for question, answer in _ask(row, pools[row["split"]], random.Random(f"{seed}:{row['file_name']}"))
     ]
 
 
-def _ask(
-    row: dict[str, Any], pool: Sequence[dict[str, Any]], rng: random.Random
-) -> list[tuple[str, str]]:
+def _ask(row: dict[str, Any], pool: Sequence[dict[str, Any]], rng: random.Random) -> list[tuple[str, str]]:
     """Questions and answers about one picture: as many with yes as with no."""
 
     def pick(options: Sequence[Any]) -> Any:

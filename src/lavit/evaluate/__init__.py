@@ -1,0 +1,1 @@
+"""Evaluation: figures with count, interval, floor and ceiling."""

@@ -20,7 +20,11 @@ Row = list[Image.Image | str]
 
 
 def write_demo(
-    run: Path, out: Path, *, data: str | None = None, progress: Callable[[str, int, int], None] | None = None
+    run: Path,
+    out: Path,
+    *,
+    data: str | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> None:
     """Write the page and the sheet. The held-out pictures are emoji that the run knows in the other artist's hand."""
     pipeline = lavit.load(run)
@@ -57,7 +61,16 @@ def _reading(e: Evaluation) -> tuple[Row, list[Row]]:
         said = e.pipeline.caption(image)
         rebuilt = e.pipeline.reconstruct(image)
         length = f"{int(tokens.lengths[0])} tokens"
-        rows.append([image, kept_over(image, tokens.keep[0]), length, said, f"(true: {name_of(picture)})", rebuilt])
+        rows.append(
+            [
+                image,
+                kept_over(image, tokens.keep[0]),
+                length,
+                said,
+                f"(true: {name_of(picture)})",
+                rebuilt,
+            ]
+        )
     return ["picture", "kept patches", "length", "caption", "truth", "through its tokens"], rows
 
 
@@ -78,7 +91,14 @@ def _editing(e: Evaluation) -> tuple[Row, list[Row]]:
         for number in e.some(1, len(edits), seed=4):
             edit = edits[number]
             source, target = (e.train.pictures[i].record.open() for i in (edit.source, edit.target))
-            rows.append([source, edit.prompt, *e.pipeline.edit(source, edit.prompt, n=3, seed=number), target])
+            rows.append(
+                [
+                    source,
+                    edit.prompt,
+                    *e.pipeline.edit(source, edit.prompt, n=3, seed=number),
+                    target,
+                ]
+            )
     return ["source", "instruction", "seed 0", "seed 1", "seed 2", "the real pair"], rows
 
 
@@ -87,7 +107,16 @@ def _answering(e: Evaluation) -> tuple[Row, list[Row]]:
     for number in e.some(4, len(e.held_out.questions), seed=5):
         asked = e.held_out.questions[number]
         image = e.held_out.pictures[asked.picture].record.open()
-        rows.append([image, asked.question, e.pipeline.ask(image, asked.question), f"(true: {asked.answer})", "", ""])
+        rows.append(
+            [
+                image,
+                asked.question,
+                e.pipeline.ask(image, asked.question),
+                f"(true: {asked.answer})",
+                "",
+                "",
+            ]
+        )
     return ["picture", "question", "answer", "truth", "", ""], rows
 
 

@@ -25,7 +25,9 @@ class Gallery:
     features: Float[Tensor, "pictures dim"]
     names: tuple[str, ...]
 
-    def nearest(self, queries: Float[Tensor, "queries dim"], *, exclude: Sequence[int] | None = None) -> list[list[str]]:
+    def nearest(
+        self, queries: Float[Tensor, "queries dim"], *, exclude: Sequence[int] | None = None
+    ) -> list[list[str]]:
         """Names in the order of similarity, each once, for every query; `exclude` leaves out one picture per query."""
         scores = queries @ self.features.T
         if exclude is not None:

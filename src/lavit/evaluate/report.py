@@ -103,7 +103,11 @@ def without_template(caption: str) -> str:
 
 
 def evaluate_run(
-    run: Path, *, data: str | None = None, limit: int | None = None, progress: Progress | None = None
+    run: Path,
+    *,
+    data: str | None = None,
+    limit: int | None = None,
+    progress: Progress | None = None,
 ) -> list[Figure]:
     """All figures; `data` defaults to what the run was trained on, `limit` bounds the pictures of each figure."""
     pipeline = lavit.load(run)
@@ -114,7 +118,13 @@ def evaluate_run(
     evaluation = Evaluation(pipeline, data, limit, progress)
     return [
         figure
-        for part in (tokenizer_figures, caption_figures, question_figures, drawing_figures, edit_figures)
+        for part in (
+            tokenizer_figures,
+            caption_figures,
+            question_figures,
+            drawing_figures,
+            edit_figures,
+        )
         for figure in part(evaluation)
     ]
 
@@ -180,19 +190,35 @@ def question_figures(e: Evaluation) -> Iterator[Figure]:
         at = [i for i, q in enumerate(chosen) if (q.answer in ("yes", "no")) is wanted]
         if at:
             common = Counter(chosen[i].answer for i in at).most_common(1)[0][1] / len(at)
-            yield share(f"question: {kind}, held out", [right[i] for i in at], floor=("best constant", common))
+            yield share(
+                f"question: {kind}, held out",
+                [right[i] for i in at],
+                floor=("best constant", common),
+            )
 
 
 def drawing_figures(e: Evaluation) -> Iterator[Figure]:
     """Reconstructions and drawings: is the nearest real picture the right one?"""
     size = e.pipeline.model.config.pixels.size
     held = [e.held_out.pictures[i] for i in e.some(60, len(e.held_out))]
-    yield from _found(e, "reconstruction", held, size, lambda p, i: e.pipeline.reconstruct(p.record.open(), seed=i))
+    yield from _found(
+        e,
+        "reconstruction",
+        held,
+        size,
+        lambda p, i: e.pipeline.reconstruct(p.record.open(), seed=i),
+    )
     names = sorted({name_of(picture) for picture in e.train.pictures})
     picked = {names[i] for i in e.some(50, len(names), seed=1)}
     first = {name_of(picture): picture for picture in reversed(e.train.pictures) if name_of(picture) in picked}
     drawn = [first[name] for name in sorted(first)]
-    yield from _found(e, "drawing of a trained name", drawn, size, lambda p, i: e.pipeline.draw(p.prompts[0], seed=i)[0])
+    yield from _found(
+        e,
+        "drawing of a trained name",
+        drawn,
+        size,
+        lambda p, i: e.pipeline.draw(p.prompts[0], seed=i)[0],
+    )
 
 
 def _found(

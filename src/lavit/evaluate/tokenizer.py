@@ -68,7 +68,12 @@ def code_use(tokens: VisualTokens, codes: int, *, where: str) -> list[Figure]:
     use = use_figures(torch.bincount(tokens.codes, minlength=codes))
     count = len(tokens.codes)
     return [
-        plain(f"live codes, {where}", use["live_codes"], count, note=f"of {codes} codes; n counts tokens"),
+        plain(
+            f"live codes, {where}",
+            use["live_codes"],
+            count,
+            note=f"of {codes} codes; n counts tokens",
+        ),
         plain(f"code perplexity, {where}", use["perplexity"], count),
     ]
 

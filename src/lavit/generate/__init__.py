@@ -1,0 +1,1 @@
+"""Generation: sampling, the token engine, and the pipeline that people call."""

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from lavit.config import InputError
 from lavit.data.documents import question_text
-from lavit.generate.engine import Completion, Engine, Request
+from lavit.generate.engine import Engine
+from lavit.generate.request import Completion, Request
 from lavit.generate.sampling import Sampling
 from lavit.images import open_image, to_image
 from lavit.model import LaVIT
@@ -96,7 +97,14 @@ class Pipeline:
         sampling: Sampling | None = None,
     ) -> list[Image.Image]:
         """Draw `n` pictures of a prompt, with seeds seed, seed + 1, …; `steps` are the pixel decoder's."""
-        return self.generate([_words(prompt, "prompt")], n=n, seed=seed, guidance=guidance, steps=steps, sampling=sampling)
+        return self.generate(
+            [_words(prompt, "prompt")],
+            n=n,
+            seed=seed,
+            guidance=guidance,
+            steps=steps,
+            sampling=sampling,
+        )
 
     def edit(
         self,
@@ -136,13 +144,25 @@ class Pipeline:
                 ids += self._ids(part)
             else:
                 codes = self.model.encode([open_image(part)]).codes
-                ids += [vocabulary.image_start, *vocabulary.ids(codes).tolist(), vocabulary.image_end]
-        request = Request(ids=(*ids, vocabulary.image_start), mode="image", sampling=chosen)
-        done = self.engine.complete([request])[0]
-        return self.paint([torch.tensor(c.codes) for c in done], seeds=[seed + i for i in range(n)], steps=steps)
+                ids += [
+                    vocabulary.image_start,
+                    *vocabulary.ids(codes).tolist(),
+                    vocabulary.image_end,
+                ]
+        done = self.engine.complete([Request(ids=tuple(ids), mode="image", sampling=chosen)])[0]
+        return self.paint(
+            [torch.tensor(sample.images[0]) for sample in done],
+            seeds=[seed + i for i in range(n)],
+            steps=steps,
+        )
 
     def paint(
-        self, codes: Sequence[Tensor], *, seeds: Sequence[int], steps: int | None = None, guidance: float | None = None
+        self,
+        codes: Sequence[Tensor],
+        *,
+        seeds: Sequence[int],
+        steps: int | None = None,
+        guidance: float | None = None,
     ) -> list[Image.Image]:
         """Pictures of codes through reconstructor and pixel decoder."""
         features = self.model.features(codes)
@@ -157,7 +177,11 @@ class Pipeline:
         return [to_image(picture) for picture in pictures]
 
     def tokenize(
-        self, images: Picture | Sequence[Picture], *, keep: str | int | float | KeepPolicy = "auto", seed: int = 0
+        self,
+        images: Picture | Sequence[Picture],
+        *,
+        keep: str | int | float | KeepPolicy = "auto",
+        seed: int = 0,
     ) -> VisualTokens:
         """Visual tokens of pictures under a keep policy ("auto", 64 tokens, 0.25 of the patches, …)."""
         pictures, _ = _many(images)
@@ -190,13 +214,18 @@ class Pipeline:
         features = model.language.read(model.tokenizer.prepare(patches), keep)
         text = self._ids(then) if then else []
         # the slots' ids are never looked at: features stand there
-        ids = (vocabulary.image_start, *[vocabulary.image_end] * len(features), vocabulary.image_end, *text)
+        ids = (
+            vocabulary.image_start,
+            *[vocabulary.image_end] * len(features),
+            vocabulary.image_end,
+            *text,
+        )
         slots = (False, *[True] * len(features), False, *[False] * len(text))
         return Request(ids=ids, slots=slots, features=features, mode="text", sampling=sampling)
 
     def _texts(self, requests: Sequence[Request]) -> list[str]:
         done: list[list[Completion]] = self.engine.complete(requests)
-        return [self.model.text.decode(samples[0].text, skip_special_tokens=True) for samples in done]
+        return [self.model.text.decode(list(samples[0].text), skip_special_tokens=True) for samples in done]
 
 
 def _many(items: Picture | Sequence[Picture]) -> tuple[list[Picture], bool]:
@@ -216,8 +245,8 @@ def _words(text: str, what: str) -> str:
 def _question(question: str) -> str:
     """Lower case, without the characters the paper removes, at most 50 words."""
     words = UNWANTED.sub("", _words(question, "question").lower()).split()
-    if not words:
-        raise InputError(f"the question {question!r} has no words")
+    if not any(character.isalnum() for word in words for character in word):
+        raise InputError(f"the question {question!r} has no words: ask about the picture")
     return " ".join(words[:QUESTION_WORDS])
 
 

@@ -1,11 +1,11 @@
 """Condition heads of the pixel decoder: reconstructed features in, what the denoiser listens to out (paper Eq. 5).
 
-    CrossCondition    Linear D → C: a context of N tokens (512-px decoder). Null: learned, zeros, or the stored null-text
-                      embedding, zero-padded to the context's length and masked
-    PooledCondition   two Linears side by side make SDXL's wide context; an attention pool makes its pooled vector. Null:
-                      zeros or learned
-    GridCondition     Linear D → C, laid out as a map and resized to the latents, beside the noise. Not in the paper: place
-                      comes for free instead of having to be learned through attention. Null: learned or zeros
+CrossCondition    Linear D → C: a context of N tokens (512-px decoder). Null: learned, zeros, or the stored null-text
+                  embedding, zero-padded to the context's length and masked
+PooledCondition   two Linears side by side make SDXL's wide context; an attention pool makes its pooled vector. Null:
+                  zeros or learned
+GridCondition     Linear D → C, laid out as a map and resized to the latents, beside the noise. Not in the paper: place
+                  comes for free instead of having to be learned through attention. Null: learned or zeros
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class Condition:
 
     def _zip(self, other: Condition, join) -> Condition:
         pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
-        return Condition(**{name: None if ours is None else join(ours, theirs) for name, (ours, theirs) in pairs.items()})
+        return Condition(
+            **{name: None if ours is None else join(ours, theirs) for name, (ours, theirs) in pairs.items()}
+        )
 
 
 def _beside(where: Tensor, part: Tensor) -> Tensor:
@@ -124,7 +126,8 @@ class PooledCondition(nn.Module):
         """The null condition of `images` pictures."""
         if self.learned:
             return Condition(
-                context=self.null_context.expand(images, -1, -1), pooled=self.null_pooled.expand(images, -1)
+                context=self.null_context.expand(images, -1, -1),
+                pooled=self.null_pooled.expand(images, -1),
             )
         narrow, wide = self.to_narrow.weight, self.to_wide.weight
         context = narrow.new_zeros(images, self.tokens, len(narrow) + len(wide))

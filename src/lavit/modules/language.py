@@ -156,7 +156,12 @@ class Language(nn.Module):
         text, visual, text_correct, visual_correct = (torch.stack(column).sum() for column in zip(*parts, strict=True))
         visual_tokens = self.vocabulary.is_visual(labels).sum()
         return LanguageLoss(
-            text, visual, len(labels) - visual_tokens, visual_tokens, text_correct.long(), visual_correct.long()
+            text,
+            visual,
+            len(labels) - visual_tokens,
+            visual_tokens,
+            text_correct.long(),
+            visual_correct.long(),
         )
 
     def _chunk_loss(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -103,7 +103,10 @@ class Pixels(nn.Module):
         return vae.decode((latents * deviation + mean).to(vae.dtype)).sample.to(latents.dtype)
 
     def autoencoder_loss(
-        self, pictures: Float[Tensor, "images 3 height width"], *, generator: torch.Generator | None = None
+        self,
+        pictures: Float[Tensor, "images 3 height width"],
+        *,
+        generator: torch.Generator | None = None,
     ) -> Float[Tensor, ""]:
         """L1 of the reconstruction and a trace of KL to the unit normal: trains `vae` before stage 3."""
         if self.vae is None:
@@ -142,8 +145,10 @@ class Pixels(nn.Module):
         size = tuple(latents.shape[2:])
         condition = self.told(features, size).replaced(dropped, self.condition.null(images, size))
         noisy = self.scheduler.add_noise(latents, noise, times)
-        is_noise = self.scheduler.config.prediction_type == "epsilon"
-        target = noise if is_noise else self.scheduler.get_velocity(latents, noise, times)
+        kind = self.scheduler.config.prediction_type
+        target = {"epsilon": noise, "sample": latents}.get(kind)
+        if target is None:
+            target = self.scheduler.get_velocity(latents, noise, times)
         found = self._predict(noisy, times, condition)
         errors = (found.float() - target.float()).square().flatten(1).mean(1)
         return (errors * self._weights(times)).mean()
@@ -237,7 +242,12 @@ class Pixels(nn.Module):
         return pixels
 
     def _guided(
-        self, latents: Tensor, time: Tensor, condition: Condition, guidance: float, size: tuple[int, int]
+        self,
+        latents: Tensor,
+        time: Tensor,
+        condition: Condition,
+        guidance: float,
+        size: tuple[int, int],
     ) -> Tensor:
         if guidance == 1:
             return self._predict(latents, time, condition, size)
@@ -245,7 +255,11 @@ class Pixels(nn.Module):
         return without + guidance * (with_features - without)
 
     def _predict(
-        self, latents: Tensor, times: Tensor, condition: Condition, size: tuple[int, int] | None = None
+        self,
+        latents: Tensor,
+        times: Tensor,
+        condition: Condition,
+        size: tuple[int, int] | None = None,
     ) -> Tensor:
         """The denoiser's output; `times` is one noise level or one per picture, `size` the picture's, for SDXL's ids."""
         if condition.grid is not None:
@@ -264,26 +278,30 @@ class Pixels(nn.Module):
             return torch.ones(len(times), device=times.device)
         kept = self.scheduler.alphas_cumprod.to(times.device)[times]
         ratio = kept / (1 - kept)
-        is_noise = self.scheduler.config.prediction_type == "epsilon"
-        return ratio.clamp(max=MIN_SNR_GAMMA) / (ratio if is_noise else ratio + 1)
+        # weights on the squared error of the clean latents are those on the noise's, times the signal-to-noise ratio
+        scale = {"epsilon": ratio, "sample": torch.ones_like(ratio)}.get(
+            self.scheduler.config.prediction_type, ratio + 1
+        )
+        return ratio.clamp(max=MIN_SNR_GAMMA) / scale
 
     def _solver(self, sampler: str | SchedulerMixin) -> SchedulerMixin:
         if not isinstance(sampler, str):
             return type(sampler).from_config(sampler.config)
-        trained = self.scheduler.config
+        trained = _options(self.scheduler.config)
         if sampler == "ddim":
             return diffusers.DDIMScheduler.from_config(trained)
         if sampler != "dpm":
             raise InputError(f'there is no sampler {sampler!r}: choose "dpm" or "ddim"')
-        # DPM-Solver clips by its thresholding, whose bounds coincide at 1
-        clip = bool(trained.get("clip_sample", False))
-        return diffusers.DPMSolverMultistepScheduler.from_config(
-            trained,
-            algorithm_type="dpmsolver++",
-            thresholding=clip,
-            sample_max_value=float(trained.get("clip_sample_range", 1.0)),
-            final_sigmas_type="zero",
-        )
+        trained |= {
+            "algorithm_type": "dpmsolver++",
+            "final_sigmas_type": "zero",
+            # few steps must begin at the last noise level, which "leading" never visits
+            "timestep_spacing": "trailing" if trained.get("timestep_spacing") == "trailing" else "linspace",
+            # this solver clips by its thresholding, whose bounds coincide at 1
+            "thresholding": bool(trained.get("clip_sample", False)),
+            "sample_max_value": float(trained.get("clip_sample_range", 1.0)),
+        }
+        return diffusers.DPMSolverMultistepScheduler.from_config(trained)
 
     def _steady_vae(self) -> AutoencoderKL:
         """The autoencoder, in fp32 where it would overflow in fp16 (SDXL's `force_upcast`)."""
@@ -315,10 +333,17 @@ class Pixels(nn.Module):
     def _check_features(self, features: Shaped[Tensor, "..."]) -> None:
         expected = (self.config.patches, self.config.features_dim)
         if features.dim() != 3 or tuple(features.shape[1:]) != expected:
-            raise InputError(f"pixels: features are {list(features.shape)}, expected [pictures, {expected[0]}, {expected[1]}]")
+            raise InputError(
+                f"pixels: features are {list(features.shape)}, expected [pictures, {expected[0]}, {expected[1]}]"
+            )
 
     def _check_request(
-        self, features: Tensor, seeds: Sequence[int], steps: int, guidance: float, size: tuple[int, int]
+        self,
+        features: Tensor,
+        seeds: Sequence[int],
+        steps: int,
+        guidance: float,
+        size: tuple[int, int],
     ) -> None:
         self._check_features(features)
         most = self.scheduler.config.num_train_timesteps
@@ -363,10 +388,16 @@ def _load_strictly(kind: type[ModelMixin], folder: Path, expected: dict[str, Any
         if not moments and found.get(name) != (list(value) if isinstance(value, tuple) else value):
             raise InputError(f"{folder}: {name} is {found.get(name)}, this configuration expects {value}")
     try:
-        model, info = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True, local_files_only=True)
+        model, info = kind.from_pretrained(
+            folder, use_safetensors=True, output_loading_info=True, local_files_only=True
+        )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise InputError(f"{folder} cannot be read: {' '.join(str(error).split())[:300]}") from error
-    wrong = [*info["missing_keys"], *info["unexpected_keys"], *(str(key) for key in info["mismatched_keys"])]
+    wrong = [
+        *info["missing_keys"],
+        *info["unexpected_keys"],
+        *(str(key) for key in info["mismatched_keys"]),
+    ]
     if wrong:
         raise InputError(f"{folder} does not fit its own configuration: {', '.join(wrong[:3])}")
     return model

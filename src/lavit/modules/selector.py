@@ -66,7 +66,9 @@ class KeepPolicy:
                 return cls.parse(float(kind) if "." in kind else int(kind))
             return cls(kind, float(value) if value else 0.0)  # type: ignore[arg-type]
         except (ValueError, TypeError) as error:
-            raise InputError(f"keep={keep!r} is not understood ({error}): try auto, all, 64, 0.25 or top_k:64") from error
+            raise InputError(
+                f"keep={keep!r} is not understood ({error}): try auto, all, 64, 0.25 or top_k:64"
+            ) from error
 
     def bounded(self, *, min_tokens: int, max_tokens: int | None) -> KeepPolicy:
         """The same policy between these numbers of tokens."""
@@ -81,7 +83,11 @@ class Selector(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-5)
         self.local = nn.Linear(dim, dim)
         self.head = nn.Sequential(
-            nn.Linear(dim, dim // 2), nn.GELU(), nn.Linear(dim // 2, dim // 4), nn.GELU(), nn.Linear(dim // 4, 2)
+            nn.Linear(dim, dim // 2),
+            nn.GELU(),
+            nn.Linear(dim // 2, dim // 4),
+            nn.GELU(),
+            nn.Linear(dim // 4, 2),
         )
         initialise(self)
 
@@ -101,7 +107,10 @@ def gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Float[Tensor, 
 
 
 def straight_through(
-    log_probs: Float[Tensor, "images patches 2"], noise: Float[Tensor, "images patches 2"], *, temperature: float = 1.0
+    log_probs: Float[Tensor, "images patches 2"],
+    noise: Float[Tensor, "images patches 2"],
+    *,
+    temperature: float = 1.0,
 ) -> Float[Tensor, "images patches"]:
     """Hard Gumbel-softmax keep mask of zeros and ones with the soft mask's gradient (Eq. 1).
 
@@ -111,7 +120,7 @@ def straight_through(
     hard = (soft > 0.5).float()
     best = torch.zeros_like(hard).scatter_(1, log_probs[..., 0].argmax(1, keepdim=True), 1.0)
     hard = torch.where(hard.sum(1, keepdim=True) == 0, best, hard)
-    return hard + soft - soft.detach()
+    return hard + (soft - soft.detach())  # in this order: exactly 0 or 1
 
 
 def select(

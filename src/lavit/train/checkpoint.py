@@ -57,7 +57,9 @@ def load_checkpoint(path: Path, module: nn.Module, optimizer: Any, stage: Stage)
 
 def _trained(module: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters that train, and all buffers: frozen weights are somewhere else already."""
-    frozen = {name for name, parameter in module.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
+    frozen = {
+        name for name, parameter in module.named_parameters(remove_duplicate=False) if not parameter.requires_grad
+    }
     tensors = {name: tensor for name, tensor in module.state_dict().items() if name not in frozen}
     seen: dict[int, str] = {}  # tied weights are stored once
     return {name: t for name, t in tensors.items() if seen.setdefault(t.data_ptr(), name) == name or t.numel() == 0}

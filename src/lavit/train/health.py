@@ -43,14 +43,16 @@ def use_figures(counts: Int[Tensor, "codes"]) -> dict[str, float]:
     return {"live_codes": float((counts > 0).double().mean()), "perplexity": float(entropy.exp())}
 
 
-def selector_figures(
-    probability: Float[Tensor, "images patches"], kept: Float[Tensor, "images"]
-) -> dict[str, Tensor]:
+def selector_figures(probability: Float[Tensor, "images patches"], kept: Int[Tensor, "images"]) -> dict[str, Tensor]:
     """How decided the selector is, and how the lengths spread."""
     decided = ((probability < 0.1) | (probability > 0.9)).float().mean()
     lengths = kept.float()
     spread = lengths.std(unbiased=False) / lengths.mean()
-    return {"kept": lengths.mean() / probability.shape[1], "decided": decided, "length_spread": spread}
+    return {
+        "kept": lengths.mean() / probability.shape[1],
+        "decided": decided,
+        "length_spread": spread,
+    }
 
 
 def check_selector(kept: float, step: int) -> None:

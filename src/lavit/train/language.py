@@ -62,7 +62,11 @@ class LanguageStage:
             if parameter.requires_grad:
                 part = "lm" if name.startswith("lm.") else "rows" if "rows" in name.split(".")[0] else "reader"
                 groups[part].append(parameter)
-        rates = {"lm": self.config.learning_rate, "rows": self.config.rows_rate, "reader": self.config.reader_rate}
+        rates = {
+            "lm": self.config.learning_rate,
+            "rows": self.config.rows_rate,
+            "reader": self.config.reader_rate,
+        }
         decay = {"lm": self.config.weight_decay, "rows": 0.0, "reader": self.config.weight_decay}
         return [{"params": groups[part], "lr": rates[part], "weight_decay": decay[part]} for part in groups]
 
@@ -90,9 +94,7 @@ class LanguageStage:
         slots = batch.slots[rows]
         return int((slots[:, 1:] & ~slots[:, :-1]).sum())
 
-    def losses(
-        self, module: nn.Module, batch: LanguageBatch, step: int, accelerator: Accelerator
-    ) -> dict[str, Tensor]:
+    def losses(self, module: nn.Module, batch: LanguageBatch, step: int, accelerator: Accelerator) -> dict[str, Tensor]:
         """Cross-entropy over the global number of target tokens; per modality loss and accuracy beside it."""
         device = accelerator.device
         rows = Batch(*(getattr(batch.rows, name).to(device) for name in Batch.__dataclass_fields__))
@@ -134,8 +136,6 @@ def train_text_tokenizer(corpus: Corpus, size: int) -> PreTrainedTokenizerBase:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)

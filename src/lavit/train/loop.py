@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -37,6 +37,7 @@ class Shard:
         return items.tensor_split(self.ranks)[self.rank]
 
 
+@runtime_checkable
 class Stage(Protocol):
     """What a stage must say: its module, rates, batches and losses; see train/stages.py."""
 
@@ -119,11 +120,22 @@ def train(
             if (step + 1) % log_every == 0 or last:
                 values = {name: float(value) for name, value in figures.items()}
                 if not math.isfinite(values["loss"]):
-                    raise Alarm(f"{stage.name}: the loss is {values['loss']} at step {step + 1}: lower the learning rate")
+                    raise Alarm(
+                        f"{stage.name}: the loss is {values['loss']} at step {step + 1}: lower the learning rate"
+                    )
                 metrics.write(step + 1, values)
                 if watch:
                     rate = (step + 1 - start) / (time.perf_counter() - started)
-                    watch(Report(stage.name, step + 1, stage.steps, (stage.steps - step - 1) / rate, rate, values))
+                    watch(
+                        Report(
+                            stage.name,
+                            step + 1,
+                            stage.steps,
+                            (stage.steps - step - 1) / rate,
+                            rate,
+                            values,
+                        )
+                    )
             if (step + 1) % checkpoint_every == 0 or last:
                 accelerator.wait_for_everyone()
                 if accelerator.is_main_process:

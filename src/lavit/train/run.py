@@ -152,6 +152,7 @@ class Run:
             warmup=warmup,
             betas=betas,
             checkpoint_every=self.training.checkpoint_every,
+            log_every=self.training.log_every,
             watch=self.watch if self.accelerator.is_main_process else None,
         )
 

@@ -9,15 +9,13 @@ Batches are functions of (seed, step), noise of (seed, step, picture): one rank 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -28,7 +26,7 @@ from lavit.modules.pixels import Pixels
 from lavit.modules.selector import KeepPolicy, gumbel
 from lavit.modules.tokenizer import TokenizerOutput, VisualTokenizer, cosine_distance
 from lavit.sequence import VisualTokens
-from lavit.train.health import CodeUse, check_codes, check_selector, selector_figures, use_figures
+from lavit.train.health import CodeUse, check_codes, check_selector, selector_figures
 from lavit.train.loop import Shard
 
 WINDOW = 100  # steps over which live codes are counted
@@ -61,7 +59,12 @@ class TokenizerStage:
     name = "tokenizer"
 
     def __init__(
-        self, tokenizer: VisualTokenizer, features: Features, config: TokenizerTraining, *, seed: int
+        self,
+        tokenizer: VisualTokenizer,
+        features: Features,
+        config: TokenizerTraining,
+        *,
+        seed: int,
     ) -> None:
         self.module, self.features, self.config, self.seed = tokenizer, features, config, seed
         self.steps = config.steps
@@ -95,9 +98,7 @@ class TokenizerStage:
         first, final = self.config.temperature, self.config.final_temperature
         return first * (final / first) ** done
 
-    def losses(
-        self, module: nn.Module, batch: FeatureBatch, step: int, accelerator: Accelerator
-    ) -> dict[str, Tensor]:
+    def losses(self, module: nn.Module, batch: FeatureBatch, step: int, accelerator: Accelerator) -> dict[str, Tensor]:
         """Eq. 4 plus commitment; figures of selector health."""
         config, device = self.config, accelerator.device
         quantise = step >= config.steps_a
@@ -191,7 +192,11 @@ def _total(count: int, accelerator: Accelerator) -> int:
 
 @torch.no_grad()
 def tokenize_features(
-    tokenizer: VisualTokenizer, features: Features, *, policy: KeepPolicy | None = None, batch: int = 64
+    tokenizer: VisualTokenizer,
+    features: Features,
+    *,
+    policy: KeepPolicy | None = None,
+    batch: int = 64,
 ) -> VisualTokens:
     """Visual tokens of every row (picture and view) of cached features, in order."""
     device = next(tokenizer.parameters()).device
@@ -233,7 +238,13 @@ class PixelsStage:
     def parameter_groups(self) -> list[dict[str, Any]]:
         """One group."""
         params = [p for p in self.module.parameters() if p.requires_grad]
-        return [{"params": params, "lr": self.config.learning_rate, "weight_decay": self.config.weight_decay}]
+        return [
+            {
+                "params": params,
+                "lr": self.config.learning_rate,
+                "weight_decay": self.config.weight_decay,
+            }
+        ]
 
     def batch(self, step: int, shard: Shard) -> Int[Tensor, "images"]:
         """Rows (picture and view) of a step."""
@@ -271,7 +282,12 @@ class AutoencoderStage:
     name = "autoencoder"
 
     def __init__(
-        self, pixels: Pixels, pictures: Float[Tensor, "rows 3 size size"], config: PixelsTraining, *, seed: int
+        self,
+        pixels: Pixels,
+        pictures: Float[Tensor, "rows 3 size size"],
+        config: PixelsTraining,
+        *,
+        seed: int,
     ) -> None:
         self.module, self.pictures, self.config, self.seed = pixels.vae, pictures, config, seed
         self.pixels = pixels
@@ -279,7 +295,13 @@ class AutoencoderStage:
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """One group."""
-        return [{"params": list(self.module.parameters()), "lr": self.config.autoencoder_rate, "weight_decay": 0.0}]
+        return [
+            {
+                "params": list(self.module.parameters()),
+                "lr": self.config.autoencoder_rate,
+                "weight_decay": 0.0,
+            }
+        ]
 
     def batch(self, step: int, shard: Shard) -> Int[Tensor, "images"]:
         """Rows (picture and view) of a step."""

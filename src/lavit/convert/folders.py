@@ -1,0 +1,153 @@
+"""Whole folders of the published model: copied, pickles made safetensors, every file noted.
+
+The manifest (`published/manifest.json`) lists each published file: tensors with their shapes, in
+order, and where they went; plain files and where they lie. What feeds nothing in ours is kept
+beside it, so that the published folder can be written again to the bit.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lavit.config import InputError, read_json
+from lavit.convert.tensors import read_pickle, read_safetensors, write_safetensors
+
+KEPT = "published"
+# rotary tables of old LLaMA files, computed today; and the trainer's own pickle, never opened
+INVERSE_FREQUENCIES = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+NEVER_OPENED = ("training_args.bin",)
+WEIGHT_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".safetensors")
+
+
+@dataclass
+class Manifest:
+    """What became of each published file; `new` is the folder that is written or read back."""
+
+    new: Path
+    tensors: dict[str, dict[str, Any]] = field(default_factory=dict)  # shapes, aside, ours
+    files: dict[str, str] = field(default_factory=dict)  # published path → ours
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """The manifest of a converted folder."""
+        return cls(folder, **read_json(folder / KEPT / "manifest.json"))
+
+    def write(self) -> None:
+        """Inverse of `read`."""
+        path = self.new / KEPT / "manifest.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"tensors": self.tensors, "files": self.files}) + "\n")
+
+    def knows(self, path: str) -> bool:
+        """True if the published file has been dealt with."""
+        return path in self.tensors or path in self.files
+
+    def keep_tensors(
+        self, path: str, tensors: Mapping[str, Tensor], *, aside: set[str], ours: str | None = None
+    ) -> None:
+        """Note a published tensor file, and write aside what has no place in ours.
+
+        `ours` is the file of ours that has the rest under the same names, if there is one.
+        """
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        self.tensors[path] = {"shapes": shapes, "aside": sorted(aside), "ours": ours}
+        if aside:
+            write_safetensors(self._aside(path), {name: tensors[name] for name in sorted(aside)})
+
+    def aside(self, path: str) -> dict[str, Tensor]:
+        """Tensors of a published file that were kept aside."""
+        return read_safetensors(self._aside(path)) if self.tensors[path]["aside"] else {}
+
+    def copy(self, source: Path, path: str, ours: str) -> None:
+        """Copy a published file to its place in ours, and note it."""
+        copy_file(source, self.new / ours)
+        self.files[path] = ours
+
+    def _aside(self, path: str) -> Path:
+        return self.new / KEPT / f"{path}.safetensors"
+
+
+def convert_folder(folder: Path, theirs: str, ours: str, manifest: Manifest) -> None:
+    """Copy a transformers or diffusers folder; pickles become safetensors under today's names."""
+    for path, relative in files_below(folder, theirs):
+        if manifest.knows(relative):
+            continue
+        place = f"{ours}/{path.relative_to(folder / theirs).as_posix()}"
+        if path.name in NEVER_OPENED:
+            manifest.copy(path, relative, f"{KEPT}/{relative}")
+        elif path.suffix == ".bin":
+            _convert_pickle(path, relative, f"{place[: -len(path.name)]}{safe_name(path)}", manifest)
+        elif path.name.endswith(".bin.index.json"):
+            manifest.copy(path, relative, f"{KEPT}/{relative}")
+            _write_index(path, (manifest.new / place).with_name(safe_name(path)))
+        else:
+            manifest.copy(path, relative, place)
+
+
+def copy_rest(folder: Path, manifest: Manifest) -> None:
+    """Keep readme and licence aside; weights that nobody knows raise `InputError`."""
+    for path, relative in files_below(folder, "."):
+        if manifest.knows(relative):
+            continue
+        if path.suffix in WEIGHT_SUFFIXES:
+            raise InputError(f"{relative} is a weight file that nobody knows: move it away")
+        manifest.copy(path, relative, f"{KEPT}/{relative}")
+
+
+def files_below(folder: Path, part: str) -> Iterator[tuple[Path, str]]:
+    """Files below `folder/part` and their paths in `folder`; hidden folders are left out."""
+    for path in sorted((folder / part).rglob("*")):
+        relative = path.relative_to(folder)
+        if path.is_file() and not any(name.startswith(".") for name in relative.parent.parts):
+            yield path, relative.as_posix()
+
+
+def safe_name(path: Path) -> str:
+    """Name of the safetensors file: transformers drops "pytorch_", diffusers keeps its prefix."""
+    return re.sub(r"^pytorch_", "", path.name).replace(".bin", ".safetensors")
+
+
+def folder_tensors(folder: Path) -> dict[str, Tensor]:
+    """Tensors of all safetensors files in a folder, mapped."""
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= read_safetensors(path)
+    return tensors
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file, making its folder; failures raise `InputError`."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+    except OSError as error:
+        raise InputError(f"cannot copy {source} to {target}: {error.strerror}") from error
+
+
+def _convert_pickle(path: Path, relative: str, ours: str, manifest: Manifest) -> None:
+    if path.with_name(safe_name(path)).exists():
+        raise InputError(f"{relative} lies beside {safe_name(path)}, the same weights: remove one")
+    tensors = read_pickle(path)
+    aside = {name for name in tensors if INVERSE_FREQUENCIES.fullmatch(name)}
+    rest = {name: value for name, value in tensors.items() if name not in aside}
+    write_safetensors(manifest.new / ours, rest)
+    manifest.keep_tensors(relative, tensors, aside=aside, ours=ours)
+
+
+def _write_index(path: Path, target: Path) -> None:
+    index = read_json(path)
+    index["weight_map"] = {
+        name: safe_name(Path(file))
+        for name, file in index["weight_map"].items()
+        if not INVERSE_FREQUENCIES.fullmatch(name)
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(index, indent=1) + "\n")
