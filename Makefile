@@ -2,7 +2,7 @@
 PYTHON ?= python3
 MINUTES ?= 60
 BIN := .venv/bin
-EXTRAS := train,mini,dev
+EXTRAS := train,mini,eval,dev
 
 .PHONY: demo train-nano test check bench clean
 
@@ -13,7 +13,7 @@ EXTRAS := train,mini,dev
 	touch $@
 
 data/starter/starter.json: .venv/installed
-	$(BIN)/lavit data starter --out data/starter --families 400
+	$(BIN)/lavit data starter --out data/starter --families 400 --tones dark
 
 demo: data/starter/starter.json
 	$(BIN)/lavit train all --preset nano --data data/starter --out runs/nano-demo

@@ -142,3 +142,17 @@ def _bomb() -> bytes:
 
     header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def test_convert_check_prints_errors_and_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fixture = Path(__file__).parent / "data" / "parity.safetensors"
+    lines = [json.loads(line) for line in run(capsys, "convert", "check", str(fixture), "--json")]
+    assert len(lines) == 10 and all(line["ok"] and line["error"] < 1e-4 for line in lines)
+    with pytest.raises(SystemExit) as stop:
+        main(["convert", "check", str(tmp_path / "nothing.safetensors")])
+    assert stop.value.code == 2
+
+
+def test_data_check_counts_and_names(toy_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = json.loads(run(capsys, "data", "check", str(toy_data), "--json")[0])
+    assert report["records"] == 8 and report["broken"] == []

@@ -415,7 +415,7 @@ def test_any_causal_lm(config: PreTrainedConfig, caplog: pytest.LogCaptureFixtur
     caplog.set_level(logging.INFO, "lavit")
     engine = Engine(model)
     assert caplog.messages == [
-        f"{type(model.lm).__name__}: step through transformers, because {type(model.lm).__name__} is not Llama-shaped"
+        f"{type(model.lm).__name__}: step through transformers, growing, because {type(model.lm).__name__} is not Llama-shaped"
     ]
     requests = [
         Request(ids=(5, 9, 7, 8), sampling=GREEDY),
@@ -432,6 +432,13 @@ def test_static_shapes_give_the_same(toy: Language) -> None:
     assert [[c.segments for c in row] for row in found] == [[c.segments for c in row] for row in expected]
 
 
+def test_a_compiled_step_gives_the_same(toy: Language) -> None:
+    compiled = Engine(toy, compile="eager")  # the graph is captured, its products stay torch's
+    assert compiled.decoder.static
+    requests = many()[:1]
+    assert compiled.complete(requests) == Engine(toy).complete(requests)
+
+
 def test_int8_rows_are_close_and_independent() -> None:
     generator = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(48, 64, generator=generator), torch.randn(48, generator=generator)
@@ -444,7 +451,7 @@ def test_int8_rows_are_close_and_independent() -> None:
 
 
 def test_int8_engine_writes(toy: Language) -> None:
-    requests = many()
+    requests = many()[:3]
     found = Engine(toy, quantization="int8").complete(requests)
     assert [len(row) for row in found] == [request.sampling.n for request in requests]
     with pytest.raises(InputError, match="GPT2LMHeadModel is not Llama-shaped"):

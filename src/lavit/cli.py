@@ -164,7 +164,7 @@ def evaluate(run: Words[Path], /, data: str | None = None, json: bool = False, l
         _answer(json, figure.line(), **figure.to_json())
 
 
-def data_starter(out: Path, families: int | None = None, seed: int = 0) -> None:
+def data_starter(out: Path, families: int | None = None, tones: tuple[str, ...] | None = None, seed: int = 0) -> None:
     """Build the starter data: emoji of two artists with names, questions and edits."""
     from lavit.data.starter import build_starter
 
@@ -172,6 +172,7 @@ def data_starter(out: Path, families: int | None = None, seed: int = 0) -> None:
         counts = build_starter(
             out,
             families=families,
+            tones=tones,
             seed=seed,
             progress=lambda done, of: progress.count("pictures", done, of),
         )
@@ -188,6 +189,34 @@ def data_check(data: Words[str], /, split: str = "train", json: bool = False) ->
     report = dataclasses.asdict(check(data, split))
     text = "\n".join(f"{name:>16} {value}" for name, value in report.items())
     _answer(json, text, **report)
+
+
+def convert_check(fixture: Words[Path], /, json: bool = False) -> None:
+    """Run our modules on the weights and inputs of a parity fixture and compare; exit code 1 if an output differs."""
+    from lavit.convert import check_fixture
+
+    results = check_fixture(fixture)
+    for result in results:
+        text = f"{result.name:<36} {result.error:9.2e}  {'ok' if result.ok else 'DIFFERS'}"
+        _answer(json, text, name=result.name, error=result.error, ok=result.ok)
+    if not all(result.ok for result in results):
+        raise SystemExit(1)
+
+
+def convert_published(folder: Words[Path], /, out: Path) -> None:
+    """Turn the published weights into our on-disk format, every tensor once."""
+    from lavit.convert import convert_published as convert
+
+    done = convert(folder, out)
+    print(f"{out}: {done.files} files, {done.tensors} tensors, {len(done.aside)} kept aside")
+
+
+def convert_reverse(folder: Words[Path], /, out: Path) -> None:
+    """Turn a converted folder back into the published one, equal to the bit."""
+    from lavit.convert import convert_reverse as convert
+
+    done = convert(folder, out)
+    print(f"{out}: {done.files} files, {done.tensors} tensors, {len(done.aside)} taken from aside")
 
 
 def demo(run: Words[Path], /, out: Path = Path("demo"), data: str | None = None) -> None:
@@ -211,12 +240,24 @@ VERBS: dict[str, Callable[..., Any]] = {
     "eval": evaluate,
     "demo": demo,
 }
-GROUPS: dict[str, dict[str, Callable[..., Any]]] = {"data": {"starter": data_starter, "check": data_check}}
+GROUPS: dict[str, dict[str, Callable[..., Any]]] = {
+    "data": {"starter": data_starter, "check": data_check},
+    "convert": {"check": convert_check, "published": convert_published, "reverse": convert_reverse},
+}
 
 
 def data() -> None:
-    """Build the starter data, or check a data set: lavit data starter, lavit data check."""
-    raise InputError("say which: " + ", ".join(f"lavit data {verb}" for verb in GROUPS["data"]))
+    """Build the starter data, or check a data set (lavit data starter, lavit data check)."""
+    _group("data")
+
+
+def convert() -> None:
+    """Published weights to ours and back, and parity (lavit convert check, published, reverse)."""
+    _group("convert")
+
+
+def _group(name: str) -> None:
+    raise InputError("say which: " + ", ".join(f"lavit {name} {verb}" for verb in GROUPS[name]))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -228,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from lavit.train.health import Alarm
 
     words = list(sys.argv[1:] if arguments is None else arguments)
-    verbs, prog = {**VERBS, "data": data}, "lavit"
+    verbs, prog = {**VERBS, "data": data, "convert": convert}, "lavit"
     if len(words) > 1 and words[0] in GROUPS:
         verbs, prog, words = GROUPS[words[0]], f"lavit {words[0]}", words[1:]
     try:

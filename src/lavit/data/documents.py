@@ -21,7 +21,7 @@ from lavit.sequence import Batch, Document, Image, Sequence, Text, lay_out, pack
 from lavit.vocabulary import Vocabulary
 
 KINDS = ("reading", "writing", "question", "edit", "text")
-MISSES = 12  # documents in a row that fit nowhere before a batch counts as full
+MISSES = 32  # documents in a row that fit nowhere before a batch counts as full
 
 
 def question_text(question: str) -> str:

@@ -26,7 +26,7 @@ from typing import Any
 from PIL import Image
 
 from lavit.config import InputError, require
-from lavit.data.emoji import ARTISTS, DISTRIBUTIONS, Emoji, Key, list_emoji, without_tones
+from lavit.data.emoji import ARTISTS, DISTRIBUTIONS, TONES, Emoji, Key, list_emoji, without_tones
 
 # Pixels a side: above the 64 a small pixel decoder writes, 40 MB in all, drawn in a minute. RGB on
 # white, because every reader of this project lays transparency on white anyway.
@@ -60,12 +60,14 @@ def build_starter(
     out: Path,
     *,
     families: int | None = None,
+    tones: Sequence[str] | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, int]:
     """Build the data set in `out` and return its counts.
 
-    `families` keeps that many families (ordinary ones before flags, else in hash order); `progress`
+    `tones` keeps those skin tones (default: all five, which are most of the pictures); `families` keeps that many families
+    (ordinary ones before flags, else in hash order); `progress`
     is called with (pictures done, pictures in all). Written: SPLIT/ARTIST/CODEPOINTS.png,
     SPLIT/metadata.jsonl, edits.jsonl, questions.jsonl, README.md (so that
     `datasets.load_dataset(out)` finds the splits), ATTRIBUTION.md, starter.json. An earlier starter
@@ -76,7 +78,7 @@ def build_starter(
         raise InputError(f"families is {families}: keep at least one")
     out = Path(out)
     _check_target(out)
-    emoji = _choose(list_emoji(), families, seed)
+    emoji = _choose(_toned(list_emoji(), tones), families, seed)
     rows, left_out = _rows(emoji, seed)
     partial = out.with_name(out.name + ".partial")
     try:
@@ -84,7 +86,7 @@ def build_starter(
         _draw(rows, emoji, partial, progress)
         edits, questions = _edits(rows, emoji), _questions(rows, seed)
         counts = _counts(rows, edits, questions, left_out)
-        _write(partial, rows, edits, questions, counts, {"families": families, "seed": seed})
+        _write(partial, rows, edits, questions, counts, {"families": families, "tones": tones, "seed": seed})
         if out.exists():
             shutil.rmtree(out)
         partial.rename(out)
@@ -106,6 +108,14 @@ def _check_target(out: Path) -> None:
 def _fraction(*parts: object) -> float:
     digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _toned(emoji: Sequence[Emoji], tones: Sequence[str] | None) -> list[Emoji]:
+    """Emoji without a skin tone, and those whose one tone is wanted (all where `tones` is None)."""
+    unknown = set(tones or ()) - set(TONES.values())
+    if unknown:
+        raise InputError(f"there is no skin tone {', '.join(sorted(unknown))}: choose from {', '.join(TONES.values())}")
+    return [one for one in emoji if tones is None or not one.tone or one.tone in tones]
 
 
 def _choose(emoji: Sequence[Emoji], families: int | None, seed: int) -> list[Emoji]:

@@ -21,16 +21,18 @@ from lavit.modules.language import Language
 
 
 class Decoder:
-    """One causal LM behind a `Language`. `static` keeps shapes fixed (CUDA), `compile` compiles the step for them."""
+    """One causal LM behind a `Language`. `static` keeps shapes fixed; `compile` names a backend to compile the step."""
 
-    def __init__(self, language: Language, *, static: bool = False, compile: bool = False) -> None:
+    def __init__(self, language: Language, *, static: bool = False, compile: str | None = None) -> None:
         self.language = language
         self.static = static
         if "past_key_values" not in inspect.signature(language.body.forward).parameters:
             raise InputError(
                 f"{type(language.lm).__name__} takes no past_key_values: use a causal LM that attends to keys and values"
             )
-        self._body: Callable = torch.compile(language.body, dynamic=False) if compile else language.body
+        self._body: Callable = (
+            torch.compile(language.body, dynamic=False, backend=compile) if compile else language.body
+        )
 
     @property
     def device(self) -> torch.device:

@@ -30,13 +30,14 @@ from lavit.generate.writer import Writer
 from lavit.modules.language import Language
 
 LANES = 32  # rows of one forward at most, unless a single request needs more
+STATIC_COLUMNS = 256  # static caches are multiples of this
 
 
 class Engine:
     """Generation with one language model. Reads the weights when built: build a new one after training.
 
-    `decoder` overrides the choice of `decoder_for`; `quantization="int8"` rounds the weights of Llama-shaped LMs on a
-    CPU.
+    `quantization="int8"` rounds the weights of Llama-shaped LMs on a CPU; `compile` names a `torch.compile` backend for
+    the plain step (`decoder_for`). `decoder` overrides the choice.
     """
 
     def __init__(
@@ -45,12 +46,13 @@ class Engine:
         *,
         lanes: int = LANES,
         quantization: Literal["int8"] | None = None,
+        compile: str | None = None,
         decoder: Decoder | None = None,
     ) -> None:
         self.language = language
         self.vocabulary = language.vocabulary
         self.lanes = lanes
-        self.decoder = decoder or decoder_for(language, quantization=quantization)
+        self.decoder = decoder or decoder_for(language, quantization=quantization, compile=compile)
 
     def session(self) -> Session:
         """An empty batch that takes requests at any time."""
@@ -191,10 +193,10 @@ class Session:
             slots=marks.to(device),
             features=torch.cat(features).to(device) if features else None,
         )
-        most = max(request.sampling.max_tokens + (request.mode == "mixed") * request.images * request.inside.max_tokens
-                   for request in requests)  # fmt: skip
-        ahead = most if self.decoder.static else min(most, 64)
-        columns = min(longest + ahead + 1, max(self.decoder.context, longest))
+        columns = longest + 1
+        if self.decoder.static:  # room for all that may come, in few sizes, because each is compiled anew
+            most = max(map(_most, requests))
+            columns = min(-(-(longest + most) // STATIC_COLUMNS) * STATIC_COLUMNS, max(self.decoder.context, longest))
         return self.decoder.prefill(embeddings, [len(prompt) for prompt in prompts], columns)
 
     def _choose(self, hidden: Float[Tensor, "lanes width"]) -> list[Event]:
@@ -252,3 +254,9 @@ class Session:
             ids = self._writing_ids[index] if inside else index  # a text id is its own index, and image start follows
             chosen |= {place: id for (place, _), id in zip(members, ids.tolist(), strict=True)}
         return chosen
+
+
+def _most(request: Request) -> int:
+    """Tokens that a request may write at most, image start and end included."""
+    pictures = request.images * (request.inside.max_tokens + 2) * (request.mode == "mixed")
+    return request.sampling.max_tokens + pictures

@@ -46,6 +46,7 @@ class Packed:
         self.weight = self.weight.new_empty(1).expand(weight.shape)  # the kernel reads only the shape
 
     def __call__(self, x: Float[Tensor, "rows in"]) -> Float[Tensor, "rows out"]:
+        """Rows times weight, plus bias."""
         return torch.ops.mkl._mkl_linear(x, self.packed, self.weight, self.bias, x.shape[0])
 
 
@@ -61,6 +62,7 @@ class Quantized:
         self.bias = None if bias is None else bias.detach()
 
     def __call__(self, x: Float[Tensor, "rows in"]) -> Float[Tensor, "rows out"]:
+        """Rows times weight, plus bias."""
         largest = x.abs().amax(1, keepdim=True).clamp(min=1e-12)
         whole = (x * (LEVELS / largest)).round_().add_(LEVELS + 1).to(torch.uint8)
         out = torch.ops.onednn.qlinear_pointwise(
@@ -206,12 +208,15 @@ def _is_lora(module: nn.Module) -> bool:
     return plain and not any(getattr(module, "use_dora", {}).values())
 
 
-def decoder_for(language: Language, *, quantization: Literal["int8"] | None = None) -> Decoder:
-    """Choose the decoder of an LM: packed where it can be, static and compiled on CUDA, plain elsewhere.
+def decoder_for(
+    language: Language, *, quantization: Literal["int8"] | None = None, compile: str | None = None
+) -> Decoder:
+    """Choose the decoder of an LM: packed where it can be, with static shapes on CUDA, plain elsewhere.
 
-    Raises `InputError` where `quantization` is asked for and only the packed step could give it.
+    `compile` names a backend of `torch.compile` ("inductor", "cudagraphs") for the plain step; each number of lanes is
+    compiled once. Raises `InputError` where `quantization` is asked for and only the packed step could give it.
     """
-    why = obstacle(language)
+    why = "it is to be compiled" if compile else obstacle(language)
     name = type(language.lm).__name__
     if quantization not in (None, "int8"):
         raise InputError(f"quantization {quantization!r} is not known to the engine: use 'int8' or None")
@@ -220,12 +225,6 @@ def decoder_for(language: Language, *, quantization: Literal["int8"] | None = No
     if why is None:
         log.info("%s: packed %s step on the CPU", name, quantization or "fp32")
         return PackedDecoder(language, int8=quantization == "int8")
-    if language.rows.device.type == "cuda":
-        log.info(
-            "%s: static cache and compiled step on %s",
-            name,
-            torch.cuda.get_device_name(language.rows.device),
-        )
-        return Decoder(language, static=True, compile=True)
-    log.info("%s: step through transformers, because %s", name, why)
-    return Decoder(language)
+    static = compile is not None or language.rows.device.type == "cuda"
+    log.info("%s: step through transformers, %s, because %s", name, "static" if static else "growing", why)
+    return Decoder(language, static=static, compile=compile)
