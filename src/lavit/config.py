@@ -119,6 +119,8 @@ class PixelsConfig:
     null_tokens: int = 77  # "text": rows of the stored embedding
     condition_dropout: float = 0.1  # share of training pictures that see the null condition
     weighting: Literal["equal", "min-snr"] = "equal"  # of the loss over noise levels (min-SNR: arXiv 2303.09556)
+    # what the denoiser is shown: the noisy latents, or the best linear guess of the clean ones, which fades with the noise
+    sees: Literal["noisy", "estimate"] = "noisy"
     unet: dict[str, Any] = field(default_factory=dict)  # diffusers config with "_class_name"; empty: the saved one's
     vae: dict[str, Any] = field(default_factory=dict)  # empty: no autoencoder, `patch` pixels are folded instead
     patch: int = 1  # pixel-unshuffle factor where there is no autoencoder

@@ -50,7 +50,8 @@ def folded_pixels(vision: VisionConfig, *, channels: tuple[int, ...]) -> PixelsC
     """64 px, folded 4×4 to 16×16×48; the features stand as a map beside the noise, and the network answers the picture.
 
     Answering ε instead leaves its error as grain in every picture until training is long, and weighting as Eq. 5 does gives
-    the noisiest levels, where alone the features are needed, next to no weight (LOG.md): here all levels count alike.
+    the noisiest levels, where alone the features are needed, next to no weight: here all levels count alike. The network
+    is shown a guess of the picture that fades with the noise, else it paints from the noise for thousands of steps (LOG.md).
     """
     patch, condition = 4, 64
     folded = 3 * patch**2
@@ -61,6 +62,7 @@ def folded_pixels(vision: VisionConfig, *, channels: tuple[int, ...]) -> PixelsC
         condition="grid",
         condition_dim=condition,
         direction=True,
+        sees="estimate",
         patch=patch,
         guidance=1.0,
         scheduler={
@@ -85,6 +87,7 @@ def folded_pixels(vision: VisionConfig, *, channels: tuple[int, ...]) -> PixelsC
             "layers_per_block": 1,
             "norm_num_groups": 16,
             "attention_head_dim": 32,
+            "resnet_time_scale_shift": "scale_shift",
         },
     )
 
@@ -136,7 +139,7 @@ def nano() -> Preset:
             mixture=(3.0, 1.5, 0.5, 0.4, 0.0),
         ),
         pixels=PixelsTraining(
-            autoencoder_steps=0, autoencoder_rate=1e-3, steps=600, batch=16, learning_rate=1e-3, ema=0.99
+            autoencoder_steps=0, autoencoder_rate=1e-3, steps=800, batch=16, learning_rate=1e-3, ema=0.99
         ),
     )
     return Preset(model, training, minutes=15)

@@ -15,10 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin, UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel, UNet2DModel
 from jaxtyping import Float, Shaped
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -26,20 +25,11 @@ from torch import Tensor, nn
 
 from lavit.config import InputError, PixelsConfig, read_json
 from lavit.modules.condition import HEADS, Condition
+from lavit.modules.diffusion import STABLE_DIFFUSION_NOISE, load_strictly, noise_schedule, options, solver_of, unet_of
 
-# Stable Diffusion's noise: what SD 1.5 and SDXL were trained with
-STABLE_DIFFUSION_NOISE = {
-    "_class_name": "DDIMScheduler",
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
-UNETS = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}
 KL_WEIGHT = 1e-6  # as Stable Diffusion's autoencoder
 MIN_SNR_GAMMA = 5.0
+LATENT_VARIANCE = 0.5  # of folded pixels in -1..1
 
 
 class Pixels(nn.Module):
@@ -67,9 +57,9 @@ class Pixels(nn.Module):
     @classmethod
     def build(cls, config: PixelsConfig) -> Pixels:
         """A decoder with random weights (of the global generator), all sizes from `config`."""
-        vae = AutoencoderKL.from_config(_options(config.vae)) if config.vae else None
-        unet = _unet_class(config.unet.get("_class_name")).from_config(_options(config.unet))
-        return cls(config, unet, _scheduler(config.scheduler or STABLE_DIFFUSION_NOISE), vae)
+        vae = AutoencoderKL.from_config(options(config.vae)) if config.vae else None
+        unet = unet_of(config.unet.get("_class_name")).from_config(options(config.unet))
+        return cls(config, unet, noise_schedule(config.scheduler or STABLE_DIFFUSION_NOISE), vae)
 
     @property
     def factor(self) -> int:
@@ -192,7 +182,7 @@ class Pixels(nn.Module):
             condition = condition.followed_by(self.condition.null(len(features), shape[1:]))
         generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
         latents = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-        solver = self._solver(sampler or config.sampler)
+        solver = solver_of(sampler or config.sampler, self.scheduler)
         solver.set_timesteps(steps, device=features.device)
         latents = latents.to(features.device) * solver.init_noise_sigma
         extra = {"generator": generators} if "generator" in inspect.signature(solver.step).parameters else {}
@@ -226,10 +216,10 @@ class Pixels(nn.Module):
     def load(cls, folder: Path, config: PixelsConfig) -> Pixels:
         """Read what `save` wrote; a part that is missing or of other sizes than `config`'s raises `InputError`."""
         folder = Path(folder)
-        unet_class = _unet_class(read_json(folder / "unet" / "config.json").get("_class_name"))
-        unet = _load_strictly(unet_class, folder / "unet", config.unet)
-        vae = _load_strictly(AutoencoderKL, folder / "vae", config.vae) if config.vae else None
-        scheduler = _scheduler(read_json(folder / "scheduler" / "scheduler_config.json"))
+        unet_class = unet_of(read_json(folder / "unet" / "config.json").get("_class_name"))
+        unet = load_strictly(unet_class, folder / "unet", config.unet)
+        vae = load_strictly(AutoencoderKL, folder / "vae", config.vae) if config.vae else None
+        scheduler = noise_schedule(read_json(folder / "scheduler" / "scheduler_config.json"))
         pixels = cls(config, unet, scheduler, vae)
         where = folder / "condition" / "model.safetensors"
         try:
@@ -262,6 +252,8 @@ class Pixels(nn.Module):
         size: tuple[int, int] | None = None,
     ) -> Tensor:
         """The denoiser's output; `times` is one noise level or one per picture, `size` the picture's, for SDXL's ids."""
+        if self.config.sees == "estimate":
+            latents = self._estimate(latents, times)
         if condition.grid is not None:
             latents = torch.cat([latents, condition.grid.to(latents.dtype)], dim=1)
         if condition.context is None:
@@ -273,6 +265,11 @@ class Pixels(nn.Module):
             extra["added_cond_kwargs"] = {"text_embeds": condition.pooled, "time_ids": ids}
         return self.unet(latents, times, condition.context, **extra).sample
 
+    def _estimate(self, latents: Tensor, times: Tensor) -> Tensor:
+        """Best linear guess of the clean latents: it fades where noise drowns them, so that features must decide."""
+        kept = self.scheduler.alphas_cumprod.to(latents)[times.to(latents.device).long()].reshape(-1, 1, 1, 1)
+        return latents * kept.sqrt() * LATENT_VARIANCE / (kept * LATENT_VARIANCE + 1 - kept)
+
     def _weights(self, times: Tensor) -> Tensor:
         if self.config.weighting == "equal":
             return torch.ones(len(times), device=times.device)
@@ -283,25 +280,6 @@ class Pixels(nn.Module):
             self.scheduler.config.prediction_type, ratio + 1
         )
         return ratio.clamp(max=MIN_SNR_GAMMA) / scale
-
-    def _solver(self, sampler: str | SchedulerMixin) -> SchedulerMixin:
-        if not isinstance(sampler, str):
-            return type(sampler).from_config(sampler.config)
-        trained = _options(self.scheduler.config)
-        if sampler == "ddim":
-            return diffusers.DDIMScheduler.from_config(trained)
-        if sampler != "dpm":
-            raise InputError(f'there is no sampler {sampler!r}: choose "dpm" or "ddim"')
-        trained |= {
-            "algorithm_type": "dpmsolver++",
-            "final_sigmas_type": "zero",
-            # few steps must begin at the last noise level, which "leading" never visits
-            "timestep_spacing": "trailing" if trained.get("timestep_spacing") == "trailing" else "linspace",
-            # this solver clips by its thresholding, whose bounds coincide at 1
-            "thresholding": bool(trained.get("clip_sample", False)),
-            "sample_max_value": float(trained.get("clip_sample_range", 1.0)),
-        }
-        return diffusers.DPMSolverMultistepScheduler.from_config(trained)
 
     def _steady_vae(self) -> AutoencoderKL:
         """The autoencoder, in fp32 where it would overflow in fp16 (SDXL's `force_upcast`)."""
@@ -361,43 +339,3 @@ class Pixels(nn.Module):
 def _home(generator: torch.Generator | None, like: Tensor) -> torch.device:
     """Where noise is drawn: on the generator's own device."""
     return like.device if generator is None else generator.device
-
-
-def _options(config: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if not name.startswith("_")}
-
-
-def _unet_class(name: str | None) -> type[ModelMixin]:
-    if name not in UNETS:
-        raise InputError(f"pixels: unknown unet class {name!r}, expected one of {', '.join(UNETS)}")
-    return UNETS[name]
-
-
-def _scheduler(config: dict[str, Any]) -> SchedulerMixin:
-    kind = getattr(diffusers, str(config.get("_class_name")), None)
-    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
-        raise InputError(f"pixels: unknown scheduler class {config.get('_class_name')!r}, expected one of diffusers'")
-    return kind.from_config(_options(config))
-
-
-def _load_strictly(kind: type[ModelMixin], folder: Path, expected: dict[str, Any]) -> ModelMixin:
-    """A diffusers model with every weight from the folder and the sizes that the configuration names."""
-    found = read_json(folder / "config.json")
-    for name, value in _options(expected).items():
-        moments = name in ("latents_mean", "latents_std", "scaling_factor")  # measured in training
-        if not moments and found.get(name) != (list(value) if isinstance(value, tuple) else value):
-            raise InputError(f"{folder}: {name} is {found.get(name)}, this configuration expects {value}")
-    try:
-        model, info = kind.from_pretrained(
-            folder, use_safetensors=True, output_loading_info=True, local_files_only=True
-        )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise InputError(f"{folder} cannot be read: {' '.join(str(error).split())[:300]}") from error
-    wrong = [
-        *info["missing_keys"],
-        *info["unexpected_keys"],
-        *(str(key) for key in info["mismatched_keys"]),
-    ]
-    if wrong:
-        raise InputError(f"{folder} does not fit its own configuration: {', '.join(wrong[:3])}")
-    return model

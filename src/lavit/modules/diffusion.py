@@ -1,0 +1,88 @@
+"""What the pixel decoder takes from diffusers: UNet classes, noise schedules, solvers, and strict loading of both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers import ModelMixin, SchedulerMixin, UNet2DConditionModel, UNet2DModel
+from safetensors import SafetensorError
+
+from lavit.config import InputError, read_json
+
+# Stable Diffusion's noise: what SD 1.5 and SDXL were trained with
+STABLE_DIFFUSION_NOISE = {
+    "_class_name": "DDIMScheduler",
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+UNETS = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}
+
+
+def options(config: dict[str, Any]) -> dict[str, Any]:
+    """A diffusers configuration without its private fields."""
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def unet_of(name: str | None) -> type[ModelMixin]:
+    """The UNet class of a name; others raise `InputError`."""
+    if name not in UNETS:
+        raise InputError(f"pixels: unknown unet class {name!r}, expected one of {', '.join(UNETS)}")
+    return UNETS[name]
+
+
+def noise_schedule(config: dict[str, Any]) -> SchedulerMixin:
+    """The noise schedule that a configuration with `_class_name` names."""
+    kind = getattr(diffusers, str(config.get("_class_name")), None)
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+        raise InputError(f"pixels: unknown scheduler class {config.get('_class_name')!r}, expected one of diffusers'")
+    return kind.from_config(options(config))
+
+
+def load_strictly(kind: type[ModelMixin], folder: Path, expected: dict[str, Any]) -> ModelMixin:
+    """A diffusers model with every weight from the folder and the sizes that the configuration names."""
+    found = read_json(folder / "config.json")
+    for name, value in options(expected).items():
+        moments = name in ("latents_mean", "latents_std", "scaling_factor")  # measured in training
+        if not moments and found.get(name) != (list(value) if isinstance(value, tuple) else value):
+            raise InputError(f"{folder}: {name} is {found.get(name)}, this configuration expects {value}")
+    try:
+        model, info = kind.from_pretrained(
+            folder, use_safetensors=True, output_loading_info=True, local_files_only=True
+        )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise InputError(f"{folder} cannot be read: {' '.join(str(error).split())[:300]}") from error
+    wrong = [
+        *info["missing_keys"],
+        *info["unexpected_keys"],
+        *(str(key) for key in info["mismatched_keys"]),
+    ]
+    if wrong:
+        raise InputError(f"{folder} does not fit its own configuration: {', '.join(wrong[:3])}")
+    return model
+
+
+def solver_of(sampler: str | SchedulerMixin, noise: SchedulerMixin) -> SchedulerMixin:
+    """The solver of a name for the noise that the decoder was trained with; a scheduler object is copied."""
+    if not isinstance(sampler, str):
+        return type(sampler).from_config(sampler.config)
+    trained = options(noise.config)
+    if sampler == "ddim":
+        return diffusers.DDIMScheduler.from_config(trained)
+    if sampler != "dpm":
+        raise InputError(f'there is no sampler {sampler!r}: choose "dpm" or "ddim"')
+    trained |= {
+        "algorithm_type": "dpmsolver++",
+        "final_sigmas_type": "zero",
+        # few steps must begin at the last noise level, which "leading" never visits
+        "timestep_spacing": "trailing" if trained.get("timestep_spacing") == "trailing" else "linspace",
+        # this solver clips by its thresholding, whose bounds coincide at 1
+        "thresholding": bool(trained.get("clip_sample", False)),
+        "sample_max_value": float(trained.get("clip_sample_range", 1.0)),
+    }
+    return diffusers.DPMSolverMultistepScheduler.from_config(trained)
