@@ -173,3 +173,11 @@ def test_an_unknown_split_is_refused_where_splits_exist(folder, tmp_path):
     with pytest.raises(InputError, match="other") as raised:
         load_records(folder, "other", cache=tmp_path / "cache")
     assert "\n" not in str(raised.value)
+
+
+def test_a_folder_made_anew_is_not_served_from_an_old_cache(folder: Path) -> None:
+    assert len(load_records(folder)) == 2
+    (folder / "train" / "green.png").unlink()
+    write_lines(folder / "train" / "metadata.jsonl", [{"file_name": "red.png", "name": "crimson", "licence": "CC0"}])
+    (only,) = load_records(folder)
+    assert only.texts == ("crimson",)

@@ -10,6 +10,7 @@ reports on a whole source.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -174,6 +175,8 @@ def _tried(records: Iterable[Record]) -> Iterator[tuple[Record, tuple[int, int] 
 def _load(datasets: Any, data: str | Path, split: str, cache: Path | None) -> Any:
     """A `datasets.Dataset`; whatever the library raises on bad data becomes one line."""
     path = Path(data)
+    if cache is None and path.exists():
+        cache = Path(datasets.config.HF_DATASETS_CACHE) / f"lavit-{_fingerprint(path)}"
     where = {"cache_dir": None if cache is None else str(cache)}
     try:
         if path.is_file():
@@ -194,6 +197,13 @@ def _load(datasets: Any, data: str | Path, split: str, cache: Path | None) -> An
         cause = error.__cause__ or error.__context__
         why = f"{lines[0]}{f' ({str(cause).splitlines()[0]})' if cause and str(cause) else ''}"
         raise InputError(f"{str(data)!r}, split {split!r}, cannot be opened: {why}") from error
+
+
+def _fingerprint(path: Path) -> str:
+    """Of names, sizes and times of all files: a folder that was made anew is never served from the old one's cache."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
 
 
 def _load_folder(datasets: Any, path: Path, split: str, where: Mapping[str, Any]) -> Any:
