@@ -3,10 +3,10 @@
     python benchmarks/generate.py [--json FILE] [--rounds 5] [--tokens 32] [--agreement 1000]
 
 Peer: the same LM as a plain transformers model over the joint vocabulary (embedding and head resized), which writes
-images through `generate(guidance_scale=3)`; all ids but the codes are masked in place, which costs it nothing. Runs
-are interleaved, round after round; a figure is the median of the rounds' ratios, its spread the smallest and the
-largest. The limit is the bytes of weights that a step must read over the rate at which this machine sums a large
-array, measured in the same rounds.
+images through `generate(guidance_scale=3)`; all ids but the codes are masked in place, which costs it next to nothing.
+Runs are interleaved, round after round; a figure is the median of the rounds' ratios, its spread the smallest and the
+largest. The limit is the bytes of weights that a step must read over the rate at which this machine sums a large array,
+measured in the same run. Two threads on a busy machine wait for each other: measure idle, or with OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
