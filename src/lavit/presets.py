@@ -49,9 +49,8 @@ def efficientnet_lite0(*, image_size: int) -> VisionConfig:
 def folded_pixels(vision: VisionConfig, *, channels: tuple[int, ...]) -> PixelsConfig:
     """64 px, folded 4×4 to 16×16×48; the features stand as a map beside the noise, and the network answers the picture.
 
-    Answering ε instead leaves its error as grain in every picture until training is long, and weighting as Eq. 5 does gives
-    the noisiest levels, where alone the features are needed, next to no weight: here all levels count alike. The network
-    is shown a guess of the picture that fades with the noise, else it paints from the noise for thousands of steps (LOG.md).
+    Answering ε leaves its error as grain in every picture until training is long, and weighting as Eq. 5 does gives the
+    noisiest levels, where alone the features are needed, next to no weight: here all levels count alike (LOG.md).
     """
     patch, condition = 4, 64
     folded = 3 * patch**2
@@ -67,9 +66,9 @@ def folded_pixels(vision: VisionConfig, *, channels: tuple[int, ...]) -> PixelsC
         guidance=1.0,
         scheduler={
             "_class_name": "DDIMScheduler",
-            "beta_schedule": "scaled_linear",
-            "beta_start": 0.00085,
-            "beta_end": 0.012,
+            "beta_schedule": "linear",
+            "beta_start": 0.0001,
+            "beta_end": 0.02,
             "clip_sample": True,
             "set_alpha_to_one": True,
             "steps_offset": 0,
@@ -139,7 +138,7 @@ def nano() -> Preset:
             mixture=(3.0, 1.5, 0.5, 0.4, 0.0),
         ),
         pixels=PixelsTraining(
-            autoencoder_steps=0, autoencoder_rate=1e-3, steps=800, batch=16, learning_rate=1e-3, ema=0.99
+            autoencoder_steps=0, autoencoder_rate=1e-3, steps=800, batch=16, learning_rate=2e-3, ema=0.99
         ),
     )
     return Preset(model, training, minutes=15)

@@ -9,7 +9,7 @@ from jaxtyping import Bool
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-GAP = 6
+GAP, LINE = 6, 20  # pixels between cells; height of a row of text
 
 
 def kept_over(image: Image.Image, keep: Bool[Tensor, "patches"], *, size: int = 320) -> Image.Image:
@@ -31,18 +31,20 @@ def kept_over(image: Image.Image, keep: Bool[Tensor, "patches"], *, size: int = 
 
 
 def sheet(rows: Sequence[Sequence[Image.Image | str]], *, cell: int = 128) -> Image.Image:
-    """Rows of pictures and texts on white, each in a cell of `cell` pixels."""
-    columns = max(map(len, rows))
-    step = cell + GAP
-    page = Image.new("RGB", (columns * step + GAP, len(rows) * step + GAP), (255, 255, 255))
+    """Rows of pictures and texts on white, each picture in a square of `cell` pixels; rows of text alone are low."""
+    heights = [cell if any(not isinstance(item, str) for item in row) else LINE for row in rows]
+    width = max(map(len, rows)) * (cell + GAP) + GAP
+    page = Image.new("RGB", (width, sum(heights) + GAP * (len(rows) + 1)), (255, 255, 255))
     draw = ImageDraw.Draw(page)
-    for r, row in enumerate(rows):
-        for c, item in enumerate(row):
-            left, top = GAP + c * step, GAP + r * step
+    top = GAP
+    for row, height in zip(rows, heights, strict=True):
+        for column, item in enumerate(row):
+            left = GAP + column * (cell + GAP)
             if isinstance(item, str):
-                _text(draw, item, left, top, cell)
+                _text(draw, item, left, top, cell if height == cell else width)
             else:
                 page.paste(item.convert("RGB").resize((cell, cell), Image.Resampling.BICUBIC), (left, top))
+        top += height + GAP
     return page
 
 
