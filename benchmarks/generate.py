@@ -90,6 +90,7 @@ def peer_image(peer: PreTrainedModel, language: Language, tokens: int) -> list[i
 
 
 def peer_text(peer: PreTrainedModel, tokens: int) -> list[int]:
+    """Greedy text ids by transformers."""
     ids = torch.tensor([PROMPT])
     out = peer.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=2
@@ -98,12 +99,14 @@ def peer_text(peer: PreTrainedModel, tokens: int) -> list[int]:
 
 
 def image(engine: Engine, tokens: int, pictures: int = 1) -> list[int]:
+    """Codes of the first of some pictures, guided and greedy, by our engine."""
     how = Sampling(temperature=0, guidance=GUIDANCE, min_tokens=tokens, max_tokens=tokens)
     requests = [Request(ids=PROMPT, sampling=how, mode="image")] * pictures
     return list(engine.complete(requests)[0][0].images[0])
 
 
 def text(engine: Engine, tokens: int) -> list[int]:
+    """Greedy text ids by our engine."""
     how = Sampling(temperature=0, min_tokens=tokens, max_tokens=tokens)
     return list(engine.complete([Request(ids=PROMPT, sampling=how)])[0][0].text)
 
@@ -124,6 +127,7 @@ def agreement(exact: Engine, rounded: Engine, tokens: int) -> float:
 
 
 def seconds(run: Callable[[], object]) -> float:
+    """Wall time of one run."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
@@ -147,6 +151,7 @@ def measure(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, lis
 
 
 def main() -> None:
+    """Measure, print, and write --json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=5)

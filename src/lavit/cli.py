@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Words = tyro.conf.Positional
 Model = Annotated[str, tyro.conf.arg(help="a trained run or model folder")]
-DEFAULT_MODEL = "demo/run"
+DEFAULT_MODEL = "runs/nano-demo"  # what `make demo` trains
 
 
 def caption(images: Words[tuple[str, ...]], /, model: Model = DEFAULT_MODEL, json: bool = False) -> None:

@@ -10,6 +10,8 @@ Parts are read from disk when they are first used, so that a caption never loads
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -159,9 +161,6 @@ class LaVIT(nn.Module):
 
     def save_pretrained(self, folder: str | Path, *, parts: Sequence[str] = PARTS) -> None:
         """Write the configuration and the named parts; each part's folder is replaced as a whole."""
-        import dataclasses
-        import json
-
         folder = Path(folder)
         config = self.config
         if "vision" in parts:

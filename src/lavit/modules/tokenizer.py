@@ -104,9 +104,7 @@ class VisualTokenizer(nn.Module):
         if int(lengths.max()) > self.config.patches or int(lengths.min()) < 1:
             raise InputError(f"an image has 1 to {self.config.patches} codes, not {lengths.tolist()}")
         rows = Ragged(lengths)
-        places = rows.pad(keep.nonzero()[:, 1:].float())[..., 0].long() if keep is not None else None
-        if not self.config.spatial_positions:
-            places = None
+        places = None if keep is None else self._places(keep)
         return self.reconstructor(rows.pad(self.codebook.vector(codes)), rows.valid, places=places)
 
     def reconstruct(self, patches: Float[Tensor, "images patches dim"], keep: Tensor, *, quantise: bool) -> Tensor:
@@ -115,8 +113,14 @@ class VisualTokenizer(nn.Module):
         rows = Ragged(keep.sum(1))
         if quantise:
             return self.decode(self.codebook.index(vectors), rows.lengths, keep=keep)
-        places = rows.pad(keep.nonzero()[:, 1:].float())[..., 0].long() if self.config.spatial_positions else None
+        places = self._places(keep)
         return self.reconstructor(rows.pad(vectors), rows.valid, places=places)
+
+    def _places(self, keep: Tensor) -> Tensor | None:
+        """Raster numbers of the kept patches, padded; None where the reconstructor does not use them."""
+        if not self.config.spatial_positions:
+            return None
+        return Ragged(keep.sum(1)).pad(keep.nonzero()[:, 1:].float())[..., 0].long()
 
     def forward(
         self,
@@ -154,7 +158,7 @@ class VisualTokenizer(nn.Module):
         quantised = self.codebook.quantise(vectors) if quantise else None
         rows = Ragged(keep.sum(1))
         codes = rows.pad(quantised.vectors if quantised else vectors)
-        places = rows.pad(keep.nonzero()[:, 1:].float())[..., 0].long() if self.config.spatial_positions else None
+        places = self._places(keep)
         return self.reconstructor(codes, rows.valid, places=places), vectors, quantised
 
     def _masked_forward(
@@ -173,7 +177,7 @@ class VisualTokenizer(nn.Module):
         places = None
         if self.config.spatial_positions:
             raster = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-            places = raster if dense else Ragged(keep.sum(1)).pad(raster[keep][:, None].float())[..., 0].long()
+            places = raster if dense else self._places(keep)
         features = self.reconstructor(codes, weight, index=index, places=places)
         return features, packed, quantised
 

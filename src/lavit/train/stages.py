@@ -4,7 +4,8 @@
     LanguageStage    Eq. 6: next-token cross-entropy over text and codes, both orders
     PixelsStage      Eq. 5: ε-prediction on the reconstructed features; AutoencoderStage before it, where there is one
 
-Batches are functions of (seed, step), noise of (seed, step, picture): one rank and two see the same.
+Batches are functions of (seed, step). Stage 1's noise is one of (seed, step, picture), so that one rank and two see the
+same; the noise of the pixel stages is drawn per rank.
 """
 
 from __future__ import annotations
