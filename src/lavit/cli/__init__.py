@@ -1,0 +1,76 @@
+"""The command line: every verb of the package, one function each. The only room that prints.
+
+Bad input ends with one line on stderr and exit code 2; a failing training (`Alarm`) with one line and exit code 1.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tyro
+
+from lavit.cli import convert as foreign
+from lavit.cli import make, use
+from lavit.config import InputError
+
+VERBS: dict[str, Callable[..., Any]] = {
+    "caption": use.caption,
+    "ask": use.ask,
+    "draw": use.draw,
+    "edit": use.edit,
+    "reconstruct": use.reconstruct,
+    "tokenize": use.tokenize,
+    "inspect": use.inspect,
+    "train": make.train,
+    "eval": make.evaluate,
+    "demo": make.demo,
+}
+GROUPS: dict[str, dict[str, Callable[..., Any]]] = {
+    "data": {"starter": make.data_starter, "check": make.data_check},
+    "convert": {"check": foreign.check, "published": foreign.published, "reverse": foreign.reverse},
+}
+
+
+def data() -> None:
+    """Build the starter data, or check a data set (lavit data starter, lavit data check)."""
+    _group("data")
+
+
+def convert() -> None:
+    """Published weights to ours and back, and parity (lavit convert check, published, reverse)."""
+    _group("convert")
+
+
+def _group(name: str) -> None:
+    raise InputError("say which: " + ", ".join(f"lavit {name} {verb}" for verb in GROUPS[name]))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `lavit`."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("lavit").setLevel(logging.INFO)
+    for library in ("HF_HUB", "HF_DATASETS"):  # this command line has bars of its own
+        os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
+    from lavit.train.health import Alarm
+
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    verbs, prog = {**VERBS, "data": data, "convert": convert}, "lavit"
+    if len(words) > 1 and words[0] in GROUPS:
+        verbs, prog, words = GROUPS[words[0]], f"lavit {words[0]}", words[1:]
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            verbs, prog=prog, description="LaVIT: images as a foreign language.", args=words
+        )
+    except InputError as error:
+        print(f"lavit: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    except Alarm as alarm:
+        print(f"lavit: {alarm}", file=sys.stderr)
+        raise SystemExit(1) from alarm
+    except KeyboardInterrupt as stop:
+        print("lavit: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        raise SystemExit(130) from stop

@@ -1,0 +1,102 @@
+"""What verbs share: where the model is, how answers are printed, pictures written and progress shown."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from lavit.config import InputError
+
+if TYPE_CHECKING:
+    from lavit.generate.pipeline import Pipeline
+    from lavit.train.loop import Report
+
+Words = tyro.conf.Positional
+Model = Annotated[str, tyro.conf.arg(help="a trained run or model folder")]
+DEFAULT_MODEL = "runs/nano-demo"  # what `make demo` trains
+
+
+def load_model(model: str, images: Sequence[str] | None = None) -> Pipeline:
+    """The pipeline of a model, after the pictures that are to be read have been seen to open."""
+    import lavit
+    from lavit.images import open_image
+
+    if images is not None:
+        if not images:
+            raise InputError("give at least one picture")
+        for image in images:
+            open_image(image)
+    return lavit.load(model)
+
+
+def answer_with(as_json: bool, text: str, **fields: Any) -> None:
+    """Print an answer: `text`, or the fields as one JSON object a line."""
+    print(json.dumps(fields, ensure_ascii=False) if as_json else text, flush=True)
+
+
+def write_pictures(pictures: Sequence[Any], out: Path) -> None:
+    """Save pictures as OUT, or OUT-0, OUT-1 … where there are several."""
+    names = [out] if len(pictures) == 1 else [out.with_stem(f"{out.stem}-{i}") for i in range(len(pictures))]
+    for picture, name in zip(pictures, names, strict=True):
+        try:
+            name.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(name)
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot write {name}: {error}") from error
+        print(name)
+
+
+class ProgressBar:
+    """A bar on a terminal, a line every few seconds elsewhere."""
+
+    seconds_between_lines = 10.0
+
+    def __enter__(self) -> ProgressBar:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self.console = Console(stderr=True)
+        self.bar = None
+        self.task: tuple[str, Any] | None = None
+        self.spoke = 0.0
+        if self.console.is_terminal:
+            columns = (
+                TextColumn("{task.description:<18}"),
+                BarColumn(30),
+                TextColumn("{task.fields[line]}"),
+            )
+            self.bar = Progress(*columns, TimeElapsedColumn(), console=self.console)
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def count(self, what: str, done: int, of: int) -> None:
+        """Progress of something that is counted."""
+        self._show(what, done, of, f"{done}/{of}")
+
+    def report(self, report: Report) -> None:
+        """Progress of a training stage: rate, time left, losses and health on one line."""
+        left = time.strftime("%H:%M:%S", time.gmtime(report.seconds_left))
+        figures = " ".join(f"{name} {value:.3g}" for name, value in report.figures.items())
+        line = f"{report.step}/{report.steps} {report.rate:.2f} steps/s left {left} {figures}"
+        self._show(report.stage, report.step, report.steps, line)
+
+    def _show(self, what: str, done: int, of: int, line: str) -> None:
+        if self.bar:
+            if self.task is None or self.task[0] != what:
+                self.task = (what, self.bar.add_task(what, total=of, line=line))
+            self.bar.update(self.task[1], completed=done, line=line)
+            return
+        now = time.perf_counter()
+        if done == of or now - self.spoke > self.seconds_between_lines:
+            self.spoke = now
+            print(f"{what} {line}", file=sys.stderr, flush=True)
