@@ -151,12 +151,14 @@ def test_bad_sources_are_one_clear_line(folder, tmp_path):
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("a")
     (tmp_path / "notes.txt").write_text("a")
+    (tmp_path / "notes.md").write_text("a")
     for source, split, words in (
         (tmp_path / "missing", "train", "does not exist"),
         (tmp_path / "empty", "train", "is empty"),
         (tmp_path / "empty.jsonl", "train", "empty"),
         (tmp_path / "text", "train", "holds no pictures"),
-        (tmp_path / "notes.txt", "train", "no data file that is known"),
+        (tmp_path / "notes.txt", "train", "holds no pictures"),
+        (tmp_path / "notes.md", "train", "no data file that is known"),
     ):
         with pytest.raises(InputError, match=words) as raised:
             load_records(source, split, cache=tmp_path / "cache")

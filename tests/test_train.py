@@ -79,9 +79,10 @@ def test_stage_two_overfits_both_directions(toy_data: Path, tmp_path: Path) -> N
     stage = replace(training.language, steps=150, unconditional_fraction=0.0, mixture=(1, 1, 0, 0, 0))
     run = Run(tmp_path, toy_data, toy_config(), replace(training, language=stage))
     run.train(("tokenizer", "language"))
-    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["text_accuracy"] > 0.9
-    assert last["code_accuracy"] > 0.5
+    last = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][-10:]
+    mean = {name: sum(line[name] for line in last) / len(last) for name in ("text_accuracy", "code_accuracy")}
+    assert mean["text_accuracy"] > 0.75  # nobody can know the first word of a prompt
+    assert mean["code_accuracy"] > 0.8
 
 
 def test_documents_fill_their_rows_and_are_functions_of_the_step(toy_data: Path) -> None:

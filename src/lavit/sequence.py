@@ -21,6 +21,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -30,6 +32,7 @@ from lavit.config import InputError
 from lavit.vocabulary import Vocabulary
 
 IGNORE = -100  # label of a position that gives no loss
+WAITING = 256  # documents among which a row finds those that fill it
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,14 @@ class VisualTokens:
 
 @dataclass(frozen=True)
 class Text:
-    """Ids of text; `target=False` gives it no loss (prompts of fine-tuning)."""
+    """Ids of text; `target=False` gives it no loss (prompts of fine-tuning).
+
+    `closes=False` leaves out the end id where this text ends a document: it goes on elsewhere, or ends in its own way.
+    """
 
     ids: tuple[int, ...]
     target: bool = True
+    closes: bool = True
 
 
 @dataclass(frozen=True)
@@ -97,17 +104,18 @@ class Batch:
         return float((self.documents >= 0).float().mean())
 
 
-def image_ids(image: Image, vocabulary: Vocabulary) -> list[int]:
+@lru_cache(maxsize=8192)
+def image_ids(codes: tuple[int, ...], vocabulary: Vocabulary) -> tuple[int, ...]:
     """Start, codes, end of one image as joint ids."""
-    codes = vocabulary.ids(torch.tensor(image.codes, dtype=torch.long)).tolist()
-    return [vocabulary.image_start, *codes, vocabulary.image_end]
+    ids = vocabulary.ids(torch.tensor(codes, dtype=torch.long)).tolist()
+    return (vocabulary.image_start, *ids, vocabulary.image_end)
 
 
 def lay_out(document: Document, vocabulary: Vocabulary, *, supervise_read_images: bool = True) -> Sequence:
     """Turn a document into ids, next-id labels and slots.
 
-    A text that ends the document gets the LM's end id. A read image without `supervise_read_images` gives no loss
-    inside; its image end still predicts the text that follows.
+    A text that ends the document gets the LM's end id (unless it says otherwise). A read image without
+    `supervise_read_images` gives no loss inside; its image end still predicts the text that follows.
     """
     ids: list[int] = []
     target: list[bool] = []  # may this id be predicted?
@@ -115,12 +123,13 @@ def lay_out(document: Document, vocabulary: Vocabulary, *, supervise_read_images
     images: list[int] = []
     for number, segment in enumerate(document):
         if isinstance(segment, Text):
-            piece = list(segment.ids) + ([vocabulary.end] if number == len(document) - 1 else [])
+            last = segment.closes and number == len(document) - 1
+            piece = (*segment.ids, vocabulary.end) if last else segment.ids
             slot, wanted = [False] * len(piece), segment.target
         else:
             if not segment.codes:
                 raise InputError("an image of a document has no codes: every image keeps at least one patch")
-            piece = image_ids(segment, vocabulary)
+            piece = image_ids(segment.codes, vocabulary)
             slot = [False, *([segment.read] * len(segment.codes)), False]
             wanted = segment.target and (supervise_read_images or not segment.read)
             images += [segment.index] * segment.read
@@ -154,6 +163,72 @@ def first_fit(lengths: Sequence_[int], capacity: int) -> list[list[int]]:
         while first_open < len(rows) and room[first_open] == 0:
             first_open += 1
     return rows
+
+
+def exact_choice(lengths: Sequence_[int], room: int) -> list[int]:
+    """Numbers of items whose lengths add up to as much of `room` as any choice does (a knapsack, on bits of an integer)."""
+    numbers: dict[int, list[int]] = {}
+    for number, length in enumerate(lengths):
+        if length <= room:
+            numbers.setdefault(length, []).append(number)
+    within = (1 << room + 1) - 1
+    sums, steps = 1, []  # bit s: some choice adds up to s
+    for length, at in numbers.items():
+        for number in at[: room // length]:
+            steps.append((number, length, sums))
+            sums |= sums << length & within
+    total, chosen = sums.bit_length() - 1, []
+    for number, length, before in reversed(steps):
+        if not before >> total & 1:
+            chosen.append(number)
+            total -= length
+    return chosen
+
+
+def fill_rows(lengths: Sequence_[int], rows: int, capacity: int) -> tuple[list[list[int]], int]:
+    """Put items into `rows` rows of `capacity`, in order as far as that fills them; returns the rows and how many are left.
+
+    A row takes the next items while there is room for some more, then the choice among those that wait which fills it best.
+    """
+    coming = iter(range(len(lengths)))
+    waiting: list[int] = []
+    filled: list[list[int]] = []
+    tail = 4 * sorted(lengths)[len(lengths) // 2] if lengths else 0
+    for _ in range(rows):
+        waiting += islice(coming, WAITING - len(waiting))
+        row: list[int] = []
+        room = capacity
+        for number in waiting:
+            if room - lengths[number] >= tail or not row:
+                row.append(number)
+                room -= lengths[number]
+        taken = set(row)
+        waiting = [number for number in waiting if number not in taken]
+        row += [waiting[place] for place in exact_choice([lengths[number] for number in waiting], room)]
+        taken = set(row)
+        waiting = [number for number in waiting if number not in taken]
+        filled.append(row)
+    return filled, len(waiting) + sum(1 for _ in coming)
+
+
+def fill_from_front(lengths: Sequence_[int], rows: int, capacity: int) -> list[list[int]]:
+    """Fill rows with as many of the first items as fit together; which ones are left out does not depend on their lengths.
+
+    Returns the item numbers of each row: all of 0, 1, … up to some number. Raises `InputError` for an item longer than a row.
+    """
+    count = total = 0
+    for length in lengths:
+        if length > capacity:
+            raise InputError(f"document {count} has {length} tokens, more than a row of {capacity}: use longer rows")
+        total += length
+        if total > rows * capacity:
+            break
+        count += 1
+    filled, left = fill_rows(lengths[:count], rows, capacity)
+    while left:
+        count -= -(-left * 2 // 3)
+        filled, left = fill_rows(lengths[:count], rows, capacity)
+    return filled
 
 
 def pack(rows: Sequence_[Sequence_[Sequence]], vocabulary: Vocabulary, *, tokens: int | None = None) -> Batch:

@@ -3,7 +3,8 @@ until asked.
 
 A source is a folder of pictures (`imagefolder`, splits by its README.md or sub-folders, columns by
 metadata.jsonl), a .jsonl/.json/.csv/.parquet file with an image column, WebDataset .tar shards (one
-file or a folder of them), or the name of a data set on the hub. Pictures are kept encoded, so that
+file or a folder of them), or the name of a data set on the hub; without pictures, a .txt file, a folder
+of them, or a table with a text column is a source of text. Pictures are kept encoded, so that
 a broken one never ends an iteration: `readable` sorts such records out and names them, `check`
 reports on a whole source.
 """
@@ -20,10 +21,12 @@ from typing import Any
 from PIL import Image
 
 from lavit.config import InputError, require
+from lavit.data.text import Texts, text_files
 from lavit.images import open_image
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "file_name", "image_path", "path")
 TEXT_COLUMNS = ("text", "caption", "captions", "name", "txt", "texts", "prompt", "sentences")
+PROSE_COLUMNS = ("content", "document", "body")  # of tables without pictures
 BUILDERS = {
     ".jsonl": "json",
     ".json": "json",
@@ -104,22 +107,59 @@ def load_records(
 
     A missing or empty source, an unknown split and a source without pictures raise `InputError`.
     """
+    found = open_source(data, split, image_column=image_column, text_column=text_column, cache=cache)
+    if isinstance(found, Texts):
+        raise InputError(f"{str(data)!r} holds no pictures, only texts")
+    return found
+
+
+def open_source(
+    data: str | Path,
+    split: str = "train",
+    *,
+    image_column: str | None = None,
+    text_column: str | None = None,
+    cache: Path | None = None,
+) -> Pictures | Texts:
+    """Open one split of a source as `load_records` does; where there are no pictures, its texts."""
+    path = Path(data)
+    if _is_text(path):
+        return text_files(path)
     datasets = require("datasets", extra="train")
     rows = _load(datasets, data, split, cache)
     if len(rows) == 0:
         raise InputError(f"{str(data)!r} is empty: split {split!r} holds no records")
     image = _column(rows.column_names, image_column, IMAGE_COLUMNS, data)
+    if image is not None and image_column is None and not _shows(rows, image):
+        image = None  # a path of something else
+    text = _column(rows.column_names, text_column, TEXT_COLUMNS if image else (*TEXT_COLUMNS, *PROSE_COLUMNS), data)
+    if image is None and text is not None:
+        return Texts(rows, column=text, name=str(data))
     if image is None:
         raise InputError(
             f"{str(data)!r} has no picture column among {', '.join(rows.column_names)}: "
             f"name it image, or give image_column"
         )
-    text = _column(rows.column_names, text_column, TEXT_COLUMNS, data)
     if isinstance(rows.features[image], datasets.Image):
         rows = rows.cast_column(image, datasets.Image(decode=False))
-    path = Path(data)
     folder = path.parent if path.is_file() else path
     return Pictures(rows, image=image, text=text, folder=folder, name=str(data))
+
+
+def _is_text(path: Path) -> bool:
+    if path.is_file():
+        return path.suffix.lower() == ".txt"
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else []
+    return bool(files) and all(file.suffix.lower() == ".txt" for file in files)
+
+
+def _shows(rows: Any, column: str) -> bool:
+    """Does a column hold pictures? Encoded ones, or paths that end as pictures do."""
+    feature = rows.features[column]
+    if getattr(feature, "dtype", None) not in ("string", "large_string"):
+        return True
+    first = next((value for value in rows[:8][column] if value), "")
+    return column == "image" or Path(str(first)).suffix.lower() in PICTURES
 
 
 def readable(records: Iterable[Record]) -> tuple[list[Record], list[tuple[str, str]]]:

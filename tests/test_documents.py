@@ -1,0 +1,173 @@
+"""Documents: mixtures by weight, texts cut into rows, full rows that favour no length, batches as functions of the step."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import toy_picture, toy_training
+from lavit.config import InputError
+from lavit.data.corpus import Corpus, Picture, load_corpus, parse_mixture
+from lavit.data.documents import Documents
+from lavit.data.sources import Record
+from lavit.data.text import TextPieces, Texts, cut
+from lavit.sequence import Image, Text, exact_choice, fill_from_front, lay_out, unpack
+from lavit.train.language import train_text_tokenizer
+from lavit.vocabulary import Vocabulary
+
+PROSE = "The tokenizer keeps the patches that matter. "
+# lengths of 2,000 documents of the starter data under a trained nano: length -> how many
+STARTER = Path(__file__).parent / "data" / "starter_lengths.json"
+
+
+def documents_of(corpus: Corpus, **changes) -> Documents:
+    config = replace(toy_training().language, **changes)
+    text = train_text_tokenizer(corpus, 300)
+    vocabulary = Vocabulary(text_size=len(text), codes=32, end=text.eos_token_id)
+    codes = tuple(tuple(range(1 + n % 5)) for n in range(len(corpus)))
+    return Documents(corpus, codes, views=1, text=text, vocabulary=vocabulary, config=config, seed=0)
+
+
+@pytest.fixture
+def shapes(tmp_path: Path) -> Path:
+    """A second source of pictures: two with a caption, one without that is asked about."""
+    folder = tmp_path / "shapes"
+    (folder / "train").mkdir(parents=True)
+    rows = []
+    for name, text in (("blue bar", "a bar."), ("red dot", "a dot."), ("green bar", "")):
+        toy_picture(name).save(folder / "train" / f"{name}.png")
+        rows.append({"file_name": f"{name}.png", "text": text})
+    (folder / "train" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = {"image": "train/green bar.png", "question": "is it green?", "answer": "yes"}
+    (folder / "questions.jsonl").write_text(json.dumps(asked) + "\n")
+    return folder
+
+
+@pytest.fixture
+def prose(tmp_path: Path) -> Path:
+    path = tmp_path / "prose.jsonl"
+    path.write_text("".join(json.dumps({"text": PROSE * n, "path": "a/b.py"}) + "\n" for n in (1, 40)))
+    return path
+
+
+def test_a_mixture_is_one_string(toy_data: Path, tmp_path: Path) -> None:
+    assert parse_mixture("a,b:0.5, hub/name:2") == [("a", 1.0), ("b", 0.5), ("hub/name", 2.0)]
+    strange = tmp_path / "a,b:2"
+    strange.mkdir()
+    assert parse_mixture(str(strange)) == [(str(strange), 1.0)]
+    assert parse_mixture("C:/pictures") == [("C:/pictures", 1.0)]
+    for bad in ("a:0", "a:-1", "a,", "a:nan"):
+        with pytest.raises(InputError, match="positive weight"):
+            parse_mixture(bad)
+
+
+def test_sources_join_with_their_questions(toy_data: Path, shapes: Path, prose: Path) -> None:
+    corpus = load_corpus(f"{toy_data},{shapes}:0.5,{prose}:0.2")
+    assert [part.weight for part in corpus.parts] == [1.0, 0.5, 0.2]
+    assert [len(part.pictures) for part in corpus.parts] == [8, 3, 0]
+    (question,) = corpus.questions
+    assert corpus.pictures[question.picture].record.name.endswith("green bar.png")
+    assert list(corpus.parts[1].questions) == [0] and len(corpus.parts[2].texts) == 2
+    with pytest.raises(InputError, match="texts alone"):
+        load_corpus(prose)
+    with pytest.raises(InputError, match="no split 'unseen'"):
+        load_corpus(f"{toy_data},{prose}", ("unseen",))
+
+
+def test_documents_come_by_the_weights_and_of_the_kinds_a_source_has(toy_data: Path, shapes: Path, prose: Path) -> None:
+    corpus = load_corpus(f"{toy_data},{shapes}:0.5,{prose}:0.5")
+    documents = documents_of(corpus, mixture=(1.0, 1.0, 1.0, 1.0, 0.0), unconditional_fraction=0.0)
+    rng = np.random.default_rng(0)
+    counts: Counter[str] = Counter()
+    for _ in range(4000):
+        drawn = documents.draw(rng)
+        images = [segment for segment in drawn if isinstance(segment, Image)]
+        counts["prose"] += not images
+        counts["question"] += len(drawn) == 3
+    assert counts["prose"] / 4000 == pytest.approx(0.25, abs=0.02)
+    assert counts["question"] / 4000 == pytest.approx(0.25 / 3, abs=0.02)  # the toy data has no questions
+    only = documents_of(corpus, mixture=(1.0, 0.0, 0.0, 0.0, 0.0))
+    captions = {only.tokenizer.decode(document[1].ids) for _ in range(300) if len(document := only.draw(rng)) == 2}
+    assert {"a bar.", "red square."} <= captions and "" not in captions
+
+
+def test_a_source_that_gives_nothing_is_named(toy_data: Path) -> None:
+    with pytest.raises(InputError, match="gives no document"):
+        documents_of(load_corpus(toy_data), mixture=(0.0, 0.0, 1.0, 0.0, 0.0))
+
+
+def test_a_text_ends_with_the_end_token_once_and_its_pieces_join_to_it() -> None:
+    vocabulary = Vocabulary(text_size=100, codes=4, end=99)
+    for length in (0, 1, 7, 8, 9, 15, 16, 17, 40):
+        ids = tuple(range(length))
+        pieces = [lay_out((piece,), vocabulary) for piece in cut(ids, 8)]
+        assert sum((piece.ids for piece in pieces), ()) == (*ids, 99)
+        assert all(len(piece) <= 8 for piece in pieces) and all(len(piece) >= 7 for piece in pieces[:-1])
+
+
+def test_every_piece_of_a_source_comes_about_equally_often(prose: Path) -> None:
+    texts = Texts([PROSE, PROSE * 40, ""], column=None, name="prose")
+    tokenizer = documents_of(Corpus((Picture(Record("a.png", (PROSE,), "a.png"), (PROSE,), (PROSE,)),))).tokenizer
+    pieces = TextPieces(texts, tokenizer, 64)
+    rng = np.random.default_rng(0)
+    counts = Counter(pieces.draw(rng) for _ in range(4000))
+    long = [counts[piece] for piece in cut(tokenizer((PROSE * 40).strip())["input_ids"], 64)]
+    assert max(long) < 1.3 * np.mean(long) and sum(long) / 4000 == pytest.approx(40 / 41, abs=0.02)
+    with pytest.raises(InputError, match="no text in it"):
+        TextPieces(Texts(["", " "], column=None, name="nothing"), tokenizer, 64)
+
+
+def test_text_files_are_texts(toy_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "books").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "books" / f"{name}.txt").write_text(f"{name} {PROSE}\n")
+    corpus = load_corpus(f"{toy_data},{tmp_path / 'books'}")
+    assert list(corpus.parts[1].texts) == [f"a {PROSE}".strip(), f"b {PROSE}".strip()]
+
+
+def test_the_best_choice_of_a_few_is_exact() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        lengths, room = rng.integers(1, 30, 9).tolist(), int(rng.integers(1, 90))
+        sums = [sum(v for i, v in enumerate(lengths) if mask >> i & 1) for mask in range(2**9)]
+        chosen = exact_choice(lengths, room)
+        assert len(set(chosen)) == len(chosen)
+        assert sum(lengths[i] for i in chosen) == max(total for total in sums if total <= room)
+
+
+def test_rows_are_full_and_take_the_documents_as_they_come() -> None:
+    table = json.loads(STARTER.read_text())
+    lengths = np.repeat([int(length) for length in table], list(table.values()))
+    lengths = np.random.default_rng(0).permutation(lengths).tolist()
+    rows = fill_from_front(lengths, 64, 512)  # what two rows a step share
+    placed = sorted(number for row in rows for number in row)
+    assert placed == list(range(len(placed)))  # none is passed over for its length
+    filled = [sum(lengths[number] for number in row) for row in rows]
+    assert max(filled) <= 512 and sum(filled) / (64 * 512) >= 0.98
+    means = [np.mean([lengths[number] for number in row]) for row in rows]
+    assert np.std(means) < 0.5 * np.std(lengths)  # and one row is like another
+    with pytest.raises(InputError, match="600 tokens"):
+        fill_from_front([600], 2, 512)
+
+
+def test_two_rows_a_step_are_full_functions_of_the_step(toy_data: Path, prose: Path) -> None:
+    corpus = load_corpus(f"{toy_data},{prose}:0.3")
+    first, second = (documents_of(corpus, rows=2, tokens=128) for _ in range(2))
+    useful = [first.batch(step).useful for step in range(40)]
+    assert np.mean(useful) >= 0.98
+    for step in (39, 3, 32):
+        assert first.batch(step).ids.equal(second.batch(step).ids)
+    assert not first.batch(3).ids.equal(first.batch(4).ids)
+    rows = unpack(first.batch(3), first.vocabulary)
+    assert len(rows) == 2 and all(rows)
+
+
+def test_a_piece_that_goes_on_has_no_end_token() -> None:
+    vocabulary = Vocabulary(text_size=100, codes=4, end=99)
+    assert lay_out((Text((1, 2), closes=False),), vocabulary).ids == (1, 2)
+    assert lay_out((Text((1, 2)),), vocabulary).ids == (1, 2, 99)
