@@ -155,6 +155,20 @@ def toy_training(steps: int = 6) -> TrainConfig:
 
 
 @pytest.fixture(scope="session")
+def toy_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder with an encoder and an untrained tokenizer, for what needs no more."""
+    from lavit.model import LaVIT
+    from lavit.modules.tokenizer import VisualTokenizer
+    from lavit.modules.vision import load_vision
+
+    config, folder = toy_config(), tmp_path_factory.mktemp("tokenizer") / "toy"
+    torch.manual_seed(0)
+    parts = {"vision": load_vision(config.vision), "tokenizer": VisualTokenizer(config.tokenizer)}
+    LaVIT(config, parts).save_pretrained(folder, parts=("vision", "tokenizer"))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def toy_run(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A toy run whose three stages have been trained for a few steps."""
     from lavit.train.run import Run

@@ -60,9 +60,13 @@ class Codebook(nn.Module):
         """Number of codes K."""
         return len(self.vectors)
 
+    def embed(self, rows: Float[Tensor, "*shape dim"]) -> Float[Tensor, "*shape code_dim"]:
+        """Vectors in code space, of any length, fp32."""
+        return self.to_code(rows).float()
+
     def project(self, rows: Float[Tensor, "*shape dim"]) -> Float[Tensor, "*shape code_dim"]:
         """Unit vectors in code space."""
-        return F.normalize(self.to_code(rows).float(), dim=-1)
+        return F.normalize(self.embed(rows), dim=-1)
 
     def index(self, vectors: Float[Tensor, "total code_dim"]) -> Int[Tensor, "total"]:
         """Nearest code of each unit vector; inverse of `vector`. Ties go to the lower code.

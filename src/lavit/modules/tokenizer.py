@@ -32,6 +32,7 @@ class TokenizerOutput:
     keep_probability: Float[Tensor, "images patches"]
     vectors: Float[Tensor, "kept code_dim"]  # unit vectors before the look-up
     quantised: Quantised | None
+    norm: Float[Tensor, ""]  # mean length of the vectors before they were made unit vectors, for health
 
 
 class VisualTokenizer(nn.Module):
@@ -116,6 +117,12 @@ class VisualTokenizer(nn.Module):
         places = self._places(keep)
         return self.reconstructor(rows.pad(vectors), rows.valid, places=places)
 
+    def flow(
+        self, patches: Float[Tensor, "images patches dim"], keep: Bool[Tensor, "images patches"]
+    ) -> Float[Tensor, "images patches patches"]:
+        """How much of each patch every kept one takes in the merger; see `Merger.flow`."""
+        return self.merger.flow(self.prepare(patches), keep)
+
     def _places(self, keep: Tensor) -> Tensor | None:
         """Raster numbers of the kept patches, padded; None where the reconstructor does not use them."""
         if not self.config.spatial_positions:
@@ -148,26 +155,32 @@ class VisualTokenizer(nn.Module):
         keep = mask.detach() > 0.5
         probability = log_probs[..., 0].exp()
         if not train_selector or not torch.is_grad_enabled():
-            features, vectors, quantised = self._kept_forward(inputs, keep, quantise=quantise)
+            features, vectors, quantised, norm = self._kept_forward(inputs, keep, quantise=quantise)
         else:
-            features, vectors, quantised = self._masked_forward(inputs, mask, keep, quantise=quantise, dense=dense)
-        return TokenizerOutput(features, mask, probability, vectors, quantised)
+            found = self._masked_forward(inputs, mask, keep, quantise=quantise, dense=dense)
+            features, vectors, quantised, norm = found
+        return TokenizerOutput(features, mask, probability, vectors, quantised, norm)
 
-    def _kept_forward(self, inputs: Tensor, keep: Tensor, *, quantise: bool) -> tuple[Tensor, Tensor, Quantised | None]:
-        vectors = self.codebook.project(self.merger(inputs, keep))
+    def _kept_forward(
+        self, inputs: Tensor, keep: Tensor, *, quantise: bool
+    ) -> tuple[Tensor, Tensor, Quantised | None, Tensor]:
+        raw = self.codebook.embed(self.merger(inputs, keep))
+        vectors = F.normalize(raw, dim=-1)
         quantised = self.codebook.quantise(vectors) if quantise else None
         rows = Ragged(keep.sum(1))
         codes = rows.pad(quantised.vectors if quantised else vectors)
         places = self._places(keep)
-        return self.reconstructor(codes, rows.valid, places=places), vectors, quantised
+        features = self.reconstructor(codes, rows.valid, places=places)
+        return features, vectors, quantised, raw.detach().norm(dim=-1).mean()
 
     def _masked_forward(
         self, inputs: Tensor, mask: Tensor, keep: Tensor, *, quantise: bool, dense: bool
-    ) -> tuple[Tensor, Tensor, Quantised | None]:
+    ) -> tuple[Tensor, Tensor, Quantised | None, Tensor]:
         rows, weight = self.merger.masked(inputs, mask, dense=dense)
         here = weight.detach() > 0.5
         # the row's own weight: kept rows are multiplied by one, with a gradient
-        vectors = self.codebook.project(rows * torch.where(here, weight, 1.0)[..., None])
+        raw = self.codebook.embed(rows * torch.where(here, weight, 1.0)[..., None])
+        vectors = F.normalize(raw, dim=-1)
         packed = vectors[here]
         quantised = self.codebook.quantise(packed) if quantise else None
         codes = vectors
@@ -179,7 +192,7 @@ class VisualTokenizer(nn.Module):
             raster = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
             places = raster if dense else self._places(keep)
         features = self.reconstructor(codes, weight, index=index, places=places)
-        return features, packed, quantised
+        return features, packed, quantised, raw.detach()[here].norm(dim=-1).mean()
 
 
 def cosine_distance(
