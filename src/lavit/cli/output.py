@@ -86,7 +86,8 @@ class ProgressBar:
     def report(self, report: Report) -> None:
         """Progress of a training stage: rate, time left, losses and health on one line."""
         left = time.strftime("%H:%M:%S", time.gmtime(report.seconds_left))
-        figures = " ".join(f"{name} {value:.3g}" for name, value in report.figures.items())
+        shown = {name: value for name, value in report.figures.items() if "/" not in name}  # no parts of histograms
+        figures = " ".join(f"{name} {value:.3g}" for name, value in shown.items())
         line = f"{report.step}/{report.steps} {report.rate:.2f} steps/s left {left} {figures}"
         self._show(report.stage, report.step, report.steps, line)
 

@@ -1,11 +1,11 @@
-"""Verbs that use a model: caption, ask, draw, edit, reconstruct, tokenize, inspect."""
+"""Verbs that use a model: caption, ask, draw, edit, reconstruct, tokenize, tokenize-corpus, inspect, gallery."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
 
-from lavit.cli.output import DEFAULT_MODEL, Model, Words, answer_with, load_model, write_pictures
+from lavit.cli.output import DEFAULT_MODEL, Model, ProgressBar, Words, answer_with, load_model, write_pictures
 
 
 def caption(images: Words[tuple[str, ...]], /, model: Model = DEFAULT_MODEL, json: bool = False) -> None:
@@ -95,12 +95,93 @@ def tokenize(
         )
 
 
+def tokenize_corpus(
+    data: Words[str],
+    /,
+    out: Path,
+    model: Model = DEFAULT_MODEL,
+    workers: int = 2,
+    views: int = 1,
+    split: str = "train",
+    keep: str = "auto",
+    seed: int = 0,
+    shard_size: int = 256,
+    json: bool = False,
+) -> None:
+    """Write the visual tokens of a whole data set as parquet shards; the same command goes on after an interruption.
+
+    --workers are processes of Ray Data, a thread each; 0 works in this process, without Ray.
+    """
+    import lavit
+    from lavit.data.bulk import Job
+    from lavit.data.bulk import tokenize_corpus as write
+
+    device, dtype = lavit.place()
+    job = Job(
+        data=data,
+        out=out,
+        model=model,
+        split=split,
+        views=views,
+        keep=keep,
+        seed=seed,
+        shard_size=shard_size,
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+    )
+    with ProgressBar() as progress:
+        manifest = write(job, workers=workers, progress=lambda done, of: progress.count("pictures", done, of))
+    counts = f"{manifest['tokens']} tokens of {manifest['pictures']} pictures, {len(manifest['broken'])} broken"
+    answer_with(json, f"{out}: {counts}", **manifest)
+
+
 def inspect(image: Words[str], /, out: Path, model: Model = DEFAULT_MODEL, keep: str = "auto") -> None:
-    """Draw the kept patches over a picture."""
+    """Draw a picture, its kept patches, and a map of which kept token each dropped patch flowed into."""
     from lavit.images import open_image
-    from lavit.visualize import kept_over
+    from lavit.visualize import kept_over, merge_map, sheet
 
     lavit = load_model(model, [image])
     picture = open_image(image)
-    tokens = lavit.tokenize(picture, keep=keep)
-    write_pictures([kept_over(picture, tokens.keep[0])], out)
+    mask = lavit.tokenize(picture, keep=keep).keep
+    flow = lavit.model.tokenizer.flow(lavit.model.patches([picture]), mask)[0]
+    mask, flow = mask[0].cpu(), flow.float().cpu()
+    words = ["picture", f"{int(mask.sum())} of {len(mask)} patches kept", "colour and line: the token that took most"]
+    page = sheet([[picture, kept_over(picture, mask), merge_map(picture, mask, flow)], words], cell=320)
+    write_pictures([page], out)
+
+
+def gallery(
+    data: Words[str],
+    /,
+    out: Path,
+    model: Model = DEFAULT_MODEL,
+    split: str = "train",
+    codes: int = 40,
+    patches: int = 12,
+    limit: int | None = None,
+    json: bool = False,
+) -> None:
+    """Draw patches of the most used codes, the use of all codes, and the lengths of a data set's pictures."""
+    from lavit.visualize import write_gallery
+
+    loaded = load_model(model).model
+    with ProgressBar() as progress:
+        figures = write_gallery(
+            loaded,
+            data,
+            out,
+            split=split,
+            codes=codes,
+            patches=patches,
+            limit=limit,
+            progress=lambda done, of: progress.count("pictures", done, of),
+        )
+    text = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+    answer_with(json, f"{out}: {text}", **figures)
+
+
+def plot(run: Words[Path], /, out: Path) -> None:
+    """Draw the curves of a run: losses and health of every stage against the steps."""
+    from lavit.visualize import curves, read_metrics
+
+    write_pictures([curves(read_metrics(run))], out)

@@ -1,0 +1,389 @@
+"""A whole data set as visual tokens on disk: parquet shards written by Ray Data workers, and the reader of them.
+
+    DIR/manifest.json         what was tokenised, by which tokenizer (a hash of weights and sizes), counts, broken pictures
+    DIR/shard-00000.parquet   a row a picture and view: index, view, name, codes, keep, length
+
+Every picture is encoded alone, as `lavit tokenize` does, so the tokens are the same to the last code; a worker
+runs on one thread. A shard appears under its name when it is complete, so a killed run goes on with the shards that
+are missing; another tokenizer, data set or policy in the same folder is refused.
+Broken pictures are left out, counted and named. View v of record i is `features.view_of(picture, v, seed + i)`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from lavit.config import InputError, read_json, require, to_json
+from lavit.data.features import view_of
+from lavit.data.sources import Pictures, load_records
+from lavit.model import LaVIT
+from lavit.modules.selector import KeepPolicy
+from lavit.modules.vision import sha256
+from lavit.sequence import VisualTokens
+
+log = logging.getLogger(__name__)
+Progress = Callable[[int, int], None]
+MANIFEST = "manifest.json"
+KEY = b"lavit"  # of our JSON in a shard's schema
+
+
+@dataclass(frozen=True)
+class TokenCorpus:
+    """Tokens read back: row r is view `views[r]` of record `records[r]` of the source, which `names[r]` names."""
+
+    tokens: VisualTokens
+    names: tuple[str, ...]
+    records: Int[Tensor, "rows"]
+    views: Int[Tensor, "rows"]
+    tokenizer: str  # hash of the tokenizer that made them
+    broken: tuple[tuple[str, str], ...]  # (name, reason) of pictures left out
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is tokenised, by which model, into which folder; plain data that travels to the workers."""
+
+    data: str | Path  # any source of data/sources.py
+    out: str | Path
+    model: str | Path  # a trained run or model folder
+    split: str = "train"
+    views: int = 1  # of each picture
+    keep: str = "auto"
+    seed: int = 0  # of the views, and of policies that draw
+    shard_size: int = 256  # records
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("views", "shard_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        KeepPolicy.parse(self.keep)
+
+    def absolute(self) -> Job:
+        """The same with absolute paths: workers stand in folders of their own."""
+        data = Path(self.data).resolve() if Path(self.data).exists() else self.data
+        return replace(self, data=str(data), out=str(Path(self.out).resolve()), model=str(Path(self.model).resolve()))
+
+    def shard(self, number: int) -> Path:
+        """The file of a shard."""
+        return _shard(Path(self.out), number)
+
+    def records(self, shard: int, count: int) -> range:
+        """Numbers of a shard's records, of `count` in all."""
+        return range(shard * self.shard_size, min(count, (shard + 1) * self.shard_size))
+
+
+def tokenizer_hash(model: LaVIT) -> str:
+    """SHA-256 of all that decides over a picture's tokens: weights and sizes of tokenizer and encoder.
+
+    An encoder that is only referenced (a package, a hub id) enters by its configuration.
+    """
+    if model.folder is None:
+        raise InputError("this model lies in no folder: save it before a corpus is tokenised with it")
+    tokenizer = model.folder / "tokenizer" / "model.safetensors"
+    if not tokenizer.is_file():
+        raise InputError(f"{model.folder} holds no trained tokenizer: lavit train tokenizer --out {model.folder}")
+    weights = sorted((model.folder / "vision").glob("*.safetensors")) if model.config.vision.source == "folder" else []
+    said = [to_json(model.config.vision), to_json(model.config.tokenizer), *map(sha256, [tokenizer, *weights])]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def tokenize_corpus(job: Job, *, workers: int = 2, progress: Progress | None = None) -> dict[str, Any]:
+    """Tokenise a split of a source; returns the manifest. The same job goes on after an interruption.
+
+    `workers` are processes of Ray Data; 0 works in this one, without Ray. `progress` hears (records done, of all). Raises
+    `InputError` for a source that cannot be opened, a folder that holds tokens of another tokenizer or job, and where
+    every picture is broken.
+    """
+    if workers < 0:
+        raise InputError(f"workers must be at least 0, not {workers}")
+    require("pyarrow", extra="ray")
+    job = job.absolute()
+    records = load_records(job.data, job.split)
+    settings = _settle(job, records, LaVIT.from_pretrained(job.model))
+    missing = [shard for shard in range(settings["shards"]) if not job.shard(shard).exists()]
+    done = len(records) - sum(len(job.records(shard, len(records))) for shard in missing)
+    for shard in _on_ray(job, missing, workers) if workers else map(ShardWriter(job), missing):
+        done += len(job.records(shard, len(records)))
+        if progress:
+            progress(done, len(records))
+    return _finish(Path(job.out), settings)
+
+
+class ShardWriter:
+    """One worker: holds encoder and tokenizer, turns numbers of shards into files."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.records = load_records(job.data, job.split)
+        self.model = LaVIT.from_pretrained(job.model, device=job.device, dtype=getattr(torch, job.dtype))
+        self.policy, self.tokenizer = KeepPolicy.parse(job.keep), tokenizer_hash(self.model)
+
+    def __call__(self, shard: int) -> int:
+        """Write a shard, atomically; returns its number."""
+        job = self.job
+        rows: list[dict[str, Any]] = []
+        broken: list[tuple[str, str]] = []
+        for index in job.records(shard, len(self.records)):
+            record = self.records[index]
+            name = _name(record.name, job.data)
+            try:
+                image = record.open()
+            except InputError as error:
+                broken.append((name, str(error)))
+                continue
+            for view in range(job.views):
+                generator = torch.Generator().manual_seed(job.seed)
+                tokens = self.model.encode([view_of(image, view, job.seed + index)], self.policy, generator=generator)
+                rows.append(_row(index, view, name, tokens))
+        _write(job.shard(shard), rows, broken, tokenizer=self.tokenizer)
+        return shard
+
+
+def load_tokens(folder: str | Path, *, tokenizer: str | None = None) -> TokenCorpus:
+    """Read what `tokenize_corpus` wrote, in the order of the source, views of a picture side by side.
+
+    Give the `tokenizer_hash` of the model that is to be trained on them to be sure that they are its own. An unfinished
+    folder, a missing or damaged shard and tokens of another tokenizer raise `InputError`.
+    """
+    folder = Path(folder)
+    manifest = read_json(folder / MANIFEST)
+    if not manifest["complete"]:
+        raise InputError(f"{folder} is not finished: run the same lavit tokenize-corpus again")
+    if tokenizer is not None and tokenizer != manifest["tokenizer"]:
+        raise InputError(
+            f"{folder} holds tokens of tokenizer {manifest['tokenizer'][:12]}, not of this model's {tokenizer[:12]}: "
+            "tokenise the corpus with this model"
+        )
+    tables = [_read(_shard(folder, shard), manifest["tokenizer"])[0] for shard in range(manifest["shards"])]
+    table = require("pyarrow", extra="ray").concat_tables(tables).combine_chunks()
+    if len(table) == 0:
+        raise InputError(f"{folder} holds no tokens: every picture was broken")
+    keep = table["keep"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    tokens = VisualTokens(
+        torch.from_numpy(table["codes"].combine_chunks().flatten().to_numpy().astype(np.int64)),
+        torch.from_numpy(table["length"].to_numpy().astype(np.int64)),
+        torch.from_numpy(keep.reshape(len(table), manifest["patches"]).copy()),
+    )
+    if not torch.equal(tokens.keep.sum(1), tokens.lengths) or len(tokens.codes) != int(tokens.lengths.sum()):
+        raise InputError(f"{folder}: codes, masks and lengths do not agree; delete the folder and tokenise again")
+    return TokenCorpus(
+        tokens,
+        tuple(table["name"].to_pylist()),
+        torch.from_numpy(table["record"].to_numpy().copy()),
+        torch.from_numpy(table["view"].to_numpy().astype(np.int64)),
+        manifest["tokenizer"],
+        tuple((line["name"], line["reason"]) for line in manifest["broken"]),
+    )
+
+
+def _settle(job: Job, records: Pictures, lavit: LaVIT) -> dict[str, Any]:
+    """Write what this folder is to hold, or check that it holds the like."""
+    path = Path(job.out) / MANIFEST
+    edges = [records[index].name for index in sorted({*range(0, len(records), job.shard_size), len(records) - 1})]
+    settings = {
+        "tokenizer": tokenizer_hash(lavit),
+        "dtype": job.dtype,
+        "keep": job.keep,
+        "seed": job.seed,
+        "views": job.views,
+        "split": job.split,
+        "records": len(records),
+        "order": hashlib.sha256(json.dumps([_name(edge, job.data) for edge in edges]).encode()).hexdigest()[:16],
+        "shard_size": job.shard_size,
+        "shards": math.ceil(len(records) / job.shard_size),
+        "patches": lavit.config.tokenizer.patches,
+        "codes": lavit.config.tokenizer.codes,
+    }
+    if path.exists():
+        found = read_json(path)
+        others = [name for name, value in settings.items() if found.get(name) != value]
+        if others:
+            raise InputError(
+                f"{job.out} holds tokens made with another {', '.join(others)}: give another --out, or delete it"
+            )
+        return settings
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, {**settings, "complete": False})
+    except OSError as error:
+        raise InputError(f"cannot write to {job.out}: {error.strerror}") from error
+    return settings
+
+
+def _finish(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Count what the shards say of themselves and close the manifest."""
+    pictures = rows = tokens = 0
+    broken: list[tuple[str, str]] = []
+    for shard in range(settings["shards"]):
+        said = _read(_shard(folder, shard), settings["tokenizer"], columns=())[1]
+        rows, tokens = rows + said["rows"], tokens + said["tokens"]
+        broken += [tuple(line) for line in said["broken"]]
+    pictures = rows // settings["views"]
+    manifest = {
+        **settings,
+        "complete": True,
+        "pictures": pictures,
+        "rows": rows,
+        "tokens": tokens,
+        "broken": [{"name": name, "reason": reason} for name, reason in broken],
+    }
+    _replace(folder / MANIFEST, manifest)
+    for name, reason in broken:
+        log.warning("left out %s: %s", name, reason)
+    if not pictures:
+        raise InputError(f"none of the {settings['records']} pictures can be read: lavit data check says why")
+    return manifest
+
+
+def _on_ray(job: Job, shards: Sequence[int], workers: int) -> Iterator[int]:
+    """Numbers of shards as the workers finish them. A Ray that runs already is used and left running."""
+    if not shards:
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray starts: no telemetry,
+    os.environ.setdefault("RAY_worker_niceness", "0")  # and workers as important as the one who waits for them
+    ray = require("ray", extra="ray")
+    from ray.data import ActorPoolStrategy, DataContext, from_items
+
+    gpus = torch.cuda.device_count() if job.device.startswith("cuda") else 0
+    workers = min(workers, len(shards))
+    mine = not ray.is_initialized()
+    if mine:
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        ray.init(
+            num_cpus=workers + 1, num_gpus=gpus, include_dashboard=False, log_to_driver=False, logging_level="error"
+        )
+    context = DataContext.get_current()
+    before = context.enable_progress_bars
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():  # of `max_restarts`, which has no other name yet
+            warnings.simplefilter("ignore", DeprecationWarning)
+            # half a slot each: actors that hold every slot leave none for the tasks that feed them, and all wait for ever;
+            # no restarts: a worker that dies (of memory) would be started for ever, where the same call can go on
+            finished = from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards)).map(
+                _RayWorker,
+                fn_constructor_kwargs={"job": job},
+                compute=ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
+                num_cpus=0.5,
+                num_gpus=gpus / workers if gpus else None,
+                max_restarts=0,
+            )
+        for row in finished.iter_rows():
+            yield int(row["shard"])
+    except Exception as error:
+        raise _cause(error) from None
+    finally:
+        context.enable_progress_bars = before
+        if mine:
+            ray.shutdown()
+
+
+class _RayWorker:
+    """A `ShardWriter` as Ray Data wants it: rows in, rows out; one thread, since every worker has one slot."""
+
+    def __init__(self, job: Job) -> None:
+        torch.set_num_threads(1)
+        self.write = ShardWriter(job)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {"shard": self.write(int(row["shard"]))}
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The `InputError` that a worker raised, out of Ray's wrappers; else the error itself."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, InputError):
+            return InputError(str(seen).strip().splitlines()[-1])
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    return error
+
+
+def _name(name: str, data: str) -> str:
+    """A record's name below its source, so that a corpus may move."""
+    try:
+        return Path(name).resolve().relative_to(Path(data).resolve()).as_posix()
+    except (ValueError, OSError):
+        return name.removeprefix(data)
+
+
+def _shard(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:05d}.parquet"
+
+
+def _row(record: int, view: int, name: str, tokens: VisualTokens) -> dict[str, Any]:
+    return {
+        "record": record,
+        "view": view,
+        "name": name,
+        "codes": tokens.codes.tolist(),
+        "keep": tokens.keep[0].tolist(),
+        "length": int(tokens.lengths[0]),
+    }
+
+
+def _write(path: Path, rows: list[dict[str, Any]], broken: list[tuple[str, str]], *, tokenizer: str) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    said = {"tokenizer": tokenizer, "rows": len(rows), "tokens": sum(r["length"] for r in rows), "broken": broken}
+    schema = pa.schema(
+        {
+            "record": pa.int64(),
+            "view": pa.int16(),
+            "name": pa.string(),
+            "codes": pa.list_(pa.int32()),
+            "keep": pa.list_(pa.bool_()),
+            "length": pa.int32(),
+        },
+        metadata={KEY: json.dumps(said).encode()},
+    )
+    part = path.with_name(f".{path.name}.part")
+    parquet.write_table(pa.Table.from_pylist(rows, schema=schema), part)
+    os.replace(part, path)
+
+
+def _read(path: Path, tokenizer: str, *, columns: Sequence[str] | None = None) -> tuple[Any, dict[str, Any]]:
+    """Table and what the shard says of itself; `columns=()` reads the footer alone."""
+    pa = require("pyarrow", extra="ray")
+    from pyarrow import parquet
+
+    try:
+        table = parquet.read_table(path, columns=None if columns is None else list(columns))
+        said = json.loads(table.schema.metadata[KEY])
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is missing: run the same lavit tokenize-corpus again") from error
+    except (pa.ArrowInvalid, OSError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} is no readable shard of tokens ({str(error).splitlines()[0]}): delete it and run "
+            "the same lavit tokenize-corpus again"
+        ) from error
+    if said["tokenizer"] != tokenizer:
+        raise InputError(f"{path} was made by another tokenizer than its folder says: delete it and tokenise again")
+    return table, said
+
+
+def _replace(path: Path, data: dict[str, Any]) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(part, path)
