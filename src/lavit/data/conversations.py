@@ -1,0 +1,233 @@
+"""Conversations with pictures on both sides, from JSON lines, as documents of fine-tuning (instruction data).
+
+    {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "…"}]},
+                  {"role": "assistant", "content": "…"}]}
+
+Text and pictures are laid out by data/chat.py: by the text tokenizer's chat template, or plainly where it has none. Only what
+the assistant wrote gives loss, text up to and including the template's end of turn, and pictures as their codes. Paths
+are below the file's folder. A conversation that cannot be used (a picture that is missing or broken, no answer, longer than
+a row) is left out, counted and named; none left raises `InputError`. Every epoch shows each conversation once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from lavit.config import InputError, LanguageTraining
+from lavit.data.chat import ChatText, render_chat
+from lavit.data.corpus import Corpus
+from lavit.data.sources import Record, readable
+from lavit.sequence import IGNORE, Batch, Document, Image, Sequence, Text, fill_rows, lay_out, pack
+from lavit.vocabulary import Vocabulary
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages, whose pictures are given as numbers of the conversations' list of pictures."""
+
+    name: str  # file and line, for messages to the user
+    messages: tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """All usable conversations of a file, their pictures (each once), and the others with reasons."""
+
+    items: tuple[Conversation, ...]
+    pictures: tuple[Record, ...]
+    broken: tuple[tuple[str, str], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def counts(self) -> dict[str, int]:
+        """How much there is of what."""
+        messages = [message for item in self.items for message in item.messages]
+        said = {"user": 0, "assistant": 0, "system": 0}
+        images = dict.fromkeys(said, 0)
+        for message in messages:
+            role = str(message["role"])
+            said[role] = said.get(role, 0) + 1
+            images[role] = images.get(role, 0) + sum(_is_image(part) for part in _parts(message))
+        return {
+            "conversations": len(self.items),
+            "left out": len(self.broken),
+            **{f"{role} messages": count for role, count in said.items()},
+            "pictures": len(self.pictures),
+            "pictures read or edited": images["user"],
+            "pictures written": images["assistant"],
+        }
+
+
+def is_conversations(data: str | Path) -> bool:
+    """Whether a file is of conversations: JSON lines whose first has messages."""
+    path = Path(data)
+    if path.suffix.lower() != ".jsonl" or not path.is_file():
+        return False
+    with path.open(encoding="utf-8", errors="replace") as file:
+        try:
+            first = json.loads(next((line for line in file if line.strip()), "{}"))
+        except json.JSONDecodeError:
+            return False
+    return isinstance(first, dict) and "messages" in first
+
+
+def load_conversations(data: str | Path) -> Conversations:
+    """Read a file of conversations and look at every picture; raises `InputError` if none can be used."""
+    path = Path(data)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is no readable file of conversations: {error}") from error
+    read: list[tuple[str, Any]] = []
+    broken: list[tuple[str, str]] = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            name = f"{path.name}:{number}"
+            try:
+                read.append((name, _messages(json.loads(line))))
+            except (json.JSONDecodeError, InputError) as error:
+                broken.append((name, str(error)))
+    places = {str(part["image"]): None for _, messages in read for part in _images(messages)}
+    good, bad = readable([Record(str(path.parent / place), (), place) for place in places])
+    numbers = {record.name: number for number, record in enumerate(good)}
+    reasons = dict(bad)
+    items = []
+    for name, messages in read:
+        missing = [place for part in _images(messages) if (place := str(part["image"])) in reasons]
+        if missing:
+            broken.append((name, reasons[missing[0]]))
+        else:
+            items.append(Conversation(name, tuple(_numbered(message, numbers) for message in messages)))
+    found = Conversations(tuple(items), tuple(good), tuple(broken))
+    _refuse_none(found.items, broken, path)
+    return found
+
+
+def _refuse_none(items: Any, broken: list[tuple[str, str]], path: Any) -> None:
+    for name, reason in broken:
+        log.warning("left out %s: %s", name, reason)
+    if not items:
+        why = f"{len(broken)} left out, the first, {broken[0][0]}: {broken[0][1]}" if broken else "it is empty"
+        raise InputError(f"{path} has no conversation that can be used ({why})")
+
+
+def _messages(line: Any) -> list[dict[str, Any]]:
+    messages = line.get("messages") if isinstance(line, dict) else None
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise InputError('no list of messages: a line is {"messages": [{"role": "user", "content": …}, …]}')
+    if not any(message.get("role") == "assistant" for message in messages):
+        raise InputError("no turn of the assistant: there is nothing to learn")
+    for message in messages:
+        for part in _parts(message):
+            if _is_image(part) and not isinstance(part.get("image"), str):
+                raise InputError('a picture has no path: {"type": "image", "image": "a.png"}')
+    return messages
+
+
+def _parts(message: Mapping[str, Any]) -> list[Any]:
+    content = message.get("content")
+    return content if isinstance(content, list) else []
+
+
+def _is_image(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "image"
+
+
+def _images(messages: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    return (part for message in messages for part in _parts(message) if _is_image(part))
+
+
+def _numbered(message: Mapping[str, Any], numbers: Mapping[str, int]) -> dict[str, Any]:
+    if not isinstance(message.get("content"), list):
+        return dict(message)
+    parts = [{**part, "image": numbers[part["image"]]} if _is_image(part) else part for part in message["content"]]
+    return {**message, "content": parts}
+
+
+class ConversationDocuments:
+    """Conversations as packed rows; a batch is a function of (seed, step). `codes[picture]` are the stage-1 codes."""
+
+    corpus = Corpus(())  # fine-tuning knows no other data
+
+    def __init__(
+        self,
+        conversations: Conversations,
+        codes: tuple[tuple[int, ...], ...],
+        *,
+        text: PreTrainedTokenizerBase,
+        vocabulary: Vocabulary,
+        config: LanguageTraining,
+        seed: int,
+    ) -> None:
+        self.codes, self.tokenizer, self.vocabulary = codes, text, vocabulary
+        self.config, self.seed = config, seed
+        self.sequences: list[Sequence] = []
+        broken: list[tuple[str, str]] = []
+        for item in conversations.items:
+            try:
+                self.sequences.append(self._lay_out(item))
+            except InputError as error:
+                broken.append((item.name, str(error)))
+        self.broken = tuple(broken)
+        _refuse_none(self.sequences, broken, "the data")
+        self._epochs: list[int] = [0]  # first row of each epoch
+        self._rows: tuple[int, list[list[int]]] | None = None
+
+    def document(self, conversation: Conversation) -> Document:
+        """Segments of one conversation: those of the assistant are targets."""
+        segments: list[Text | Image] = []
+        closes = not self.tokenizer.chat_template  # a template has an end of turn of its own
+        for part in render_chat(conversation.messages, self.tokenizer):
+            if isinstance(part, ChatText):
+                ids = self.tokenizer(part.text, add_special_tokens=False, verbose=False)["input_ids"]
+                segments.append(Text(tuple(ids), target=part.target, closes=closes))
+            else:
+                number = int(part.picture)
+                segments.append(Image(self.codes[number], read=part.read, index=number, target=part.target))
+        return tuple(segments)
+
+    def _lay_out(self, conversation: Conversation) -> Sequence:
+        sequence = lay_out(self.document(conversation), self.vocabulary)
+        if len(sequence) > self.config.tokens:
+            raise InputError(f"{len(sequence)} tokens are more than a row of {self.config.tokens}: use longer rows")
+        if all(label == IGNORE for label in sequence.labels):
+            raise InputError("every label is masked: the assistant's turns are empty")
+        return sequence
+
+    def _epoch(self, number: int) -> list[list[int]]:
+        """Rows of an epoch, in which each conversation stands once."""
+        order = np.random.default_rng([self.seed, number]).permutation(len(self.sequences)).tolist()
+        lengths = [len(self.sequences[item]) for item in order]
+        rows = -(-sum(lengths) // self.config.tokens)
+        filled, left = fill_rows(lengths, rows, self.config.tokens)
+        while left:
+            rows += -(-left * min(lengths) // self.config.tokens)
+            filled, left = fill_rows(lengths, rows, self.config.tokens)
+        return [[order[place] for place in row] for row in filled if row]
+
+    def _row(self, number: int) -> list[Sequence]:
+        """A row of the endless list of epochs."""
+        while True:
+            epoch = next((e for e, first in enumerate(self._epochs[1:]) if number < first), len(self._epochs) - 1)
+            if self._rows is None or self._rows[0] != epoch:
+                self._rows = (epoch, self._epoch(epoch))
+            if epoch + 1 == len(self._epochs):
+                self._epochs.append(self._epochs[epoch] + len(self._rows[1]))
+            if number < self._epochs[epoch + 1]:
+                return [self.sequences[item] for item in self._rows[1][number - self._epochs[epoch]]]
+
+    def batch(self, step: int) -> Batch:
+        """Rows of a step."""
+        numbers = range(step * self.config.rows, (step + 1) * self.config.rows)
+        return pack([self._row(number) for number in numbers], self.vocabulary, tokens=self.config.tokens)

@@ -1,0 +1,158 @@
+"""Conversations: what is a target, what enters how, what is left out and named, and epochs that show each once."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from conftest import NAMES, toy_picture, toy_training
+from lavit.config import InputError
+from lavit.data.conversations import ConversationDocuments, is_conversations, load_conversations
+from lavit.data.corpus import load_corpus
+from lavit.sequence import IGNORE, unpack
+from lavit.train.language import train_text_tokenizer
+from lavit.vocabulary import Vocabulary
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CODES = tuple(tuple(range(n % 3 + 2)) for n in range(len(NAMES)))
+
+
+def shown(name: str) -> dict:
+    return {"type": "image", "image": f"{name}.png"}
+
+
+def said(text: str) -> dict:
+    return {"type": "text", "text": text}
+
+
+def write(folder: Path, conversations: list) -> Path:
+    """A file of conversations with pictures of all toy names beside it."""
+    for name in NAMES:
+        toy_picture(name).save(folder / f"{name}.png")
+    path = folder / "conversations.jsonl"
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in conversations))
+    return path
+
+
+def read(name: str) -> list[dict]:
+    """A picture of the user's, words of the assistant's."""
+    return [
+        {"role": "user", "content": [shown(name), said("what is it?")]},
+        {"role": "assistant", "content": name},
+    ]
+
+
+def drawn(name: str) -> list[dict]:
+    """Words of the user's, a picture of the assistant's."""
+    return [{"role": "user", "content": f"draw {name}"}, {"role": "assistant", "content": [shown(name)]}]
+
+
+@pytest.fixture
+def text(toy_data: Path) -> PreTrainedTokenizerBase:
+    return train_text_tokenizer(load_corpus(toy_data), 300)
+
+
+def documents_of(path: Path, text: PreTrainedTokenizerBase, **changes) -> ConversationDocuments:
+    config = replace(toy_training().language, **changes)
+    vocabulary = Vocabulary(text_size=len(text), codes=32, end=text.eos_token_id)
+    conversations = load_conversations(path)
+    codes = CODES[: len(conversations.pictures)]
+    return ConversationDocuments(conversations, codes, text=text, vocabulary=vocabulary, config=config, seed=0)
+
+
+def targets(documents: ConversationDocuments, number: int) -> str:
+    """Text of the targets of one conversation; § for a picture's ids."""
+    sequence, vocabulary = documents.sequences[number], documents.vocabulary
+    labels = torch.tensor([label for label in sequence.labels if label != IGNORE])
+    visual = vocabulary.is_visual(labels).tolist()
+    words = [documents.tokenizer.decode([label]) for label in labels.tolist()] if not any(visual) else None
+    if words is not None:
+        return "".join(words)
+    return "".join(
+        "§" if is_visual else documents.tokenizer.decode([label])
+        for label, is_visual in zip(labels.tolist(), visual, strict=True)
+    )
+
+
+def test_answers_alone_are_targets_without_a_template(tmp_path: Path, text: PreTrainedTokenizerBase) -> None:
+    documents = documents_of(write(tmp_path, [read("red dot"), drawn("blue bar")]), text)
+    assert targets(documents, 0) == f" red dot{text.eos_token}"
+    assert targets(documents, 1) == "§" * (2 + len(CODES[1]))  # start, codes, end
+    first, second = documents.sequences
+    assert sum(first.slots) == len(CODES[0]) and first.images == (0,)
+    assert not any(second.slots) and second.images == ()
+
+
+def test_a_template_is_followed_up_to_its_end_of_turn(tmp_path: Path, text: PreTrainedTokenizerBase) -> None:
+    text.chat_template = CHATML
+    more = [*read("red dot"), {"role": "user", "content": "and now?"}, {"role": "assistant", "content": "still"}]
+    documents = documents_of(write(tmp_path, [more, drawn("blue bar")]), text, tokens=400)
+    assert targets(documents, 0) == "red dot<|im_end|>\nstill<|im_end|>\n"
+    assert targets(documents, 1).strip("§") == "<|im_end|>\n"
+    whole = text.decode([i for i in documents.sequences[0].ids if i < len(text)])
+    assert whole.startswith("<|im_start|>user\n") and text.eos_token not in whole
+
+
+def test_what_cannot_be_used_is_left_out_and_named(
+    tmp_path: Path, text: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = [
+        [{"role": "user", "content": "hello"}],
+        read("no such thing"),
+        [{"role": "user", "content": "hello"}, {"role": "assistant", "content": [said("")]}],
+        [{"role": "user", "content": "x" * 4000}, {"role": "assistant", "content": "long"}],
+    ]
+    path = write(tmp_path, [read("red dot"), *bad])
+    with path.open("a") as file:
+        file.write("{broken\n")
+    conversations = load_conversations(path)
+    assert {name: len(reason) > 0 for name, reason in conversations.broken} == {
+        f"conversations.jsonl:{line}": True for line in (2, 3, 6)
+    }
+    assert "no such thing.png' does not exist" in dict(conversations.broken)["conversations.jsonl:3"]
+    counts = conversations.counts()
+    assert (counts["conversations"], counts["left out"], counts["pictures"]) == (3, 3, 1)
+    text.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    documents = documents_of(path, text, tokens=400)
+    reasons = dict(documents.broken)
+    assert "every label is masked" in reasons["conversations.jsonl:4"]
+    assert "more than a row of 400" in reasons["conversations.jsonl:5"]
+    assert len(documents.sequences) == 1 and "left out conversations.jsonl:4" in caplog.text
+
+
+def test_nothing_usable_is_refused(tmp_path: Path, text: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(InputError, match=r"no conversation that can be used.*no turn of the assistant"):
+        load_conversations(write(tmp_path, [[{"role": "user", "content": "hello"}]]))
+    silent = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": [said("")]}]
+    text.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(InputError, match="every label is masked"):
+        documents_of(write(tmp_path, [silent]), text)
+    with pytest.raises(InputError, match="no readable file"):
+        load_conversations(tmp_path / "missing.jsonl")
+
+
+def test_every_epoch_shows_each_conversation_once(tmp_path: Path, text: PreTrainedTokenizerBase) -> None:
+    conversations = [read(name) for name in NAMES] + [drawn(name) for name in NAMES]
+    path = write(tmp_path, conversations)
+    first, second = (documents_of(path, text, rows=3, tokens=96) for _ in range(2))
+    rows = [row for step in range(40) for row in unpack(first.batch(step), first.vocabulary)]
+    assert all(rows)
+    seen = Counter(sequence.ids for row in rows[: first._epochs[4]] for sequence in row)
+    assert set(seen.values()) == {4} and len(seen) == len(conversations)
+    assert second.batch(17).ids.equal(first.batch(17).ids)
+    assert not first.batch(0).ids.equal(first.batch(20).ids)
+
+
+def test_files_of_conversations_are_told_apart(tmp_path: Path) -> None:
+    assert is_conversations(write(tmp_path, [read("red dot")]))
+    (tmp_path / "prose.jsonl").write_text('{"text": "a"}\n')
+    assert not is_conversations(tmp_path / "prose.jsonl") and not is_conversations(tmp_path)

@@ -1,0 +1,127 @@
+"""Fine-tuning on conversations: it learns both sides, resumes to the same losses, and LoRA merged is LoRA unmerged."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import lavit
+from conftest import NAMES
+from lavit.config import FinetuneTraining, InputError, ModelConfig, from_json, read_json
+from lavit.model import LaVIT
+from lavit.sequence import Text, lay_out, pack
+from lavit.train.finetune import Finetune, finetune_training, merge_lora, prepare_lora
+from lavit.train.loop import Report
+from test_conversations import drawn, read, write
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Four questions about pictures and four pictures as answers."""
+    return write(tmp_path, [read(name) for name in NAMES[:4]] + [drawn(name) for name in NAMES[4:]])
+
+
+def settings(run: Path, *, lora: int | None = None, steps: int = 6) -> FinetuneTraining:
+    training = finetune_training(run, lora_rank=lora, steps=steps)
+    return replace(training, checkpoint_every=4, log_every=1)
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def logits(language: torch.nn.Module) -> torch.Tensor:
+    batch = pack([[lay_out((Text((5, 6, 7, 8)),), language.vocabulary)]], language.vocabulary)
+    with torch.no_grad():
+        embeddings = language.embed(batch.ids)
+        hidden = language.hidden(embeddings, documents=batch.documents, positions=batch.positions)
+        return torch.cat([language.text_logits(hidden), language.visual_logits(hidden)], -1)
+
+
+def test_eight_conversations_are_overfitted(toy_run: Path, data: Path, tmp_path: Path) -> None:
+    training = settings(toy_run, steps=70)
+    rates = {"learning_rate": 4e-3, "rows_rate": 4e-3, "reader_rate": 4e-3, "rows": 3, "tokens": 96}
+    training = replace(training, language=replace(training.language, **rates))
+    Finetune(tmp_path / "new", data, toy_run, training).train()
+    last = json.loads((tmp_path / "new" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["text_accuracy"] > 0.95 and last["code_accuracy"] > 0.9
+    model = lavit.load(tmp_path / "new")
+    assert [model.ask(data.parent / f"{name}.png", "what is it?") for name in NAMES[:4]] == list(NAMES[:4])
+    assert model.draw("draw red dot", steps=1)[0].size == (16, 16)
+    assert isinstance(model.caption(data.parent / "red dot.png"), str)
+
+
+@pytest.mark.parametrize("lora", [None, 4])
+def test_a_killed_fine_tuning_goes_on_to_the_same_losses(
+    lora: int | None, toy_run: Path, data: Path, tmp_path: Path
+) -> None:
+    def kill(report: Report) -> None:
+        if report.step == 6:
+            raise KeyboardInterrupt
+
+    training = settings(toy_run, lora=lora, steps=8)
+    with pytest.raises(KeyboardInterrupt):
+        Finetune(tmp_path / "killed", data, toy_run, training, watch=kill).train()
+    Finetune(tmp_path / "killed", data, toy_run, training).train()
+    Finetune(tmp_path / "whole", data, toy_run, training).train()
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 8
+    for part in ("language", "reader"):
+        one, other = ((tmp_path / run / part / "model.safetensors").read_bytes() for run in ("killed", "whole"))
+        assert one == other
+
+
+def test_lora_trains_little_and_is_merged_in_the_saved_model(toy_run: Path, data: Path, tmp_path: Path) -> None:
+    before = LaVIT.from_pretrained(toy_run).language
+    Finetune(tmp_path / "new", data, toy_run, settings(toy_run, lora=4)).train()
+    config = from_json(ModelConfig, read_json(tmp_path / "new" / "config.json"))
+    assert config.language.lora_rank == 0 and config.language.source == "folder"
+    after = LaVIT.from_pretrained(tmp_path / "new").language
+    table = [language.lm.get_input_embeddings().weight for language in (before, after)]
+    assert table[0].equal(table[1])  # the LM's own embedding was frozen
+    projection = [language.lm.model.layers[0].self_attn.q_proj.weight for language in (before, after)]
+    assert not projection[0].equal(projection[1])
+    assert torch.linalg.matrix_rank((projection[1] - projection[0]).double(), rtol=1e-4) <= 4
+
+
+def test_merged_lora_gives_the_logits_of_unmerged(toy_run: Path) -> None:
+    model = LaVIT.from_pretrained(toy_run)
+    language = model.language.eval()
+    plain = logits(language)
+    assert prepare_lora(language, model.config, 4) is False
+    trained = [name for name, parameter in language.lm.named_parameters() if parameter.requires_grad]
+    assert trained and all("lora_" in name for name in trained)
+    with torch.no_grad():
+        for name, parameter in language.lm.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    unmerged = logits(language)
+    merge_lora(language.lm)
+    assert not any("lora_" in name for name, _ in language.lm.named_parameters())
+    assert torch.allclose(logits(language), unmerged, atol=1e-5)
+    assert not torch.allclose(plain, unmerged, atol=1e-3)
+
+
+def test_bad_input_is_one_clear_line(toy_run: Path, data: Path, tmp_path: Path) -> None:
+    training = settings(toy_run)
+    with pytest.raises(InputError, match="another --out"):
+        Finetune(toy_run, data, toy_run, training)
+    with pytest.raises(InputError, match="no model at"):
+        Finetune(tmp_path / "new", data, tmp_path / "nowhere", training).train()
+    with pytest.raises(InputError, match="positive time"):
+        Finetune(tmp_path / "new", data, toy_run, training, minutes=0)
+    Finetune(tmp_path / "new", data, toy_run, replace(training, language=replace(training.language, steps=1))).train()
+    with pytest.raises(InputError, match="other settings"):
+        Finetune(tmp_path / "new", data, toy_run, training)
+
+
+def test_minutes_become_steps_that_stay(toy_run: Path, data: Path, tmp_path: Path) -> None:
+    run = Finetune(tmp_path / "new", data, toy_run, settings(toy_run), minutes=0.005)
+    run.train()
+    steps = run.training.language.steps
+    assert steps >= 1 and len(losses(tmp_path / "new")) == steps
+    again = Finetune(tmp_path / "new", data, toy_run, settings(toy_run), minutes=0.005)
+    assert again.training.language.steps == steps
