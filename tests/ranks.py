@@ -1,7 +1,11 @@
-"""Work of one of two gloo ranks, for the test of the codebook; apart, so that ranks start fast."""
+"""Work of one of two gloo ranks, for the tests of the codebook and of stage 1; apart, so that ranks start fast."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -47,4 +51,53 @@ def run_rank(rank: int, folder: str) -> None:
     codebook = new_codebook()
     revived = train_codes(codebook, batches_of(rank))
     torch.save({"state": codebook.state_dict(), "revived": revived}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def train_stage(folder: Path, *, cpu: bool = True) -> dict[str, object]:
+    """Stage 1 through both phases by the loop itself, on the ranks that the environment says; losses and codebook."""
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    from lavit.config import TokenizerConfig, TokenizerTraining
+    from lavit.data.features import Features
+    from lavit.modules.tokenizer import VisualTokenizer
+    from lavit.train.loop import Report, train
+    from lavit.train.stages import TokenizerStage
+
+    # without broadcasts of the codebook at every forward: ranks must agree by themselves
+    alone = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
+    accelerator = Accelerator(cpu=cpu, kwargs_handlers=[alone])
+    features = np.random.default_rng(0).standard_normal((24, 16, 32)).astype(np.float16)
+    sizes = {"dim": 32, "patches": 16, "heads": 2, "merger_depth": 1, "reconstructor_depth": 1, "mlp_ratio": 2.0}
+    torch.manual_seed(0)
+    tokenizer = VisualTokenizer(TokenizerConfig(**sizes, codes=32, code_dim=8))
+    config = TokenizerTraining(
+        steps_a=4,
+        steps_b=5,
+        batch=8,
+        learning_rate=1e-3,
+        k_means=3,
+        k_means_vectors=150,
+        patience=2,
+        train_selector=True,
+    )
+    stage = TokenizerStage(tokenizer, Features(features, 2), config, seed=1)
+    reports: list[Report] = []
+    watch = {"log_every": 1, "watch": reports.append}
+    train(stage, folder, accelerator=accelerator, clip=1.0, warmup=0.05, checkpoint_every=100, **watch)
+    return {
+        "codebook": tokenizer.codebook.state_dict(),
+        "weights": {name: p.detach() for name, p in tokenizer.named_parameters()},
+        "figures": [report.figures for report in reports],
+        "ranks": accelerator.num_processes,
+    }
+
+
+def run_stage(rank: int, folder: str, port: int) -> None:
+    """Train stage 1 as one of two ranks, save what came out."""
+    torch.set_num_threads(1)
+    meeting = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in meeting.items()} | {"ACCELERATE_USE_CPU": "true"}
+    torch.save(train_stage(Path(folder) / "run"), f"{folder}/{rank}.pt")
     dist.destroy_process_group()

@@ -4,8 +4,8 @@
     LanguageStage    Eq. 6: next-token cross-entropy over text and codes, both orders
     PixelsStage      Eq. 5: ε-prediction on the reconstructed features; AutoencoderStage before it, where there is one
 
-Batches are functions of (seed, step). Stage 1's noise is one of (seed, step, picture), so that one rank and two see the
-same; the noise of the pixel stages is drawn per rank.
+Batches are functions of (seed, step), and noise is one of (seed, step, place in the global batch), so that one rank and
+two see the same.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lavit.config import PixelsTraining, TokenizerTraining
+from lavit.config import InputError, PixelsTraining, TokenizerTraining
 from lavit.data.features import Features
 from lavit.modules.codebook import gather_rows
 from lavit.modules.pixels import Pixels
 from lavit.modules.selector import KeepPolicy, gumbel
 from lavit.modules.tokenizer import TokenizerOutput, VisualTokenizer, cosine_distance
 from lavit.sequence import VisualTokens
-from lavit.train.health import CodeUse, check_codes, check_selector, selector_figures
+from lavit.train.health import CodeUse, check_codes, check_features, check_finite, check_selector, selector_figures
 from lavit.train.loop import Shard
 
 WINDOW = 100  # steps over which live codes are counted
@@ -73,6 +73,7 @@ class TokenizerStage:
         tokenizer.reconstructor.start_from(features.rows(some).mean((0, 1)) / tokenizer.config.feature_scale)
         self.use = CodeUse(tokenizer.codebook.size, WINDOW)
         self.last: TokenizerOutput | None = None
+        self.loss, self.kept = torch.zeros(()), 0.0  # of the last batch; kept over all ranks
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The selector apart, for its own rate."""
@@ -88,6 +89,8 @@ class TokenizerStage:
     def batch(self, step: int, shard: Shard) -> FeatureBatch:
         """Pictures in random views."""
         batch = self.config.batch
+        if batch % shard.ranks:
+            raise InputError(f"a batch of {batch} pictures cannot be shared by {shard.ranks} ranks: give a multiple")
         pictures = draw_pictures(len(self.features), batch, seed=self.seed, step=step)
         views = torch.randint(self.features.views, (batch,), generator=seeded(self.seed, 2, step))
         mine = shard.of(torch.arange(batch))
@@ -107,6 +110,7 @@ class TokenizerStage:
             self._start_codes(accelerator)
         train_selector = not quantise or config.train_selector
         patches = batch.patches.to(device)
+        check_features(patches, step)
         noise = None
         if train_selector:
             shape = (patches.shape[1], 2)
@@ -126,12 +130,13 @@ class TokenizerStage:
             loss = loss + config.rate_weight * self._rate_loss(out.mask, accelerator)
             if config.decided_weight:
                 loss = loss + config.decided_weight * (out.keep_probability * (1 - out.keep_probability)).mean()
-        figures = {"reconstruction": reconstruction}
+        kept = gather_rows((out.mask.detach() > 0.5).sum(1, keepdim=True).float())[:, 0].long()
+        share = len(out.vectors) * accelerator.num_processes / int(kept.sum())  # of this rank's tokens, times ranks
+        figures = {"reconstruction": reconstruction, "vector_norm": out.norm * share}
         if out.quantised is not None:
-            share = len(out.vectors) * accelerator.num_processes / _total(len(out.vectors), accelerator)
-            figures["commitment"] = out.quantised.commitment
-            loss = loss + config.commitment * out.quantised.commitment * share
-        kept = (out.mask.detach() > 0.5).sum(1)
+            figures["commitment"] = out.quantised.commitment * share
+            loss = loss + config.commitment * figures["commitment"]
+        self.loss, self.kept = loss.detach(), float(kept.float().mean()) / patches.shape[1]
         return {"loss": loss, **figures, **selector_figures(out.keep_probability.detach(), kept)}
 
     def _rate_loss(self, mask: Tensor, accelerator: Accelerator) -> Tensor:
@@ -145,24 +150,24 @@ class TokenizerStage:
 
     @torch.no_grad()
     def _start_codes(self, accelerator: Accelerator) -> None:
-        """k-means on vectors of pictures drawn from the training set."""
+        """k-means on vectors of pictures drawn from the training set, the same ones in the same order on any ranks."""
         tokenizer, wanted = self.module, self.config.k_means_vectors
         shard = Shard(accelerator.process_index, accelerator.num_processes)
         rows: list[Tensor] = []
         for number in range(wanted):
             batch = self.batch(self.steps + number, shard).patches.to(accelerator.device)
             keep = tokenizer.select(batch)
-            rows.append(tokenizer.codebook.project(tokenizer.merger(tokenizer.prepare(batch), keep)))
-            if sum(map(len, rows)) * shard.ranks >= wanted:
+            rows.append(gather_rows(tokenizer.codebook.project(tokenizer.merger(tokenizer.prepare(batch), keep))))
+            if sum(map(len, rows)) >= wanted:
                 break
-        vectors = torch.cat(rows)
+        vectors = shard.of(torch.cat(rows))  # k-means gathers them again
         tokenizer.codebook.k_means(vectors, rounds=self.config.k_means, generator=seeded(self.seed, 4))
 
     def after_step(self, step: int) -> dict[str, float]:
-        """Move the codes; count their use; raise `Alarm` if selector or codebook is failing."""
+        """Move the codes; count their use; raise `Alarm` if loss, selector or codebook is failing."""
         out, config = self.last, self.config
-        kept = float((out.mask.detach() > 0.5).float().mean())
-        check_selector(kept, step)
+        check_finite(self.loss, self.module.parameters(), step)
+        check_selector(self.kept, step, patches=out.mask.shape[1])
         if out.quantised is None:
             return {}
         revived = self.module.codebook.update(
@@ -172,23 +177,24 @@ class TokenizerStage:
             patience=config.patience,
             generator=seeded(self.seed, 5, step),
         )
-        self.use.add(gather_rows(out.quantised.codes[:, None].float())[:, 0].long())
+        self.use.add(gather_rows(out.quantised.codes[:, None].float())[:, 0].long(), revived=revived)
         figures = self.use.figures()
-        check_codes(figures["live_codes"], step, steps_with_codes=step - config.steps_a, window=WINDOW)
-        return {**figures, "revived": float(revived)}
+        check_codes(
+            figures["live_codes"],
+            step,
+            steps_with_codes=step - config.steps_a,
+            window=WINDOW,
+            reachable=self.use.reachable,
+        )
+        return figures
 
     def state(self) -> dict[str, Tensor]:
         """The window of code use."""
-        counts = list(self.use.counts)
-        return {"use": torch.stack(counts) if counts else torch.zeros(0, self.use.codes, dtype=torch.long)}
+        return self.use.state()
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take the window back."""
-        self.use.counts.extend(state["use"])
-
-
-def _total(count: int, accelerator: Accelerator) -> int:
-    return int(accelerator.reduce(torch.tensor(count, device=accelerator.device), "sum"))
+        self.use.load_state(state)
 
 
 @torch.no_grad()
@@ -210,6 +216,20 @@ def tokenize_features(
         torch.cat([p.lengths for p in parts]).cpu(),
         torch.cat([p.keep for p in parts]).cpu(),
     )
+
+
+@dataclass(frozen=True)
+class PictureBatch:
+    """Rows (picture and view) of this rank, and their places in the global batch, which seed their noise."""
+
+    rows: Int[Tensor, "images"]
+    places: Int[Tensor, "images"]
+
+
+def _share(rows: Int[Tensor, "batch"], shard: Shard) -> PictureBatch:
+    if len(rows) % shard.ranks:
+        raise InputError(f"a batch of {len(rows)} pictures cannot be shared by {shard.ranks} ranks: give a multiple")
+    return PictureBatch(shard.of(rows), shard.of(torch.arange(len(rows))))
 
 
 class PixelsStage:
@@ -247,21 +267,20 @@ class PixelsStage:
             }
         ]
 
-    def batch(self, step: int, shard: Shard) -> Int[Tensor, "images"]:
+    def batch(self, step: int, shard: Shard) -> PictureBatch:
         """Rows (picture and view) of a step."""
-        return shard.of(draw_pictures(len(self.latents), self.config.batch, seed=self.seed, step=step))
+        return _share(draw_pictures(len(self.latents), self.config.batch, seed=self.seed, step=step), shard)
 
-    def losses(
-        self, module: nn.Module, batch: Int[Tensor, "images"], step: int, accelerator: Accelerator
-    ) -> dict[str, Tensor]:
+    def losses(self, module: nn.Module, batch: PictureBatch, step: int, accelerator: Accelerator) -> dict[str, Tensor]:
         """Mean squared error of the predicted noise."""
         device = accelerator.device
-        codes = [self.codes[int(i)].to(device) for i in batch]
+        rows = batch.rows
+        codes = [self.codes[int(i)].to(device) for i in rows]
         with torch.no_grad():
             lengths = torch.tensor([len(c) for c in codes], device=device)
             features = self.tokenizer.decode(torch.cat(codes), lengths)
-        generator = seeded(self.seed, 6, step, accelerator.process_index)
-        return {"loss": module(self.latents[batch].to(device), features, generator=generator)}
+        generators = [seeded(self.seed, 6, step, int(place)) for place in batch.places]
+        return {"loss": module(self.latents[rows].to(device), features, generator=generators)}
 
     def after_step(self, step: int) -> dict[str, float]:
         """Move the averaged weights."""
@@ -277,6 +296,18 @@ class PixelsStage:
         self.averaged.load_state_dict(state)
 
 
+class AutoencoderLoss(nn.Module):
+    """The autoencoder's loss as a module, so that DDP sees its forward and adds up its gradients."""
+
+    def __init__(self, pixels: Pixels) -> None:
+        super().__init__()
+        self.vae, self._loss = pixels.vae, pixels.autoencoder_loss
+
+    def forward(self, pictures: Tensor, generators: list[torch.Generator]) -> Tensor:
+        """Pictures [images 3 size size] in -1..1 to a scalar."""
+        return self._loss(pictures, generator=generators)
+
+
 class AutoencoderStage:
     """The small autoencoder whose latents stage 3 denoises."""
 
@@ -290,8 +321,7 @@ class AutoencoderStage:
         *,
         seed: int,
     ) -> None:
-        self.module, self.pictures, self.config, self.seed = pixels.vae, pictures, config, seed
-        self.pixels = pixels
+        self.module, self.pictures, self.config, self.seed = AutoencoderLoss(pixels), pictures, config, seed
         self.steps = config.autoencoder_steps
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -304,16 +334,14 @@ class AutoencoderStage:
             }
         ]
 
-    def batch(self, step: int, shard: Shard) -> Int[Tensor, "images"]:
+    def batch(self, step: int, shard: Shard) -> PictureBatch:
         """Rows (picture and view) of a step."""
-        return shard.of(draw_pictures(len(self.pictures), self.config.batch, seed=self.seed, step=step))
+        return _share(draw_pictures(len(self.pictures), self.config.batch, seed=self.seed, step=step), shard)
 
-    def losses(
-        self, module: nn.Module, batch: Int[Tensor, "images"], step: int, accelerator: Accelerator
-    ) -> dict[str, Tensor]:
+    def losses(self, module: nn.Module, batch: PictureBatch, step: int, accelerator: Accelerator) -> dict[str, Tensor]:
         """Reconstruction plus a little KL."""
-        generator = seeded(self.seed, 7, step, accelerator.process_index)
-        return {"loss": self.pixels.autoencoder_loss(self.pictures[batch].to(accelerator.device), generator=generator)}
+        generators = [seeded(self.seed, 7, step, int(place)) for place in batch.places]
+        return {"loss": module(self.pictures[batch.rows].to(accelerator.device), generators)}
 
     def after_step(self, step: int) -> dict[str, float]:
         """Nothing follows."""

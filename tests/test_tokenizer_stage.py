@@ -1,0 +1,121 @@
+"""Stage 1 whole: two ranks are one with the same batch, and a run that is killed with -9 ends as one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+import ranks
+from conftest import toy_config, toy_training
+from lavit import presets
+from lavit.cli import main
+from lavit.config import InputError
+from lavit.storage import load_tensors
+from lavit.train.loop import Shard
+from lavit.train.stages import TokenizerStage
+
+STEPS = 150  # of each phase: long enough for a process to be caught in the second
+TESTS = Path(__file__).parent
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def test_two_ranks_end_as_one_with_the_same_batch(tmp_path: Path) -> None:
+    mp.spawn(ranks.run_stage, (str(tmp_path), free_port()), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    one = ranks.train_stage(tmp_path / "one")
+    assert (first["ranks"], second["ranks"], one["ranks"]) == (2, 2, 1)
+    for part in ("codebook", "weights"):
+        for name, value in first[part].items():
+            assert torch.equal(value, second[part][name]), name
+            torch.testing.assert_close(value, one[part][name], rtol=1e-4, atol=1e-5, msg=name)
+    assert len(one["figures"]) == 9
+    assert sum(figures.get("revived", 0) for figures in one["figures"]) > 0
+    for step, (two, alone) in enumerate(zip(first["figures"], one["figures"], strict=True)):
+        assert set(two) == set(alone)
+        for name in two:
+            assert two[name] == pytest.approx(alone[name], abs=1e-5), (step, name)
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(toy_features: TokenizerStage) -> None:
+    with pytest.raises(InputError, match="8 pictures cannot be shared by 3 ranks"):
+        toy_features.batch(0, Shard(0, 3))
+
+
+@pytest.fixture
+def toy_features() -> TokenizerStage:
+    from lavit.data.features import Features
+    from lavit.modules.tokenizer import VisualTokenizer
+
+    features = Features(torch.randn(6, 16, 32, generator=ranks.seeded(0)).numpy(), 1)
+    return TokenizerStage(VisualTokenizer(toy_config().tokenizer), features, toy_training().tokenizer, seed=0)
+
+
+def long_preset() -> presets.Preset:
+    """The toy model, for so many steps that a process can be caught between two checkpoints."""
+    training = toy_training(STEPS)
+    training = replace(training, checkpoint_every=50, tokenizer=replace(training.tokenizer, train_selector=True))
+    return presets.Preset(toy_config(), training, minutes=1.0)
+
+
+def words(data: Path, out: Path) -> list[str]:
+    return ["train", "tokenizer", "--data", str(data), "--out", str(out), "--preset", "toy"]
+
+
+def last_step(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_text().count("\n") * 2 if path.exists() else 0
+
+
+def test_kill_minus_nine_and_the_same_command_give_the_same_codebook(
+    toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(presets.PRESETS, "toy", long_preset)
+    main(words(toy_data, tmp_path / "whole"))
+    run = tmp_path / "killed"
+    program = (
+        "from test_tokenizer_stage import long_preset, main, presets; import sys; "
+        "presets.PRESETS['toy'] = long_preset; main(sys.argv[1:])"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *words(toy_data, run)],
+        cwd=TESTS,
+        stderr=subprocess.DEVNULL,
+        env=dict(os.environ),
+    )
+    while process.poll() is None and last_step(run) < STEPS + 60:  # phase b, behind a checkpoint
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (run / "tokenizer").exists()
+    killed_at = last_step(run)
+    checkpoints = sorted(
+        int(path.name) for path in (run / "checkpoints" / "tokenizer").iterdir() if path.name.isdigit()
+    )
+    assert checkpoints and STEPS < checkpoints[-1] <= killed_at < 2 * STEPS
+    main(words(toy_data, run))
+    whole, resumed = (load_tensors(folder / "tokenizer" / "model.safetensors") for folder in (tmp_path / "whole", run))
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, resumed[name]), name
+    assert figures(run) == figures(tmp_path / "whole")
+
+
+def figures(run: Path) -> list[dict[str, float]]:
+    """All that was logged but for the memory of the process."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "peak_gib"} for line in lines]
