@@ -4,8 +4,8 @@
     LanguageStage    Eq. 6: next-token cross-entropy over text and codes, both orders
     PixelsStage      Eq. 5: ε-prediction on the reconstructed features; AutoencoderStage before it, where there is one
 
-Batches are functions of (seed, step), and noise is one of (seed, step, place in the global batch), so that one rank and
-two see the same.
+Batches are functions of (seed, step). Stage 1's noise is one of (seed, step, picture), so that one rank and two see the
+same; the noise of the pixel stages is drawn per rank.
 """
 
 from __future__ import annotations
@@ -218,20 +218,6 @@ def tokenize_features(
     )
 
 
-@dataclass(frozen=True)
-class PictureBatch:
-    """Rows (picture and view) of this rank, and their places in the global batch, which seed their noise."""
-
-    rows: Int[Tensor, "images"]
-    places: Int[Tensor, "images"]
-
-
-def _share(rows: Int[Tensor, "batch"], shard: Shard) -> PictureBatch:
-    if len(rows) % shard.ranks:
-        raise InputError(f"a batch of {len(rows)} pictures cannot be shared by {shard.ranks} ranks: give a multiple")
-    return PictureBatch(shard.of(rows), shard.of(torch.arange(len(rows))))
-
-
 class PixelsStage:
     """Stage 3: the denoiser, on features reconstructed from the codes of each picture."""
 
@@ -267,20 +253,21 @@ class PixelsStage:
             }
         ]
 
-    def batch(self, step: int, shard: Shard) -> PictureBatch:
+    def batch(self, step: int, shard: Shard) -> Int[Tensor, "images"]:
         """Rows (picture and view) of a step."""
-        return _share(draw_pictures(len(self.latents), self.config.batch, seed=self.seed, step=step), shard)
+        return shard.of(draw_pictures(len(self.latents), self.config.batch, seed=self.seed, step=step))
 
-    def losses(self, module: nn.Module, batch: PictureBatch, step: int, accelerator: Accelerator) -> dict[str, Tensor]:
+    def losses(
+        self, module: nn.Module, batch: Int[Tensor, "images"], step: int, accelerator: Accelerator
+    ) -> dict[str, Tensor]:
         """Mean squared error of the predicted noise."""
         device = accelerator.device
-        rows = batch.rows
-        codes = [self.codes[int(i)].to(device) for i in rows]
+        codes = [self.codes[int(i)].to(device) for i in batch]
         with torch.no_grad():
             lengths = torch.tensor([len(c) for c in codes], device=device)
             features = self.tokenizer.decode(torch.cat(codes), lengths)
-        generators = [seeded(self.seed, 6, step, int(place)) for place in batch.places]
-        return {"loss": module(self.latents[rows].to(device), features, generator=generators)}
+        generator = seeded(self.seed, 6, step, accelerator.process_index)
+        return {"loss": module(self.latents[batch].to(device), features, generator=generator)}
 
     def after_step(self, step: int) -> dict[str, float]:
         """Move the averaged weights."""
@@ -296,18 +283,6 @@ class PixelsStage:
         self.averaged.load_state_dict(state)
 
 
-class AutoencoderLoss(nn.Module):
-    """The autoencoder's loss as a module, so that DDP sees its forward and adds up its gradients."""
-
-    def __init__(self, pixels: Pixels) -> None:
-        super().__init__()
-        self.vae, self._loss = pixels.vae, pixels.autoencoder_loss
-
-    def forward(self, pictures: Tensor, generators: list[torch.Generator]) -> Tensor:
-        """Pictures [images 3 size size] in -1..1 to a scalar."""
-        return self._loss(pictures, generator=generators)
-
-
 class AutoencoderStage:
     """The small autoencoder whose latents stage 3 denoises."""
 
@@ -321,7 +296,8 @@ class AutoencoderStage:
         *,
         seed: int,
     ) -> None:
-        self.module, self.pictures, self.config, self.seed = AutoencoderLoss(pixels), pictures, config, seed
+        self.module, self.pictures, self.config, self.seed = pixels.vae, pictures, config, seed
+        self.pixels = pixels
         self.steps = config.autoencoder_steps
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -334,14 +310,16 @@ class AutoencoderStage:
             }
         ]
 
-    def batch(self, step: int, shard: Shard) -> PictureBatch:
+    def batch(self, step: int, shard: Shard) -> Int[Tensor, "images"]:
         """Rows (picture and view) of a step."""
-        return _share(draw_pictures(len(self.pictures), self.config.batch, seed=self.seed, step=step), shard)
+        return shard.of(draw_pictures(len(self.pictures), self.config.batch, seed=self.seed, step=step))
 
-    def losses(self, module: nn.Module, batch: PictureBatch, step: int, accelerator: Accelerator) -> dict[str, Tensor]:
+    def losses(
+        self, module: nn.Module, batch: Int[Tensor, "images"], step: int, accelerator: Accelerator
+    ) -> dict[str, Tensor]:
         """Reconstruction plus a little KL."""
-        generators = [seeded(self.seed, 7, step, int(place)) for place in batch.places]
-        return {"loss": module(self.pictures[batch.rows].to(accelerator.device), generators)}
+        generator = seeded(self.seed, 7, step, accelerator.process_index)
+        return {"loss": self.pixels.autoencoder_loss(self.pictures[batch].to(accelerator.device), generator=generator)}
 
     def after_step(self, step: int) -> dict[str, float]:
         """Nothing follows."""
