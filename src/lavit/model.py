@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -25,7 +25,6 @@ from transformers import PreTrainedTokenizerBase
 from lavit.config import InputError, ModelConfig, from_json, read_json, to_json
 from lavit.images import pixels as to_pixels
 from lavit.modules.language import Language
-from lavit.modules.pixels import Pixels
 from lavit.modules.selector import KeepPolicy
 from lavit.modules.tokenizer import VisualTokenizer
 from lavit.modules.vision import Vision, load_vision, save_vision
@@ -39,13 +38,17 @@ from lavit.storage import (
     save_tensors,
 )
 
+if TYPE_CHECKING:  # diffusers takes seconds to import, and only pixels need it
+    from lavit.modules.pixels import Pixels
+
 PARTS = ("vision", "tokenizer", "language", "pixels")
 
 
 class LaVIT(nn.Module):
     """Vision, tokenizer, language and pixels under one configuration.
 
-    Give parts to the constructor, or a `folder` from which missing ones are read at first use.
+    Give parts to the constructor, or a `folder` from which missing ones are read at first use. `place_language` brings a
+    language part that was read to its devices and number type; without it that moves as the other parts do.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class LaVIT(nn.Module):
         folder: Path | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        place_language: Callable[[Language], Language] | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -64,6 +68,7 @@ class LaVIT(nn.Module):
         self.device, self.dtype = torch.device(device), dtype
         self.parts = nn.ModuleDict(parts or {})
         self._text = text
+        self._place_language = place_language
 
     @property
     def vision(self) -> Vision:
@@ -96,7 +101,12 @@ class LaVIT(nn.Module):
         if name not in self.parts:
             if self.folder is None:
                 raise InputError(f"this model has no {name}: give one, or train the {name} stage")
-            self.parts[name] = self._load(name).to(self.device, self.dtype).eval()
+            part = self._load(name)
+            if name == "language" and self._place_language is not None:
+                part = self._place_language(part)
+            else:  # the tokenizer stays exact, so that rounding elsewhere does not flip its choices
+                part = part.to(self.device, torch.float32 if name == "tokenizer" else self.dtype)
+            self.parts[name] = part.eval()
         return self.parts[name]
 
     def _load(self, name: str) -> nn.Module:
@@ -109,10 +119,17 @@ class LaVIT(nn.Module):
             load_strictly(tokenizer, load_tensors(where), where)
             return tokenizer
         if name == "language":
+            if (folder / "language").is_dir() and not (folder / "reader").is_dir():
+                raise InputError(
+                    f"{folder} has no reader for pictures (reader/ is missing): copy it there, or train the language "
+                    "stage again"
+                )
             language, self._text = load_language(self.config, folder)
             return language
         if not (folder / "pixels").is_dir():
             raise InputError(f"{folder} has no pixel decoder: lavit train pixels --out {folder}")
+        from lavit.modules.pixels import Pixels
+
         return Pixels.load(folder / "pixels", self.config.pixels)
 
     @torch.inference_mode()
@@ -120,7 +137,7 @@ class LaVIT(nn.Module):
         """Encoder features of pictures (RGB, any size; squashed to the encoder's)."""
         vision = self.config.vision
         batch = to_pixels(images, vision.image_size, vision.mean, vision.std)
-        return self.vision(batch.to(self.device, self.dtype))
+        return self.vision(batch.to(self.device, self.dtype)).float()
 
     @torch.inference_mode()
     def encode(
@@ -151,13 +168,14 @@ class LaVIT(nn.Module):
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        place_language: Callable[[Language], Language] | None = None,
     ) -> LaVIT:
         """Open a model folder or a training run; parts load at first use."""
         folder = Path(folder)
         if not folder.is_dir():
             raise InputError(f"there is no model at {folder}: give the folder of a trained run, or a preset's name")
         config = from_json(ModelConfig, read_json(folder / "config.json"))
-        return cls(config, folder=folder, device=device, dtype=dtype)
+        return cls(config, folder=folder, device=device, dtype=dtype, place_language=place_language)
 
     def save_pretrained(self, folder: str | Path, *, parts: Sequence[str] = PARTS) -> None:
         """Write the configuration and the named parts; each part's folder is replaced as a whole."""

@@ -98,7 +98,7 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> str:
     return text.split("\ue001")[-1]
 
 
-def _turns(messages: Sequence[Mapping[str, Any]], reply: Reply | None) -> list[Turn]:
+def _turns(messages: Any, reply: Any) -> list[Turn]:
     if reply not in (None, "text", "image", "auto"):
         raise InputError(f"reply {reply!r} is not known: use 'text', 'image' or 'auto'")
     if isinstance(messages, Mapping | str) or not messages:

@@ -76,8 +76,10 @@ class LaneCache(Cache):
             keys[:, :, :tokens] = key_states
             values[:, :, :tokens] = value_states
         else:
-            keys[self._lanes, :, self.lengths] = key_states[:, :, 0]
-            values[self._lanes, :, self.lengths] = value_states[:, :, 0]
+            # layers may lie on several devices
+            lanes, at = self._lanes.to(keys.device), self.lengths.to(keys.device)
+            keys[lanes, :, at] = key_states[:, :, 0]
+            values[lanes, :, at] = value_states[:, :, 0]
         visible = self.visible(tokens)
         return keys[:, :, :visible], values[:, :, :visible]
 
@@ -136,5 +138,5 @@ def _widened(buffer: Tensor, columns: int) -> Tensor:
 
 def _moved(buffer: Tensor, source: Tensor, used: int) -> Tensor:
     moved = buffer.new_zeros(len(source), *buffer.shape[1:])
-    moved[:, :, :used] = buffer[:, :, :used].index_select(0, source)
+    moved[:, :, :used] = buffer[:, :, :used].index_select(0, source.to(buffer.device))
     return moved

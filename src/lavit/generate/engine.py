@@ -102,11 +102,12 @@ class Session:
         self._numbers += 1
         return self._numbers - 1
 
-    def cancel(self, number: int) -> None:
-        """Drop a request; no more events of it come."""
-        self.waiting = deque(item for item in self.waiting if item[0] != number)
+    def cancel(self, number: int, sample: int | None = None) -> None:
+        """Drop a request, or one running sample of it (beams stay together); no more events of it come."""
+        if sample is None:
+            self.waiting = deque(item for item in self.waiting if item[0] != number)
         for stream in self.streams:
-            if stream.number == number:
+            if stream.number == number and sample in (None, getattr(stream, "sample", None)):
                 stream.moves = []
 
     @torch.inference_mode()

@@ -186,6 +186,7 @@ def obstacle(language: Language) -> str | None:
             f"{type(language.lm).__name__} is not Llama-shaped",
         ),
         (language.rows.device.type == "cpu", f"it is on {language.rows.device.type}"),
+        (not hasattr(language.lm, "hf_device_map"), "accelerate has spread its layers"),
         (
             all(p.dtype == torch.float32 for p in language.lm.parameters()),
             "its weights are not all fp32",

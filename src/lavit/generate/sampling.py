@@ -86,14 +86,16 @@ class Sampling:
         """What `choose` goes by: rows that agree in it can be drawn together."""
         return (self.temperature, self.top_k, self.top_p, self.min_p)
 
-    def generators(self) -> list[torch.Generator]:
-        """One CPU generator for each of the n samples; sample i of seed s is the single sample of seed s + i."""
+    def seeds(self) -> tuple[int, ...]:
+        """The seed of each of the n samples; sample i of seed s is the single sample of seed s + i."""
         if isinstance(self.seed, tuple):
-            seeds = list(self.seed)
-        else:
-            first = secrets.randbits(48) if self.seed is None else self.seed
-            seeds = [first + i for i in range(self.n)]
-        return [torch.Generator().manual_seed(seed) for seed in seeds]
+            return self.seed
+        first = secrets.randbits(48) if self.seed is None else self.seed
+        return tuple(first + i for i in range(self.n))
+
+    def generators(self) -> list[torch.Generator]:
+        """One CPU generator for each of the n samples."""
+        return [torch.Generator().manual_seed(seed) for seed in self.seeds()]
 
 
 def caption() -> Sampling:

@@ -53,8 +53,9 @@ class Writer:
 
     @property
     def may_open(self) -> bool:
-        """True where the next id may be image start."""
-        return self.request.mode == "mixed" and not self.inside and self.images < self.request.images
+        """True where the next id may be image start: the mode allows it and the context has room for a shortest image."""
+        open_ = self.request.mode == "mixed" and not self.inside and self.images < self.request.images
+        return open_ and self.room > self.request.inside.min_tokens
 
     def forbidden(self) -> list[int]:
         """Joint ids that may not come next although their modality may."""
