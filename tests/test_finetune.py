@@ -43,8 +43,8 @@ def logits(language: torch.nn.Module) -> torch.Tensor:
 
 
 def test_eight_conversations_are_overfitted(toy_run: Path, data: Path, tmp_path: Path) -> None:
-    training = settings(toy_run, steps=70)
-    rates = {"learning_rate": 4e-3, "rows_rate": 4e-3, "reader_rate": 4e-3, "rows": 3, "tokens": 96}
+    training = settings(toy_run, steps=120)
+    rates = {"learning_rate": 4e-3, "rows_rate": 4e-3, "reader_rate": 4e-3, "rows": 4, "tokens": 128}
     training = replace(training, language=replace(training.language, **rates))
     Finetune(tmp_path / "new", data, toy_run, training).train()
     last = json.loads((tmp_path / "new" / "metrics.jsonl").read_text().splitlines()[-1])

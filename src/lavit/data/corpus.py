@@ -206,7 +206,8 @@ def _picture(record: Record, asked: bool) -> Picture:
         return Picture(record, tuple(starter.captions(row)), tuple(starter.prompts(row)))
     if not record.texts and not asked:
         raise InputError(f"{record.name} has no text: give a column text, caption or name")
-    return Picture(record, record.texts, record.texts)
+    prompts = tuple(text.removesuffix(".") for text in record.texts)  # who asks for a picture ends with no full stop
+    return Picture(record, record.texts, prompts)
 
 
 def _place(record: Record, folder: Path) -> str:

@@ -73,10 +73,25 @@ class Pictures(Sequence[Record]):
     def __getitem__(self, index: int) -> Record:
         if not -len(self) <= index < len(self):  # iteration ends by IndexError
             raise IndexError(index)
-        row = dict(self.rows[index])
-        image, name = _encoded(row.pop(self.image), self.folder, f"{self.name}[{index}]")
-        texts = _texts(row.get(self.text)) if self.text else ()
-        return Record(image=image, texts=texts, name=name, columns=row)
+        return _record(self.rows[index], self.image, self.text, self.folder, f"{self.name}[{index}]")
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A source of which nothing is read before it is asked for: a `datasets.IterableDataset` and its columns."""
+
+    rows: Any
+    image: str | None  # None: texts alone
+    text: str | None
+    folder: Path
+    name: str
+
+    def record(self, row: Mapping[str, Any]) -> Record:
+        """A row as a record; one of texts alone has no picture."""
+        name = f"{self.name}[{row.get('__key__', '')}]"
+        if self.image is None:
+            return Record(image=b"", texts=_texts(row[self.text]), name=name, columns=row)
+        return _record(row, self.image, self.text, self.folder, name)
 
 
 @dataclass(frozen=True)
@@ -129,21 +144,42 @@ def open_source(
     rows = _load(datasets, data, split, cache)
     if len(rows) == 0:
         raise InputError(f"{str(data)!r} is empty: split {split!r} holds no records")
+    rows, image, text = _columns(datasets, rows, data, image_column, text_column)
+    if image is None:
+        return Texts(rows, column=text, name=str(data))
+    return Pictures(rows, image=image, text=text, folder=_folder(path), name=str(data))
+
+
+def stream_source(data: str | Path, split: str = "train") -> Streamed:
+    """The same as a stream: tars, tables and hub names, whatever their size."""
+    datasets = require("datasets", extra="train")
+    rows = _load(datasets, data, split, None, streaming=True)
+    rows, image, text = _columns(datasets, rows, data, None, None)
+    return Streamed(rows, image, text, _folder(Path(data)), str(data))
+
+
+def _folder(path: Path) -> Path:
+    return path.parent if path.is_file() else path
+
+
+def _columns(
+    datasets: Any, rows: Any, data: str | Path, image_column: str | None, text_column: str | None
+) -> tuple[Any, str | None, str | None]:
+    """Rows whose pictures stay encoded, the column of pictures (None: texts alone) and that of texts."""
+    if rows.features is None:
+        rows = rows._resolve_features()
     image = _column(rows.column_names, image_column, IMAGE_COLUMNS, data)
     if image is not None and image_column is None and not _shows(rows, image):
         image = None  # a path of something else
     text = _column(rows.column_names, text_column, TEXT_COLUMNS if image else (*TEXT_COLUMNS, *PROSE_COLUMNS), data)
-    if image is None and text is not None:
-        return Texts(rows, column=text, name=str(data))
-    if image is None:
+    if image is None and text is None:
         raise InputError(
             f"{str(data)!r} has no picture column among {', '.join(rows.column_names)}: "
             f"name it image, or give image_column"
         )
-    if isinstance(rows.features[image], datasets.Image):
+    if image is not None and isinstance(rows.features[image], datasets.Image):
         rows = rows.cast_column(image, datasets.Image(decode=False))
-    folder = path.parent if path.is_file() else path
-    return Pictures(rows, image=image, text=text, folder=folder, name=str(data))
+    return rows, image, text
 
 
 def _is_text(path: Path) -> bool:
@@ -158,7 +194,7 @@ def _shows(rows: Any, column: str) -> bool:
     feature = rows.features[column]
     if getattr(feature, "dtype", None) not in ("string", "large_string"):
         return True
-    first = next((value for value in rows[:8][column] if value), "")
+    first = next((row[column] for row in rows.take(8) if row[column]), "")
     return column == "image" or Path(str(first)).suffix.lower() in PICTURES
 
 
@@ -200,7 +236,7 @@ def check(data: str | Path, split: str = "train", **columns: Any) -> Report:
         sizes=dict(sizes.most_common()),
         columns=tuple(records.rows.column_names),
         licences=dict(licences.most_common()),
-        licence_files=_licence_files(records.folder),
+        licence_files=licence_files(records.folder),
     )
 
 
@@ -212,12 +248,12 @@ def _tried(records: Iterable[Record]) -> Iterator[tuple[Record, tuple[int, int] 
             yield record, str(error)
 
 
-def _load(datasets: Any, data: str | Path, split: str, cache: Path | None) -> Any:
-    """A `datasets.Dataset`; whatever the library raises on bad data becomes one line."""
+def _load(datasets: Any, data: str | Path, split: str, cache: Path | None, *, streaming: bool = False) -> Any:
+    """A `datasets.Dataset`, or `IterableDataset` if `streaming`; whatever the library raises on bad data becomes one line."""
     path = Path(data)
-    if cache is None and path.exists():
+    if cache is None and path.exists() and not streaming:
         cache = Path(datasets.config.HF_DATASETS_CACHE) / f"lavit-{_fingerprint(path)}"
-    where = {"cache_dir": None if cache is None else str(cache)}
+    where = {"cache_dir": None if cache is None else str(cache), "streaming": streaming}
     try:
         if path.is_file():
             builder = BUILDERS.get(path.suffix.lower())
@@ -281,6 +317,13 @@ def _column(names: Sequence[str], given: str | None, known: Sequence[str], data:
     return given or next((name for name in known if name in names), None)
 
 
+def _record(cells: Mapping[str, Any], image: str, text: str | None, folder: Path, name: str) -> Record:
+    """A row as a record; `name` is for rows whose picture has no path."""
+    row = dict(cells)
+    encoded, name = _encoded(row.pop(image), folder, name)
+    return Record(image=encoded, texts=_texts(row.get(text)) if text else (), name=name, columns=row)
+
+
 def _encoded(value: Any, folder: Path, name: str) -> tuple[str | bytes, str]:
     """(path or bytes, name) of a cell: datasets' {"bytes", "path"}, plain bytes, or a path."""
     if isinstance(value, Mapping):
@@ -301,6 +344,7 @@ def _texts(value: Any) -> tuple[str, ...]:
     return tuple(str(item).strip() for item in items if item is not None and str(item).strip())
 
 
-def _licence_files(folder: Path) -> tuple[str, ...]:
+def licence_files(folder: Path) -> tuple[str, ...]:
+    """Names of the files of a folder that state a licence."""
     named = (file.name for file in folder.iterdir()) if folder.is_dir() else ()
     return tuple(sorted(n for n in named if n.lower().startswith(LICENCE_WORDS)))

@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -35,6 +34,7 @@ from lavit.config import (
 )
 from lavit.data.conversations import ConversationDocuments, Conversations, load_conversations
 from lavit.data.features import Features, compute_features
+from lavit.data.pretokenised import nothing_read
 from lavit.model import LaVIT
 from lavit.modules.language import Language
 from lavit.sequence import VisualTokens
@@ -151,9 +151,7 @@ class Finetune:
         """Features and tokens of every picture; none where nobody shows one."""
         vision = model.config.vision
         if not conversations.pictures:
-            nothing = torch.zeros(0, dtype=torch.long)
-            features = Features(np.zeros((0, vision.patches, vision.dim), dtype=np.float16), 1)
-            return features, VisualTokens(nothing, nothing, torch.zeros(0, vision.patches, dtype=torch.bool))
+            return nothing_read(vision)
         progress = self.prepare if self.accelerator.is_main_process else None
         with self.accelerator.main_process_first():
             features = compute_features(

@@ -1,0 +1,40 @@
+"""Verbs that build data sets from installed packages and look into any data set: easy-vqa, prose, check."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lavit.cli.output import ProgressBar, Words, answer_with
+
+
+def easy_vqa(out: Path) -> None:
+    """Write easy-VQA (package easy-vqa): 5,000 pictures of one coloured shape, 48,248 questions, its own train and test."""
+    from lavit.data.easy_vqa import build_easy_vqa
+
+    with ProgressBar() as progress:
+        counts = build_easy_vqa(out, progress=lambda done, of: progress.count("pictures", done, of))
+    for name, count in counts.items():
+        print(f"{name:>28} {count}")
+
+
+def prose(out: Path) -> None:
+    """Collect English prose from the documentation of installed packages into OUT.jsonl; a tenth of them is held out."""
+    from lavit.data.prose import build_prose
+
+    with ProgressBar() as progress:
+        counts = build_prose(out, progress=lambda done, of: progress.count("packages", done, of))
+    for name, count in counts.items():
+        print(f"{name:>28} {count}")
+
+
+def check(data: Words[tuple[str, ...]], /, split: str = "train", workers: int = 1, json: bool = False) -> None:
+    """Read data and report counts, what is broken, text lengths and licences, source by source.
+
+    Several sources, SOURCE:0.5 for a weight, are reported as the mixture that --data of `lavit train` makes of them; a file
+    of conversations is reported as such. --workers N says whether the shards of a stream suffice for N processes.
+    """
+    from lavit.data.inspect import inspect_data
+
+    for report in inspect_data(",".join(data), split, workers=workers):
+        text = "\n".join(f"{name:>16} {value}" for name, value in report.items())
+        answer_with(json, text, **report)

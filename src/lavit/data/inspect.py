@@ -1,0 +1,92 @@
+"""Looking into data before training: every source of a mixture, or a file of conversations, as figures (lavit data check)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lavit.config import InputError
+from lavit.data.conversations import is_conversations, load_conversations
+from lavit.data.corpus import parse_mixture
+from lavit.data.sources import check, licence_files, open_source, stream_source
+from lavit.data.text import Texts
+
+STREAMED = (".tar", ".parquet")
+
+
+def inspect_data(data: str, split: str = "train", *, workers: int = 1) -> list[dict[str, Any]]:
+    """A report for each source of `data`, which is read as a whole: counts, what is broken, text lengths, licences.
+
+    Beside them its share of a training's documents, and where its shards can be streamed whether they suffice for
+    `workers` processes. A source that cannot be opened raises `InputError`.
+    """
+    mixture = parse_mixture(data)
+    total = sum(weight for _, weight in mixture)
+    reports = []
+    for name, weight in mixture:
+        report = {"source": name, **_report(name, split)}
+        if len(mixture) > 1:
+            report["share_of_documents"] = round(weight / total, 4)
+        if shards := _shards(name, split):
+            enough = "enough" if shards >= workers else "too few: some would have nothing to read"
+            report["shards"] = f"{shards} for {workers} processes, {enough}"
+        reports.append(report)
+    return reports
+
+
+def _report(name: str, split: str) -> dict[str, Any]:
+    if is_conversations(name):
+        return _conversations(name)
+    found = open_source(name, split)
+    return _texts(found) if isinstance(found, Texts) else asdict(check(name, split))
+
+
+def _texts(texts: Texts) -> dict[str, Any]:
+    lengths = texts.characters
+    column = next((c for c in getattr(texts.rows, "column_names", ()) if c.lower() in ("license", "licence")), None)
+    return {
+        "texts": len(lengths),
+        "empty": int((lengths == 0).sum()),
+        "characters": _spread(lengths.tolist()),
+        "licences": dict(Counter(map(str, texts.rows[column])).most_common()) if column else {},
+        "licence_files": licence_files(Path(texts.name)),
+    }
+
+
+def _conversations(name: str) -> dict[str, Any]:
+    found = load_conversations(name)
+    answers, asked = [], []
+    for item in found.items:
+        for message in item.messages:
+            (answers if message["role"] == "assistant" else asked).append(len(_words(message["content"])))
+    return {
+        **{key.replace(" ", "_"): count for key, count in found.counts().items()},
+        "broken": found.broken,
+        "characters_asked": _spread(asked),
+        "characters_answered": _spread(answers),
+        "licence_files": licence_files(Path(name).parent),
+    }
+
+
+def _words(content: Any) -> str:
+    parts = content if isinstance(content, list) else [{"text": str(content)}]
+    return "".join(str(part.get("text", "")) for part in parts)
+
+
+def _spread(lengths: list[int]) -> tuple[int, float, int]:
+    """Shortest, mean and longest."""
+    return min(lengths, default=0), round(sum(lengths) / max(1, len(lengths)), 1), max(lengths, default=0)
+
+
+def _shards(name: str, split: str) -> int:
+    """Number of shards of a source that can be streamed; 0 where it is no such source."""
+    path = Path(name)
+    files = path.rglob("*") if path.is_dir() else [path]
+    if not path.exists() or not any(file.suffix.lower() in STREAMED for file in files):
+        return 0
+    try:
+        return int(stream_source(name, split).rows.num_shards)
+    except InputError:
+        return 0

@@ -1,0 +1,212 @@
+"""Streams: processes read disjoint records whose union is the stream, and a resumed run reads what it would have read."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tarfile
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from conftest import toy_config, toy_picture, toy_training
+from lavit.config import InputError, read_json, to_json
+from lavit.data.bulk import Job, tokenize_corpus, tokenizer_hash
+from lavit.data.corpus import Corpus, Picture, load_corpus
+from lavit.data.pretokenised import corpus_codes
+from lavit.data.sources import Record
+from lavit.data.stream import Stream, StreamingDocuments
+from lavit.model import LaVIT
+from lavit.sequence import Batch, VisualTokens, unpack
+from lavit.train.language import train_text_tokenizer
+from lavit.train.loop import Report
+from lavit.train.run import Run
+from lavit.vocabulary import Vocabulary
+
+SHARDS, EACH = 4, 8
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """WebDataset shards of pictures whose grey says which record they are."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for shard in range(SHARDS):
+        with tarfile.open(folder / f"{shard:03d}.tar", "w") as tar:
+            for number in range(shard * EACH, (shard + 1) * EACH):
+                stream = io.BytesIO()
+                Image.new("RGB", (4, 4), (5 * number,) * 3).save(stream, "PNG")
+                for suffix, data in (("png", stream.getvalue()), ("txt", f"grey {number}".encode())):
+                    entry = tarfile.TarInfo(f"{number:04d}.{suffix}")
+                    entry.size = len(data)
+                    tar.addfile(entry, io.BytesIO(data))
+    return folder
+
+
+def encode(images: list[Image.Image]) -> tuple[torch.Tensor, VisualTokens]:
+    """Features that say which picture it is, and two or three codes."""
+    numbers = torch.tensor([image.getpixel((0, 0))[0] // 5 for image in images])
+    patches = numbers[:, None, None].float().expand(-1, 4, 8).clone()
+    keep = torch.tensor([[True, True, bool(n % 2), False] for n in numbers.tolist()])
+    codes = torch.cat([torch.full((int(k.sum()),), int(n) % 32) for n, k in zip(numbers, keep, strict=True)])
+    return patches, VisualTokens(codes, keep.sum(1), keep)
+
+
+def documents_of(data: str, rank: int = 0, ranks: int = 1, **changes) -> StreamingDocuments:
+    text = train_text_tokenizer(Corpus((Picture(Record("a", (), "a"), ("grey 0123456789",), ("grey",)),)), 300)
+    vocabulary = Vocabulary(text_size=len(text), codes=32, end=text.eos_token_id)
+    config = replace(toy_training().language, **{"rows": 2, "tokens": 48, "unconditional_fraction": 0.0, **changes})
+    make = {"text": text, "vocabulary": vocabulary, "config": config, "seed": 0, "sizes": (4, 8)}
+    return StreamingDocuments(data, encode, rank=rank, ranks=ranks, **make)
+
+
+def records(documents: StreamingDocuments, batch: Batch) -> list[int]:
+    """Which records the documents of a batch are of, by their codes."""
+    vocabulary = documents.vocabulary
+    found = []
+    for row in unpack(batch, vocabulary):
+        for sequence in row:
+            ids = torch.tensor(sequence.ids)
+            found.append(int(vocabulary.codes_of(ids[vocabulary.is_code(ids)])[0]))
+    return found
+
+
+def test_two_processes_read_disjoint_records_whose_union_is_the_stream(shards: Path) -> None:
+    seen = []
+    for rank in range(2):
+        stream = Stream(str(shards), rank=rank, ranks=2)
+        seen.append([stream.take().texts[0] for _ in range(SHARDS * EACH // 2)])
+    assert not set(seen[0]) & set(seen[1])
+    assert sorted(seen[0] + seen[1]) == sorted(f"grey {number}" for number in range(SHARDS * EACH))
+
+
+def test_a_stream_begins_again_and_can_be_taken_up_anywhere(shards: Path) -> None:
+    stream = Stream(str(shards))
+    texts = [stream.take().texts[0] for _ in range(2 * SHARDS * EACH)]
+    assert Counter(texts) == {f"grey {number}": 2 for number in range(SHARDS * EACH)}
+    for place in (0, 5, SHARDS * EACH, SHARDS * EACH + 11):
+        first, second = Stream(str(shards)), Stream(str(shards))
+        for _ in range(place):
+            first.take()
+        second.load_state(json.loads(json.dumps(first.state())))
+        following = [second.take().texts[0] for _ in range(SHARDS * EACH)]
+        assert following == [first.take().texts[0] for _ in range(SHARDS * EACH)]
+        assert following[: len(texts) - place] == texts[place : place + SHARDS * EACH]
+
+
+def test_fewer_shards_than_processes_are_refused(shards: Path) -> None:
+    with pytest.raises(InputError, match="4 shards for 5 processes"):
+        Stream(str(shards), rank=0, ranks=5)
+    with pytest.raises(InputError, match="cannot be shared evenly"):
+        documents_of(str(shards), ranks=2, rows=3)
+
+
+def test_no_record_is_lost_or_told_twice(shards: Path) -> None:
+    documents = documents_of(str(shards))
+    batches = [documents.batch(step) for step in range(64)]
+    counts = Counter(number for batch in batches for number in records(documents, batch))
+    assert max(counts.values()) - min(counts.values()) <= 2  # the last window stops somewhere
+    assert set(counts) == set(range(32))
+    assert sum(batch.useful for batch in batches) / len(batches) > 0.95
+
+
+def test_pictures_that_are_read_bring_their_own_features(shards: Path) -> None:
+    documents = documents_of(str(shards), mixture=(1.0, 0.0, 0.0, 0.0, 0.0))
+    batch = documents.batch(0)
+    patches, keep = documents.pictures(batch.images)
+    assert len(patches) == len(batch.images) == len(keep) > 0
+    assert int(keep.sum()) == int(batch.slots.sum())
+    numbers = [int(picture[0, 0]) % 32 for picture in patches]
+    assert numbers == records(documents, batch)
+
+
+@pytest.mark.parametrize("stop", [1, 7, 31, 32, 50])
+def test_a_resumed_stream_gives_the_batches_of_an_uninterrupted_one(stop: int, shards: Path) -> None:
+    whole, killed = documents_of(str(shards)), documents_of(str(shards))
+    expected = [whole.batch(step) for step in range(stop + 40)]
+    for step in range(stop):
+        killed.batch(step)
+        killed.share()
+    resumed = documents_of(str(shards))
+    resumed.load_state(killed.state())
+    for step in range(stop, stop + 40):
+        batch = resumed.batch(step)
+        assert batch.ids.equal(expected[step].ids) and batch.images.equal(expected[step].images)
+    with pytest.raises(InputError, match="with 1 processes"):
+        documents_of(str(shards), rank=1, ranks=2).load_state(killed.state())
+
+
+def test_texts_and_pictures_mix_by_weight(shards: Path, tmp_path: Path) -> None:
+    path = tmp_path / "prose.jsonl"
+    path.write_text("".join(json.dumps({"text": f"only words, number {n}"}) + "\n" for n in range(50)))
+    documents = documents_of(f"{shards},{path}:1")
+    kinds: Counter[bool] = Counter()
+    for step in range(20):
+        for row in unpack(documents.batch(step), documents.vocabulary):
+            kinds.update(max(sequence.ids) >= documents.vocabulary.text_size for sequence in row)
+    assert 0.3 < kinds[True] / kinds.total() < 0.7
+
+
+def test_a_broken_picture_of_a_stream_is_named_and_the_rest_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    with tarfile.open(tmp_path / "shards" / "0.tar", "w") as tar:
+        for number in range(6):
+            stream = io.BytesIO()
+            Image.new("RGB", (4, 4), (5 * number,) * 3).save(stream, "PNG")
+            data = stream.getvalue()[: 30 if number == 3 else None]
+            for suffix, part in (("png", data), ("txt", f"grey {number}".encode())):
+                entry = tarfile.TarInfo(f"{number:04d}.{suffix}")
+                entry.size = len(part)
+                tar.addfile(entry, io.BytesIO(part))
+    documents = documents_of(str(tmp_path / "shards"))
+    assert 3 not in records(documents, documents.batch(0))
+    assert len(documents.broken) == 1 and "0003" in next(iter(documents.broken))
+
+
+def stage_two(toy_run: Path, out: Path, data: str, *, watch=None, **changes) -> list[dict]:
+    """Stage 2 anew on another feed, with the tokenizer of the toy run; returns its metrics."""
+    if not out.exists():
+        for part in ("vision", "tokenizer"):
+            shutil.copytree(toy_run / part, out / part)
+        config = toy_config()
+        trained = read_json(toy_run / "config.json")["vision"]
+        (out / "config.json").write_text(json.dumps({**to_json(config), "vision": trained}))
+    training = replace(toy_training(8), sample_every=0, checkpoint_every=4, log_every=1)
+    training = replace(training, language=replace(training.language, **changes))
+    Run(out, data, toy_config(), training, watch=watch).train(("language",))
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_stage_two_on_a_stream_resumes_to_the_same_losses(shards: Path, toy_run: Path, tmp_path: Path) -> None:
+    def kill(report: Report) -> None:
+        if report.step == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stage_two(toy_run, tmp_path / "killed", str(shards), stream=True, watch=kill)
+    killed = stage_two(toy_run, tmp_path / "killed", str(shards), stream=True)
+    whole = stage_two(toy_run, tmp_path / "whole", str(shards), stream=True)
+    assert [line["loss"] for line in killed] == [line["loss"] for line in whole] and len(whole) == 8
+    assert whole[-1]["loss"] < whole[0]["loss"] and whole[-1]["text_loss"] > 0 and whole[-1]["code_loss"] > 0
+
+
+def test_stage_two_on_tokens_made_beforehand(toy_data: Path, toy_run: Path, tmp_path: Path) -> None:
+    tokenize_corpus(Job(data=toy_data, out=tmp_path / "tokens", model=toy_run), workers=0)
+    lines = stage_two(toy_run, tmp_path / "run", str(toy_data), token_corpus=str(tmp_path / "tokens"))
+    assert lines[-1]["loss"] < lines[0]["loss"] and lines[-1]["code_loss"] > 0
+    corpus = load_corpus(toy_data)
+    hashed = tokenizer_hash(LaVIT.from_pretrained(toy_run))
+    codes = corpus_codes(tmp_path / "tokens", corpus, toy_data, tokenizer=hashed)
+    model = LaVIT.from_pretrained(toy_run)
+    assert codes == tuple(tuple(model.encode([p.record.open()]).codes.tolist()) for p in corpus.pictures)
+    with pytest.raises(InputError, match="of tokenizer"):
+        corpus_codes(tmp_path / "tokens", corpus, toy_data, tokenizer="0" * 64)
+    toy_picture("red dot").save(tmp_path / "other.png")
+    more = replace(corpus, pictures=(*corpus.pictures, Picture(Record("", (), "other.png"), (), ())))
+    with pytest.raises(InputError, match=r"no tokens of 1 of 9 pictures.*other\.png"):
+        corpus_codes(tmp_path / "tokens", more, toy_data, tokenizer=hashed)
