@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lavit.modules import language as language_module
+from lavit.modules.head import HeadLoss
 from lavit.modules.language import Language
 from lavit.modules.merger import Merger
 from lavit.sequence import Image, Text, lay_out, pack
@@ -60,7 +62,7 @@ def documents(language: Language) -> tuple[list, torch.Tensor, torch.Tensor]:
 def total(language: Language, rows: list, patches: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     batch = pack(rows, language.vocabulary)
     out = language(batch, patches[batch.images], keep[batch.images])
-    return out.text + out.visual
+    return out.total
 
 
 def test_packed_loss_is_the_sum_of_separate_losses(language: Language) -> None:
@@ -95,6 +97,48 @@ def test_chunked_loss_is_the_plain_loss(language: Language, monkeypatch: pytest.
         gradients.append(language.rows.grad.clone())
     assert torch.allclose(losses[0], losses[1], rtol=1e-6)
     assert torch.allclose(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+
+
+def test_attention_by_document_is_attention_under_the_mask(language: Language) -> None:
+    """Forward and gradients, documents of many lengths, padding behind them."""
+    generator = torch.Generator().manual_seed(2)
+    lengths = ((1, 7, 3, 12, 2), (9, 9, 4), (24,))
+    documents = torch.full((3, 26), -1)
+    positions = torch.zeros(3, 26, dtype=torch.long)
+    for row, parts in enumerate(lengths):
+        found = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor(parts))
+        documents[row, : len(found)] = found
+        positions[row, : len(found)] = torch.cat([torch.arange(n) for n in parts])
+    embeddings = torch.randn(3, 26, language.width, generator=generator)
+    weight = torch.randn(3, 26, language.width, generator=generator) * (documents >= 0)[..., None]
+    assert language.by_document
+    states, gradients = [], []
+    for language.by_document in (True, False):
+        entered = embeddings.clone().requires_grad_()
+        state = language.hidden(entered, documents=documents, positions=positions)
+        (state * weight).sum().backward()
+        states.append(state.detach()[documents >= 0])
+        gradients.append(entered.grad)
+    assert torch.allclose(states[0], states[1], atol=1e-5)
+    assert torch.allclose(gradients[0], gradients[1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_heads_loss_and_gradients_are_those_of_cross_entropy(bias: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    hidden, text, visual = (torch.randn(n, 8, generator=generator).requires_grad_() for n in (23, 30, 14))
+    offset = torch.randn(30, generator=generator).requires_grad_() if bias else None
+    labels = torch.randint(44, (23,), generator=generator)
+    wanted = [x for x in (hidden, text, visual, offset) if x is not None]
+    total, losses, correct = HeadLoss.apply(hidden, labels, text, offset, visual, 5, True)
+    found = torch.autograd.grad(3.0 * total, wanted)
+    logits = torch.cat([F.linear(hidden, text, offset), F.linear(hidden, visual)], -1)
+    plain = F.cross_entropy(logits, labels, reduction="none")
+    expected = torch.autograd.grad(3.0 * plain.sum(), wanted)
+    assert torch.allclose(losses, plain, atol=1e-5)
+    assert correct.equal(logits.argmax(-1) == labels)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
 
 
 def test_new_rows_have_the_scale_of_the_lms_own(language: Language) -> None:

@@ -128,6 +128,11 @@ class PixelsConfig:
     sampler: Literal["dpm", "ddim"] = "dpm"  # DPM-Solver++ 2M multistep, or DDIM
     steps: int = 12
     guidance: float = 2.0
+    # where training begins: a diffusers folder whose unet/ and vae/ are taken, for "text" also tokenizer/ and text_encoder/
+    # (the null text); empty: random weights
+    start_from: str = ""
+    # Stable Diffusion's safety checker looks at every written picture; the converter sets it for published weights
+    safety: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +177,8 @@ class TokenizerTraining:
     selector_rate: float = 1.0  # learning rate of the selector, as a multiple
     temperature: float = 1.0  # τ of the Gumbel-softmax, at the start of phase a
     final_temperature: float = 1.0  # and at its end (geometric)
-    decided_weight: float = 0.0  # weight of mean p(1 - p), an optional reward for decided selectors
+    # weight of mean p(1 - p), which makes the selector decide; grows from 0 over the first half of phase a
+    decided_weight: float = 0.0
     train_selector: bool = False  # in phase b
     commitment: float = 0.1
     decay: float = 0.99  # EMA of the codebook
@@ -198,8 +204,18 @@ class LanguageTraining:
     reader_rate: float  # learning rate of merger copy and projection
     weight_decay: float = 0.1
     warmup: float = 0.05
+    accumulate: int = 1  # parts that the rows of a step go through the model in: the same gradient, less memory
+    recompute: bool = False  # activation checkpointing: keep each block's input only, and compute the block again
+    train_merger: bool = True  # the second merger; False leaves it as stage 1 made it, which LoRA on a small card needs
     supervise_read_images: bool = True
     unconditional_fraction: float = 0.1  # of [text, image] documents lose their prompt
+    # share of read pictures that are moved towards another hand: the difference between the two pictures of a random
+    # edit "in the … style" is added to their features, `style_strength` times
+    style_shift: float = 0.0
+    style_strength: float = 1.5
+    stream: bool = False  # read the data as it comes, shard by shard, and encode pictures on the fly (data/stream.py)
+    # folder of `lavit tokenize-corpus` whose codes are used: then nothing is read, which needs features (data/pretokenised.py)
+    token_corpus: str = ""
     # relative number of documents of each kind: reading, writing, questions, edits, text alone
     mixture: tuple[float, float, float, float, float] = (1.0, 1.0, 0.5, 0.5, 0.25)
 
@@ -216,6 +232,10 @@ class PixelsTraining:
     weight_decay: float = 1e-3
     warmup: float = 0.05
     ema: float = 0.999  # decay of the averaged weights that are saved
+    plain_share: float = 0.0  # of the pictures of a step that are taken as they are, whatever views there are
+    # of the distance in the encoder's early layers between the picture that the denoiser's answer stands for and the true
+    # one (modules/perceptual.py); for decoders trained from scratch in minutes
+    perceptual_weight: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,11 +246,30 @@ class TrainConfig:
     views: int = 1  # cached views of each training picture: the plain one and small shifts, zooms and turns of it
     text_vocabulary: int = 2048  # of the text tokenizer that is trained where the LM is random
     checkpoint_every: int = 200  # steps
+    keep_last: int = 2  # checkpoints
+    sample_every: int = 300  # steps of stage 2 between captions and drawings of the same pictures; 0 never
+    # "auto": bf16 products over fp32 weights on GPUs that have them, fp32 elsewhere
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     log_every: int = 10  # steps
     clip: float = 1.0  # gradient norm
     tokenizer: TokenizerTraining
     language: LanguageTraining
     pixels: PixelsTraining
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneTraining:
+    """Fine-tuning of a trained model on conversations: only what the assistant says gives loss."""
+
+    language: LanguageTraining  # its steps, rows and rates; kinds of documents do not matter
+    # LoRA into the LM, merged when the model is saved; 0: all weights train; None: as the model has it (full, or its LoRA)
+    lora_rank: int | None = None
+    seed: int = 0
+    checkpoint_every: int = 100  # steps
+    keep_last: int = 2  # checkpoints
+    log_every: int = 10  # steps
+    clip: float = 1.0  # gradient norm
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
 
 
 def to_json(config: Any) -> dict[str, Any]:

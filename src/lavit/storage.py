@@ -150,6 +150,33 @@ def inject_lora(language: Language, config: LanguageConfig) -> None:
     peft.inject_adapter_in_model(lora, language.lm)
 
 
+def merge_lora(language: Language) -> None:
+    """Add the adapter to the weights it stands beside, and take it away: the same outputs from a plain model."""
+    lora = require("peft.tuners.lora", extra="mini")
+    for name, layer in list(language.lm.named_modules()):
+        if isinstance(layer, lora.LoraLayer):
+            layer.merge()
+            language.lm.set_submodule(name, layer.get_base_layer())
+    for trace in ("peft_config", "_hf_peft_config_loaded"):
+        language.lm.__dict__.pop(trace, None)
+
+
+def export_language(config: ModelConfig, folder: Path, out: Path, *, merge: bool = False) -> None:
+    """Write the language model of a model folder as a plain transformers folder with the joint vocabulary.
+
+    A model that is an adapter over a base needs `merge`. Raises `InputError` if it is missing, or if `out` exists.
+    """
+    if out.exists():
+        raise InputError(f"{out} exists already: give another --out")
+    if config.language.lora_rank and not merge:
+        raise InputError(f"{folder} holds an adapter over {config.language.source}: --merge joins the two")
+    language, text = load_language(config, folder)
+    if config.language.lora_rank:
+        merge_lora(language)
+    with replacing(out) as new:
+        export(language, text, new)
+
+
 def save_language(
     language: Language, text: PreTrainedTokenizerBase, config: LanguageConfig, folder: Path
 ) -> LanguageConfig:

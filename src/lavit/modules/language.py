@@ -7,12 +7,16 @@
 The LM is left as it is: the new rows live beside it, so nothing of it is resized, the visual logits are a product with
 those rows alone, and LoRA (peft, injected in place) leaves the base weights untouched. `export` joins the rows to a
 plain transformers checkpoint. Read images enter as continuous features of a *second* merger, initialised from stage 1.
+
+Packed rows attend document by document (attention.py) and the loss makes its gradients while it goes through the head
+in chunks (head.py): neither a mask over whole rows nor the full logits ever exist.
 """
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +26,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from lavit.config import InputError
-from lavit.modules.merger import Merger
+from lavit.modules.attention import attend_by_document, group_documents
+from lavit.modules.head import HeadLoss
+from lavit.modules.merger import Merger, MergerBlock
 from lavit.sequence import IGNORE, Batch, attention_mask, fill_slots
 from lavit.vocabulary import Vocabulary
 
@@ -31,8 +37,12 @@ CHUNK = 1024  # positions whose logits exist at one time
 
 @dataclass(frozen=True)
 class LanguageLoss:
-    """Sums over the target tokens of a batch; divide by the (global) counts. Text and visual targets apart."""
+    """Sums over the target tokens of a batch; divide by the (global) counts.
 
+    `total` goes backward; beside it figures without gradient, text and visual targets apart.
+    """
+
+    total: Float[Tensor, ""]
     text: Float[Tensor, ""]
     visual: Float[Tensor, ""]
     text_tokens: Int[Tensor, ""]
@@ -51,6 +61,7 @@ class Language(nn.Module):
     def __init__(self, lm: PreTrainedModel, merger: Merger, *, dim: int, codes: int, end: int) -> None:
         super().__init__()
         self.lm = lm
+        self.by_document = attend_by_document(lm)
         table = lm.get_input_embeddings().weight
         self.vocabulary = Vocabulary(text_size=table.shape[0], codes=codes, end=end)
         self.width = table.shape[1]
@@ -60,9 +71,10 @@ class Language(nn.Module):
         self.head_rows = None if self.tied else nn.Parameter(torch.empty(shape))
         self.merger = copy.deepcopy(merger)
         self.to_language = nn.Linear(dim, self.width)
-        nn.init.normal_(self.rows, std=float(table.detach().float().std()))
+        nn.init.normal_(self.rows, std=_spread(table))
         if self.head_rows is not None:
-            nn.init.normal_(self.head_rows, std=float(lm.get_output_embeddings().weight.detach().float().std()))
+            nn.init.normal_(self.head_rows, std=_spread(lm.get_output_embeddings().weight))
+        self._no_split_modules = [*(lm._no_split_modules or ()), MergerBlock.__name__]  # units of FSDP2
         nn.init.trunc_normal_(self.to_language.weight, std=0.02)
         nn.init.zeros_(self.to_language.bias)
 
@@ -70,6 +82,16 @@ class Language(nn.Module):
     def body(self) -> nn.Module:
         """The LM without its head: ids or embeddings in, hidden states out."""
         return self.lm.base_model
+
+    def recompute(self, on: bool) -> None:
+        """Activation checkpointing of the LM's and the reader's blocks: keep their inputs, compute the rest again."""
+        self.merger.recompute = on
+        if on and not self.lm.supports_gradient_checkpointing:
+            raise InputError(f"{type(self.lm).__name__} cannot recompute its activations: set recompute to False")
+        for module in self.lm.modules():
+            if hasattr(module, "gradient_checkpointing"):  # the switch of transformers' blocks
+                module.gradient_checkpointing = on
+                module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
     def check_head(self) -> None:
         """Raise `InputError` unless the LM's logits are its head applied to the hidden states."""
@@ -91,6 +113,11 @@ class Language(nn.Module):
         `patches` are prepared (`VisualTokenizer.prepare`).
         """
         return self.to_language(self.merger(patches, keep))
+
+    def _read_nothing(self, patches: Float[Tensor, "0 patches dim"]) -> Float[Tensor, ""]:
+        """The reader on a blank picture: ranks whose rows read no picture take part in its gradients all the same."""
+        blank = patches.new_zeros(1, *patches.shape[1:])
+        return self.read(blank, torch.ones(blank.shape[:2], dtype=torch.bool, device=blank.device)).sum()
 
     def embed(
         self,
@@ -124,6 +151,11 @@ class Language(nn.Module):
         positions: Int[Tensor, "rows tokens"],
     ) -> Float[Tensor, "rows tokens width"]:
         """Hidden states of packed rows; attention stays inside each document."""
+        if self.by_document:
+            groups = group_documents(documents).to(embeddings.device)
+            nothing = embeddings.new_zeros(1, 1, 1, 1)  # four dimensions: the LM makes no mask of its own
+            inputs = {"attention_mask": nothing, "position_ids": positions, "use_cache": False, "groups": groups}
+            return self.body(inputs_embeds=embeddings, **inputs).last_hidden_state
         mask = attention_mask(documents)
         bias = torch.zeros(mask.shape, dtype=embeddings.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
         out = self.body(inputs_embeds=embeddings, attention_mask=bias, position_ids=positions, use_cache=False)
@@ -141,37 +173,32 @@ class Language(nn.Module):
         """
         features = self.read(patches, keep) if patches is not None and len(patches) else None
         embeddings = self.embed(batch.ids, slots=batch.slots if features is not None else None, features=features)
+        if patches is not None and features is None and torch.is_grad_enabled():
+            embeddings = embeddings + 0.0 * self._read_nothing(patches).to(embeddings.dtype)
         hidden = self.hidden(embeddings, documents=batch.documents, positions=batch.positions)
         wanted = batch.labels != IGNORE
         return self.loss(hidden[wanted], batch.labels[wanted])
 
     def loss(self, hidden: Float[Tensor, "targets width"], labels: Int[Tensor, "targets"]) -> LanguageLoss:
         """Cross-entropy in chunks: the full logits never exist, forward or backward."""
-        parts = [
-            checkpoint(self._chunk_loss, h, y, use_reentrant=False)
-            if torch.is_grad_enabled() and len(hidden) > CHUNK
-            else self._chunk_loss(h, y)
-            for h, y in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True)
-        ]
-        text, visual, text_correct, visual_correct = (torch.stack(column).sum() for column in zip(*parts, strict=True))
-        visual_tokens = self.vocabulary.is_visual(labels).sum()
-        return LanguageLoss(
-            text,
-            visual,
-            len(labels) - visual_tokens,
-            visual_tokens,
-            text_correct.long(),
-            visual_correct.long(),
-        )
-
-    def _chunk_loss(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        logits = torch.cat([self.text_logits(hidden), self.visual_logits(hidden)], -1).float()
-        losses = F.cross_entropy(logits, labels, reduction="none")
+        head = self.lm.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            raise InputError(f"the language model's head is a {type(head).__name__}, expected a plain Linear")
+        rows = self.rows if self.head_rows is None else self.head_rows
+        train = torch.is_grad_enabled()
+        total, losses, correct = HeadLoss.apply(hidden, labels, head.weight, head.bias, rows, CHUNK, train)
         visual = self.vocabulary.is_visual(labels)
-        correct = logits.detach().argmax(-1) == labels
-        return (
+        return LanguageLoss(
+            total,
             (losses * ~visual).sum(),
             (losses * visual).sum(),
+            (~visual).sum(),
+            visual.sum(),
             (correct & ~visual).sum(),
             (correct & visual).sum(),
         )
+
+
+def _spread(table: Tensor) -> float:
+    """Standard deviation of a table's entries; 0 on the meta device, where there are none."""
+    return 0.0 if table.is_meta else float(table.detach().float().std())

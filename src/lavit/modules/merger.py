@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lavit.modules.layers import (
     CrossAttention,
@@ -112,6 +113,7 @@ class Merger(nn.Module):
         self.norm_patches = nn.LayerNorm(dim, eps=1e-5)
         self.blocks = nn.ModuleList(MergerBlock(dim, heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-5)
+        self.recompute = False  # activation checkpointing of the blocks
         initialise(self)
 
     def forward(
@@ -123,7 +125,9 @@ class Merger(nn.Module):
         dropped = self.norm_patches(patches[context])
         x = patches[keep]
         for block in self.blocks:
-            x = block(x, dropped, kept_rows, dropped_rows, attends)
+            parts = (x, dropped, kept_rows, dropped_rows, attends)
+            again = self.recompute and torch.is_grad_enabled()
+            x = checkpoint(block, *parts, use_reentrant=False) if again else block(*parts)
         return self.norm(x)
 
     @torch.no_grad()

@@ -1,9 +1,13 @@
-"""Checkpoints of a training stage: module, optimiser and the stage's own state, written atomically.
+"""Checkpoints of a training stage: all that a resumed run needs to go on as if nothing had happened, written atomically.
 
-    <folder>/<step>/module.safetensors  state.safetensors  optimizer.pt  step.json
+    <folder>/<step>/   module.safetensors      weights that train, and buffers (the codebook and its averages)
+                       optimizer.safetensors   moments, by the names of the weights
+                       state.safetensors       the stage's own: use of codes, averaged weights, places in data streams
+                       random.safetensors      random states of every rank
+                       step.json               stage and step: batches are functions of (seed, step)
 
-A checkpoint appears under its name only when it is complete; the older one goes afterwards. Random numbers need no
-saving: every draw is a function of (seed, step).
+Tensors are whole whatever the layout, so a run may go on under another one (FSDP2, DDP, one process). A checkpoint
+appears under its name only when it is complete, and older ones go afterwards: a crash while saving loses nothing.
 """
 
 from __future__ import annotations
@@ -14,10 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, zeros
 
-from lavit.config import InputError
-from lavit.storage import load_strictly, load_tensors, replacing, save_tensors
+from lavit.config import InputError, read_json
+from lavit.storage import load_tensors, replacing, save_tensors
+from lavit.train.spread import assign, whole
 
 if TYPE_CHECKING:
     from lavit.train.loop import Stage
@@ -31,35 +38,113 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return max(complete, key=lambda path: int(path.name), default=None)
 
 
-def save_checkpoint(folder: Path, step: int, module: nn.Module, optimizer: Any, stage: Stage, *, keep: int = 1) -> None:
-    """Write `folder/<step>` and drop all but the newest `keep`."""
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    module: nn.Module,
+    optimizer: Any,
+    stage: Stage,
+    *,
+    accelerator: Accelerator,
+    keep: int = 2,
+) -> None:
+    """Write `folder/<step>` and drop all but the newest `keep`. Every rank must call; the first writes."""
+    main = accelerator.is_main_process
+    trained = _gather(_trained(module), main)
+    moments = _gather(_moments(module, optimizer), main)
+    random = _random_states(accelerator)
+    if not main:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / str(step)) as new:
-        save_tensors(_trained(module), new / "module.safetensors")
+        save_tensors(trained, new / "module.safetensors")
+        save_tensors(moments, new / "optimizer.safetensors")
         save_tensors(stage.state(), new / "state.safetensors")
-        torch.save(optimizer.state_dict(), new / "optimizer.pt")
+        save_tensors(random, new / "random.safetensors")
         (new / "step.json").write_text(json.dumps({"step": step, "stage": stage.name}))
     older = sorted((path for path in folder.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))[:-keep]
     for path in older:
         shutil.rmtree(path)
 
 
-def load_checkpoint(path: Path, module: nn.Module, optimizer: Any, stage: Stage) -> int:
+def load_checkpoint(path: Path, module: nn.Module, optimizer: Any, stage: Stage, *, accelerator: Accelerator) -> int:
     """Read a checkpoint back; returns the step to go on with."""
-    trained, tensors = _trained(module), load_tensors(path / "module.safetensors")
-    if set(trained) != set(tensors):
-        raise InputError(f"{path} is of a training with another configuration: give another --out, or delete it")
-    load_strictly(module, {**module.state_dict(), **tensors}, path)
-    optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
+    load_weights(path, module)
+    _load_moments(module, optimizer, load_tensors(path / "optimizer.safetensors"))
     stage.load_state(load_tensors(path / "state.safetensors"))
-    return json.loads((path / "step.json").read_text())["step"]
+    _set_random_states(load_tensors(path / "random.safetensors"), accelerator)
+    return int(read_json(path / "step.json")["step"])
 
 
-def _trained(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters that train, and all buffers: frozen weights are somewhere else already."""
-    frozen = {
-        name for name, parameter in module.named_parameters(remove_duplicate=False) if not parameter.requires_grad
-    }
-    tensors = {name: tensor for name, tensor in module.state_dict().items() if name not in frozen}
-    seen: dict[int, str] = {}  # tied weights are stored once
-    return {name: t for name, t in tensors.items() if seen.setdefault(t.data_ptr(), name) == name or t.numel() == 0}
+def load_weights(path: Path, module: nn.Module) -> None:
+    """The weights of a checkpoint alone, into a module under any layout."""
+    trained, tensors = _trained(module), load_tensors(path / "module.safetensors")
+    shapes = {name: tensor.shape for name, tensor in trained.items()}
+    if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
+        raise InputError(f"{path} is of a training with another configuration: give another --out, or delete it")
+    for name, tensor in tensors.items():
+        assign(trained[name], tensor)
+
+
+def _trained(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters that train, tied ones once, and all buffers: frozen weights are somewhere else already."""
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    training = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    tensors = module.state_dict()
+    return {name: tensor for name, tensor in tensors.items() if name in training or name not in parameters}
+
+
+def _gather(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Whole tensors, one at a time, kept on the CPU of ranks that write."""
+    found = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor.detach())
+        if keep:
+            found[name] = full.cpu()
+    return found
+
+
+def _states(module: nn.Module, optimizer: Any) -> dict[str, tuple[nn.Parameter, dict[str, Tensor]]]:
+    state = getattr(optimizer, "optimizer", optimizer).state
+    named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    return {name: (parameter, state[parameter]) for name, parameter in named.items() if parameter in state}
+
+
+def _moments(module: nn.Module, optimizer: Any) -> dict[str, Tensor]:
+    states = _states(module, optimizer)
+    return {f"{key}/{name}": value for name, (_, state) in states.items() for key, value in state.items()}
+
+
+def _load_moments(module: nn.Module, optimizer: Any, tensors: dict[str, Tensor]) -> None:
+    """Moments by weight's name; the optimiser's kind decides which there are."""
+    state = getattr(optimizer, "optimizer", optimizer).state
+    parameters = dict(module.named_parameters())
+    for key_name, tensor in tensors.items():
+        key, name = key_name.split("/", 1)
+        parameter = parameters[name]
+        if tensor.shape != parameter.shape:  # the count of steps
+            state[parameter][key] = tensor.to(parameter.device)
+            continue
+        if isinstance(parameter, DTensor):
+            layout = {"device_mesh": parameter.device_mesh, "placements": parameter.placements}
+            state[parameter][key] = zeros(tensor.shape, dtype=tensor.dtype, **layout)
+        else:
+            state[parameter][key] = torch.empty_like(tensor, device=parameter.device)
+        assign(state[parameter][key], tensor)
+
+
+def _random_states(accelerator: Accelerator) -> dict[str, Tensor]:
+    """[ranks bytes] each."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {name: accelerator.gather(state.to(accelerator.device)[None]) for name, state in states.items()}
+
+
+def _set_random_states(states: dict[str, Tensor], accelerator: Accelerator) -> None:
+    """Each rank its own; ranks that the saved run did not have share those of others."""
+    rank = accelerator.process_index
+    mine = {name: state[rank % len(state)].clone() for name, state in states.items()}  # not a view: torch would crash
+    torch.set_rng_state(mine["cpu"])
+    if "cuda" in mine and torch.cuda.is_available():
+        torch.cuda.set_rng_state(mine["cuda"])

@@ -11,10 +11,14 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from lavit.train.loop import Stage
 
 
 class Alarm(RuntimeError):
@@ -129,3 +133,22 @@ def check_codes(live: float, step: int, *, steps_with_codes: int, window: int, r
             f"the codebook has collapsed: only {live:.1%} of the codes are alive at step {step}: start with k-means after "
             "a longer phase a, lower the commitment weight, or revive sooner (patience)"
         )
+
+
+def parameter_lines(stage: Stage, origins: dict[str, str]) -> list[str]:
+    """Where each part's weights come from and which train, one line a part: a model that starts from nothing by mistake
+    is seen before its first step.
+
+    `origins` says by prefix of the weights' names where they came from; what no prefix matches is fresh, except adapters'.
+    """
+    trained: dict[tuple[str, str], int] = {}
+    frozen: dict[tuple[str, str], int] = {}
+    for name, parameter in stage.module.named_parameters():
+        origin = next((said for prefix, said in origins.items() if name.startswith(prefix)), "fresh")
+        origin = "fresh" if ".lora_" in name else origin
+        found = trained if parameter.requires_grad else frozen
+        key = (name.split(".")[0], origin)
+        found[key] = found.get(key, 0) + parameter.numel()
+    lines = [f"{stage.name}: {part}: {count:,} weights, {origin}, train" for (part, origin), count in trained.items()]
+    lines += [f"{stage.name}: {part}: {count:,} weights, {origin}, frozen" for (part, origin), count in frozen.items()]
+    return lines

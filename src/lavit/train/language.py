@@ -6,25 +6,31 @@ encoder and stage-1 merger are frozen, the latter because it makes the ids.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lavit.config import InputError, LanguageTraining
+from lavit.data.conversations import ConversationDocuments
 from lavit.data.corpus import Corpus
 from lavit.data.documents import Documents, answer_text, question_text
 from lavit.data.features import Features
+from lavit.data.stream import StreamingDocuments
 from lavit.modules.language import Language, LanguageLoss
 from lavit.modules.tokenizer import VisualTokenizer
 from lavit.sequence import IGNORE, Batch, VisualTokens
-from lavit.train.loop import Shard
+from lavit.train.loop import Figure, Shard
 
 END = "<|endoftext|>"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,23 +43,68 @@ class LanguageBatch:
     targets: int
 
 
+class StyleShift:
+    """Moves features of a read picture towards another hand, so that a name is not learnt together with the hand that drew it.
+
+    The move is the difference of the mean patches of a random edit "in the … style" whose source is in the picture's own
+    hand. (Ours: the paper's data has no hands. LOG.md has what it is worth.)
+    """
+
+    def __init__(self, corpus: Corpus, features: Features, config: LanguageTraining, *, seed: int) -> None:
+        self.share, self.strength, self.seed, self.views = (
+            config.style_shift,
+            config.style_strength,
+            seed,
+            features.views,
+        )
+        self.hands = [picture.row.get("artist") for picture in corpus.pictures]
+        self.edits: dict[Any, list[tuple[int, int]]] = {}
+        for edit in corpus.edits:
+            if edit.kind == "artist":
+                self.edits.setdefault(self.hands[edit.source], []).append((edit.source, edit.target))
+        if self.share and not self.edits:
+            log.warning("style_shift: the data has no edit from one artist's hand to another's, no features are moved")
+        elif self.share:
+            every = torch.arange(len(features))
+            self.means = torch.cat([features.rows(part).mean(1) for part in every.split(64)])
+
+    def __call__(self, patches: Tensor, rows: Tensor, step: int, first: int) -> Tensor:
+        """Patches [images, patches, dim] of feature rows, some of them moved; `first` is their place in the global batch."""
+        moved = []
+        for place, (picture, row) in enumerate(zip(patches, rows.tolist(), strict=True), first):
+            rng = np.random.default_rng([self.seed, 8, step, place])
+            known = self.edits.get(self.hands[row // self.views])
+            if known and rng.random() < self.share:
+                source, target = known[rng.integers(len(known))]
+                picture = picture + self.strength * (self.means[target] - self.means[source])
+            moved.append(picture)
+        return torch.stack(moved) if moved else patches
+
+
 class LanguageStage:
     """Stage 2."""
 
     name = "language"
+    shards = True  # under FSDP2
 
     def __init__(
         self,
         language: Language,
         tokenizer: VisualTokenizer,
-        documents: Documents,
-        features: Features,
-        tokens: VisualTokens,
+        documents: Documents | ConversationDocuments | StreamingDocuments,
+        features: Features | None,
+        tokens: VisualTokens | None,
         config: LanguageTraining,
     ) -> None:
         self.module, self.tokenizer, self.documents = language, tokenizer, documents
         self.features, self.tokens, self.config = features, tokens, config
-        self.steps = config.steps
+        self.steps, self.accumulate = config.steps, config.accumulate
+        language.train().recompute(config.recompute)
+        language.merger.requires_grad_(config.train_merger)
+        self._drawn: tuple[int, Batch] | None = None  # the batch of a step, whose parts come one after the other
+        self.streams = documents if isinstance(documents, StreamingDocuments) else None
+        if self.streams is None:
+            self.shift = StyleShift(documents.corpus, features, config, seed=documents.seed)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """LM, visual rows, reader."""
@@ -72,8 +123,14 @@ class LanguageStage:
 
     def batch(self, step: int, shard: Shard) -> LanguageBatch:
         """This rank's rows of a step."""
-        batch = self.documents.batch(step)
-        targets = int((batch.labels != IGNORE).sum())
+        if self._drawn is None or self._drawn[0] != step:
+            self._drawn = (step, self.documents.batch(step))
+            self._targets = int((self._drawn[1].labels != IGNORE).sum())
+            if self.streams is not None:  # which gave the rows of this process alone
+                self._targets = _over_processes(self._targets, self.tokenizer)
+        batch, targets = self._drawn[1], self._targets
+        if self.streams is not None:
+            shard = Shard(shard.rank % self.accumulate, self.accumulate)
         mine = shard.of(torch.arange(len(batch.ids)))
         images_before = self._images(batch, slice(0, int(mine[0])))
         images = batch.images[images_before : images_before + self._images(batch, mine)]
@@ -85,7 +142,11 @@ class LanguageStage:
             batch.slots[mine],
             images,
         )
+        if self.streams is not None:
+            return LanguageBatch(rows, *self.streams.pictures(images), targets)
         patches = torch.from_numpy(self.features.array[images.numpy()].astype("float32"))
+        if self.shift.share:
+            patches = self.shift(patches, images, step, images_before)
         return LanguageBatch(rows, patches, self.tokens.keep[images], targets)
 
     @staticmethod
@@ -94,33 +155,45 @@ class LanguageStage:
         slots = batch.slots[rows]
         return int((slots[:, 1:] & ~slots[:, :-1]).sum())
 
-    def losses(self, module: nn.Module, batch: LanguageBatch, step: int, accelerator: Accelerator) -> dict[str, Tensor]:
+    def losses(self, module: nn.Module, batch: LanguageBatch, step: int, accelerator: Accelerator) -> dict[str, Figure]:
         """Cross-entropy over the global number of target tokens; per modality loss and accuracy beside it."""
         device = accelerator.device
         rows = Batch(*(getattr(batch.rows, name).to(device) for name in Batch.__dataclass_fields__))
-        patches = self.tokenizer.prepare(batch.patches.to(device))
+        patches = self.tokenizer.prepare(batch.patches).to(device)
         out: LanguageLoss = module(rows, patches, batch.keep.to(device))
-        loss = (out.text + out.visual) / batch.targets * accelerator.num_processes
-        text, visual = out.text_tokens.clamp(min=1), out.visual_tokens.clamp(min=1)
+        loss = out.total / batch.targets * accelerator.num_processes
         return {
             "loss": loss,
-            "text_loss": out.text.detach() / text,
-            "code_loss": out.visual.detach() / visual,
-            "text_accuracy": out.text_correct / text,
-            "code_accuracy": out.visual_correct / visual,
-            "useful": (rows.documents >= 0).float().mean(),
+            "text_loss": (out.text, out.text_tokens),
+            "code_loss": (out.visual, out.visual_tokens),
+            "text_accuracy": (out.text_correct, out.text_tokens),
+            "code_accuracy": (out.visual_correct, out.visual_tokens),
+            "useful": ((rows.documents >= 0).sum(), torch.tensor(rows.documents.numel())),
         }
 
     def after_step(self, step: int) -> dict[str, float]:
-        """Nothing follows."""
+        """Streams tell each other where they are; nothing else follows."""
+        if self.streams is not None:
+            self.streams.share()
         return {}
 
     def state(self) -> dict[str, Tensor]:
-        """Nothing beyond the module."""
-        return {}
+        """Places in streams."""
+        return {} if self.streams is None else {"streams": self.streams.state()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Nothing beyond the module."""
+        """Streams go on from their places."""
+        if self.streams is not None:
+            self.streams.load_state(state["streams"])
+
+
+def _over_processes(count: int, module: nn.Module) -> int:
+    """A sum over all processes."""
+    if not dist.is_initialized():
+        return count
+    total = torch.tensor(count, device=next(module.parameters()).device)
+    dist.all_reduce(total)
+    return int(total)
 
 
 def train_text_tokenizer(corpus: Corpus, size: int) -> PreTrainedTokenizerBase:
@@ -130,6 +203,7 @@ def train_text_tokenizer(corpus: Corpus, size: int) -> PreTrainedTokenizerBase:
     texts = [text for picture in corpus.pictures for text in (*picture.captions, *picture.prompts)]
     texts += [question_text(q.question) + answer_text(q.answer) for q in corpus.questions]
     texts += [edit.prompt for edit in corpus.edits]
+    texts += [text for part in corpus.parts for text in part.texts]
     if not texts:
         raise InputError("the corpus has no texts to train a text tokenizer on")
     tokenizer = Tokenizer(models.BPE())

@@ -1,8 +1,8 @@
 """A whole training run: data → features → tokenizer → language → pixels, each stage saved as a usable part.
 
 The run folder *is* a model folder (`lavit caption --model RUN …`) with more beside it: training.json, metrics.jsonl,
-tensorboard/, checkpoints/, cache/. The same command on the same folder goes on where it was; other settings on the same
-folder are refused.
+samples.jsonl, README.md (the model card), tensorboard/, checkpoints/, cache/. The same command on the same folder goes on
+where it was; other settings on the same folder are refused.
 """
 
 from __future__ import annotations
@@ -13,27 +13,37 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from jaxtyping import Float
+from PIL.Image import Image
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lavit.config import InputError, ModelConfig, TrainConfig, from_json, read_json, to_json
+from lavit.data.bulk import tokenizer_hash
 from lavit.data.corpus import Corpus, load_corpus
 from lavit.data.documents import Documents
 from lavit.data.features import Features, compute_features, view_of
+from lavit.data.pretokenised import corpus_codes, nothing_read
+from lavit.data.stream import StreamingDocuments, stream_texts
 from lavit.images import pixels as to_pixels
 from lavit.model import LaVIT
+from lavit.modules.language import Language
 from lavit.modules.pixels import Pixels
 from lavit.modules.tokenizer import VisualTokenizer
 from lavit.modules.vision import Vision, load_vision
 from lavit.sequence import VisualTokens
 from lavit.storage import build_language, load_base
+from lavit.train.card import write_card
+from lavit.train.checkpoint import latest_checkpoint, load_weights
+from lavit.train.health import parameter_lines
 from lavit.train.language import LanguageStage, train_text_tokenizer
 from lavit.train.loop import Report, Stage, train
+from lavit.train.metrics import check_trackers
+from lavit.train.samples import Samples
+from lavit.train.spread import halve_frozen, make_accelerator
 from lavit.train.stages import AutoencoderStage, PixelsStage, TokenizerStage, tokenize_features
 
 log = logging.getLogger(__name__)
@@ -41,8 +51,9 @@ STAGES = ("tokenizer", "language", "pixels")
 
 
 class Run:
-    """One training run in a folder. `watch` hears of progress: (what, done, of all) while features are computed, and
-    `Report`s of the loop.
+    """One training run in a folder. `prepare` hears of progress while features are computed, (what, done, of all), and
+    `watch` of the loop's `Report`s. `fsdp` spreads stage 2 over processes by FSDP2; `trackers` are written beside the JSON
+    lines (train/metrics.py).
     """
 
     def __init__(
@@ -54,23 +65,30 @@ class Run:
         *,
         watch: Callable[[Report], None] | None = None,
         prepare: Callable[[str, int, int], None] | None = None,
+        trackers: Sequence[str] = ("tensorboard",),
+        fsdp: bool = False,
     ) -> None:
         self.folder, self.data, self.training = Path(folder), str(data), training
-        self.watch, self.prepare = watch, prepare
-        self.accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+        self.watch, self.prepare, self.trackers = watch, prepare, tuple(trackers)
+        check_trackers(self.trackers)
+        self.accelerator = make_accelerator(training.precision, fsdp=fsdp)
         self.config = self._settle(model)
 
     def _settle(self, model: ModelConfig) -> ModelConfig:
         """Write what this run is, or check that the folder is of the same run; returns the model's configuration."""
         mine = {"data": self.data, "model": to_json(model), "training": to_json(self.training)}
         path = self.folder / "training.json"
+        self.accelerator.wait_for_everyone()
         if path.exists():
-            if read_json(path) != mine:
+            if not _same_run(read_json(path), mine):
                 raise InputError(
                     f"{self.folder} holds a run with other settings: give another --out, or delete it to start anew"
                 )
             if (self.folder / "config.json").exists():
                 return from_json(ModelConfig, read_json(self.folder / "config.json"))
+            return model
+        self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process:
             return model
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -143,7 +161,17 @@ class Run:
             return None
         return lambda done, count: self.prepare(what, done, count)
 
-    def _loop(self, stage: Stage, *, warmup: float, betas: tuple[float, float] = (0.9, 0.99)) -> None:
+    def _loop(
+        self,
+        stage: Stage,
+        *,
+        warmup: float,
+        betas: tuple[float, float] = (0.9, 0.99),
+        origins: dict[str, str] | None = None,
+        sample: Samples | None = None,
+    ) -> None:
+        for line in parameter_lines(stage, origins or {}) if self.accelerator.is_main_process else ():
+            log.info(line)
         train(
             stage,
             self.folder,
@@ -152,7 +180,11 @@ class Run:
             warmup=warmup,
             betas=betas,
             checkpoint_every=self.training.checkpoint_every,
+            keep_last=self.training.keep_last,
             log_every=self.training.log_every,
+            trackers=self.trackers,
+            sample=sample,
+            sample_every=self.training.sample_every,
             watch=self.watch if self.accelerator.is_main_process else None,
         )
 
@@ -162,6 +194,7 @@ class Run:
         if self.accelerator.is_main_process:
             model.save_pretrained(self.folder, parts=parts)
             (self.folder / parts[-1] / "done").touch()
+            write_card(self.folder)
         self.config = model.config
         self.accelerator.wait_for_everyone()
 
@@ -176,6 +209,8 @@ class Run:
     def _train_language(self) -> None:
         config = self.training.language
         base = self.config.language
+        if base.source == "random" and base.lora_rank:
+            raise InputError("LoRA adapts a trained language model, and this preset's is random: leave --lora out")
         if base.source == "random":
             text = self._new_text_tokenizer()
             end = {"bos_token_id": None, "eos_token_id": text.eos_token_id}
@@ -185,27 +220,63 @@ class Run:
         model_config = replace(self.config, language=base)
         language = build_language(lm, self.tokenizer.merger, model_config, text)
         language.check_head()
-        codes = tuple(tuple(part.tolist()) for part in self.tokens.split())
-        documents = Documents(
-            self.corpus,
-            codes,
-            views=self.training.views,
-            text=text,
-            vocabulary=language.vocabulary,
-            config=config,
-            seed=self.training.seed,
-        )
-        stage = LanguageStage(language, self.tokenizer, documents, self.features, self.tokens, config)
-        self._loop(stage, warmup=config.warmup, betas=(0.9, 0.95))
+        stage = self._language_stage(language, text)
+        if base.lora_rank and not self.accelerator.is_fsdp2 and self.accelerator.mixed_precision == "bf16":
+            halve_frozen(language)
+        origins = {"merger.": "copied from the tokenizer", "lm.": f"loaded from {base.source}"}
+        if base.source == "random":
+            del origins["lm."]
+        encoded = not config.stream and not config.token_corpus
+        sample = Samples(stage, self.corpus, text) if encoded and not self.accelerator.is_fsdp2 else None
+        if sample is None and self.training.sample_every:
+            log.info("no samples are written: they need whole weights on a rank (no FSDP2), and encoded pictures")
+        self._loop(stage, warmup=config.warmup, betas=(0.9, 0.95), origins=origins, sample=sample)
+        if self.accelerator.is_fsdp2 and self.accelerator.is_main_process:  # a shard cannot be saved: take all weights
+            language = build_language(
+                load_base(base, self.folder / "base")[0], self.tokenizer.merger, model_config, text
+            )
+            load_weights(latest_checkpoint(self.folder / "checkpoints" / "language"), language)
         model = LaVIT(model_config, {"language": language}, text=text, folder=self.folder)
         self._save(model, "language")
+
+    def _language_stage(self, language: Language, text: PreTrainedTokenizerBase) -> LanguageStage:
+        """Stage 2 on the corpus; on codes made beforehand; or on a stream."""
+        config, device = self.training.language, self.accelerator.device
+        make = {"text": text, "vocabulary": language.vocabulary, "config": config, "seed": self.training.seed}
+        vision = self.config.vision
+        if config.stream:
+            place = {"rank": self.accelerator.process_index, "ranks": self.accelerator.num_processes}
+            self.tokenizer.to(device)
+            streams = StreamingDocuments(self.data, self._encode, sizes=(vision.patches, vision.dim), **place, **make)
+            return LanguageStage(language, self.tokenizer, streams, None, None, config)
+        if config.token_corpus:
+            hashed = tokenizer_hash(LaVIT(self.config, folder=self.folder))
+            codes = corpus_codes(config.token_corpus, self.corpus, self.data, tokenizer=hashed)
+            make["config"] = replace(config, mixture=(0.0, config.mixture[1], 0.0, *config.mixture[3:]))
+            documents = Documents(self.corpus, codes, views=1, **make)
+            features, tokens = nothing_read(vision)
+        else:
+            codes = tuple(tuple(part.tolist()) for part in self.tokens.split())
+            documents = Documents(self.corpus, codes, views=self.training.views, **make)
+            features, tokens = self.features, self.tokens
+        self.__dict__.pop("vision", None)  # features and tokens are made: nothing of stage 1 need stay on a GPU
+        self.tokenizer.cpu()
+        return LanguageStage(language, self.tokenizer, documents, features, tokens, config)
+
+    @torch.no_grad()
+    def _encode(self, images: list[Image]) -> tuple[Float[Tensor, "images patches dim"], VisualTokens]:
+        """Features and tokens of pictures of a stream."""
+        vision, device = self.config.vision, self.accelerator.device
+        patches = self.vision(to_pixels(images, vision.image_size, vision.mean, vision.std).to(device)).float()
+        return patches, self.tokenizer.encode(patches)
 
     def _new_text_tokenizer(self) -> PreTrainedTokenizerBase:
         """A text tokenizer trained on the corpus, kept in the cache so that a resumed run has the same."""
         folder = self.folder / "cache" / "text"
         with self.accelerator.main_process_first():
             if not (folder / "tokenizer.json").exists():
-                train_text_tokenizer(self.corpus, self.training.text_vocabulary).save_pretrained(folder)
+                corpus = stream_texts(self.data) if self.training.language.stream else self.corpus
+                train_text_tokenizer(corpus, self.training.text_vocabulary).save_pretrained(folder)
         return AutoTokenizer.from_pretrained(folder)
 
     def _train_pixels(self) -> None:
@@ -214,7 +285,28 @@ class Run:
         if config.autoencoder_steps:
             self._loop(AutoencoderStage(pixels, self.pictures, config, seed=seed), warmup=config.warmup)
             pixels.calibrate(self.pictures[:512])
-        stage = PixelsStage(pixels, self.tokenizer, self.pictures, self.tokens, config, seed=seed)
+        self.tokenizer.to(self.accelerator.device)
+        stage = PixelsStage(
+            pixels,
+            self.tokenizer,
+            self.pictures,
+            self.tokens,
+            config,
+            seed=seed,
+            views=self.training.views,
+            vision=self.vision if config.perceptual_weight else None,
+        )
         self._loop(stage, warmup=config.warmup)
         pixels.load_state_dict(stage.averaged.module.state_dict())
         self._save(LaVIT(self.config, {"pixels": pixels}, folder=self.folder), "pixels")
+
+
+def _same_run(saved: dict[str, Any], mine: dict[str, Any]) -> bool:
+    """Whether two descriptions of a run agree; a setting that the older one lacks stands at its default."""
+    if saved.get("data") != mine["data"]:
+        return False
+    try:
+        kinds = {"model": ModelConfig, "training": TrainConfig}
+        return all(from_json(kind, saved[name]) == from_json(kind, mine[name]) for name, kind in kinds.items())
+    except (InputError, KeyError):
+        return False

@@ -1,0 +1,162 @@
+"""Attention inside the documents of packed rows without a mask over whole rows (paper Sec. 3.2: packed pre-training).
+
+    row     a a a b b c c c d d d d        batches   a a a    b b     d d d d        each causal, none masked
+                                                     c c c
+
+Documents of like length form a padded batch of their own; a causal batch needs no mask, because what pads a document
+stands behind it. Work grows with the sum of squared document lengths, where a block-diagonal mask costs rows · tokens²:
+13 % of a training step of 512-token rows of short documents (LOG.md). Any transformers LM whose attention goes through
+the library's interface takes it; padding of a row is a document of its own, seen by nobody.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from lavit.config import InputError
+
+NAME = "lavit_documents"  # of the attention, in the library's register
+
+
+@dataclass(frozen=True)
+class DocumentGroups:
+    """Where the tokens of packed rows stand in padded batches of documents, and back.
+
+    `places` are the flat positions (row · tokens + column) of all batches, one after the other; `shapes` their (documents,
+    longest); `pads` the places that hold no token; `back` the place of each flat position.
+    """
+
+    places: Int[Tensor, "padded"]
+    pads: Int[Tensor, "pads"]
+    back: Int[Tensor, "total"]
+    shapes: tuple[tuple[int, int], ...]
+
+    def to(self, device: torch.device) -> DocumentGroups:
+        """The same on a device."""
+        return DocumentGroups(self.places.to(device), self.pads.to(device), self.back.to(device), self.shapes)
+
+
+def group_documents(documents: Int[Tensor, "rows tokens"]) -> DocumentGroups:
+    """Group the documents of packed rows by length, half an octave to a group."""
+    documents = documents.cpu()
+    opens = torch.ones_like(documents, dtype=torch.bool)
+    opens[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    starts = opens.flatten().nonzero()[:, 0]
+    lengths = torch.diff(starts, append=torch.tensor([documents.numel()]))
+    group = (2 * lengths.double().log2()).ceil().long()
+    places, pads, shapes, filled = [], [], [], 0
+    back = torch.empty(documents.numel(), dtype=torch.long)
+    for number in group.unique().tolist():
+        start, length = starts[group == number], lengths[group == number]
+        longest = int(length.max())
+        column = torch.arange(longest)
+        valid = column < length[:, None]
+        place = torch.where(valid, start[:, None] + column, start[:, None])
+        back[place[valid]] = filled + valid.flatten().nonzero()[:, 0]
+        pads.append(filled + (~valid).flatten().nonzero()[:, 0])
+        places.append(place.flatten())
+        shapes.append((len(start), longest))
+        filled += place.numel()
+    return DocumentGroups(torch.cat(places), torch.cat(pads), back, tuple(shapes))
+
+
+class _Pad(torch.autograd.Function):
+    """Rows to padded batches; a gradient comes back by the inverse, not by adding, for each token stands in one place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, groups: DocumentGroups) -> Tensor:
+        ctx.groups = groups
+        return x.index_select(0, groups.places)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.index_select(0, ctx.groups.back), None
+
+
+class _Unpad(torch.autograd.Function):
+    """Padded batches to rows: the inverse of `_Pad`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, groups: DocumentGroups) -> Tensor:
+        ctx.groups = groups
+        return x.index_select(0, groups.back)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.index_select(0, ctx.groups.places).index_fill(0, ctx.groups.pads, 0.0), None
+
+
+def document_attention(
+    module: nn.Module,
+    query: Float[Tensor, "rows heads tokens dim"],
+    key: Float[Tensor, "rows kv_heads tokens dim"],
+    value: Float[Tensor, "rows kv_heads tokens value_dim"],
+    attention_mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    groups: DocumentGroups | None = None,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> tuple[Float[Tensor, "rows tokens heads value_dim"], None]:
+    """The library's call: attention of packed rows where `groups` are given, its own `sdpa` where they are not."""
+    if groups is None:
+        options = {**options, "sliding_window": sliding_window}
+        common = {"dropout": dropout, "scaling": scaling}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **common, **options)
+    for name in ("softcap", "position_bias", "s_aux"):
+        if options.get(name) is not None:
+            raise InputError(f"{type(module).__name__} attends with {name}, which packed rows do not support yet")
+    rows = query.shape[0]
+    padded = [_Pad.apply(x.transpose(1, 2).flatten(0, 1), groups) for x in (query, key, value)]
+    sizes = [documents * longest for documents, longest in groups.shapes]
+    mixed = []
+    for shape, *parts in zip(groups.shapes, *(x.split(sizes) for x in padded), strict=True):
+        q, k, v = (part.unflatten(0, shape).transpose(1, 2) for part in parts)
+        band = _band(shape[1], sliding_window, q.device)
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=band,
+            is_causal=band is None,
+            dropout_p=dropout,
+            scale=scaling,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        mixed.append(out.transpose(1, 2).flatten(0, 1))
+    out = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+    return _Unpad.apply(out, groups).unflatten(0, (rows, -1)), None
+
+
+def _band(tokens: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Mask of a causal window where documents are longer than it."""
+    if not window or tokens <= window:
+        return None
+    distance = torch.arange(tokens, device=device)[:, None] - torch.arange(tokens, device=device)
+    return (distance >= 0) & (distance < window)
+
+
+@cache
+def _register() -> None:
+    AttentionInterface.register(NAME, document_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def attend_by_document(lm: PreTrainedModel) -> bool:
+    """Let an LM attend by `document_attention`; False if its attention does not go through the library's interface."""
+    if not getattr(lm, "_supports_attention_backend", False) or lm.config._attn_implementation == "eager":
+        return False
+    _register()
+    lm.set_attn_implementation(NAME)
+    return True

@@ -1,0 +1,271 @@
+"""Memory of stage 2 before a machine is rented: computed from the configuration, on the meta device, not guessed.
+
+    weights, gradients, moments    counted from the model itself; FSDP2 divides what trains by the number of GPUs
+    activations                    bytes that autograd keeps, counted by its hooks on one and on two blocks of the real
+                                   architecture and drawn out to its depth; with recomputing, a block's input each and
+                                   one block
+    head                           one chunk of logits, and the gradients that the loss makes on its way (modules/head.py)
+    gathered, cast                 what a forward pass needs whole: FSDP2's units, bf16 copies under autocast
+
+The test holds parameter bytes to the byte, and the total to 25 % of the measured peak of a step on a CPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lavit.config import InputError, LanguageConfig, ModelConfig, TrainConfig
+from lavit.modules.language import CHUNK, Language
+from lavit.modules.merger import Merger
+from lavit.storage import SMOLLM2, inject_lora, smollm2_file
+
+GIB = 2**30
+Layout = Literal["single", "ddp", "fsdp2"]
+TEXT = 32  # tokens of text that go with an image, where only their order of size matters
+SHORT = 16  # tokens of a document while activations are counted: meta attention keeps squares, real kernels do not
+CONTEXT = 1.0  # GiB of a GPU that its driver, kernels and library take; assumed, the one figure here that is
+
+
+@dataclass(frozen=True)
+class PartCount:
+    """Parameters of one part."""
+
+    name: str
+    trains: int
+    frozen: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one GPU (or this machine) must hold during a step, in GiB by kind, and whether it does."""
+
+    layout: Layout
+    gpus: int
+    precision: Literal["fp32", "bf16"]
+    rows: int  # packed rows in one pass of one GPU
+    accumulate: int
+    recompute: bool
+    merger: bool  # whether the second merger trains
+    parts: tuple[PartCount, ...]
+    gib: dict[str, float]
+    memory: float | None
+
+    @property
+    def total(self) -> float:
+        """GiB."""
+        return sum(self.gib.values())
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether it fits into the memory that was given."""
+        return None if self.memory is None else self.total <= self.memory
+
+    def lines(self) -> list[str]:
+        """The plan as a table."""
+        lines = [f"{'part':<24}{'train':>16}{'frozen':>16}"]
+        lines += [f"{part.name:<24}{part.trains:>16,}{part.frozen:>16,}" for part in self.parts]
+        how = f"{self.layout} on {self.gpus}, {self.precision}, {self.rows} rows a pass, accumulate {self.accumulate}"
+        lines += ["", f"GiB each ({how}, {'recomputed' if self.recompute else 'kept'} activations)"]
+        lines += [f"  {name:<30}{value:>10.2f}" for name, value in self.gib.items()]
+        lines += [] if self.merger else ["  (the second merger is frozen: train_merger=False)"]
+        verdict = {None: "", True: f": fits into {self.memory}", False: f": does NOT fit into {self.memory}"}[self.fits]
+        return [*lines, f"  {'total':<30}{self.total:>10.2f}{verdict}"]
+
+
+def plan_language(
+    model: ModelConfig,
+    training: TrainConfig,
+    *,
+    gpus: int = 1,
+    layout: Layout | None = None,
+    memory: float | None = None,
+    lora: int | None = None,
+    precision: Literal["fp32", "bf16"] = "bf16",
+) -> Plan:
+    """Plan stage 2. `memory` is that of one GPU in GiB; `lora` a rank that replaces the configuration's.
+
+    Where memory is given and the configuration does not fit, recomputing is switched on, then rows are divided by
+    accumulation down to one a pass, then under LoRA the second merger is frozen. `layout` defaults to FSDP2 on several GPUs.
+    """
+    if gpus < 1 or (memory is not None and memory <= 0):
+        raise InputError(f"a plan needs at least one GPU with memory, not {gpus} with {memory} GiB")
+    layout = layout or ("fsdp2" if gpus > 1 else "single")
+    if lora is not None:
+        model = replace(model, language=replace(model.language, lora_rank=lora))
+    config = training.language
+    here = max(1, config.rows // gpus)
+    wanted = min(here, max(1, config.accumulate))
+    tries = [(config.train_merger, wanted, config.recompute)]
+    if memory is not None:
+        divisions = [number for number in range(wanted, here + 1) if here % number == 0]
+        tries += [(config.train_merger, number, True) for number in divisions]
+        tries += [(False, number, True) for number in divisions if model.language.lora_rank]
+    counters: dict[bool, _Counter] = {}
+    for merger, accumulate, recompute in tries:
+        if merger not in counters:
+            trained = replace(training, language=replace(config, train_merger=merger))
+            counters[merger] = _Counter(model, trained, gpus=gpus, layout=layout, precision=precision)
+        rows, counter = -(-here // accumulate), counters[merger]
+        gib = counter.gib(rows, recompute=recompute)
+        plan = Plan(layout, gpus, precision, rows, accumulate, recompute, merger, counter.parts, gib, memory)
+        if memory is None or plan.fits:
+            break
+    return plan
+
+
+class _Counter:
+    """Counts one model under one layout."""
+
+    def __init__(self, model: ModelConfig, training: TrainConfig, *, gpus: int, layout: Layout, precision: str) -> None:
+        self.model, self.training, self.gpus, self.layout = model, training, gpus, layout
+        self.bytes = 2 if precision == "bf16" else 4  # of activations and products
+        self.lm_config = _architecture(model, training)
+        self.language = _build(model, self.lm_config, self.lm_config.num_hidden_layers)
+        self.language.merger.requires_grad_(training.language.train_merger)
+        self.parts = tuple(_count(self.language))
+        self.lora = bool(model.language.lora_rank)
+
+    def gib(self, rows: int, *, recompute: bool) -> dict[str, float]:
+        """GiB by kind at so many packed rows a pass."""
+        sharded = self.gpus if self.layout == "fsdp2" else 1
+        trains, frozen = sum(p.trains for p in self.parts), sum(p.frozen for p in self.parts)
+        frozen_bytes = self.bytes if sharded == 1 else 4  # train/run.py halves a frozen base where it is not sharded
+        found = {
+            "weights": (4 * trains + frozen_bytes * frozen) / sharded,
+            "gradients": 4 * trains / sharded,
+            "moments of AdamW": 8 * trains / sharded,
+            "gathered or cast weights": self._working(),
+            "activations": self._activations(rows, recompute),
+            "head: logits and gradients": self._head(rows),
+        }
+        if self.bytes == 2:
+            found["context (assumed)"] = CONTEXT * GIB
+        return {name: count / GIB for name, count in found.items()}
+
+    def _working(self) -> float:
+        """Copies of weights that a pass needs besides the kept ones."""
+        language = self.language
+        units = [m for m in language.modules() if type(m).__name__ in language._no_split_modules]
+        every = sum(p.numel() for p in language.parameters())
+        if self.layout == "fsdp2":
+            sizes = [sum(p.numel() for p in unit.parameters()) for unit in units]
+            root = every - sum(sizes)
+            return self.bytes * (2 * root + 4 * max(sizes))  # root and two units, and as much of their gradients
+        if self.bytes == 4:
+            return 0.0
+        return 2.0 * sum(p.numel() for p in language.parameters() if p.requires_grad)  # autocast's bf16 copies
+
+    def _head(self, rows: int) -> float:
+        """A chunk of logits, and gradients that are made with them."""
+        language, config = self.language, self.training.language
+        targets = rows * config.tokens
+        visual = language.rows if language.head_rows is None else language.head_rows
+        text = language.lm.get_output_embeddings().weight
+        made = sum(weight.numel() for weight in (text, visual) if weight.requires_grad)
+        logits = min(CHUNK, targets) * language.vocabulary.size
+        return 4 * made + logits * (4 if self.bytes == 4 else 8) + 2 * self.bytes * targets * language.width
+
+    def _activations(self, rows: int, recompute: bool) -> float:
+        """Bytes kept between forward and backward: LM and reader."""
+        tokens, depth = rows * self.training.language.tokens, self.lm_config.num_hidden_layers
+        block, rest = self._lm_bytes
+        width = self.language.width * self.bytes
+        lm = rest + (depth * width + block if recompute else depth * block)
+        block, rest = self._reader_bytes
+        config, mixture = self.model.tokenizer, self.training.language.mixture
+        inputs = self._kept_patches * config.dim * self.bytes
+        reader = rest + (config.merger_depth * inputs + block if recompute else config.merger_depth * block)
+        images = tokens / (self._kept_patches + 2 + TEXT) * (mixture[0] + mixture[2]) / sum(mixture)
+        return tokens * lm + images * reader
+
+    @property
+    def _kept_patches(self) -> int:
+        return max(1, round(self.training.tokenizer.rate * self.model.tokenizer.patches))
+
+    @cached_property
+    def _lm_bytes(self) -> tuple[float, float]:
+        """Bytes a token that autograd keeps in a block of the LM, and around the blocks."""
+        rows, tokens = 4, 4 * SHORT
+        documents = torch.arange(tokens).expand(rows, -1) // SHORT
+        positions = (torch.arange(tokens) % SHORT).expand(rows, -1).to("meta")
+        found = []
+        for layers in (1, 2):
+            language = _build(self.model, self.lm_config, layers)
+            language.lm.to(torch.bfloat16 if self.bytes == 2 else torch.float32)
+            entered = torch.empty(rows, tokens, language.width, device="meta", dtype=language.lm.dtype)
+            forward = partial(language.hidden, entered.requires_grad_(), documents=documents, positions=positions)
+            found.append(kept_bytes(forward, language) / (rows * tokens))
+        return found[1] - found[0], 2 * found[0] - found[1]
+
+    @cached_property
+    def _reader_bytes(self) -> tuple[float, float]:
+        """Bytes an image that autograd keeps in a block of the merger, and around the blocks."""
+        config = self.model.tokenizer
+        merger = Merger(config.dim, config.heads, 1, config.mlp_ratio)  # a real one: which rows stay is data
+        keep = (torch.arange(config.patches) < self._kept_patches).expand(2, -1)
+        forward = partial(merger, torch.zeros(2, config.patches, config.dim), keep)
+        whole = kept_bytes(forward, merger)
+        merger.blocks = nn.ModuleList()
+        around = kept_bytes(forward, merger)
+        return (whole - around) / 2 * self.bytes / 4, around / 2 * self.bytes / 4
+
+
+def kept_bytes(forward: Any, module: nn.Module) -> int:
+    """Bytes that autograd keeps of a call for its backward pass, each storage once, weights not counted."""
+    weights = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in weights)
+
+
+def _architecture(model: ModelConfig, training: TrainConfig) -> Any:
+    """The base LM's configuration, without the visual rows."""
+    language: LanguageConfig = model.language
+    if language.source == SMOLLM2:
+        file = smollm2_file()
+        return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    options = dict(language.architecture)
+    if not options:
+        try:
+            return AutoConfig.from_pretrained(language.source)
+        except OSError as error:
+            raise InputError(f"no language model at {language.source}: {str(error).splitlines()[0]}") from error
+    options.setdefault("vocab_size", training.text_vocabulary)
+    if language.source == "folder":  # a saved language model has the joint vocabulary
+        options["vocab_size"] -= 2 + model.tokenizer.codes
+    return AutoConfig.for_model(options.pop("model_type"), **options)
+
+
+def _build(model: ModelConfig, config: Any, layers: int) -> Language:
+    """The model of stage 2 on the meta device, with so many blocks in its LM."""
+    config = type(config).from_dict({**config.to_dict(), "num_hidden_layers": layers})
+    tokenizer = model.tokenizer
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config)
+        merger = Merger(tokenizer.dim, tokenizer.heads, tokenizer.merger_depth, tokenizer.mlp_ratio)
+        language = Language(lm, merger, dim=tokenizer.dim, codes=tokenizer.codes, end=0)
+        if model.language.lora_rank:
+            inject_lora(language, model.language)
+    return language
+
+
+def _count(language: Language) -> list[PartCount]:
+    counts: dict[str, list[int]] = {}
+    for name, parameter in language.named_parameters():
+        part = "LoRA" if ".lora_" in name else {"rows": "visual rows", "head_rows": "visual head"}.get(name)
+        owner = name.split(".")[0]
+        part = part or {"lm": "language model", "merger": "reader: merger copy"}.get(owner, "reader: projection")
+        counts.setdefault(part, [0, 0])[0 if parameter.requires_grad else 1] += parameter.numel()
+    return [PartCount(name, *pair) for name, pair in counts.items()]

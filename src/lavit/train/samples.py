@@ -1,0 +1,74 @@
+"""What stage 2 says and draws of the same few pictures as it learns: lines of samples.jsonl.
+
+Codes are written as numbers: painting them needs stage 3, which comes later (`lavit draw` afterwards).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lavit.data.corpus import Corpus
+from lavit.generate.engine import Engine
+from lavit.generate.request import Request
+from lavit.generate.sampling import Sampling
+from lavit.train.language import LanguageStage
+
+PICTURES = 4
+WORDS = 24  # tokens of a caption at most
+
+
+class Samples:
+    """Captions (greedy) and drawings (one seed) of the first pictures of a corpus that have words."""
+
+    def __init__(self, stage: LanguageStage, corpus: Corpus, text: PreTrainedTokenizerBase) -> None:
+        self.stage, self.text = stage, text
+        told = [number for number, picture in enumerate(corpus.pictures) if picture.captions and picture.prompts]
+        self.pictures = [(number, corpus.pictures[number]) for number in told[:PICTURES]]
+
+    @torch.no_grad()
+    def __call__(self, step: int) -> list[dict[str, Any]]:
+        """A line for each picture: its own words, the caption, the prompt and the codes drawn from it."""
+        if not self.pictures:
+            return []
+        language = self.stage.module
+        training = language.training
+        language.eval()
+        try:
+            requests = [request for number, picture in self.pictures for request in self._requests(number, picture)]
+            done = Engine(language).complete(requests)
+        finally:
+            language.train(training)
+        return [
+            {
+                "picture": picture.record.name,
+                "wanted": picture.captions[0],
+                "caption": self.text.decode(list(said.text), skip_special_tokens=True).strip(),
+                "prompt": picture.prompts[0],
+                "codes": list(drawn.images[0]),
+            }
+            for (_, picture), (said,), (drawn,) in zip(self.pictures, done[::2], done[1::2], strict=True)
+        ]
+
+    def _requests(self, number: int, picture: Any) -> tuple[Request, Request]:
+        """Caption and drawing of a picture."""
+        stage = self.stage
+        language, vocabulary = stage.module, stage.module.vocabulary
+        device = language.rows.device
+        row = torch.tensor([number * stage.features.views])
+        patches = torch.from_numpy(stage.features.array[row.numpy()].astype("float32"))
+        keep = stage.tokens.keep[row].to(device)
+        features = language.read(stage.tokenizer.prepare(patches).to(device), keep)
+        start, end = vocabulary.image_start, vocabulary.image_end
+        reading = Request(
+            ids=(start, *[end] * len(features), end),  # ids of slots are never looked at
+            slots=(False, *[True] * len(features), False),
+            features=features,
+            sampling=Sampling(temperature=0.0, max_tokens=WORDS),
+        )
+        ids = tuple(self.text(picture.prompts[0], add_special_tokens=False)["input_ids"])
+        longest = keep.shape[1]
+        drawing = Sampling(temperature=1.0, top_k=50, guidance=2.0, min_tokens=1, max_tokens=longest, seed=0)
+        return reading, Request(ids=ids, mode="image", sampling=drawing)

@@ -1,0 +1,32 @@
+"""Work of one of two gloo ranks in stages 2 and 3, for tests/test_distributed.py; apart, so that ranks start alone.
+
+    python -m torch.distributed.run --nproc-per-node 2 tests/ranks_language.py DATA OUT STAGES [fsdp]
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from conftest import toy_config, toy_training
+from lavit.config import TrainConfig
+from lavit.train.run import Run
+
+
+def training() -> TrainConfig:
+    """Few steps, each reported, rows and pictures for two ranks; one checkpoint on the way."""
+    toy = replace(toy_training(3), log_every=1, checkpoint_every=2)
+    return replace(toy, language=replace(toy.language, steps=4, rows=4), pixels=replace(toy.pixels, steps=4))
+
+
+def main(data: str, out: str, stages: str, fsdp: str = "") -> None:
+    """Train some stages on this rank."""
+    torch.set_num_threads(1)
+    Run(Path(out), data, toy_config(), training(), trackers=(), fsdp=fsdp == "fsdp").train(stages.split(","))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,126 @@
+"""Checkpoints: whole, atomic, kept in number; random states and moments come back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from lavit.config import InputError
+from lavit.train import checkpoint as room
+from lavit.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+
+
+class Weights:
+    """A stage of one layer with a state of its own."""
+
+    name, steps = "weights", 10
+
+    def __init__(self, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        self.module = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
+        self.module[2].weight = self.module[2].weight  # a plain parameter
+        self.module[0].bias.requires_grad_(False)
+        self.optimizer = torch.optim.AdamW([p for p in self.module.parameters() if p.requires_grad], fused=True)
+        self.window = torch.randn(5)
+        self.accelerator = Accelerator()
+
+    def step(self) -> Tensor:
+        """One step on random numbers: shows weights, moments and random state at once."""
+        self.optimizer.zero_grad()
+        loss = self.module(torch.randn(8, 4)).square().mean()
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def state(self) -> dict[str, Tensor]:
+        return {"window": self.window}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.window = state["window"]
+
+    def save(self, folder: Path, step: int, **options: Any) -> None:
+        save_checkpoint(folder, step, self.module, self.optimizer, self, accelerator=self.accelerator, **options)
+
+    def load(self, path: Path) -> int:
+        return load_checkpoint(path, self.module, self.optimizer, self, accelerator=self.accelerator)
+
+
+def test_a_loaded_run_goes_on_as_the_saved_one(tmp_path: Path) -> None:
+    first = Weights()
+    for _ in range(3):
+        first.step()
+    first.save(tmp_path, 3)
+    expected = [first.step() for _ in range(4)]
+    second = Weights(seed=1)
+    second.module[0].bias.data.copy_(first.module[0].bias)  # frozen: not the checkpoint's to keep
+    assert second.load(latest_checkpoint(tmp_path)) == 3
+    assert second.window.equal(first.window)
+    assert [second.step() for _ in range(4)] == expected
+
+
+def test_the_newest_are_kept(tmp_path: Path) -> None:
+    stage = Weights()
+    for step in (1, 2, 10, 9):
+        stage.save(tmp_path, step, keep=2)
+    assert sorted(int(path.name) for path in tmp_path.iterdir()) == [9, 10]
+    assert latest_checkpoint(tmp_path).name == "10"
+
+
+@pytest.mark.parametrize("file", ["module.safetensors", "optimizer.safetensors", "random.safetensors"])
+def test_a_failure_while_saving_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+    """The disk is full in the middle of a file."""
+    stage = Weights()
+    stage.save(tmp_path, 1, keep=1)
+    whole = room.save_tensors
+
+    def fail(tensors: dict[str, Tensor], path: Path) -> None:
+        if path.name == file:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        whole(tensors, path)
+
+    monkeypatch.setattr(room, "save_tensors", fail)
+    with pytest.raises(OSError, match="No space"):
+        stage.save(tmp_path, 2, keep=1)
+    assert latest_checkpoint(tmp_path).name == "1"
+    assert Weights(seed=2).load(latest_checkpoint(tmp_path)) == 1
+
+
+def test_a_kill_while_saving_leaves_the_last_one(tmp_path: Path) -> None:
+    """The process dies inside the second save, with no chance to tidy up."""
+    code = (
+        "import os, signal, sys; from pathlib import Path; from test_checkpoint import Weights, room\n"
+        "stage, folder, whole = Weights(), Path(sys.argv[1]), room.save_tensors\n"
+        "stage.save(folder, 1, keep=1)\n"
+        "def die(tensors, path):\n"
+        "    whole(tensors, path)\n"
+        "    if path.name == 'state.safetensors': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "room.save_tensors = die\n"
+        "stage.save(folder, 2, keep=1)\n"
+    )
+    places = os.pathsep.join([str(Path(__file__).parent), str(Path(room.__file__).parents[2])])
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": places}, capture_output=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert latest_checkpoint(tmp_path).name == "1"
+    stage = Weights(seed=2)
+    assert stage.load(latest_checkpoint(tmp_path)) == 1
+    stage.save(tmp_path, 2, keep=1)  # what the dead one left half-written is no obstacle
+    assert [path.name for path in tmp_path.iterdir()] == ["2"]
+
+
+def test_another_configuration_is_refused(tmp_path: Path) -> None:
+    Weights().save(tmp_path, 1)
+    other = Weights()
+    other.module[0] = nn.Linear(5, 3)
+    with pytest.raises(InputError, match="another configuration"):
+        other.load(latest_checkpoint(tmp_path))

@@ -1,0 +1,112 @@
+"""Two gloo ranks train as one process does: DDP and FSDP2 in stage 2, DDP in stage 3; layouts share their checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import toy_config
+from lavit.config import InputError
+from lavit.model import LaVIT
+from lavit.train.run import Run
+from lavit.train.spread import make_accelerator
+from ranks_language import training
+
+HERE = Path(__file__).parent
+
+
+def on_two_ranks(data: Path, out: Path, *words: str) -> None:
+    """Run tests/ranks_language.py on two ranks to its end."""
+    paths = os.pathsep.join([str(HERE), str(HERE.parent / "src")])
+    settings = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(HERE / "ranks_language.py"), str(data), str(out), *words]
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def figures(run: Path, stage: str) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["stage"] == stage]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_run(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose first stage is trained: where the others start."""
+    out = tmp_path_factory.mktemp("ranks") / "run"
+    Run(out, toy_data, toy_config(), training(), trackers=()).train(("tokenizer",))
+    return out
+
+
+@pytest.fixture(scope="module")
+def alone(tokenizer_run: Path, toy_data: Path) -> Path:
+    """Stages 2 and 3 in one process."""
+    out = tokenizer_run.with_name("alone")
+    shutil.copytree(tokenizer_run, out)
+    Run(out, toy_data, toy_config(), training(), trackers=()).train(("language", "pixels"))
+    return out
+
+
+def agree(mine: Path, theirs: Path, stage: str) -> None:
+    """Every figure of every step, to 1e-4."""
+    assert len(figures(mine, stage)) == len(figures(theirs, stage)) == 4
+    for a, b in zip(figures(mine, stage), figures(theirs, stage), strict=True):
+        for name in set(b) - {"stage", "peak_gib"}:
+            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-4), (name, b["step"])
+
+
+def test_ddp_on_two_ranks_is_one_process(tokenizer_run: Path, alone: Path, toy_data: Path) -> None:
+    out = tokenizer_run.with_name("ddp")
+    shutil.copytree(tokenizer_run, out)
+    on_two_ranks(toy_data, out, "language,pixels")
+    agree(out, alone, "language")
+    agree(out, alone, "pixels")
+
+
+@pytest.fixture(scope="module")
+def sharded(tokenizer_run: Path, toy_data: Path) -> Path:
+    """Stage 2 under FSDP2."""
+    out = tokenizer_run.with_name("fsdp")
+    shutil.copytree(tokenizer_run, out)
+    on_two_ranks(toy_data, out, "language", "fsdp")
+    return out
+
+
+def test_fsdp2_on_two_ranks_is_one_process(sharded: Path, alone: Path) -> None:
+    agree(sharded, alone, "language")
+    mine, theirs = (LaVIT.from_pretrained(out).language.state_dict() for out in (sharded, alone))
+    assert set(mine) == set(theirs)
+    for name, tensor in theirs.items():
+        assert torch.allclose(mine[name], tensor, atol=1e-3), name
+
+
+def test_a_checkpoint_of_fsdp2_goes_on_in_one_process(
+    sharded: Path, alone: Path, tokenizer_run: Path, toy_data: Path
+) -> None:
+    """From its middle to the same end: weights, moments and all."""
+    out = sharded.with_name("resumed")
+    shutil.copytree(sharded, out)
+    saved = out / "checkpoints" / "language"
+    assert {path.name for path in saved.iterdir()} == {"2", "4"}
+    whole = load_file(saved / "4" / "module.safetensors")
+    shutil.rmtree(saved / "4")
+    shutil.rmtree(out / "language")
+    shutil.copy(tokenizer_run / "config.json", out)  # as it was before the stage ended
+    Run(out, toy_data, toy_config(), training(), trackers=()).train(("language",))
+    agree(out, alone, "language")
+    resumed = load_file(saved / "4" / "module.safetensors")
+    assert set(resumed) == set(whole)
+    assert all(torch.allclose(resumed[name], whole[name], atol=1e-3) for name in whole)
+
+
+def test_fsdp2_needs_processes() -> None:
+    with pytest.raises(InputError, match="torchrun"):
+        make_accelerator(fsdp=True)
