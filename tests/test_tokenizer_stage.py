@@ -25,7 +25,7 @@ from lavit.storage import load_tensors
 from lavit.train.loop import Shard
 from lavit.train.stages import TokenizerStage
 
-STEPS = 150  # of each phase: long enough for a process to be caught in the second
+STEPS = 80  # of each phase: long enough for a process to be caught in the second
 TESTS = Path(__file__).parent
 
 
@@ -69,7 +69,7 @@ def toy_features() -> TokenizerStage:
 def long_preset() -> presets.Preset:
     """The toy model, for so many steps that a process can be caught between two checkpoints."""
     training = toy_training(STEPS)
-    training = replace(training, checkpoint_every=50, tokenizer=replace(training.tokenizer, train_selector=True))
+    training = replace(training, checkpoint_every=25, tokenizer=replace(training.tokenizer, train_selector=True))
     return presets.Preset(toy_config(), training, minutes=1.0)
 
 
@@ -98,7 +98,7 @@ def test_kill_minus_nine_and_the_same_command_give_the_same_codebook(
         stderr=subprocess.DEVNULL,
         env=dict(os.environ),
     )
-    while process.poll() is None and last_step(run) < STEPS + 60:  # phase b, behind a checkpoint
+    while process.poll() is None and last_step(run) < STEPS + 25:  # phase b, behind a checkpoint
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
