@@ -2,7 +2,7 @@
 PYTHON ?= python3
 MINUTES ?= 60
 BIN := .venv/bin
-EXTRAS := train,mini,eval,dev
+EXTRAS := train,mini,eval,ray,dev
 
 .PHONY: demo train-nano test check bench clean
 

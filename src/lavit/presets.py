@@ -125,7 +125,9 @@ def nano() -> Preset:
     )
     training = TrainConfig(
         views=3,
-        tokenizer=TokenizerTraining(steps_a=180, steps_b=200, batch=16, learning_rate=1e-3, selector_gradient="ragged"),
+        tokenizer=TokenizerTraining(
+            steps_a=180, steps_b=200, batch=16, learning_rate=1e-3, selector_gradient="ragged", decided_weight=1.0
+        ),
         language=LanguageTraining(
             steps=900,
             rows=2,
@@ -135,13 +137,41 @@ def nano() -> Preset:
             reader_rate=1e-3,
             weight_decay=0.01,
             supervise_read_images=False,  # a name is 3 targets of 40 otherwise, and is learnt that much later
+            style_shift=0.7,
             mixture=(3.0, 1.5, 0.5, 0.4, 0.0),
         ),
         pixels=PixelsTraining(
-            autoencoder_steps=0, autoencoder_rate=1e-3, steps=800, batch=16, learning_rate=2e-3, ema=0.99
+            autoencoder_steps=0,
+            autoencoder_rate=1e-3,
+            steps=800,
+            batch=16,
+            learning_rate=2e-3,
+            ema=0.99,
+            plain_share=0.5,
+            perceptual_weight=1.0,
         ),
     )
     return Preset(model, training, minutes=15)
+
+
+def mini() -> Preset:
+    """The embedded default: frozen EfficientNet-Lite0, SmolLM2-135M with LoRA, 64 px; trained on a laptop's two cores."""
+    small = nano()
+    model = replace(
+        small.model,
+        name="mini",
+        language=LanguageConfig(source="smollm2-135m", lora_rank=16),
+        pixels=folded_pixels(small.model.vision, channels=(96, 192)),
+    )
+    training = TrainConfig(
+        views=3,
+        tokenizer=replace(small.training.tokenizer, steps_a=900, steps_b=1500),
+        language=replace(
+            small.training.language, steps=2400, rows=1, learning_rate=1e-3, rows_rate=2e-3, reader_rate=1e-3
+        ),
+        pixels=replace(small.training.pixels, steps=8000, ema=0.998),
+    )
+    return Preset(model, training, minutes=240)
 
 
 def lavit_7b() -> Preset:
@@ -217,7 +247,7 @@ def lavit_7b() -> Preset:
     return Preset(model, training, minutes=float("inf"))
 
 
-PRESETS: dict[str, Callable[[], Preset]] = {"nano": nano, "lavit_7b": lavit_7b}
+PRESETS: dict[str, Callable[[], Preset]] = {"nano": nano, "mini": mini, "lavit_7b": lavit_7b}
 
 
 def preset(name: str) -> Preset:

@@ -28,7 +28,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lavit.config import InputError, read_json, require, to_json
-from lavit.data.features import view_of
+from lavit.data.features import VIEWS, view_of
 from lavit.data.sources import Pictures, load_records
 from lavit.model import LaVIT
 from lavit.modules.selector import KeepPolicy
@@ -205,6 +205,7 @@ def _settle(job: Job, records: Pictures, lavit: LaVIT) -> dict[str, Any]:
         "keep": job.keep,
         "seed": job.seed,
         "views": job.views,
+        "view version": VIEWS,
         "split": job.split,
         "records": len(records),
         "order": hashlib.sha256(json.dumps([_name(edge, job.data) for edge in edges]).encode()).hexdigest()[:16],

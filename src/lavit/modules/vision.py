@@ -62,6 +62,19 @@ class Vision(nn.Module):
         hidden = self.states(pixels)[self.config.layer]
         return hidden[:, hidden.shape[1] - self.config.patches :]  # class and register tokens stand in front
 
+    def early(
+        self, pixels: Float[Tensor, "images 3 height width"], blocks: tuple[int, ...]
+    ) -> list[Float[Tensor, "images channels rows columns"]]:
+        """Stem and chosen blocks of EfficientNet-Lite0 on normalised pictures of any size, with gradients."""
+        encoder = self.encoder
+        x = encoder._swish(encoder._bn0(encoder._conv_stem(pixels.contiguous(memory_format=torch.channels_last))))
+        states = [x]
+        for number, block in enumerate(self._blocks(encoder)[: blocks[-1] + 1]):
+            x = block(x)
+            if number in blocks:
+                states.append(x)
+        return states
+
     def states(self, pixels: Float[Tensor, "images 3 height width"]) -> list[Tensor]:
         """Output of every block: `hidden_states[-1]` of transformers is normed in some models and raw in others."""
         states: list[Tensor] = []
