@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -62,6 +65,54 @@ def test_verbs_that_write_pictures(
     assert names == ["back.png", "draw-0.png", "draw-1.png", "edit.png", "kept.png"]
     with Image.open(out / "back.png") as back:
         assert back.size == (16, 16)
+
+
+def test_draw_takes_several_prompts_and_keeps_the_best(
+    toy_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ("--model", str(toy_run), "--steps", "2")
+    run(capsys, "draw", "red dot", "blue bar", "--n", "2", "--out", str(tmp_path / "two.png"), *model)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"two-{i}.png" for i in range(4)]
+    run(capsys, "draw", "blue bar", "--n", "2", "--out", str(tmp_path / "one.png"), *model)
+    for own, other in ((0, 2), (1, 3)):
+        with Image.open(tmp_path / f"one-{own}.png") as one, Image.open(tmp_path / f"two-{other}.png") as two:
+            assert abs(np.asarray(one, float) - np.asarray(two, float)).mean() < 1
+    run(capsys, "draw", "blue bar", "--best-of", "2", "--out", str(tmp_path / "best.png"), *model)
+    assert (tmp_path / "best.png").read_bytes() in [(tmp_path / f"one-{i}.png").read_bytes() for i in range(2)]
+
+
+def test_the_papers_protocol_is_a_flag(toy_run: Path, picture: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import lavit
+
+    said = run(capsys, "caption", picture, "--protocol", "paper", "--model", str(toy_run))
+    assert said == lavit.load(toy_run, protocol="paper").caption([picture])
+
+
+def test_chat_reads_lines(
+    toy_run: Path,
+    picture: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines = ["/image nowhere.png", f"/image {picture}", "/draw as a bar", "/draw again"]
+    monkeypatch.setattr("sys.stdin", lines)
+    main(["chat", "--model", str(toy_run), "--out", str(tmp_path / "new.png"), "--steps", "2"])
+    shown = capsys.readouterr()
+    assert shown.out.splitlines() == [str(tmp_path / "new.png"), str(tmp_path / "new-1.png")]
+    assert "nowhere.png" in shown.err
+    import lavit
+
+    (edited,) = lavit.load(toy_run).edit(picture, "as a bar", steps=2)
+    with Image.open(tmp_path / "new.png") as written:
+        assert written.tobytes() == edited.tobytes()
+
+
+def test_help_brings_no_torch() -> None:
+    """Help and typing errors come at once: nothing heavy is imported for them."""
+    code = "import sys, lavit.cli\ntry: lavit.cli.main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "caption" in found.stdout and found.stdout.splitlines()[-1] == "False"
 
 
 def test_ask_answers(toy_run: Path, picture: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -11,7 +14,16 @@ from PIL import Image
 import lavit
 from conftest import NAMES, toy_picture
 from lavit.config import InputError
+from lavit.data.chat import ChatPicture
+from lavit.generate import protocols
 from lavit.generate.pipeline import Pipeline
+from lavit.generate.prompts import lay_prompt
+from lavit.generate.request import Request
+from lavit.generate.sampling import Sampling
+from lavit.generate.score import likelihood
+from lavit.generate.stream import TextPieces
+from lavit.sequence import Image as Shown
+from lavit.sequence import Text, lay_out, pack
 from lavit.visualize import kept_over, sheet
 
 
@@ -62,6 +74,180 @@ def test_drawing_is_a_function_of_the_seed(pipeline: Pipeline) -> None:
     assert len({image.tobytes() for image in four}) > 1
 
 
+def bytes_of(pictures: object) -> object:
+    return [bytes_of(each) for each in pictures] if isinstance(pictures, list) else pictures.tobytes()
+
+
+def codes_of(pipeline: Pipeline, prompts: object, **how: object) -> list[tuple[int, ...]]:
+    images = [u for u in pipeline.draw(prompts, stream=True, **how) if u.kind == "image"]
+    return [u.codes for u in sorted(images, key=lambda u: (u.input, u.sample))]
+
+
+def assert_alike(found: list[Image.Image], expected: list[Image.Image]) -> None:
+    """Equal up to what a batch of another size rounds otherwise."""
+    for one, other in zip(found, expected, strict=True):
+        assert abs(np.asarray(one, float) - np.asarray(other, float)).mean() < 1
+
+
+def test_many_prompts_are_many_calls(pipeline: Pipeline) -> None:
+    """A row does not depend on its batch, through the whole pipeline."""
+    names = ["red square", "a blue dot, and more words than the other", "bar"]
+    how = {"n": 2, "seed": 3, "steps": 2}
+    together, alone = pipeline.draw(names, **how), [pipeline.draw(name, **how) for name in names]
+    for found, expected in zip(together, alone, strict=True):
+        assert_alike(found, expected)
+    assert codes_of(pipeline, names, **how) == [codes for name in names for codes in codes_of(pipeline, name, **how)]
+    sources = [toy_picture(name) for name in NAMES[:2]]
+    edited = pipeline.edit(sources, ["as a dot", "bigger"], steps=2, seed=[4, (9,)])
+    assert_alike(edited[0], pipeline.edit(sources[0], "as a dot", steps=2, seed=4))
+    assert_alike(edited[1], pipeline.edit(sources[1], "bigger", steps=2, seed=9))
+
+
+def test_texts_in_samples(pipeline: Pipeline) -> None:
+    images = [toy_picture(name) for name in NAMES[:2]]
+    how = {"sampling": Sampling(temperature=1.0, max_tokens=12)}
+    four = pipeline.caption(images, n=4, seed=7, **how)
+    assert four == [[pipeline.caption(image, seed=7 + i, **how) for i in range(4)] for image in images]
+    assert len(set(four[0])) > 1
+    asked = pipeline.ask(images, ["what?", "where?"], n=2, **how)
+    assert asked == [pipeline.ask(images[0], "what?", n=2, **how), pipeline.ask(images[1], "where?", n=2, **how)]
+    written = pipeline.generate(["red", images[0]], out="text", n=2, **how)
+    assert len(written) == 2 and all(isinstance(text, str) for text in written)
+
+
+def test_a_stream_of_text_joins_to_the_answer(pipeline: Pipeline) -> None:
+    images = [toy_picture(name) for name in NAMES[:3]]
+    happening = list(pipeline.caption(images, stream=True))
+    for number, expected in enumerate(pipeline.caption(images)):
+        mine = [update for update in happening if update.input == number]
+        assert "".join(update.text for update in mine) == expected
+        assert [update.kind for update in mine] == ["text"] * (len(mine) - 1) + ["finished"]
+    assert max(len([u for u in happening if u.input == number]) for number in range(3)) > 2
+    question = pipeline.ask(images[0], "what is it?", stream=True)
+    assert "".join(update.text for update in question) == pipeline.ask(images[0], "what is it?")
+
+
+def test_a_stream_of_a_picture(pipeline: Pipeline) -> None:
+    happening = list(pipeline.draw("red square", seed=3, steps=3, stream=True, previews=True))
+    kinds = [update.kind for update in happening]
+    codes = happening[-2].codes
+    expected = ["image_start", *["code"] * len(codes), *["preview"] * 3, "image", "finished"]
+    assert kinds == expected
+    assert [update.codes for update in happening[1 : len(codes) + 1]] == [codes[: i + 1] for i in range(len(codes))]
+    assert [update.step for update in happening if update.kind == "preview"] == [0, 1, 2]
+    (blocking,) = pipeline.draw("red square", seed=3, steps=3)
+    assert happening[-2].picture.tobytes() == blocking.tobytes()
+    distances = [abs(np.asarray(u.picture, float) - np.asarray(blocking, float)).mean() for u in happening[-5:-2]]
+    assert distances[2] < distances[0]
+
+
+def test_a_stream_may_be_left(pipeline: Pipeline) -> None:
+    running = threading.active_count()
+    happening = pipeline.draw(["red", "blue"], n=2, steps=50, stream=True, previews=True)
+    assert next(update for update in happening if update.kind == "preview").picture.size == (16, 16)
+    happening.close()
+    assert threading.active_count() == running
+    with pytest.raises(InputError, match="n is 0"):
+        pipeline.draw("red", n=0, stream=True)  # at the call, not at the first update
+
+
+def test_the_best_of_some(pipeline: Pipeline) -> None:
+    six = pipeline.draw("red square", n=6, seed=2, steps=2)
+    redness = {picture.tobytes(): float(np.asarray(picture)[..., 0].mean()) for picture in six}
+    asked = []
+
+    def scorer(prompt: str, picture: Image.Image) -> float:
+        asked.append(prompt)
+        return redness[picture.tobytes()]
+
+    kept = pipeline.draw("red square", n=2, seed=2, steps=2, best_of=6, scorer=scorer)
+    assert bytes_of(kept) == bytes_of(sorted(six, key=lambda picture: -redness[picture.tobytes()])[:2])
+    assert asked == ["red square"] * 6
+
+
+def test_the_likelihood_of_a_caption(pipeline: Pipeline) -> None:
+    """The scorer of our own is the loss of the caption's document in training."""
+    model, picture = pipeline.model, toy_picture("red dot")
+    patches = model.patches([picture])
+    tokens = model.tokenizer.encode(patches)
+    ids = tuple(model.text("red dot.", add_special_tokens=False)["input_ids"])
+    document = (Shown(tuple(tokens.codes.tolist()), read=True, index=0, target=False), Text(ids))
+    vocabulary = model.language.vocabulary
+    batch = pack([[lay_out(document, vocabulary)]], vocabulary)
+    with torch.no_grad():
+        loss = model.language(batch, model.tokenizer.prepare(patches), tokens.keep)
+    expected = -float(loss.text) / int(loss.text_tokens)
+    assert likelihood(model, "red dot.", picture) == pytest.approx(expected, rel=1e-4)
+    four = pipeline.draw("red dot.", n=4, seed=1, steps=2)
+    scores = [likelihood(model, "red dot.", each) for each in four]
+    (best,) = pipeline.draw("red dot.", seed=1, steps=2, best_of=4, scorer="likelihood")
+    assert best.tobytes() == four[scores.index(max(scores))].tobytes()
+
+
+def test_the_papers_protocol(toy_run: Path) -> None:
+    paper = lavit.load(toy_run, protocol="paper")
+    image = toy_picture("red bar")
+    said = paper.caption(image)
+    beams = paper.engine.complete(
+        [Request(**vars(lay_prompt(paper.model, [ChatPicture(image, read=True)])), sampling=protocols.CAPTION)]
+    )
+    text = paper.model.text.decode(list(beams[0][0].text), skip_special_tokens=True)
+    assert said == protocols.cut(text, protocols.CAPTION_ENDS)[0].strip()
+    assert paper.protocol.answer == protocols.QUESTION and paper.protocol.drawing.guidance == 2.0
+    four = Pipeline(paper.model).draw("red", n=4, steps=2, sampling=paper.protocol.drawing)
+    scores = [likelihood(paper.model, "red", each) for each in four]
+    assert bytes_of(paper.draw("red", steps=2)) == bytes_of([four[scores.index(max(scores))]])
+
+
+def test_vizwiz_asks_first_whether_there_is_an_answer(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = toy_picture("red bar")
+    answer = pipeline.ask(image, "What is it?")
+    first = pipeline.ask(image, protocols.answerable("What is it?"))
+    expected = protocols.UNANSWERABLE if protocols.refuses(first) else answer
+    assert pipeline.ask(image, "What is it?", check_answerable=True) == expected
+    monkeypatch.setattr("lavit.generate.pipeline.refuses", lambda said: said == first)
+    assert pipeline.ask([image], ["What is it?"], check_answerable=True) == ["unanswerable"]
+    assert [protocols.refuses(said) for said in ("No.", "no, it is dark", "unanswerable", "nothing", "yes")] == [
+        True, True, True, False, False,
+    ]  # fmt: skip
+
+
+def test_words_are_normalised_as_the_paper_does() -> None:
+    assert protocols.asked('What IS "this" (here)?') == "what is this here?"
+    assert len(protocols.asked("word " * 60).split()) == 50
+    assert protocols.answer_words("The two Dogs, it's  an owl!") == "two dogs it's owl"
+    assert protocols.answer_words("two dogs", lemmatise=lambda word: word.rstrip("s")) == "two dog"
+    assert protocols.cut("red. green\nblue", ("\n", ".")) == ("red", True)
+    assert protocols.cut("red", (".",)) == ("red", False)
+
+
+@pytest.mark.parametrize(
+    "text", ["  a red  dot. And more", "é ü 猫 …\n", "Long answ no", "x Long answer: y", "", " \n"]
+)
+def test_pieces_of_text_are_never_taken_back(text: str) -> None:
+    ends = ("\n", "Long answer:", ".")
+    pieces = TextPieces(lambda ids: bytes(ids).decode(errors="replace"), ends)  # characters come in several pieces
+    found = []
+    for id in text.encode():
+        found.append(pieces.add(id))
+        if pieces.cut:
+            break
+    found.append(pieces.close())
+    assert "".join(found) == protocols.cut(text, ends)[0].strip()
+    assert all("\ufffd" not in piece for piece in found)
+
+
+def test_codes_may_be_read_instead_of_features(toy_run: Path) -> None:
+    pipeline = lavit.load(toy_run)
+    config = pipeline.model.config
+    picture = toy_picture("red bar")
+    pipeline.model.config = replace(config, language=replace(config.language, read_as="codes"))
+    prompt = lay_prompt(pipeline.model, [ChatPicture(picture, read=True)])
+    codes = pipeline.model.language.vocabulary.codes_of(torch.tensor(prompt.ids[1:-1]))
+    assert prompt.features is None and codes.equal(pipeline.tokenize(picture).codes)
+    assert isinstance(pipeline.caption(picture), str) and likelihood(pipeline.model, "red", picture) < 0
+
+
 def test_pictures_and_words_may_be_mixed(pipeline: Pipeline) -> None:
     source = toy_picture("blue dot")
     edited = pipeline.edit(source, "as a bar", steps=2)[0]
@@ -87,6 +273,24 @@ def test_reconstruction_needs_no_language_model(toy_run: Path) -> None:
         (lambda p: p.draw("red", steps=-2), "steps"),
         (lambda p: p.tokenize(toy_picture("red dot"), keep="most"), "keep"),
         (lambda p: p.draw("red " * 300), "shorten"),
+        (lambda p: p.draw("red", seed=True), "seed True is no seed"),
+        (lambda p: p.draw("red", seed=(1, 2)), "2 seeds for n=1"),
+        (lambda p: p.draw(["red", "blue"], seed=[1]), "1 seeds for 2 inputs"),
+        (lambda p: p.draw([]), "at least one prompt"),
+        (lambda p: p.draw(["red", " "]), "prompt is empty"),
+        (lambda p: p.edit([toy_picture("red dot")], ["a", "b"]), "1 pictures but 2 prompts"),
+        (lambda p: p.draw("red", best_of=2, n=4), "best_of is 2 for n=4"),
+        (lambda p: p.draw("red", best_of=4, scorer="clip"), "scorer 'clip' is not known"),
+        (lambda p: p.draw("red", scorer="likelihood"), "best_of is 0"),
+        (lambda p: p.draw("red", best_of=4, stream=True), "leave it out with stream"),
+        (lambda p: p.draw("red", previews=True), "part of a stream"),
+        (lambda p: p.draw("red", sampling=Sampling(max_tokens=17)), "at most 16 codes"),
+        (lambda p: p.draw("red", sampling=Sampling(min_tokens=0, max_tokens=16)), "at least one code"),
+        (lambda p: p.generate([]), "at least one picture or word"),
+        (lambda p: p.caption(toy_picture("red dot"), n=3), "all alike"),
+        (lambda p: p.paint([torch.tensor([], dtype=torch.long)], seeds=[0]), "1 to 16 codes"),
+        (lambda p: p.ask(toy_picture("red dot"), "what?", check_answerable=True, stream=True), "asks twice"),
+        (lambda p: Pipeline(p.model, protocol="secret"), "protocol 'secret' is not known"),
     ],
 )
 def test_bad_input_says_what_was_wrong(pipeline: Pipeline, call, message: str) -> None:

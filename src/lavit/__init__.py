@@ -12,36 +12,50 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lavit.generate.pipeline import Pipeline
+    from lavit.generate.protocols import Protocol
     from lavit.generate.sampling import Sampling
     from lavit.model import LaVIT
 
-__all__ = ["LaVIT", "Pipeline", "Sampling", "load"]
+__all__ = ["LaVIT", "Pipeline", "Protocol", "Sampling", "load"]
 __version__ = "0.1.0"
 
 
-def load(model: str | Path) -> Pipeline:
+def load(
+    model: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str | None = None,
+    quantization: str | None = None,
+    device_map: Any = None,
+    protocol: Any = "default",
+) -> Pipeline:
     """Open a model folder or training run; parts are read when they are first used.
 
-    Runs on a CUDA GPU in bf16 where there is one, else on the CPU in fp32, and logs which. Raises `InputError` if the
-    folder is no model.
+    device: "auto" is a CUDA GPU where there is one, else the CPU; dtype: bf16 there, fp32 here, or "float32", "bfloat16",
+    "float16". One line is logged. quantization: "int8" or "nf4" weights for the language model, and device_map ("auto"
+    or a map) spreads it over devices (generate/placement.py). protocol: how verbs sample where a call does not say:
+    "default", "paper", "published", or a `Protocol`.
+    Raises `InputError` if the folder is no model, or the platform cannot do what is asked.
     """
     from lavit.generate.pipeline import Pipeline
+    from lavit.generate.placement import placer
     from lavit.model import LaVIT
 
-    device, dtype = place()
-    return Pipeline(LaVIT.from_pretrained(model, device=device, dtype=dtype))
+    where, kind = place(device, dtype)
+    place_language = placer(where, kind, quantization, device_map)
+    loaded = LaVIT.from_pretrained(model, device=where, dtype=kind, place_language=place_language)
+    return Pipeline(
+        loaded,
+        protocol=protocol,
+        quantization=None if place_language else quantization,
+    )
 
 
-def place() -> tuple[Any, Any]:
-    """Device and dtype by capability: CUDA with bf16 where there is a GPU, else CPU with fp32."""
-    import logging
+def place(device: Any = "auto", dtype: Any = None) -> tuple[Any, Any]:
+    """Device and dtype: what is asked for, or by capability (generate/placement.py)."""
+    from lavit.generate import placement
 
-    import torch
-
-    cuda = torch.cuda.is_available()
-    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    logging.getLogger(__name__).info("running on %s in %s", device, str(dtype).removeprefix("torch."))
-    return torch.device(device), dtype
+    return placement.place(device, dtype)
 
 
 def __getattr__(name: str) -> Any:
@@ -49,6 +63,7 @@ def __getattr__(name: str) -> Any:
     places = {
         "LaVIT": "lavit.model",
         "Pipeline": "lavit.generate.pipeline",
+        "Protocol": "lavit.generate.protocols",
         "Sampling": "lavit.generate.sampling",
     }
     if name not in places:

@@ -20,6 +20,7 @@ from lavit.config import InputError
 VERBS: dict[str, Callable[..., Any]] = {
     "caption": use.caption,
     "ask": use.ask,
+    "chat": use.chat,
     "draw": use.draw,
     "edit": use.edit,
     "reconstruct": use.reconstruct,
@@ -58,8 +59,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.getLogger("lavit").setLevel(logging.INFO)
     for library in ("HF_HUB", "HF_DATASETS"):  # this command line has bars of its own
         os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
-    from lavit.train.health import Alarm
-
     words = list(sys.argv[1:] if arguments is None else arguments)
     verbs, prog = {**VERBS, "data": data, "convert": convert}, "lavit"
     if len(words) > 1 and words[0] in GROUPS:
@@ -71,9 +70,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except InputError as error:
         print(f"lavit: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    except Alarm as alarm:
-        print(f"lavit: {alarm}", file=sys.stderr)
-        raise SystemExit(1) from alarm
+    except RuntimeError as error:
+        health = sys.modules.get(
+            "lavit.train.health"
+        )  # not imported for this: it brings torch, and --help is to be quick
+        if health is None or not isinstance(error, health.Alarm):
+            raise
+        print(f"lavit: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
     except KeyboardInterrupt as stop:
         print("lavit: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         raise SystemExit(130) from stop

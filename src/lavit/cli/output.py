@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -19,10 +19,13 @@ if TYPE_CHECKING:
 
 Words = tyro.conf.Positional
 Model = Annotated[str, tyro.conf.arg(help="a trained run or model folder")]
+Protocol = Annotated[
+    Literal["default", "paper", "published"], tyro.conf.arg(help="how to sample: the paper's beams and best of four, …")
+]
 DEFAULT_MODEL = "runs/nano-demo"  # what `make demo` trains
 
 
-def load_model(model: str, images: Sequence[str] | None = None) -> Pipeline:
+def load_model(model: str, images: Sequence[str] | None = None, *, protocol: str = "default") -> Pipeline:
     """The pipeline of a model, after the pictures that are to be read have been seen to open."""
     import lavit
     from lavit.images import open_image
@@ -32,7 +35,7 @@ def load_model(model: str, images: Sequence[str] | None = None) -> Pipeline:
             raise InputError("give at least one picture")
         for image in images:
             open_image(image)
-    return lavit.load(model)
+    return lavit.load(model, protocol=protocol)
 
 
 def answer_with(as_json: bool, text: str, **fields: Any) -> None:

@@ -1,43 +1,100 @@
-"""Verbs that use a model: caption, ask, draw, edit, reconstruct, tokenize, tokenize-corpus, inspect, gallery."""
+"""Verbs that use a model: caption, ask, chat, draw, edit, reconstruct, tokenize, tokenize-corpus, inspect, gallery."""
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from lavit.cli.output import DEFAULT_MODEL, Model, ProgressBar, Words, answer_with, load_model, write_pictures
+from lavit.cli.output import DEFAULT_MODEL, Model, ProgressBar, Protocol, Words, answer_with, load_model, write_pictures
+from lavit.config import InputError
+
+BATCH = 16  # pictures that are read in one run of the engine
 
 
-def caption(images: Words[tuple[str, ...]], /, model: Model = DEFAULT_MODEL, json: bool = False) -> None:
+def caption(
+    images: Words[tuple[str, ...]],
+    /,
+    model: Model = DEFAULT_MODEL,
+    protocol: Protocol = "default",
+    json: bool = False,
+) -> None:
     """Say what pictures show."""
-    lavit = load_model(model, images)
-    for image in images:
+    lavit = load_model(model, images, protocol=protocol)
+    for at in range(0, len(images), BATCH):
         started = time.perf_counter()
-        answer = lavit.caption(image)
-        seconds = round(time.perf_counter() - started, 3)
-        tokens = int(lavit.tokenize(image).lengths[0])
-        answer_with(json, answer, image=image, caption=answer, tokens=tokens, seconds=seconds)
+        answers = lavit.caption(images[at : at + BATCH])
+        seconds = round((time.perf_counter() - started) / len(answers), 3)
+        for image, answer in zip(images[at : at + BATCH], answers, strict=True):
+            tokens = int(lavit.tokenize(image).lengths[0]) if json else 0
+            answer_with(json, answer, image=image, caption=answer, tokens=tokens, seconds=seconds)
 
 
-def ask(image: Words[str], question: Words[str], /, model: Model = DEFAULT_MODEL, json: bool = False) -> None:
+def ask(
+    image: Words[str],
+    question: Words[str],
+    /,
+    model: Model = DEFAULT_MODEL,
+    protocol: Protocol = "default",
+    json: bool = False,
+) -> None:
     """Answer a question about a picture."""
-    answer = load_model(model, [image]).ask(image, question)
+    answer = load_model(model, [image], protocol=protocol).ask(image, question)
     answer_with(json, answer, image=image, question=question, answer=answer)
 
 
+def chat(model: Model = DEFAULT_MODEL, seed: int = 0, out: Path = Path("chat.png"), steps: int | None = None) -> None:
+    """Talk, a line a turn, until end of input. /image FILE shows a picture with the next line, /draw WORDS asks for one.
+
+    Pictures that the model writes are saved as OUT, OUT-1, OUT-2 …
+    """
+    from lavit.images import open_image
+
+    lavit = load_model(model)
+    messages: list[dict[str, Any]] = []
+    shown: list[dict[str, Any]] = []
+    drawn = 0
+    for line in map(str.strip, sys.stdin):
+        command, _, rest = line.partition(" ")
+        try:
+            if command == "/image":
+                shown.append({"type": "image", "image": open_image(rest.strip())})
+                continue
+            words = {"type": "text", "text": rest if command == "/draw" else line}
+            talk = [*messages, {"role": "user", "content": [*shown, words]}]
+            reply = lavit.chat(talk, out="image" if command == "/draw" else "text", seed=seed, steps=steps)
+        except InputError as error:
+            print(f"lavit: {error}", file=sys.stderr)
+            continue
+        messages, shown = [*talk, reply], []
+        for part in reply["content"]:
+            if part["type"] == "text":
+                print(part["text"], flush=True)
+            else:
+                write_pictures([part["image"]], out.with_stem(f"{out.stem}-{drawn}") if drawn else out)
+                drawn += 1
+
+
 def draw(
-    prompt: Words[str],
+    prompts: Words[tuple[str, ...]],
     /,
     out: Path,
     n: int = 1,
+    best_of: int | None = None,
     model: Model = DEFAULT_MODEL,
+    protocol: Protocol = "default",
     seed: int = 0,
     guidance: float | None = None,
     steps: int | None = None,
 ) -> None:
-    """Draw a prompt; with --n 4, four pictures FILE-0 … FILE-3."""
-    pictures = load_model(model).draw(prompt, n=n, seed=seed, guidance=guidance, steps=steps)
-    write_pictures(pictures, out)
+    """Draw prompts. Several pictures are FILE-0, FILE-1 …, those of the first prompt first.
+
+    --n 4 draws each prompt four times; --best-of 8 draws eight and keeps the n in which the model reads the prompt best.
+    """
+    lavit = load_model(model, protocol=protocol)
+    how = {"n": n, "best_of": best_of, "seed": seed, "guidance": guidance, "steps": steps}
+    write_pictures([picture for made in lavit.draw(prompts, **how) for picture in made], out)
 
 
 def edit(
@@ -46,14 +103,17 @@ def edit(
     /,
     out: Path,
     n: int = 1,
+    best_of: int | None = None,
     model: Model = DEFAULT_MODEL,
+    protocol: Protocol = "default",
     seed: int = 0,
     guidance: float | None = None,
     steps: int | None = None,
 ) -> None:
     """Draw from a picture and an instruction."""
-    pictures = load_model(model, [image]).edit(image, prompt, n=n, seed=seed, guidance=guidance, steps=steps)
-    write_pictures(pictures, out)
+    lavit = load_model(model, [image], protocol=protocol)
+    how = {"n": n, "best_of": best_of, "seed": seed, "guidance": guidance, "steps": steps}
+    write_pictures(lavit.edit(image, prompt, **how), out)
 
 
 def reconstruct(

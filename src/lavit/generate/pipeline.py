@@ -1,160 +1,218 @@
 """What people call: pictures and words in, words and pictures out, one loaded model for all of it.
 
-Prompts are laid out as in training (sequence.py): a picture that is read enters as features, a picture inside a prompt
+Prompts are laid out as in training (data/): a picture that is read enters as features, a picture inside a prompt
 for writing enters as its codes (method, Sec. 5). The engine below speaks tokens only; this file turns files, pictures
-and words into its requests, and codes into pictures.
+and words into its requests, all inputs of a call into one batch, and what it writes into words and pictures.
+
+Every verb takes one input or a list of them, and gives back one result or a list. With `stream=True` it gives an
+iterator of `Update`s (stream.py) instead, whose `input` and `sample` say what they belong to.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from dataclasses import replace
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from lavit.config import InputError
+from lavit.data.chat import ChatPicture, ChatText, Reply, render_chat
 from lavit.data.documents import question_text
 from lavit.generate.engine import Engine
-from lavit.generate.request import Completion, Request
+from lavit.generate.jobs import Parts, Seed, message, reading, result, writing
+from lavit.generate.prompts import Picture, pictures_of, words_of, written_from
+from lavit.generate.protocols import UNANSWERABLE, Protocol, answerable, asked, protocol_of, refuses
 from lavit.generate.sampling import Sampling
+from lavit.generate.score import Scorer, best, scorer_of
+from lavit.generate.stream import Job, Update, gathered, updates
 from lavit.images import open_image, to_image
 from lavit.model import LaVIT
 from lavit.modules.selector import KeepPolicy
 from lavit.sequence import VisualTokens
 
-Picture = str | Path | bytes | Image.Image
-UNWANTED = re.compile(r'[.!"()*#:;~]')  # removed from questions (method, Sec. 5)
-QUESTION_WORDS = 50
+log = logging.getLogger(__name__)
+
+Size = tuple[int, int]
+TOGETHER = 16  # pictures that are painted in one batch
 
 
 class Pipeline:
-    """A loaded LaVIT. Each verb takes one input or a list, and gives back the like.
+    """A loaded LaVIT.
 
-    `caption_sampling`, `answer_sampling` and `drawing_sampling` are the defaults of the verbs.
+    `protocol` says how verbs sample and cut where a call does not: "default", "paper", "published", or a `Protocol`.
+    `quantization="int8"` rounds the weights that the engine's steps read on a CPU. The `size` of pictures is (height,
+    width) in pixels.
     """
 
     def __init__(
         self,
         model: LaVIT,
         *,
-        caption_sampling: Sampling | None = None,
-        answer_sampling: Sampling | None = None,
-        drawing_sampling: Sampling | None = None,
+        protocol: str | Protocol = "default",
+        quantization: Literal["int8"] | None = None,
     ) -> None:
         self.model = model
-        patches = model.config.tokenizer.patches
-        self.caption_sampling = caption_sampling or Sampling(temperature=0.0, max_tokens=36)
-        self.answer_sampling = answer_sampling or Sampling(temperature=0.0, max_tokens=16)
-        self.drawing_sampling = drawing_sampling or Sampling(
-            temperature=1.0, top_k=50, guidance=3.0, min_tokens=1, max_tokens=patches
-        )
+        self.quantization = quantization
+        known = isinstance(protocol, Protocol)
+        self.protocol = protocol if known else protocol_of(protocol, model.config.tokenizer.patches)
 
     @cached_property
     def engine(self) -> Engine:
         """The token engine over this model's language part."""
-        return Engine(self.model.language)
+        if self.quantization == "int8":
+            log.info(
+                "int8 on a CPU rounds the weights of each step; with two threads it was no faster than fp32 (LOG.md)"
+            )
+        return Engine(self.model.language, quantization=self.quantization)
 
-    def caption(self, images: Picture | Sequence[Picture], *, sampling: Sampling | None = None) -> str | list[str]:
-        """Say what each picture shows: the text up to and without the first full stop."""
-        pictures, one = _many(images)
-        requests = [self._reading(open_image(picture), sampling or self.caption_sampling) for picture in pictures]
-        said = [_until(text, (".", "\n")) for text in self._texts(requests)]
-        return said[0] if one else said
+    def caption(
+        self,
+        images: Picture | Sequence[Picture],
+        *,
+        n: int | None = None,
+        seed: Seed = 0,
+        sampling: Sampling | None = None,
+        stream: bool = False,
+    ) -> Any:
+        """Say what each picture shows: the text up to and without the first full stop. With `n`, lists of n texts."""
+        pictures, one = pictures_of(images)
+        prompts = [[ChatPicture(open_image(picture), read=True)] for picture in pictures]
+        how = self.protocol.caption if sampling is None else sampling
+        jobs = reading(self.model, prompts, how, 1 if n is None else n, seed, self.protocol.caption_ends)
+        return self._texts(jobs, one, n, stream)
 
     def ask(
         self,
         images: Picture | Sequence[Picture],
         questions: str | Sequence[str],
         *,
+        n: int | None = None,
+        seed: Seed = 0,
         sampling: Sampling | None = None,
-    ) -> str | list[str]:
-        """Answer a question about each picture; lists must have the same length."""
-        pictures, one = _many(images)
-        asked = [questions] if isinstance(questions, str) else list(questions)
-        if len(asked) != len(pictures):
-            raise InputError(f"{len(pictures)} pictures but {len(asked)} questions: give one question a picture")
-        chosen = sampling or self.answer_sampling
-        requests = []
-        for picture, question in zip(pictures, asked, strict=True):
-            prompt = question_text(_question(question))
-            requests.append(self._reading(open_image(picture), chosen, then=prompt))
-        answers = [_until(text, ("\n", "question:", ",", ".")) for text in self._texts(requests)]
-        return answers[0] if one else answers
+        check_answerable: bool = False,
+        stream: bool = False,
+    ) -> Any:
+        """Answer a question about each picture; lists must have the same length. With `n`, lists of n texts.
 
-    def draw(
-        self,
-        prompt: str,
-        *,
-        n: int = 1,
-        seed: int = 0,
-        guidance: float | None = None,
-        steps: int | None = None,
-        sampling: Sampling | None = None,
-    ) -> list[Image.Image]:
-        """Draw `n` pictures of a prompt, with seeds seed, seed + 1, …; `steps` are the pixel decoder's."""
-        return self.generate(
-            [_words(prompt, "prompt")],
-            n=n,
-            seed=seed,
-            guidance=guidance,
-            steps=steps,
-            sampling=sampling,
-        )
+        check_answerable: as for VizWiz, ask first whether the question can be answered, else say "unanswerable".
+        """
+        pictures, one = pictures_of(images)
+        texts, _ = words_of(questions, "question")
+        _same_length(pictures, texts, "questions")
+        prompts: list[Parts] = [
+            [ChatPicture(open_image(picture), read=True), ChatText(question_text(asked(question)))]
+            for picture, question in zip(pictures, texts, strict=True)
+        ]
+        how = self.protocol.answer if sampling is None else sampling
+        jobs = reading(self.model, prompts, how, 1 if n is None else n, seed, self.protocol.answer_ends)
+        if not check_answerable:
+            return self._texts(jobs, one, n, stream)
+        if stream or n is not None:
+            raise InputError("check_answerable asks twice: leave stream and n out")
+        first = self.ask(pictures, [answerable(question) for question in texts], seed=seed, sampling=sampling)
+        answers = self._texts(jobs, False, None, False)
+        found = [UNANSWERABLE if refuses(said) else answer for said, answer in zip(first, answers, strict=True)]
+        return found[0] if one else found
 
-    def edit(
-        self,
-        image: Picture,
-        prompt: str,
-        *,
-        n: int = 1,
-        seed: int = 0,
-        guidance: float | None = None,
-        steps: int | None = None,
-        sampling: Sampling | None = None,
-    ) -> list[Image.Image]:
-        """Draw from a picture and an instruction."""
-        parts = [open_image(image), _words(prompt, "prompt")]
-        return self.generate(parts, n=n, seed=seed, guidance=guidance, steps=steps, sampling=sampling)
+    def draw(self, prompts: str | Sequence[str], **options: Any) -> Any:
+        """Draw `n` pictures of each prompt; the options are those of `generate`. One prompt gives the list of its n."""
+        texts, one = words_of(prompts, "prompt")
+        inputs = [[text] for text in texts]
+        return self.generate(inputs[0] if one else inputs, **options)
+
+    def edit(self, images: Picture | Sequence[Picture], prompts: str | Sequence[str], **options: Any) -> Any:
+        """Draw from pictures and an instruction for each, `n` times; the options are those of `generate`."""
+        pictures, one = pictures_of(images)
+        texts, _ = words_of(prompts, "prompt")
+        _same_length(pictures, texts, "prompts")
+        inputs = [[open_image(picture), text] for picture, text in zip(pictures, texts, strict=True)]
+        return self.generate(inputs[0] if one else inputs, **options)
 
     def generate(
         self,
-        parts: Sequence[Picture | str],
+        parts: Sequence[Any],
         *,
+        out: Reply = "image",
         n: int = 1,
-        seed: int = 0,
+        seed: Seed = 0,
+        sampling: Sampling | None = None,
+        picture: Sampling | None = None,
         guidance: float | None = None,
         steps: int | None = None,
+        size: Size | None = None,
+        best_of: int | None = None,
+        scorer: Scorer | str | None = None,
+        stream: bool = False,
+        previews: bool = False,
+    ) -> Any:
+        """Go on from any order of words (strings) and pictures (paths, bytes, PIL images), `n` times; a list of such
+        lists is many inputs.
+
+        out: "image", "text", or "auto", where the model opens pictures by itself and a result is a list of strings and
+        pictures. Returns the n results of one input, or a list of them for each input. `sampling` writes the pictures
+        ("image") or the text; `picture` the pictures of "auto"; `guidance` is theirs (Eq. 7), `steps` and `size` the
+        pixel decoder's. best_of: draw so many candidates and keep the n that `scorer` likes most: "likelihood" of the
+        prompt when the model reads its own picture, or a function (prompt, picture) -> float. `previews` adds, to a
+        stream, the picture as it comes out of the noise.
+        """
+        many = bool(parts) and all(isinstance(item, list | tuple) for item in parts)
+        inputs = [list(item) for item in parts] if many else [list(parts)]
+        prompts = [written_from(item, read=out != "image") for item in inputs]
+        count = self._candidates(out, n, best_of, scorer, stream)
+        jobs = writing(
+            self.model, self.protocol, prompts,
+            out=out, n=count, seed=seed, sampling=sampling, picture=picture, guidance=guidance,
+        )  # fmt: skip
+        found = self._run(jobs, out, stream, steps=steps, size=size, previews=previews)
+        if stream:
+            return found
+        results = [[result(sample, out) for sample in samples] for samples in found]
+        if best_of is not None or count > n:
+            score = scorer_of(self.model, scorer or "likelihood")
+            words = [" ".join(part for part in item if isinstance(part, str)) for item in inputs]
+            results = [
+                best(made, [score(prompt, each) for each in made], n)
+                for prompt, made in zip(words, results, strict=True)
+            ]
+        return results if many else results[0]
+
+    def chat(
+        self,
+        messages: Sequence[Any],
+        *,
+        out: Reply = "text",
+        n: int | None = None,
+        seed: Seed = 0,
         sampling: Sampling | None = None,
-    ) -> list[Image.Image]:
-        """Draw from any order of pictures (PIL images) and words."""
-        if not parts:
-            raise InputError("give at least one picture or word to draw from")
-        chosen = replace(sampling or self.drawing_sampling, n=n, seed=seed)
-        if guidance is not None:
-            chosen = replace(chosen, guidance=guidance)
-        vocabulary = self.model.language.vocabulary
-        ids: list[int] = []
-        for part in parts:
-            if isinstance(part, str):
-                ids += self._ids(part)
-            else:
-                codes = self.model.encode([open_image(part)]).codes
-                ids += [
-                    vocabulary.image_start,
-                    *vocabulary.ids(codes).tolist(),
-                    vocabulary.image_end,
-                ]
-        done = self.engine.complete([Request(ids=tuple(ids), mode="image", sampling=chosen)])[0]
-        return self.paint(
-            [torch.tensor(sample.images[0]) for sample in done],
-            seeds=[seed + i for i in range(n)],
-            steps=steps,
-        )
+        picture: Sampling | None = None,
+        guidance: float | None = None,
+        steps: int | None = None,
+        size: Size | None = None,
+        stream: bool = False,
+        previews: bool = False,
+    ) -> Any:
+        """Answer a conversation (the messages of Hugging Face chats, data/chat.py), or a list of conversations.
+
+        Returns the assistant's message, to be appended to the messages; its pictures carry their codes. With `n`, lists
+        of n messages. The other options are those of `generate`.
+        """
+        many = bool(messages) and not isinstance(messages[0], Mapping)
+        talks = list(messages) if many else [messages]
+        prompts = [render_chat(talk, self.model.text, reply=out) for talk in talks]
+        jobs = writing(
+            self.model, self.protocol, prompts, chat=True,
+            out=out, n=1 if n is None else n, seed=seed, sampling=sampling, picture=picture, guidance=guidance,
+        )  # fmt: skip
+        found = self._run(jobs, out, stream, steps=steps, size=size, previews=previews)
+        if stream:
+            return found
+        replies = [[message(sample) for sample in samples] for samples in found]
+        results = replies if n is not None else [samples[0] for samples in replies]
+        return results if many else results[0]
 
     def paint(
         self,
@@ -163,18 +221,27 @@ class Pipeline:
         seeds: Sequence[int],
         steps: int | None = None,
         guidance: float | None = None,
+        size: Size | None = None,
+        watch: Callable[[int, Tensor], None] | None = None,
     ) -> list[Image.Image]:
-        """Pictures of codes through reconstructor and pixel decoder."""
-        features = self.model.features(codes)
+        """Pictures of codes through reconstructor and pixel decoder.
+
+        `watch` is called with the step's number and the latents after each step.
+        """
         config = self.model.config.pixels
-        with torch.inference_mode():
-            pictures = self.model.pixels.sample(
-                features,
-                steps=steps or config.steps,
-                guidance=config.guidance if guidance is None else guidance,
-                seeds=list(seeds),
-            )
-        return [to_image(picture) for picture in pictures]
+        done: list[Image.Image] = []
+        for at in range(0, len(codes), TOGETHER):
+            with torch.inference_mode():
+                pictures = self.model.pixels.sample(
+                    self.model.features(codes[at : at + TOGETHER]),
+                    steps=config.steps if steps is None else steps,
+                    guidance=config.guidance if guidance is None else guidance,
+                    seeds=list(seeds)[at : at + TOGETHER],
+                    size=size,
+                    callback=watch,
+                )
+            done += [to_image(picture) for picture in pictures]
+        return done
 
     def tokenize(
         self,
@@ -184,7 +251,7 @@ class Pipeline:
         seed: int = 0,
     ) -> VisualTokens:
         """Visual tokens of pictures under a keep policy ("auto", 64 tokens, 0.25 of the patches, …)."""
-        pictures, _ = _many(images)
+        pictures, _ = pictures_of(images)
         generator = torch.Generator().manual_seed(seed)
         policy = KeepPolicy.parse(keep)
         return self.model.encode([open_image(picture) for picture in pictures], policy, generator=generator)
@@ -197,61 +264,63 @@ class Pipeline:
         seed: int = 0,
         steps: int | None = None,
         guidance: float | None = None,
+        size: Size | None = None,
     ) -> Image.Image:
         """A picture through its visual tokens and back, without the language model."""
         tokens = self.tokenize(image, keep=keep, seed=seed)
-        return self.paint([tokens.codes], seeds=[seed], steps=steps, guidance=guidance)[0]
+        return self.paint([tokens.codes], seeds=[seed], steps=steps, guidance=guidance, size=size)[0]
 
-    def _ids(self, text: str) -> list[int]:
-        return self.model.text(text, add_special_tokens=False)["input_ids"]
+    def _candidates(self, out: str, n: int, best_of: int | None, scorer: Any, stream: bool) -> int:
+        """The number of pictures to draw for n, after a request for the best of them has been checked."""
+        usual = self.protocol.best_of or 0
+        if best_of is None and scorer is None:
+            return usual if usual > n and out == "image" and not stream else n
+        if out != "image" or stream:
+            raise InputError("best_of ranks finished pictures: leave it out with stream=True, or where text comes out")
+        count = usual if best_of is None else best_of
+        if isinstance(count, bool) or not isinstance(count, int) or count < max(n, 1):
+            raise InputError(f"best_of is {count!r} for n={n}: give the number of candidates to choose from, n or more")
+        scorer_of(self.model, scorer or "likelihood")
+        return count
+
+    def _texts(self, jobs: list[Job], one: bool, n: int | None, stream: bool) -> Any:
+        """What jobs that write text say: strings, or with `n` lists of them; or a stream."""
+        found = self._run(jobs, "text", stream)
+        if stream:
+            return found
+        said = [[result(sample, "text") for sample in samples] for samples in found]
+        results = said if n is not None else [samples[0] for samples in said]
+        return results[0] if one else results
+
+    def _run(
+        self,
+        jobs: list[Job],
+        out: str,
+        stream: bool,
+        *,
+        steps: int | None = None,
+        size: Size | None = None,
+        previews: bool = False,
+    ) -> Any:
+        """Updates of jobs as they happen, or what all of them wrote."""
+        if previews and (out == "text" or not stream):
+            raise InputError(
+                "previews are part of a stream that holds pictures: give stream=True, out='image' or 'auto'"
+            )
+
+        def paint(codes: Sequence[Tensor], seeds: Sequence[int], watch: Any = None) -> list[Image.Image]:
+            return self.paint(codes, seeds=seeds, steps=steps, size=size, watch=watch)
+
+        show = self._preview if previews else None
+        happening: Iterator[Update] = updates(self.engine, self.model.text, jobs, paint, together=not stream, show=show)
+        return happening if stream else gathered(happening, jobs)
 
     @torch.inference_mode()
-    def _reading(self, image: Image.Image, sampling: Sampling, *, then: str = "") -> Request:
-        """Start, features, end of a picture, and what follows it."""
-        model, vocabulary = self.model, self.model.language.vocabulary
-        patches = model.patches([image])
-        keep = model.tokenizer.select(patches)
-        features = model.language.read(model.tokenizer.prepare(patches), keep)
-        text = self._ids(then) if then else []
-        # the slots' ids are never looked at: features stand there
-        ids = (
-            vocabulary.image_start,
-            *[vocabulary.image_end] * len(features),
-            vocabulary.image_end,
-            *text,
-        )
-        slots = (False, *[True] * len(features), False, *[False] * len(text))
-        return Request(ids=ids, slots=slots, features=features, mode="text", sampling=sampling)
-
-    def _texts(self, requests: Sequence[Request]) -> list[str]:
-        done: list[list[Completion]] = self.engine.complete(requests)
-        return [self.model.text.decode(list(samples[0].text), skip_special_tokens=True) for samples in done]
+    def _preview(self, latents: Tensor) -> list[Image.Image]:
+        pixels = self.model.pixels
+        return [to_image(picture) for picture in pixels.decode(latents.to(pixels.unet.dtype)).clamp(-1, 1)]
 
 
-def _many(items: Picture | Sequence[Picture]) -> tuple[list[Picture], bool]:
-    if isinstance(items, str | Path | bytes | Image.Image):
-        return [items], True
-    if not items:
-        raise InputError("give at least one picture")
-    return list(items), False
-
-
-def _words(text: str, what: str) -> str:
-    if not text.strip():
-        raise InputError(f"the {what} is empty: say in words what is wanted")
-    return text.strip()
-
-
-def _question(question: str) -> str:
-    """Lower case, without the characters the paper removes, at most 50 words."""
-    words = UNWANTED.sub("", _words(question, "question").lower()).split()
-    if not any(character.isalnum() for word in words for character in word):
-        raise InputError(f"the question {question!r} has no words: ask about the picture")
-    return " ".join(words[:QUESTION_WORDS])
-
-
-def _until(text: str, ends: Sequence[str]) -> str:
-    """The text before the first of these."""
-    for end in ends:
-        text = text.split(end)[0]
-    return text.strip()
+def _same_length(pictures: Sequence[Any], texts: Sequence[str], what: str) -> None:
+    if len(pictures) != len(texts):
+        raise InputError(f"{len(pictures)} pictures but {len(texts)} {what}: give one of the {what} a picture")

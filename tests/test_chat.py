@@ -1,0 +1,256 @@
+"""Conversations: one layout for training and use, with and without a chat template, and talking to a toy model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+import lavit
+from conftest import toy_picture
+from lavit.config import InputError
+from lavit.data.chat import ChatPicture, ChatText, render_chat, turn_end
+from lavit.generate.jobs import writing
+from lavit.generate.pipeline import Pipeline
+from lavit.generate.prompts import lay_prompt
+from lavit.generate.protocols import ANSWER_ENDS, cut
+from lavit.generate.sampling import Sampling
+
+CHATML = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
+    text = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
+    text.chat_template = template
+    return text
+
+
+def image(name: str, **more: object) -> dict[str, object]:
+    return {"type": "image", "image": name, **more}
+
+
+def words(text: str) -> dict[str, object]:
+    return {"type": "text", "text": text}
+
+
+TALK = [
+    {"role": "user", "content": [image("a.png"), words("What is it?")]},
+    {"role": "assistant", "content": "a dog"},
+    {"role": "user", "content": "now draw it at night"},
+    {"role": "assistant", "content": [image("b.png", codes=(4, 2))]},
+    {"role": "user", "content": [words("Is it dark?")]},
+    {"role": "assistant", "content": [words("yes")]},
+]
+
+
+def shown(parts: list[ChatText | ChatPicture], *, targets: bool | None = None) -> str:
+    """Parts as one line: <a> is read, [b] enters as codes."""
+    line = ""
+    for part in parts:
+        if targets is None or part.target == targets:
+            line += (
+                part.text if isinstance(part, ChatText) else f"<{part.picture}>" if part.read else f"[{part.picture}]"
+            )
+    return line
+
+
+def test_without_a_template_turns_are_the_documents_of_stage_2() -> None:
+    text = tokenizer()
+    assert shown(render_chat(TALK[:1], text, reply="text")) == "<a.png>Question: What is it? Answer:"
+    assert shown(render_chat(TALK[:1], text, reply="image")) == "[a.png]What is it?"
+    assert shown(render_chat([{"role": "user", "content": [image("a.png")]}], text, reply="text")) == "<a.png>"
+    assert shown(render_chat([TALK[2]], text, reply="auto")) == "now draw it at night"
+    assert turn_end(text) == "\n"
+    everything = render_chat(TALK, text)
+    assert shown(everything) == (
+        "<a.png>Question: What is it? Answer: a dog\nnow draw it at night[b.png]\nQuestion: Is it dark? Answer: yes"
+    )
+    assert shown(everything, targets=True) == " a dog\n[b.png]\n yes"
+    assert [part.codes for part in everything if isinstance(part, ChatPicture)] == [None, (4, 2)]
+
+
+def test_a_template_of_the_tokenizer_is_used() -> None:
+    text = tokenizer(CHATML)
+    everything = render_chat(TALK, text)
+    assert shown(everything) == (
+        "<|im_start|>user\n<a.png>What is it?<|im_end|>\n<|im_start|>assistant\na dog<|im_end|>\n"
+        "<|im_start|>user\nnow draw it at night<|im_end|>\n<|im_start|>assistant\n[b.png]<|im_end|>\n"
+        "<|im_start|>user\nIs it dark?<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
+    )
+    assert shown(everything, targets=True) == "a dog<|im_end|>\n[b.png]<|im_end|>\nyes<|im_end|>\n"
+    assert turn_end(text) == "<|im_end|>\n"
+
+
+@pytest.mark.parametrize("template", [None, CHATML])
+def test_what_training_laid_out_is_what_use_lays_out(template: str | None) -> None:
+    """A conversation up to a reply is the beginning of the whole conversation, piece by piece."""
+    text = tokenizer(template)
+    whole = render_chat(TALK, text)
+    for upto, reply in ((1, "text"), (3, "image"), (5, "text")):
+        begun = render_chat(TALK[:upto], text, reply=reply)
+        for found, expected in zip(begun, whole, strict=False):
+            assert (shown([found]), found.target) == (shown([expected]), expected.target)
+
+
+def test_neighbours_of_one_role_are_one_turn() -> None:
+    messages = [{"role": "system", "content": "Be kind."}, TALK[2], {"role": "user", "content": "please"}]
+    expected = "Be kind.\nnow draw it at night\nplease"
+    assert shown(render_chat(messages, tokenizer(), reply="image")) == expected
+
+
+FORGETFUL = "{{ messages[-1]['content'] }}"
+STRICT = "{% if messages|length != 1 %}{{ raise_exception('one message only') }}{% endif %}{{ messages[0]['content'] }}"
+
+
+@pytest.mark.parametrize(
+    ("messages", "options", "line"),
+    [
+        ([], {}, "a list of messages"),
+        ({"role": "user", "content": "hi"}, {}, "a list of messages"),
+        (["hi"], {}, "message 0 is no message"),
+        ([{"role": "robot", "content": "hi"}], {}, "role 'robot': use one of system, user, assistant"),
+        ([{"role": "user", "content": []}], {}, "message 0 is empty"),
+        ([{"role": "user", "content": [{"type": "video"}]}], {}, "neither"),
+        ([{"role": "user", "content": [image("a.png", codes=())]}], {}, "picture of no codes"),
+        ([{"role": "user", "content": "\ue0001\ue001"}], {}, "mark pictures"),
+        (TALK[1:2], {}, "begins with the user"),
+        (TALK[:2], {}, "add the user's"),
+        (TALK[:1], {"reply": None}, "ends with the assistant's"),
+        (TALK[:1], {"reply": "song"}, "reply 'song' is not known"),
+        ([{"role": "system", "content": [image("a.png")]}, TALK[0]], {}, "system message holds text only"),
+        (TALK[:3], {"template": FORGETFUL}, "changes earlier turns"),
+        (TALK[:3], {"template": STRICT}, "one message only"),
+    ],
+)
+def test_wrong_messages(messages: list, options: dict, line: str) -> None:
+    options = {"reply": "text", "template": None} | options
+    template, reply = options["template"], options["reply"]
+    with pytest.raises(InputError, match=line):
+        render_chat.__wrapped__(messages, tokenizer(template), reply=reply)  # past the tests' type checker
+
+
+# ---------------------------------------------------------------- talking
+
+
+@pytest.fixture(scope="module")
+def pipeline(toy_run: Path) -> Pipeline:
+    return lavit.load(toy_run)
+
+
+def user(*content: object) -> dict[str, object]:
+    return {"role": "user", "content": [words(part) if isinstance(part, str) else part for part in content]}
+
+
+def test_a_conversation(pipeline: Pipeline) -> None:
+    """Picture in, question, answer, "now draw it at night", picture out, a question about that picture."""
+    dot = {"type": "image", "image": toy_picture("red dot")}
+    talk = [user(dot, "What is it?")]
+    short = {"sampling": Sampling(temperature=0, max_tokens=8)}
+    answer = pipeline.chat(talk, **short)
+    assert answer["role"] == "assistant" and [part["type"] for part in answer["content"]] == ["text"]
+    talk += [answer, user("now draw it at night")]
+    drawn = pipeline.chat(talk, out="image", seed=3, steps=2)
+    (part,) = drawn["content"]
+    assert part["type"] == "image" and part["image"].size == (16, 16) and len(part["codes"]) >= 1
+    talk += [drawn, user("Is it dark?")]
+    last = pipeline.chat(talk, **short)
+    assert [part["type"] for part in last["content"]] == ["text"]
+    # all of it stands before the last reply: the first picture as features, the drawn one as the codes it was made of
+    vocabulary = pipeline.model.language.vocabulary
+    prompt = lay_prompt(pipeline.model, render_chat(talk, pipeline.model.text, reply="text"))
+    ids = torch.tensor(prompt.ids)
+    assert vocabulary.codes_of(ids[vocabulary.is_code(ids)]).tolist() == list(part["codes"])
+    assert sum(prompt.slots) == int(pipeline.tokenize(dot["image"]).lengths) == len(prompt.features)
+    assert pipeline.chat(talk, **short) == last
+    without = [*talk[:3], {"role": "assistant", "content": "no"}, talk[4]]
+    assert lay_prompt(pipeline.model, render_chat(without, pipeline.model.text, reply="text")).ids != prompt.ids
+
+
+def test_one_turn_without_a_template_is_what_the_other_verbs_lay_out(pipeline: Pipeline) -> None:
+    picture = toy_picture("blue dot")
+    shown = {"type": "image", "image": picture}
+    chosen = {"sampling": Sampling(temperature=0, max_tokens=16)}
+    asked = pipeline.chat([user(shown, "is it red?")], **chosen)["content"][0]["text"]
+    assert cut(asked, ANSWER_ENDS)[0].strip() == pipeline.ask(picture, "is it red?")
+    edited = pipeline.chat([user(shown, "as a bar")], out="image", seed=2, steps=2)["content"][0]["image"]
+    assert edited.tobytes() == pipeline.edit(picture, "as a bar", seed=2, steps=2)[0].tobytes()
+
+
+def test_conversations_may_come_in_batches(pipeline: Pipeline) -> None:
+    talks = [[user("hello")], [user({"type": "image", "image": toy_picture("red bar")}, "what colour?")]]
+    how = {"sampling": Sampling(temperature=1.0, max_tokens=6), "seed": 5}
+    together = pipeline.chat(talks, n=2, **how)
+    assert together == [pipeline.chat(talk, n=2, **how) for talk in talks]
+    assert [replies[0] for replies in together] == pipeline.chat(talks, **how)
+    assert together[0][1] == pipeline.chat(talks[0], **how | {"seed": 6})
+
+
+def test_the_model_may_open_pictures_by_itself(pipeline: Pipeline) -> None:
+    """With the row of image start made likely, "auto" answers with a picture, then goes on in words."""
+    language = pipeline.model.language
+    row = language.rows.data[0].clone()
+    talk = [user("a red dot, please")]
+    how = {"sampling": Sampling(temperature=0, min_tokens=0, max_tokens=6), "steps": 2}
+    plain = pipeline.chat(talk, out="auto", **how)
+    try:
+        language.rows.data[0] = 100 * torch.sign(_last_hidden(pipeline, talk))
+        eager = Pipeline(pipeline.model)
+        reply = eager.chat(talk, out="auto", **how)
+        parts = eager.generate(["a red dot, please"], out="auto", **how)[0]
+    finally:
+        language.rows.data[0] = row
+    assert [part["type"] for part in plain["content"]] == ["text"]
+    kinds = [part["type"] for part in reply["content"]]
+    assert kinds[0] == "image" and reply["content"][0]["image"].size == (16, 16)
+    assert [isinstance(part, str) for part in parts] == [kind == "text" for kind in kinds]
+    assert parts[0].tobytes() == reply["content"][0]["image"].tobytes()
+
+
+def _last_hidden(pipeline: Pipeline, talk: list) -> torch.Tensor:
+    language = pipeline.model.language
+    ids = lay_prompt(pipeline.model, render_chat(talk, pipeline.model.text, reply="auto")).ids
+    with torch.no_grad():
+        return language.body(inputs_embeds=language.embed(torch.tensor([ids]))).last_hidden_state[0, -1]
+
+
+def test_a_template_ends_the_turn(toy_run: Path) -> None:
+    pipeline = lavit.load(toy_run)
+    text = pipeline.model.text
+    text.chat_template = "{% for m in messages %}{{ m['content'] + '<|endoftext|>' }}{% endfor %}"
+    (job,) = pipeline_jobs(pipeline, [user("hello")])
+    assert job.request.stop == (text.eos_token_id,) and job.ends == ()
+    text.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ' ###\n' }}{% endfor %}"
+    (job,) = pipeline_jobs(pipeline, [user("hello")])
+    assert job.request.stop == () and job.ends == ("###",)
+    assert text.decode(list(job.request.ids)) == "user: hello ###\n"
+
+
+def pipeline_jobs(pipeline: Pipeline, talk: list) -> list:
+    return writing(
+        pipeline.model, pipeline.protocol, [render_chat(talk, pipeline.model.text, reply="text")],
+        out="text", n=1, seed=0, sampling=None, picture=None, guidance=None, chat=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("call", "line"),
+    [
+        (lambda p: p.chat([user(image("nowhere.png"), "what?")]), "nowhere.png"),
+        (
+            lambda p: p.chat([user({"type": "image", "image": "x", "codes": (99,)}, "?")], out="image"),
+            "have 1 to 16 codes",
+        ),
+        (lambda p: p.chat([user("hi")], n=0), "n is 0"),
+        (lambda p: p.chat([user("hi")], previews=True), "part of a stream"),
+        (lambda p: p.chat([user("hi " * 300)]), "shorten"),
+    ],
+)
+def test_wrong_conversations(pipeline: Pipeline, call, line: str) -> None:
+    with pytest.raises(InputError, match=line):
+        call(pipeline)

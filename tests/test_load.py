@@ -1,0 +1,136 @@
+"""Loading: where and how coarse the parts are, what is read when, and what a platform cannot do."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+
+import lavit
+from conftest import toy_picture
+from lavit.config import InputError
+from lavit.generate import placement
+from lavit.generate.decoder import Decoder
+from lavit.generate.packed import PackedDecoder, Quantized
+
+
+def test_a_caption_reads_no_pixels_and_no_diffusers(toy_run: Path, tmp_path: Path) -> None:
+    """Neither the decoder's weights nor the library that they need, which takes seconds to import."""
+    toy_picture("red bar").save(tmp_path / "picture.png")
+    code = (
+        "import sys, json, lavit\n"
+        f"pipeline = lavit.load({str(toy_run)!r})\n"
+        f"pipeline.caption({str(tmp_path / 'picture.png')!r})\n"
+        "print(json.dumps([sorted(pipeline.model.parts), 'diffusers' in sys.modules, 'datasets' in sys.modules]))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(found.stdout.splitlines()[-1]) == [["language", "tokenizer", "vision"], False, False]
+
+
+def test_one_line_says_where(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    caplog.set_level(logging.INFO, "lavit")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert placement.place() == (torch.device("cpu"), torch.float32)
+    assert placement.place("cpu", "bf16") == (torch.device("cpu"), torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    assert placement.place() == (torch.device("cuda"), torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    assert placement.place("cuda:1") == (torch.device("cuda", 1), torch.float16)
+    assert caplog.messages == [
+        "running on cpu in float32",
+        "running on cpu in bfloat16",
+        "running on cuda in bfloat16",
+        "running on cuda:1 in float16",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
+        ({"device": "gpu"}, "device 'gpu' is not known: use 'auto'"),
+        ({"device": "cuda"}, "no CUDA GPU can be used here"),
+        ({"device": "mps"}, "no Apple GPU can be used here"),
+        ({"dtype": "int4"}, "dtype 'int4' is not known"),
+        ({"quantization": "int3"}, "quantization 'int3' is not known"),
+        ({"quantization": "nf4"}, "nf4 weights need a CUDA GPU, this runs on cpu: .* use 'int8'"),
+        ({"quantization": "int8", "device_map": "auto"}, "leave out device_map or quantization"),
+        ({"protocol": "mine"}, "protocol 'mine' is not known"),
+    ],
+)
+def test_what_cannot_be_done(
+    wrong: dict[str, object], line: str, toy_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(InputError, match=line):
+        lavit.load(toy_run, **({"device": "cpu"} | wrong))
+
+
+@pytest.mark.parametrize(
+    ("quantization", "names"), [("int8", "bitsandbytes \\(or torchao\\)"), ("nf4", "bitsandbytes:")]
+)
+def test_quantisers_that_are_not_installed(quantization: str, names: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=f"{quantization} weights need the package {names}"):
+        placement.quantizer(quantization, torch.device("cuda"), torch.bfloat16)
+
+
+def test_int8_on_a_cpu_is_allowed_and_said(toy_run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "lavit")
+    pipeline = lavit.load(toy_run, device="cpu", quantization="int8")
+    assert isinstance(pipeline.caption(toy_picture("red bar")), str)
+    assert isinstance(pipeline.engine.decoder, PackedDecoder)
+    assert isinstance(pipeline.engine.decoder.text_head, Quantized)
+    assert any("no faster than fp32" in message for message in caplog.messages)
+
+
+def test_other_number_types_speak_too(toy_run: Path) -> None:
+    pipeline = lavit.load(toy_run, device="cpu", dtype="bf16")
+    assert isinstance(pipeline.caption(toy_picture("red bar")), str)
+    assert pipeline.model.language.rows.dtype == torch.bfloat16
+
+
+def test_layers_may_lie_elsewhere(toy_run: Path) -> None:
+    """Two layers, one of them on disk: accelerate brings it in for each step, and nothing else changes."""
+    images = [toy_picture("red bar"), toy_picture("blue dot")]
+    expected = lavit.load(toy_run, device="cpu")
+    places = {
+        name: "cpu" for name in ("lm_head", "model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb")
+    }
+    spread = lavit.load(toy_run, device="cpu", device_map=places | {"model.layers.1": "disk"})
+    assert spread.caption(images) == expected.caption(images)
+    assert spread.draw("red", steps=2)[0].tobytes() == expected.draw("red", steps=2)[0].tobytes()
+    lm = spread.model.language.lm
+    assert lm.model.layers[1].mlp.up_proj.weight.device.type == "meta" and type(spread.engine.decoder) is Decoder
+    automatic = lavit.load(toy_run, device="cpu", device_map="auto")
+    assert automatic.caption(images) == expected.caption(images)
+
+
+def test_a_quantiser_gets_merged_weights_and_the_rest_stays(toy_run: Path) -> None:
+    """The way that weights take to a quantiser, here with none: the LM is rebuilt, LoRA merged, rows and reader kept."""
+    language = lavit.load(toy_run, device="cpu").model.language
+    targets = ["q_proj", "down_proj"]
+    peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False), language.lm)
+    language.eval()
+    ids = torch.tensor([[5, 9, 280, 7]])
+    with torch.no_grad():
+        before = language.visual_logits(language.body(inputs_embeds=language.embed(ids)).last_hidden_state)
+        old = language.lm
+        new = placement.quantized(language, None, torch.device("cpu"), torch.float32, {"": "cpu"})
+        after = new.visual_logits(new.body(inputs_embeds=new.embed(ids)).last_hidden_state)
+    assert new.lm is not old and not any("lora" in name for name, _ in new.named_parameters())
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_without_a_reader_says_so(toy_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(toy_run, tmp_path / "run", ignore=shutil.ignore_patterns("reader", "cache", "checkpoints"))
+    with pytest.raises(InputError, match="no reader for pictures"):
+        lavit.load(tmp_path / "run").caption(toy_picture("red bar"))
