@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from conftest import toy_config, toy_picture, toy_training
-from lavit.config import InputError, read_json, to_json
+from lavit.config import InputError, to_json
 from lavit.data.bulk import Job, tokenize_corpus, tokenizer_hash
 from lavit.data.corpus import Corpus, Picture, load_corpus
 from lavit.data.pretokenised import corpus_codes
@@ -170,15 +170,14 @@ def test_a_broken_picture_of_a_stream_is_named_and_the_rest_goes_on(tmp_path: Pa
 
 def stage_two(toy_run: Path, out: Path, data: str, *, watch=None, **changes) -> list[dict]:
     """Stage 2 anew on another feed, with the tokenizer of the toy run; returns its metrics."""
+    model = replace(toy_config(), vision=LaVIT.from_pretrained(toy_run).config.vision)
     if not out.exists():
         for part in ("vision", "tokenizer"):
             shutil.copytree(toy_run / part, out / part)
-        config = toy_config()
-        trained = read_json(toy_run / "config.json")["vision"]
-        (out / "config.json").write_text(json.dumps({**to_json(config), "vision": trained}))
+        (out / "config.json").write_text(json.dumps(to_json(model)))
     training = replace(toy_training(8), sample_every=0, checkpoint_every=4, log_every=1)
     training = replace(training, language=replace(training.language, **changes))
-    Run(out, data, toy_config(), training, watch=watch).train(("language",))
+    Run(out, data, model, training, watch=watch).train(("language",))
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
