@@ -170,6 +170,11 @@ def test_bad_sources_are_one_clear_line(folder, tmp_path):
         assert source.name in str(raised.value) and "\n" not in str(raised.value)
 
 
+def test_a_missing_file_is_never_taken_for_a_hub_name() -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        load_records("pictures/gone.jsonl")
+
+
 def test_an_unknown_split_is_refused_where_splits_exist(folder, tmp_path):
     with pytest.raises(InputError, match="no split 'other': its sub-folders are train, unseen"):
         load_records(folder, "other", cache=tmp_path / "cache")

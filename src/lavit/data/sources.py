@@ -263,7 +263,8 @@ def _load(datasets: Any, data: str | Path, split: str, cache: Path | None, *, st
             return datasets.load_dataset(builder, data_files={split: str(path)}, split=split, **where)
         if path.is_dir():
             return _load_folder(datasets, path, split, where)
-        if isinstance(data, Path) or str(data).count("/") > 1 or str(data).startswith((".", "~")):
+        named = path.suffix.lower() in (*BUILDERS, ".txt")  # a hub name ends otherwise
+        if named or isinstance(data, Path) or str(data).count("/") > 1 or str(data).startswith((".", "~")):
             raise InputError(f"{str(data)!r} does not exist: give a folder, a file or a hub name")
         return datasets.load_dataset(str(data), split=split, **where)
     except InputError:
