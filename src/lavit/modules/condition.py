@@ -68,7 +68,21 @@ class AttentionPool(nn.Module):
         return self.out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(1))
 
 
-class CrossCondition(nn.Module):
+class Head(nn.Module):
+    """What diffusers' pipelines ask of a part: where it is, and in which precision."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return next(self.parameters()).dtype
+
+
+class CrossCondition(Head):
     """A context of N tokens; SD 1.5's null text may be longer than N, so both are padded to the longer and masked."""
 
     def __init__(self, config: PixelsConfig) -> None:
@@ -93,6 +107,13 @@ class CrossCondition(nn.Module):
             return self._padded(weight.new_zeros(images, self.tokens, len(weight)))
         return self._padded(self.null_context.to(weight.dtype).expand(images, -1, -1))
 
+    def take_null(self, null: Float[Tensor, "tokens width"]) -> None:
+        """Store the null-text embedding that training begins with."""
+        if null.shape != self.null_context.shape:
+            expected = list(self.null_context.shape)
+            raise InputError(f"the null text is {list(null.shape)}, this configuration expects {expected}")
+        self.null_context.copy_(null)
+
     def _padded(self, context: Tensor) -> Condition:
         if self.kind != "text":
             return Condition(context=context)
@@ -101,7 +122,7 @@ class CrossCondition(nn.Module):
         return Condition(context=F.pad(context, (0, 0, 0, self.tokens - rows)), valid=valid)
 
 
-class PooledCondition(nn.Module):
+class PooledCondition(Head):
     """SDXL's two inputs: a context as wide as its two text encoders together, and a pooled vector."""
 
     def __init__(self, config: PixelsConfig) -> None:
@@ -134,7 +155,7 @@ class PooledCondition(nn.Module):
         return Condition(context=context, pooled=wide.new_zeros(images, len(wide)))
 
 
-class GridCondition(nn.Module):
+class GridCondition(Head):
     """The features as a map: projected, laid out in raster order, resized to the latents."""
 
     def __init__(self, config: PixelsConfig) -> None:

@@ -24,8 +24,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lavit.config import InputError, PixelsConfig, read_json
-from lavit.modules.condition import HEADS, Condition
-from lavit.modules.diffusion import STABLE_DIFFUSION_NOISE, load_strictly, noise_schedule, options, solver_of, unet_of
+from lavit.images import ASPECT_SIZES, aspect_size
+from lavit.modules.condition import HEADS, Condition, Head
+from lavit.modules.diffusion import (
+    STABLE_DIFFUSION_NOISE,
+    given_weights,
+    load_strictly,
+    noise_schedule,
+    random_weights,
+    solver_of,
+    unet_of,
+)
 
 KL_WEIGHT = 1e-6  # as Stable Diffusion's autoencoder
 MIN_SNR_GAMMA = 5.0
@@ -45,21 +54,24 @@ class Pixels(nn.Module):
         unet: UNet2DModel | UNet2DConditionModel,
         scheduler: SchedulerMixin,
         vae: AutoencoderKL | None = None,
+        condition: Head | None = None,
     ) -> None:
         super().__init__()
         if (vae is None) != (not config.vae):
             raise InputError("pixels: an autoencoder is needed exactly where the configuration names one")
         self.config, self.scheduler = config, scheduler
-        self.condition = HEADS[config.condition](config)
+        self.condition = HEADS[config.condition](config) if condition is None else condition
         self.unet, self.vae = unet, vae
         self._check_widths()
 
     @classmethod
     def build(cls, config: PixelsConfig) -> Pixels:
-        """A decoder with random weights (of the global generator), all sizes from `config`."""
-        vae = AutoencoderKL.from_config(options(config.vae)) if config.vae else None
-        unet = unet_of(config.unet.get("_class_name")).from_config(options(config.unet))
-        return cls(config, unet, noise_schedule(config.scheduler or STABLE_DIFFUSION_NOISE), vae)
+        """A decoder with the weights of `config.start_from`, or random ones (of the global generator)."""
+        unet, vae, null = given_weights(config) if config.start_from else random_weights(config)
+        pixels = cls(config, unet, noise_schedule(config.scheduler or STABLE_DIFFUSION_NOISE), vae)
+        if null is not None:
+            pixels.condition.take_null(null)
+        return pixels
 
     @property
     def factor(self) -> int:
@@ -72,6 +84,31 @@ class Pixels(nn.Module):
     def latent_channels(self) -> int:
         """Channels of the latents."""
         return 3 * self.config.patch**2 if self.vae is None else self.vae.config.latent_channels
+
+    def picture_size(self, size: tuple[int, int] | str | None = None) -> tuple[int, int]:
+        """(height, width) in pixels of a pair, of an aspect ratio such as "4:3", or the default.
+
+        Ratios have the sizes of the 1024-px decoder (`images.ASPECT_SIZES`), scaled to this decoder's own size.
+        """
+        own = self.config.size
+        if size is None:
+            return own, own
+        if not isinstance(size, str):
+            return size
+        whole = ASPECT_SIZES["1:1"][0]
+        height, width = (max(1, round(side * own / whole / self.multiple)) for side in aspect_size(size))
+        return height * self.multiple, width * self.multiple
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raise `InputError` unless the decoder can paint (height, width) pixels."""
+        if any(side < 1 or side % self.multiple for side in size):
+            raise InputError(f"pixels: size is {size[0]}x{size[1]}, expected multiples of {self.multiple}")
+
+    @property
+    def multiple(self) -> int:
+        """Height and width must be multiples of this many pixels."""
+        levels = 2 ** (len(self.unet.config.block_out_channels) - 1) if isinstance(self.unet, UNet2DModel) else 1
+        return self.factor * levels
 
     @torch.no_grad()
     def encode(self, pictures: Float[Tensor, "images 3 height width"]) -> Float[Tensor, "images channels rows columns"]:
@@ -162,19 +199,19 @@ class Pixels(nn.Module):
         steps: int | None = None,
         guidance: float | None = None,
         sampler: str | SchedulerMixin | None = None,
-        size: tuple[int, int] | None = None,
-        callback: Callable[[int, Tensor], None] | None = None,
+        size: tuple[int, int] | str | None = None,
+        callback: Callable[[int, Tensor], Tensor | None] | None = None,
     ) -> Float[Tensor, "images 3 height width"]:
         """Paint one picture per row of features, -1..1; what is None comes from the configuration.
 
         seeds: one per picture, its noise whatever the batch. sampler: "dpm", "ddim" or any diffusers scheduler.
-        size: (height, width) in pixels. callback: called with the step's number and the latents, after each step.
+        size: (height, width) in pixels, or an aspect ratio (`picture_size`). callback: called with the step's number and
+        the latents after each step; what it returns, if anything, takes their place.
         """
-        config = self.config
-        steps = config.steps if steps is None else steps
-        guidance = config.guidance if guidance is None else guidance
-        height, width = size or (config.size, config.size)
-        self._check_request(features, seeds, steps, guidance, (height, width))
+        guidance = self.config.guidance if guidance is None else guidance
+        height, width = self.picture_size(size)
+        self._check_request(features, seeds, guidance, (height, width))
+        solver = self.solver(sampler, steps, features.device)
         shape = (self.latent_channels, height // self.factor, width // self.factor)
         weight = self.unet.dtype
         condition = self.told(features.to(weight), shape[1:])
@@ -182,8 +219,6 @@ class Pixels(nn.Module):
             condition = condition.followed_by(self.condition.null(len(features), shape[1:]))
         generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
         latents = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-        solver = solver_of(sampler or config.sampler, self.scheduler)
-        solver.set_timesteps(steps, device=features.device)
         latents = latents.to(features.device) * solver.init_noise_sigma
         extra = {"generator": generators} if "generator" in inspect.signature(solver.step).parameters else {}
         for step, time in enumerate(solver.timesteps):
@@ -191,7 +226,8 @@ class Pixels(nn.Module):
             found = self._guided(scaled, time, condition, guidance, (height, width)).float()
             latents = solver.step(found, time, latents, **extra).prev_sample
             if callback is not None:
-                callback(step, latents)
+                changed = callback(step, latents)
+                latents = latents if changed is None else changed
         return self.decode(latents.to(weight)).clamp(-1, 1)
 
     def told(self, features: Float[Tensor, "images patches dim"], size: tuple[int, int]) -> Condition:
@@ -199,6 +235,18 @@ class Pixels(nn.Module):
         self._check_features(features)
         if self.config.direction:
             features = F.normalize(features, dim=-1) * features.shape[-1] ** 0.5
+    def solver(
+        self, sampler: str | SchedulerMixin | None = None, steps: int | None = None, device: torch.device | None = None
+    ) -> SchedulerMixin:
+        """A solver of its own for one call, its noise levels set; what is None comes from the configuration."""
+        steps = self.config.steps if steps is None else steps
+        most = self.scheduler.config.num_train_timesteps
+        if not 1 <= steps <= most:
+            raise InputError(f"pixels: steps is {steps}, expected 1 to {most}")
+        solver = solver_of(sampler or self.config.sampler, self.scheduler)
+        solver.set_timesteps(steps, device=device)
+        return solver
+
         return self.condition(features, size)
 
     def save(self, folder: Path) -> None:
@@ -319,21 +367,15 @@ class Pixels(nn.Module):
         self,
         features: Tensor,
         seeds: Sequence[int],
-        steps: int,
         guidance: float,
         size: tuple[int, int],
     ) -> None:
         self._check_features(features)
-        most = self.scheduler.config.num_train_timesteps
-        if not 1 <= steps <= most:
-            raise InputError(f"pixels: steps is {steps}, expected 1 to {most}")
         if not guidance >= 0:
             raise InputError(f"pixels: guidance is {guidance}, expected 0 or more (1 is without guidance)")
         if len(seeds) != len(features):
             raise InputError(f"pixels: {len(seeds)} seeds for {len(features)} pictures, expected one each")
-        levels = 2 ** (len(self.unet.config.block_out_channels) - 1) if isinstance(self.unet, UNet2DModel) else 1
-        if any(side < 1 or side % (self.factor * levels) for side in size):
-            raise InputError(f"pixels: size is {size[0]}x{size[1]}, expected multiples of {self.factor * levels}")
+        self.check_size(size)
 
 
 def _home(generator: torch.Generator | None, like: Tensor) -> torch.device:

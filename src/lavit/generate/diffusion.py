@@ -1,0 +1,125 @@
+"""The pixel decoder as a diffusers pipeline: progress bar, step callbacks, offload, schedulers to swap.
+
+    pipe = PixelsPipeline.of(lv.model.pixels)
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    pipe(lv.model.features([codes]), seeds=[0]).images[0]
+
+One loop paints for both: this class gives `Pixels.sample` its parts, and gives the same pictures. It is as bare as
+`Pixels.sample`: the safety check belongs to the `Pipeline` (generate/safety.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    ImagePipelineOutput,
+    SchedulerMixin,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from jaxtyping import Float
+from torch import Tensor
+
+from lavit.config import InputError, PixelsConfig, from_json, to_json
+from lavit.images import to_image
+from lavit.modules.condition import Head
+from lavit.modules.diffusion import solver_of
+from lavit.modules.pixels import Pixels
+
+OUTPUTS = ("pil", "pt")
+
+
+class PixelsPipeline(DiffusionPipeline):
+    """Reconstructed features in, pictures out.
+
+    `scheduler` is the solver, `noise` the schedule of the training, `pixels` a `PixelsConfig` as JSON data.
+    """
+
+    model_cpu_offload_seq = "condition->unet->vae"
+    _optional_components = ["vae"]  # noqa: RUF012 (diffusers' name and form)
+    # it is small, and its null condition is a parameter, not a forward that a hook could see
+    _exclude_from_cpu_offload = ["condition"]  # noqa: RUF012
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        unet: UNet2DModel | UNet2DConditionModel,
+        scheduler: SchedulerMixin,
+        noise: SchedulerMixin,
+        condition: Head,
+        vae: AutoencoderKL | None,
+        pixels: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler, noise=noise, condition=condition, vae=vae)
+        self.register_to_config(pixels=pixels)
+
+    @classmethod
+    def of(cls, pixels: Pixels) -> PixelsPipeline:
+        """The pipeline over a decoder's own modules, not copies; its solver is the configured one."""
+        solver = solver_of(pixels.config.sampler, pixels.scheduler)
+        return cls(pixels.unet, solver, pixels.scheduler, pixels.condition, pixels.vae, to_json(pixels.config))
+
+    @property
+    def decoder(self) -> Pixels:
+        """The decoder made of this pipeline's present parts."""
+        config = from_json(PixelsConfig, dict(self.config.pixels))
+        return Pixels(config, self.unet, self.noise, self.vae, self.condition)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        features: Float[Tensor, "images patches dim"],
+        *,
+        seeds: Sequence[int] | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        size: tuple[int, int] | str | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: Callable[..., dict[str, Tensor]] | None = None,
+    ) -> ImagePipelineOutput:
+        """One picture per row of features; `seeds` defaults to 0, 1, …
+
+        size: (height, width) or an aspect ratio. output_type: "pil", or "pt" (float, 0..1). callback_on_step_end is
+        diffusers': called with (pipeline, step, timestep, {"latents": latents}), and may return other latents.
+        """
+        if output_type not in OUTPUTS:
+            raise InputError(f"output_type is {output_type!r}, expected one of {', '.join(OUTPUTS)}")
+        decoder = self.decoder
+        times = decoder.solver(self.scheduler, num_inference_steps).timesteps
+        with self.progress_bar(total=len(times)) as bar:
+
+            def after(step: int, latents: Tensor) -> Tensor | None:
+                bar.update()
+                if callback_on_step_end is None:
+                    return None
+                return callback_on_step_end(self, step, times[step], {"latents": latents}).get("latents")
+
+            pictures = decoder.sample(
+                features.to(self._execution_device),
+                seeds=range(len(features)) if seeds is None else seeds,
+                steps=num_inference_steps,
+                guidance=guidance_scale,
+                sampler=self.scheduler,
+                size=size,
+                callback=after,
+            )
+        self.maybe_free_model_hooks()
+        if output_type == "pt":
+            return ImagePipelineOutput(images=pictures / 2 + 0.5)
+        return ImagePipelineOutput(images=[to_image(picture) for picture in pictures])
+
+    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
+        """Write the decoder's folder, as `Pixels.save` does."""
+        self.decoder.save(Path(save_directory))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, config: PixelsConfig) -> PixelsPipeline:
+        """Read a decoder's folder strictly, as `Pixels.load` does."""
+        return cls.of(Pixels.load(Path(folder), config).eval())
