@@ -28,13 +28,16 @@ def load(
     quantization: str | None = None,
     device_map: Any = None,
     protocol: Any = "default",
+    safety: bool | None = None,
+    watermark: str | None = None,
 ) -> Pipeline:
     """Open a model folder or training run; parts are read when they are first used.
 
     device: "auto" is a CUDA GPU where there is one, else the CPU; dtype: bf16 there, fp32 here, or "float32", "bfloat16",
     "float16". One line is logged. quantization: "int8" or "nf4" weights for the language model, and device_map ("auto"
     or a map) spreads it over devices (generate/placement.py). protocol: how verbs sample where a call does not say:
-    "default", "paper", "published", or a `Protocol`.
+    "default", "paper", "published", or a `Protocol`. `safety` switches the check of written pictures on or off (default:
+    on for published weights); `watermark` is text to hide in them.
     Raises `InputError` if the folder is no model, or the platform cannot do what is asked.
     """
     from lavit.generate.pipeline import Pipeline
@@ -48,6 +51,8 @@ def load(
         loaded,
         protocol=protocol,
         quantization=None if place_language else quantization,
+        safety=safety,
+        watermark=watermark,
     )
 
 

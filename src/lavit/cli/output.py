@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,14 +19,27 @@ if TYPE_CHECKING:
 
 Words = tyro.conf.Positional
 Model = Annotated[str, tyro.conf.arg(help="a trained run or model folder")]
+Size = Annotated[str | None, tyro.conf.arg(help="aspect ratio: 1:1, 4:3, 3:2, 16:9, 2:3, 3:4 (default: the model's)")]
+Safety = Annotated[bool, tyro.conf.arg(help="check written pictures where the model asks for it")]
+Watermark = Annotated[str | None, tyro.conf.arg(help="text to hide in the pictures (needs invisible-watermark)")]
 Protocol = Annotated[
     Literal["default", "paper", "published"], tyro.conf.arg(help="how to sample: the paper's beams and best of four, …")
 ]
 DEFAULT_MODEL = "runs/nano-demo"  # what `make demo` trains
 
 
-def load_model(model: str, images: Sequence[str] | None = None, *, protocol: str = "default") -> Pipeline:
-    """The pipeline of a model, after the pictures that are to be read have been seen to open."""
+def load_model(
+    model: str,
+    images: Sequence[str] | None = None,
+    *,
+    protocol: str = "default",
+    safety: bool = True,
+    watermark: str | None = None,
+) -> Pipeline:
+    """The pipeline of a model, after the pictures that are to be read have been seen to open.
+
+    `safety` False switches the check of written pictures off; else it is as the model says.
+    """
     import lavit
     from lavit.images import open_image
 
@@ -35,7 +48,7 @@ def load_model(model: str, images: Sequence[str] | None = None, *, protocol: str
             raise InputError("give at least one picture")
         for image in images:
             open_image(image)
-    return lavit.load(model, protocol=protocol)
+    return lavit.load(model, protocol=protocol, safety=None if safety else False, watermark=watermark)
 
 
 def answer_with(as_json: bool, text: str, **fields: Any) -> None:
@@ -44,15 +57,29 @@ def answer_with(as_json: bool, text: str, **fields: Any) -> None:
 
 
 def write_pictures(pictures: Sequence[Any], out: Path) -> None:
-    """Save pictures as OUT, or OUT-0, OUT-1 … where there are several."""
+    """Save pictures as OUT, or OUT-0, OUT-1 … where there are several; None is left out."""
     names = [out] if len(pictures) == 1 else [out.with_stem(f"{out.stem}-{i}") for i in range(len(pictures))]
     for picture, name in zip(pictures, names, strict=True):
+        if picture is None:
+            continue
         try:
             name.parent.mkdir(parents=True, exist_ok=True)
             picture.save(name)
         except (OSError, ValueError) as error:
             raise InputError(f"cannot write {name}: {error}") from error
         print(name)
+
+
+def write_drawn(draw: Callable[[], Sequence[Any]], out: Path) -> None:
+    """Draw and save; where the safety checker refuses some pictures the others are saved before it is reported."""
+    from lavit.generate.safety import Refused
+
+    try:
+        pictures = draw()
+    except Refused as refused:
+        write_pictures(refused.pictures, out)
+        raise
+    write_pictures(pictures, out)
 
 
 class ProgressBar:

@@ -7,7 +7,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lavit.cli.output import DEFAULT_MODEL, Model, ProgressBar, Protocol, Words, answer_with, load_model, write_pictures
+from lavit.cli.output import (
+    DEFAULT_MODEL,
+    Model,
+    ProgressBar,
+    Protocol,
+    Safety,
+    Size,
+    Watermark,
+    Words,
+    answer_with,
+    load_model,
+    write_drawn,
+    write_pictures,
+)
 from lavit.config import InputError
 
 BATCH = 16  # pictures that are read in one run of the engine
@@ -87,14 +100,17 @@ def draw(
     seed: int = 0,
     guidance: float | None = None,
     steps: int | None = None,
+    size: Size = None,
+    safety: Safety = True,
+    watermark: Watermark = None,
 ) -> None:
     """Draw prompts. Several pictures are FILE-0, FILE-1 …, those of the first prompt first.
 
     --n 4 draws each prompt four times; --best-of 8 draws eight and keeps the n in which the model reads the prompt best.
     """
-    lavit = load_model(model, protocol=protocol)
-    how = {"n": n, "best_of": best_of, "seed": seed, "guidance": guidance, "steps": steps}
-    write_pictures([picture for made in lavit.draw(prompts, **how) for picture in made], out)
+    lavit = load_model(model, protocol=protocol, safety=safety, watermark=watermark)
+    how = {"n": n, "best_of": best_of, "seed": seed, "guidance": guidance, "steps": steps, "size": size}
+    write_drawn(lambda: [picture for made in lavit.draw(prompts, **how) for picture in made], out)
 
 
 def edit(
@@ -109,11 +125,14 @@ def edit(
     seed: int = 0,
     guidance: float | None = None,
     steps: int | None = None,
+    size: Size = None,
+    safety: Safety = True,
+    watermark: Watermark = None,
 ) -> None:
     """Draw from a picture and an instruction."""
-    lavit = load_model(model, [image], protocol=protocol)
-    how = {"n": n, "best_of": best_of, "seed": seed, "guidance": guidance, "steps": steps}
-    write_pictures(lavit.edit(image, prompt, **how), out)
+    lavit = load_model(model, [image], protocol=protocol, safety=safety, watermark=watermark)
+    how = {"n": n, "best_of": best_of, "seed": seed, "guidance": guidance, "steps": steps, "size": size}
+    write_drawn(lambda: lavit.edit(image, prompt, **how), out)
 
 
 def reconstruct(
@@ -124,11 +143,15 @@ def reconstruct(
     seed: int = 0,
     keep: str = "auto",
     steps: int | None = None,
+    size: Size = None,
+    safety: Safety = True,
+    watermark: Watermark = None,
 ) -> None:
     """Turn pictures into visual tokens and back, without the language model."""
-    lavit = load_model(model, images)
-    pictures = [lavit.reconstruct(image, keep=keep, seed=seed, steps=steps) for image in images]
-    write_pictures(pictures, out)
+    lavit = load_model(model, images, safety=safety, watermark=watermark)
+    write_drawn(
+        lambda: [lavit.reconstruct(image, keep=keep, seed=seed, steps=steps, size=size) for image in images], out
+    )
 
 
 def tokenize(

@@ -8,6 +8,7 @@
     pixel_decoding/                                ⇄  pixels/
     visual_tokenizer/highres_tokenizer_decoder.bin ⇄  the same below highres/
     highres_pixel_decoding/                        ⇄  highres/pixels/
+    pixel_decoding/safety_checker/                 ⇄  safety_checker/ (asked for by the configuration)
 
 The 1024-px decoder has a reconstructor of its own, so `highres/` is a model folder too; it links to
 the parts that it shares. What feeds nothing in ours is kept aside under `published/`, with a list
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -40,13 +41,14 @@ HIGHRES_PIXELS = "highres_pixel_decoding"
 NULL = "pixel_decoding/uncond_embeddings.bin"
 FOLDERS = {
     "language_model": "language",
+    "pixel_decoding/safety_checker": "safety_checker",
     "pixel_decoding": "pixels",
     "highres_pixel_decoding": "highres/pixels",
 }
 WEIGHTS = "model.safetensors"
 CONDITION = f"pixels/condition/{WEIGHTS}"
 HIGHRES = "highres"
-LINKED = ("vision", "language", "reader")
+LINKED = ("vision", "language", "reader", "safety_checker")
 REQUIRED = (
     "language_model/config.json",
     "pixel_decoding/unet/config.json",
@@ -269,13 +271,15 @@ def _check_language(folder: Path, reader: Mapping[str, Tensor], config: ModelCon
 
 
 def _write_configs(new: Path, files: Mapping[str, Mapping[str, Tensor]], found: Mapping[str, ModelConfig]) -> None:
-    """Configurations, and the links of `highres/` to the parts it shares."""
+    """Configurations, which ask for the safety check, and the links of `highres/` to the parts it shares."""
     _, architecture = sizes.vision_config(files[EVA], heads=found[""].tokenizer.heads)
     (new / "vision" / "config.json").write_text(json.dumps(architecture, indent=1) + "\n")
     for below, config in found.items():
+        config = replace(config, pixels=replace(config.pixels, safety=True))
         (new / below / "config.json").write_text(json.dumps(to_json(config), indent=1) + "\n")
         for part in LINKED if below else ():
-            (new / below / part).symlink_to(Path("..") / part, target_is_directory=True)
+            if (new / part).is_dir():
+                (new / below / part).symlink_to(Path("..") / part, target_is_directory=True)
 
 
 def _published_tensors(folder: Path, path: str, manifest: Manifest) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from lavit.generate.engine import Engine
 from lavit.generate.jobs import Parts, Seed, message, reading, result, writing
 from lavit.generate.prompts import Picture, pictures_of, words_of, written_from
 from lavit.generate.protocols import UNANSWERABLE, Protocol, answerable, asked, protocol_of, refuses
+from lavit.generate.safety import Release, release_of
 from lavit.generate.sampling import Sampling
 from lavit.generate.score import Scorer, best, scorer_of
 from lavit.generate.stream import Job, Update, gathered, updates
@@ -36,7 +37,7 @@ from lavit.sequence import VisualTokens
 
 log = logging.getLogger(__name__)
 
-Size = tuple[int, int]
+Size = tuple[int, int] | str
 TOGETHER = 16  # pictures that are painted in one batch
 
 
@@ -44,8 +45,9 @@ class Pipeline:
     """A loaded LaVIT.
 
     `protocol` says how verbs sample and cut where a call does not: "default", "paper", "published", or a `Protocol`.
-    `quantization="int8"` rounds the weights that the engine's steps read on a CPU. The `size` of pictures is (height,
-    width) in pixels.
+    `quantization="int8"` rounds the weights that the engine's steps read on a CPU. Written pictures pass `release`: with
+    `safety` (default: on for published weights) the checker's refusal raises `Refused`; `watermark` is text to hide in
+    them. Their `size` is (height, width) in pixels or an aspect ratio such as "4:3".
     """
 
     def __init__(
@@ -54,8 +56,10 @@ class Pipeline:
         *,
         protocol: str | Protocol = "default",
         quantization: Literal["int8"] | None = None,
+        safety: bool | None = None,
+        watermark: str | None = None,
     ) -> None:
-        self.model = model
+        self.model, self.safety, self.watermark = model, safety, watermark
         self.quantization = quantization
         known = isinstance(protocol, Protocol)
         self.protocol = protocol if known else protocol_of(protocol, model.config.tokenizer.patches)
@@ -68,6 +72,11 @@ class Pipeline:
                 "int8 on a CPU rounds the weights of each step; with two threads it was no faster than fp32 (LOG.md)"
             )
         return Engine(self.model.language, quantization=self.quantization)
+
+    @cached_property
+    def release(self) -> Release:
+        """The safety check and the watermark."""
+        return release_of(self.model, safety=self.safety, watermark=self.watermark)
 
     def caption(
         self,
@@ -224,11 +233,11 @@ class Pipeline:
         size: Size | None = None,
         watch: Callable[[int, Tensor], None] | None = None,
     ) -> list[Image.Image]:
-        """Pictures of codes through reconstructor and pixel decoder.
+        """Pictures of codes through reconstructor and pixel decoder, released (`Refused` if the checker says so).
 
         `watch` is called with the step's number and the latents after each step.
         """
-        config = self.model.config.pixels
+        release, config = self.release, self.model.config.pixels
         done: list[Image.Image] = []
         for at in range(0, len(codes), TOGETHER):
             with torch.inference_mode():
@@ -241,7 +250,7 @@ class Pipeline:
                     callback=watch,
                 )
             done += [to_image(picture) for picture in pictures]
-        return done
+        return release(done, seeds)
 
     def tokenize(
         self,
@@ -267,8 +276,14 @@ class Pipeline:
         size: Size | None = None,
     ) -> Image.Image:
         """A picture through its visual tokens and back, without the language model."""
+        self._ready(size)
         tokens = self.tokenize(image, keep=keep, seed=seed)
         return self.paint([tokens.codes], seeds=[seed], steps=steps, guidance=guidance, size=size)[0]
+
+    def _ready(self, size: Size | None) -> None:
+        """Raise what would stop the picture at the end before work begins."""
+        self.model.pixels.check_size(self.model.pixels.picture_size(size))
+        _ = self.release
 
     def _candidates(self, out: str, n: int, best_of: int | None, scorer: Any, stream: bool) -> int:
         """The number of pictures to draw for n, after a request for the best of them has been checked."""
@@ -306,6 +321,12 @@ class Pipeline:
         if previews and (out == "text" or not stream):
             raise InputError(
                 "previews are part of a stream that holds pictures: give stream=True, out='image' or 'auto'"
+            )
+        if out != "text":
+            self._ready(size)
+        if previews and self.release.checker is not None:
+            raise InputError(
+                "previews would pass the safety checker unseen: leave previews out, or load with safety=False"
             )
 
         def paint(codes: Sequence[Tensor], seeds: Sequence[int], watch: Any = None) -> list[Image.Image]:
