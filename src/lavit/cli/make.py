@@ -37,12 +37,26 @@ def train(
     print(f"trained: {out}")
 
 
-def evaluate(run: Words[Path], /, data: str | None = None, json: bool = False, limit: int | None = None) -> None:
-    """Measure a trained run: every figure with its count, interval, floor and ceiling."""
+def evaluate(
+    run: Words[Path],
+    /,
+    data: str | None = None,
+    json: bool = False,
+    limit: int | None = None,
+    study: Literal["steps", "attribution"] | None = None,
+) -> None:
+    """Measure a trained run: every figure with its count, interval, floor and ceiling.
+
+    --study measures the pixel decoder instead: few steps against many, or what the tokens contribute to a picture.
+    """
+    from lavit.evaluate.pixels import run_study
     from lavit.evaluate.report import evaluate_run
 
     with ProgressBar() as progress:
-        figures = evaluate_run(run, data=data, limit=limit, progress=progress.count)
+        if study is None:
+            figures = evaluate_run(run, data=data, limit=limit, progress=progress.count)
+        else:
+            figures = run_study(study, run, data=data, limit=limit, progress=progress.count)
     for figure in figures:
         answer_with(json, figure.line(), **figure.to_json())
 
