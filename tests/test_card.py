@@ -54,7 +54,7 @@ def test_a_readme_of_ones_own_is_left_alone(toy_run: Path, tmp_path: Path, caplo
     shutil.copytree(toy_run, run, ignore=shutil.ignore_patterns("checkpoints", "cache", "tensorboard"))
     (run / "README.md").write_text("mine")
     write_card(run)
-    assert (run / "README.md").read_text() == "mine" and "left as it was" in caplog.text
+    assert (run / "README.md").read_text() == "mine" and "was left as it is" in caplog.text
 
 
 @pytest.fixture(scope="module")

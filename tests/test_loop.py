@@ -128,8 +128,8 @@ def test_the_log_says_what_is_loaded_and_what_is_fresh(
     said = {line.split(": ")[1]: line for line in lines}
     assert "fresh, train" in said["rows"] and "fresh, train" in said["lm"]
     assert "copied from the tokenizer, train" in said["merger"]
-    visual = 2 + toy_config().tokenizer.codes
-    assert f"{visual * 32:,} weights" in said["rows"] or f"{visual:,}" in said["rows"]
+    visual, width = 2 + toy_config().tokenizer.codes, toy_config().language.architecture["hidden_size"]
+    assert f"{visual * width:,} weights" in said["rows"]
 
 
 def test_bf16_on_a_machine_without_it_is_refused(toy_data: Path, tmp_path: Path) -> None:

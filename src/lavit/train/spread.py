@@ -26,20 +26,20 @@ from lavit.config import InputError
 def make_accelerator(precision: Literal["auto", "fp32", "bf16"] = "auto", *, fsdp: bool = False) -> Accelerator:
     """Accelerate's object for this process; `fsdp` shards (as `accelerate launch --use_fsdp` asks too)."""
     fsdp = fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     plugin = None
     if fsdp:
         if os.environ.get("FSDP_VERSION", "2") != "2":
             raise InputError("FSDP version 1 is not supported: accelerate launch --use_fsdp --fsdp_version 2")
+        if not several:
+            raise InputError("FSDP2 shards over processes and there is one: start with torchrun --nproc-per-node N")
         plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     accelerator = Accelerator(
         cpu=several and not torch.accelerator.is_available(),  # else each process would train alone, all in one folder
         mixed_precision=_mixed_precision(precision),
         fsdp_plugin=plugin,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    if plugin is not None and accelerator.num_processes == 1:
-        raise InputError("FSDP2 shards over processes and there is one: start with torchrun --nproc-per-node N")
     if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
         for state in (PartialState(), accelerator.state):  # the first is copied into the second again and again
             state.distributed_type = DistributedType.FSDP
