@@ -1,18 +1,18 @@
 """Training at mini width: how much of the machine's matmul rate a step reaches, and how it compares with transformers.
 
-    python benchmarks/train.py --data data/starter [--threads 2] [--rows 4] [--tokens 512] [--runs 4] [--json FILE]
+    python benchmarks/train.py --data data/starter [--threads 2] [--rows 8] [--tokens 512] [--runs 4] [--json FILE]
 
 The model has SmolLM2-135M's shape (30 blocks of 576, 9 heads of which 3 for keys and values, 49,152 text ids) and the
 visual rows of `codes`, random weights, fp32, everything trains. The documents are the starter data's, with a code drawn
 for each kept patch (a third of 100) in place of a trained tokenizer's: lengths are what matters here.
 
-mfu_ratio            (6 · parameters · target tokens of a pass + attention inside documents) / seconds of a whole step with
+mfu_ratio            (6 · parameters · useful tokens + attention inside documents, causal) / seconds of a whole step with
                      AdamW and clipping, over the best fp32 product of 1024³ to 4096³ in the same process; recomputation
                      and padding are not counted. A plain transformers step of 4×96 tokens gets about 0.66. Aim 0.70.
 train_tokens_ratio   useful tokens a second of our packed step over those of a `transformers.Trainer` step on the same
                      documents in random order, batch 16, padded to the longest, same weights. Aim 1.5.
 
-Peak memory is that of the process. Steps alternate with the peer's; medians count. About six minutes on two idle cores;
+Peak memory is that of the process. Steps alternate with the peer's; medians count. About ten minutes on two idle cores;
 busy cores make every figure worthless.
 """
 
@@ -195,7 +195,7 @@ class Peer:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="data/starter")
-    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
     parser.add_argument("--runs", type=int, default=4)
