@@ -40,7 +40,7 @@ ENCODER_NAMES = {"efficientnet-lite0": "EfficientNet-Lite0"}
 def kernel_distances(
     written: Float[Tensor, "pictures dim"], real: Float[Tensor, "pictures dim"]
 ) -> Float[Tensor, "pictures"]:
-    """Jackknife values of the squared kernel distance, times 1000, one per picture; their mean is the unbiased estimate.
+    """Jackknife values of the squared kernel distance, one per picture; their mean is the unbiased estimate.
 
     Row i of both is the same picture: the pairs (i, i) stay out of all three sums (Gretton et al. 2012, Lemma 6).
     """
@@ -52,7 +52,7 @@ def kernel_distances(
     rows, n = pairs.fill_diagonal_(0).sum(1), len(pairs)
     if n < 3:
         raise InputError(f"a kernel distance needs 3 pictures or more, not {n}: raise the limit")
-    return 1000 * (rows.sum() / (n - 1) - (rows.sum() - 2 * rows) / (n - 2)).float()
+    return (rows.sum() / (n - 1) - (rows.sum() - 2 * rows) / (n - 2)).float()
 
 
 def cosines(
@@ -189,7 +189,7 @@ def run_study(
 
 def _kernel_name(e: Evaluation) -> str:
     config = e.pipeline.model.config
-    return f"KID x1000, {ENCODER_NAMES.get(config.vision.source, f'encoder of {config.name}')}"
+    return f"KID, {ENCODER_NAMES.get(config.vision.source, f'encoder of {config.name}')}"
 
 
 def _kernel_figure(e: Evaluation, name: str, held: HeldOut, patches: Tensor) -> Figure:

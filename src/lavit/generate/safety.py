@@ -88,7 +88,10 @@ class SafetyChecker:
 
 
 def watermarked(picture: Image.Image, text: str) -> Image.Image:
-    """The picture with `text` hidden in it (frequencies of its blocks); the package invisible-watermark reads it back."""
+    """The picture with `text` hidden in the frequencies of its blocks.
+
+    The package invisible-watermark reads it back, except from pictures of flat colour (icons, say): those carry nothing.
+    """
     imwatermark = require("imwatermark", extra="watermark")
     if min(picture.size) < SMALLEST_MARKED:
         raise InputError(
