@@ -1,6 +1,6 @@
 """Work of one of two gloo ranks in stages 2 and 3, for tests/test_distributed.py; apart, so that ranks start alone.
 
-    python -m torch.distributed.run --nproc-per-node 2 tests/ranks_language.py DATA OUT STAGES [fsdp]
+python -m torch.distributed.run --nproc-per-node 2 tests/ranks_language.py DATA OUT STAGES [fsdp]
 """
 
 from __future__ import annotations

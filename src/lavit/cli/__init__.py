@@ -14,6 +14,7 @@ from typing import Any
 import tyro
 
 from lavit.cli import convert as foreign
+from lavit.cli import data as sets
 from lavit.cli import make, use
 from lavit.config import InputError
 
@@ -30,17 +31,19 @@ VERBS: dict[str, Callable[..., Any]] = {
     "gallery": use.gallery,
     "plot": use.plot,
     "train": make.train,
+    "train-finetune": make.finetune,
     "eval": make.evaluate,
     "demo": make.demo,
+    "export": make.export,
 }
 GROUPS: dict[str, dict[str, Callable[..., Any]]] = {
-    "data": {"starter": make.data_starter, "check": make.data_check},
+    "data": {"starter": make.data_starter, "easy-vqa": sets.easy_vqa, "prose": sets.prose, "check": sets.check},
     "convert": {"check": foreign.check, "published": foreign.published, "reverse": foreign.reverse},
 }
 
 
 def data() -> None:
-    """Build the starter data, or check a data set (lavit data starter, lavit data check)."""
+    """Build data sets from installed packages, or check any (lavit data starter, easy-vqa, prose, check)."""
     _group("data")
 
 
@@ -61,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     words = list(sys.argv[1:] if arguments is None else arguments)
     verbs, prog = {**VERBS, "data": data, "convert": convert}, "lavit"
+    if words[:2] == ["train", "finetune"]:
+        words = ["train-finetune", *words[2:]]
     if len(words) > 1 and words[0] in GROUPS:
         verbs, prog, words = GROUPS[words[0]], f"lavit {words[0]}", words[1:]
     try:

@@ -3,23 +3,44 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from lavit.cli.output import ProgressBar, Words, answer_with
+from lavit.config import InputError
+
+Data = Annotated[
+    tuple[str, ...],
+    tyro.conf.UseAppendAction,
+    tyro.conf.arg(help="a source; give it again to mix several, SOURCE:0.5 draws half as many documents from one"),
+]
 
 
 def train(
     stage: Words[Literal["tokenizer", "language", "pixels", "all"]],
     /,
-    data: str,
-    out: Path,
+    data: Data = (),
+    out: Path | None = None,
     preset: str = "nano",
     minutes: float | None = None,
     seed: int = 0,
+    lora: int | None = None,
+    tracker: tuple[str, ...] = ("tensorboard",),
+    fsdp: bool = False,
+    stream: bool = False,
+    tokens: Path | None = None,
+    plan: bool = False,
+    gpus: int = 1,
+    memory: float | None = None,
 ) -> None:
     """Train a stage, or all three, of a preset on a data set. The same command goes on after an interruption.
 
-    --minutes scales the steps: about that long on two idle CPU cores.
+    --minutes scales the steps: about that long on two idle CPU cores. --lora R trains adapters of rank R beside a frozen
+    language model. --tracker tensorboard, wandb or trackio, beside metrics.jsonl. --fsdp shards stage 2 over the processes
+    of torchrun. --stream reads the data of stage 2 as it comes, shard by shard; --tokens takes its codes from a folder of
+    `lavit tokenize-corpus`, and then nothing is read, only written. --plan trains nothing: it computes the memory of stage 2
+    on --gpus GPUs of --memory GiB each.
     """
     from dataclasses import replace
 
@@ -28,13 +49,54 @@ def train(
     from lavit.train.run import STAGES, Run
 
     chosen = find(preset)
+    model = chosen.model
+    if lora is not None:
+        model = replace(model, language=replace(model.language, lora_rank=lora))
+    if plan:
+        from lavit.train.plan import plan_language
+
+        if stage != "language":
+            raise InputError("--plan computes stage 2, the largest: lavit train language --plan")
+        print("\n".join(plan_language(model, chosen.training, gpus=gpus, memory=memory).lines()))
+        return
+    if not data or out is None:
+        raise InputError("a training needs --data (what to learn from) and --out (the run's folder)")
     training = replace(chosen.training, seed=seed)
     if minutes is not None:
         training = scaled(training, minutes / chosen.minutes)
+    if stream or tokens is not None:
+        fed = replace(training.language, stream=stream, token_corpus=str(tokens or ""))
+        training = replace(training, language=fed)
     with ProgressBar() as progress:
-        run = Run(out, data, chosen.model, training, watch=progress.report, prepare=progress.count)
+        watch = {"watch": progress.report, "prepare": progress.count}
+        run = Run(out, ",".join(data), model, training, trackers=tracker, fsdp=fsdp, **watch)
         run.train(STAGES if stage == "all" else (stage,))
     print(f"trained: {out}")
+
+
+def finetune(
+    data: Path,
+    model: Path,
+    out: Path,
+    lora: int | None = None,
+    steps: int = 200,
+    minutes: float | None = None,
+    seed: int = 0,
+    tracker: tuple[str, ...] = ("tensorboard",),
+) -> None:
+    """Fine-tune a trained model on conversations (lavit train finetune); answers alone give loss.
+
+    --data is a file of JSON lines {"messages": […]} with pictures on either side. --lora R trains adapters of rank R, which
+    are merged in the end; by default all weights train, or the adapter that the model has. --minutes, in place of --steps,
+    measures how many fit. The same command goes on after an interruption.
+    """
+    from lavit.train.finetune import Finetune, finetune_training
+
+    training = finetune_training(model, lora_rank=lora, steps=steps, seed=seed)
+    with ProgressBar() as progress:
+        watch = {"watch": progress.report, "prepare": progress.count}
+        Finetune(out, data, model, training, minutes=minutes, trackers=tracker, **watch).train()
+    print(f"fine-tuned: {out}")
 
 
 def evaluate(
@@ -51,6 +113,7 @@ def evaluate(
     """
     from lavit.evaluate.pixels import run_study
     from lavit.evaluate.report import evaluate_run
+    from lavit.train.card import record_figures
 
     with ProgressBar() as progress:
         if study is None:
@@ -59,6 +122,17 @@ def evaluate(
             figures = run_study(study, run, data=data, limit=limit, progress=progress.count)
     for figure in figures:
         answer_with(json, figure.line(), **figure.to_json())
+    if study is None:
+        record_figures(run, [figure.to_json() for figure in figures])
+
+
+def export(run: Words[Path], /, out: Path, merge: bool = False) -> None:
+    """Write a run's language model as a plain transformers folder; --merge joins a LoRA adapter to its base."""
+    from lavit.config import ModelConfig, from_json, read_json
+    from lavit.storage import export_language
+
+    export_language(from_json(ModelConfig, read_json(run / "config.json")), run, out, merge=merge)
+    print(out)
 
 
 def data_starter(out: Path, families: int | None = None, tones: tuple[str, ...] | None = None, seed: int = 0) -> None:
@@ -75,17 +149,6 @@ def data_starter(out: Path, families: int | None = None, tones: tuple[str, ...] 
         )
     for name, count in counts.items():
         print(f"{name:>24} {count}")
-
-
-def data_check(data: Words[str], /, split: str = "train", json: bool = False) -> None:
-    """Read a data set and report counts, broken pictures, text lengths and licences."""
-    import dataclasses
-
-    from lavit.data.sources import check
-
-    report = dataclasses.asdict(check(data, split))
-    text = "\n".join(f"{name:>16} {value}" for name, value in report.items())
-    answer_with(json, text, **report)
 
 
 def demo(run: Words[Path], /, out: Path = Path("demo"), data: str | None = None) -> None:

@@ -99,8 +99,8 @@ class _Unpad(torch.autograd.Function):
 def document_attention(
     module: nn.Module,
     query: Float[Tensor, "rows heads tokens dim"],
-    key: Float[Tensor, "rows kv_heads tokens dim"],
-    value: Float[Tensor, "rows kv_heads tokens value_dim"],
+    key: Float[Tensor, "rows kv_heads keys dim"],
+    value: Float[Tensor, "rows kv_heads keys value_dim"],
     attention_mask: Tensor | None,
     *,
     dropout: float = 0.0,

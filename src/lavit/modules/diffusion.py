@@ -133,3 +133,13 @@ def solver_of(sampler: str | SchedulerMixin, noise: SchedulerMixin) -> Scheduler
         "sample_max_value": float(trained.get("clip_sample_range", 1.0)),
     }
     return DPMSolver.from_config(trained)
+
+
+def clean_latents(scheduler: SchedulerMixin, noisy: Tensor, answer: Tensor, times: Tensor) -> Tensor:
+    """The clean latents [images, channels, rows, columns] that a denoiser's answer (noise, velocity or they) stands for."""
+    kept = scheduler.alphas_cumprod.to(noisy)[times.long()].reshape(-1, 1, 1, 1)
+    if scheduler.config.prediction_type == "epsilon":
+        return (noisy - (1 - kept).sqrt() * answer) / kept.sqrt()
+    if scheduler.config.prediction_type == "v_prediction":
+        return kept.sqrt() * noisy - (1 - kept).sqrt() * answer
+    return answer

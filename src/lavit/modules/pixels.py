@@ -28,6 +28,7 @@ from lavit.images import ASPECT_SIZES, aspect_size
 from lavit.modules.condition import HEADS, Condition, Head
 from lavit.modules.diffusion import (
     STABLE_DIFFUSION_NOISE,
+    clean_latents,
     given_weights,
     load_strictly,
     noise_schedule,
@@ -35,6 +36,7 @@ from lavit.modules.diffusion import (
     solver_of,
     unet_of,
 )
+from lavit.modules.perceptual import Perceptual
 
 KL_WEIGHT = 1e-6  # as Stable Diffusion's autoencoder
 MIN_SNR_GAMMA = 5.0
@@ -120,7 +122,6 @@ class Pixels(nn.Module):
         mean, deviation = self._latent_moments(latents)
         return ((latents - mean) / deviation).to(pictures.dtype)
 
-    @torch.no_grad()
     def decode(self, latents: Float[Tensor, "images channels rows columns"]) -> Float[Tensor, "images 3 height width"]:
         """Pictures of latents, not clamped."""
         if self.vae is None:
@@ -133,13 +134,13 @@ class Pixels(nn.Module):
         self,
         pictures: Float[Tensor, "images 3 height width"],
         *,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
     ) -> Float[Tensor, ""]:
         """L1 of the reconstruction and a trace of KL to the unit normal: trains `vae` before stage 3."""
         if self.vae is None:
             raise InputError("pixels: this decoder has no autoencoder to train (its latents are folded pixels)")
         posterior = self.vae.encode(pictures).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator, device=_home(generator, pictures))
+        noise = _noise(posterior.mean, generator)
         latents = posterior.mean + posterior.std * noise.to(pictures)
         return F.l1_loss(self.vae.decode(latents).sample, pictures) + KL_WEIGHT * posterior.kl().mean()
 
@@ -157,18 +158,18 @@ class Pixels(nn.Module):
         latents: Float[Tensor, "images channels rows columns"],
         features: Float[Tensor, "images patches dim"],
         *,
-        generator: torch.Generator,
+        generator: torch.Generator | Sequence[torch.Generator],
+        perceptual: Perceptual | None = None,
+        perceptual_weight: float = 0.0,
     ) -> Float[Tensor, ""]:
         """Loss of Eq. 5 on latents (`encode`, computed once): squared error of the predicted noise.
 
-        Each picture gets a noise level and, with probability `condition_dropout`, the null condition.
+        Each picture gets a noise level and, with probability `condition_dropout`, the null condition; from a generator of
+        its own where there are several, whatever the batch.
         """
         self._check_features(features)
-        images, home = len(latents), _home(generator, latents)
-        noise = torch.randn(latents.shape, generator=generator, device=home).to(latents)
-        times = torch.randint(self.scheduler.config.num_train_timesteps, (images,), generator=generator, device=home)
-        dropped = torch.rand(images, generator=generator, device=home) < self.config.condition_dropout
-        times, dropped = times.to(latents.device), dropped.to(latents.device)
+        images = len(latents)
+        noise, times, dropped = (drawn.to(latents.device) for drawn in self._draw(latents, generator))
         size = tuple(latents.shape[2:])
         condition = self.told(features, size).replaced(dropped, self.condition.null(images, size))
         noisy = self.scheduler.add_noise(latents, noise, times)
@@ -178,17 +179,23 @@ class Pixels(nn.Module):
             target = self.scheduler.get_velocity(latents, noise, times)
         found = self._predict(noisy, times, condition)
         errors = (found.float() - target.float()).square().flatten(1).mean(1)
-        return (errors * self._weights(times)).mean()
+        loss = (errors * self._weights(times)).mean()
+        if perceptual is None:
+            return loss
+        clean = clean_latents(self.scheduler, noisy, found, times)
+        return loss + perceptual_weight * perceptual(self.decode(clean), self.decode(latents))
 
-    def loss(
-        self,
-        pictures: Float[Tensor, "images 3 height width"],
-        features: Float[Tensor, "images patches dim"],
-        *,
-        generator: torch.Generator,
-    ) -> Float[Tensor, ""]:
-        """`forward` on pictures instead of cached latents."""
-        return self(self.encode(pictures), features, generator=generator)
+    def _draw(
+        self, latents: Tensor, generator: torch.Generator | Sequence[torch.Generator]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Noise, noise levels, and which pictures lose their condition."""
+        if not isinstance(generator, torch.Generator):
+            drawn = [self._draw(one[None], own) for one, own in zip(latents, generator, strict=True)]
+            return tuple(torch.cat(part) for part in zip(*drawn, strict=True))
+        images, options = len(latents), {"generator": generator, "device": _home(generator, latents)}
+        noise = _noise(latents, generator).to(latents)
+        times = torch.randint(self.scheduler.config.num_train_timesteps, (images,), **options)
+        return noise, times, torch.rand(images, **options) < self.config.condition_dropout
 
     @torch.no_grad()
     def sample(
@@ -230,11 +237,6 @@ class Pixels(nn.Module):
                 latents = latents if changed is None else changed
         return self.decode(latents.to(weight)).clamp(-1, 1)
 
-    def told(self, features: Float[Tensor, "images patches dim"], size: tuple[int, int]) -> Condition:
-        """The condition that features make, for latents of `size` (height, width)."""
-        self._check_features(features)
-        if self.config.direction:
-            features = F.normalize(features, dim=-1) * features.shape[-1] ** 0.5
     def solver(
         self, sampler: str | SchedulerMixin | None = None, steps: int | None = None, device: torch.device | None = None
     ) -> SchedulerMixin:
@@ -247,6 +249,11 @@ class Pixels(nn.Module):
         solver.set_timesteps(steps, device=device)
         return solver
 
+    def told(self, features: Float[Tensor, "images patches dim"], size: tuple[int, int]) -> Condition:
+        """The condition that features make, for latents of `size` (height, width)."""
+        self._check_features(features)
+        if self.config.direction:
+            features = F.normalize(features, dim=-1) * features.shape[-1] ** 0.5
         return self.condition(features, size)
 
     def save(self, folder: Path) -> None:
@@ -376,6 +383,13 @@ class Pixels(nn.Module):
         if len(seeds) != len(features):
             raise InputError(f"pixels: {len(seeds)} seeds for {len(features)} pictures, expected one each")
         self.check_size(size)
+
+
+def _noise(like: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
+    """Normal noise of the shape of `like`: from one generator, or each picture's from its own."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return torch.randn(like.shape, generator=generator, device=_home(generator, like))
+    return torch.cat([_noise(one[None], own) for one, own in zip(like, generator, strict=True)])
 
 
 def _home(generator: torch.Generator | None, like: Tensor) -> torch.device:

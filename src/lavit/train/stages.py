@@ -4,8 +4,8 @@
     LanguageStage    Eq. 6: next-token cross-entropy over text and codes, both orders
     PixelsStage      Eq. 5: ε-prediction on the reconstructed features; AutoencoderStage before it, where there is one
 
-Batches are functions of (seed, step). Stage 1's noise is one of (seed, step, picture), so that one rank and two see the
-same; the noise of the pixel stages is drawn per rank.
+Batches are functions of (seed, step), and noise is one of (seed, step, place in the global batch), so that one rank and
+two see the same.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from lavit.config import InputError, PixelsTraining, TokenizerTraining
 from lavit.data.features import Features
 from lavit.modules.codebook import gather_rows
+from lavit.modules.perceptual import Perceptual
 from lavit.modules.pixels import Pixels
 from lavit.modules.selector import KeepPolicy, gumbel
 from lavit.modules.tokenizer import TokenizerOutput, VisualTokenizer, cosine_distance
+from lavit.modules.vision import Vision
 from lavit.sequence import VisualTokens
 from lavit.train.health import CodeUse, check_codes, check_features, check_finite, check_selector, selector_figures
 from lavit.train.loop import Shard
@@ -128,8 +130,8 @@ class TokenizerStage:
         loss = reconstruction
         if train_selector:
             loss = loss + config.rate_weight * self._rate_loss(out.mask, accelerator)
-            if config.decided_weight:
-                loss = loss + config.decided_weight * (out.keep_probability * (1 - out.keep_probability)).mean()
+            undecided = (out.keep_probability * (1 - out.keep_probability)).mean()
+            loss = loss + config.decided_weight * min(1.0, 2 * step / max(1, config.steps_a)) * undecided
         kept = gather_rows((out.mask.detach() > 0.5).sum(1, keepdim=True).float())[:, 0].long()
         share = len(out.vectors) * accelerator.num_processes / int(kept.sum())  # of this rank's tokens, times ranks
         figures = {"reconstruction": reconstruction, "vector_norm": out.norm * share}
@@ -218,6 +220,20 @@ def tokenize_features(
     )
 
 
+@dataclass(frozen=True)
+class PictureBatch:
+    """Rows (picture and view) of this rank, and their places in the global batch, which seed their noise."""
+
+    rows: Int[Tensor, "images"]
+    places: Int[Tensor, "images"]
+
+
+def _share(rows: Int[Tensor, "batch"], shard: Shard) -> PictureBatch:
+    if len(rows) % shard.ranks:
+        raise InputError(f"a batch of {len(rows)} pictures cannot be shared by {shard.ranks} ranks: give a multiple")
+    return PictureBatch(shard.of(rows), shard.of(torch.arange(len(rows))))
+
+
 class PixelsStage:
     """Stage 3: the denoiser, on features reconstructed from the codes of each picture."""
 
@@ -232,7 +248,12 @@ class PixelsStage:
         config: PixelsTraining,
         *,
         seed: int,
+        views: int = 1,
+        vision: Vision | None = None,
     ) -> None:
+        """`pictures` and `tokens` are rows (picture and view); `vision` is needed where the loss has a perceptual part."""
+        self.views = views
+        self.perceptual = Perceptual(vision) if vision is not None and config.perceptual_weight else None
         self.module, self.config, self.seed = pixels, config, seed
         self.steps = config.steps
         self.tokenizer, self.codes = tokenizer.eval(), tokens.split()
@@ -253,21 +274,35 @@ class PixelsStage:
             }
         ]
 
-    def batch(self, step: int, shard: Shard) -> Int[Tensor, "images"]:
+    def batch(self, step: int, shard: Shard) -> PictureBatch:
         """Rows (picture and view) of a step."""
-        return shard.of(draw_pictures(len(self.latents), self.config.batch, seed=self.seed, step=step))
+        return _share(self._rows(step), shard)
 
-    def losses(
-        self, module: nn.Module, batch: Int[Tensor, "images"], step: int, accelerator: Accelerator
-    ) -> dict[str, Tensor]:
+    def _rows(self, step: int) -> Int[Tensor, "batch"]:
+        """Pictures of a step in random views, a share of them plain."""
+        count, generator = self.config.batch, seeded(self.seed, 9, step)
+        pictures = draw_pictures(len(self.latents) // self.views, count, seed=self.seed, step=step)
+        view = torch.randint(self.views, (count,), generator=generator)
+        plain = torch.rand(count, generator=generator) < self.config.plain_share
+        return pictures * self.views + view.masked_fill(plain, 0)
+
+    def losses(self, module: nn.Module, batch: PictureBatch, step: int, accelerator: Accelerator) -> dict[str, Tensor]:
         """Mean squared error of the predicted noise."""
         device = accelerator.device
-        codes = [self.codes[int(i)].to(device) for i in batch]
+        rows = batch.rows
+        codes = [self.codes[int(i)].to(device) for i in rows]
         with torch.no_grad():
             lengths = torch.tensor([len(c) for c in codes], device=device)
             features = self.tokenizer.decode(torch.cat(codes), lengths)
-        generator = seeded(self.seed, 6, step, accelerator.process_index)
-        return {"loss": module(self.latents[batch].to(device), features, generator=generator)}
+        generators = [seeded(self.seed, 6, step, int(place)) for place in batch.places]
+        loss = module(
+            self.latents[rows].to(device),
+            features,
+            generator=generators,
+            perceptual=self.perceptual,
+            perceptual_weight=self.config.perceptual_weight,
+        )
+        return {"loss": loss}
 
     def after_step(self, step: int) -> dict[str, float]:
         """Move the averaged weights."""
@@ -283,6 +318,18 @@ class PixelsStage:
         self.averaged.load_state_dict(state)
 
 
+class AutoencoderLoss(nn.Module):
+    """The autoencoder's loss as a module, so that DDP sees its forward and adds up its gradients."""
+
+    def __init__(self, pixels: Pixels) -> None:
+        super().__init__()
+        self.vae, self._loss = pixels.vae, pixels.autoencoder_loss
+
+    def forward(self, pictures: Tensor, generators: list[torch.Generator]) -> Tensor:
+        """Pictures [images 3 size size] in -1..1 to a scalar."""
+        return self._loss(pictures, generator=generators)
+
+
 class AutoencoderStage:
     """The small autoencoder whose latents stage 3 denoises."""
 
@@ -296,8 +343,7 @@ class AutoencoderStage:
         *,
         seed: int,
     ) -> None:
-        self.module, self.pictures, self.config, self.seed = pixels.vae, pictures, config, seed
-        self.pixels = pixels
+        self.module, self.pictures, self.config, self.seed = AutoencoderLoss(pixels), pictures, config, seed
         self.steps = config.autoencoder_steps
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -310,16 +356,14 @@ class AutoencoderStage:
             }
         ]
 
-    def batch(self, step: int, shard: Shard) -> Int[Tensor, "images"]:
+    def batch(self, step: int, shard: Shard) -> PictureBatch:
         """Rows (picture and view) of a step."""
-        return shard.of(draw_pictures(len(self.pictures), self.config.batch, seed=self.seed, step=step))
+        return _share(draw_pictures(len(self.pictures), self.config.batch, seed=self.seed, step=step), shard)
 
-    def losses(
-        self, module: nn.Module, batch: Int[Tensor, "images"], step: int, accelerator: Accelerator
-    ) -> dict[str, Tensor]:
+    def losses(self, module: nn.Module, batch: PictureBatch, step: int, accelerator: Accelerator) -> dict[str, Tensor]:
         """Reconstruction plus a little KL."""
-        generator = seeded(self.seed, 7, step, accelerator.process_index)
-        return {"loss": self.pixels.autoencoder_loss(self.pictures[batch].to(accelerator.device), generator=generator)}
+        generators = [seeded(self.seed, 7, step, int(place)) for place in batch.places]
+        return {"loss": module(self.pictures[batch.rows].to(accelerator.device), generators)}
 
     def after_step(self, step: int) -> dict[str, float]:
         """Nothing follows."""
