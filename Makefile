@@ -25,7 +25,7 @@ train-nano: data/starter/starter.json
 	$(BIN)/lavit eval runs/nano
 
 test: .venv/installed
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

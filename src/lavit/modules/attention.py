@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -98,9 +98,9 @@ class _Unpad(torch.autograd.Function):
 
 def document_attention(
     module: nn.Module,
-    query: Float[Tensor, "rows heads tokens dim"],
-    key: Float[Tensor, "rows kv_heads keys dim"],
-    value: Float[Tensor, "rows kv_heads keys value_dim"],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     attention_mask: Tensor | None,
     *,
     dropout: float = 0.0,
@@ -108,8 +108,12 @@ def document_attention(
     groups: DocumentGroups | None = None,
     sliding_window: int | None = None,
     **options: Any,
-) -> tuple[Float[Tensor, "rows tokens heads value_dim"], None]:
-    """The library's call: attention of packed rows where `groups` are given, its own `sdpa` where they are not."""
+) -> tuple[Tensor, None]:
+    """The library's call: attention of packed rows where `groups` are given, its own `sdpa` where they are not.
+
+    query [rows, heads, tokens, dim], key and value [rows, kv_heads, keys, dim]; gives [rows, tokens, heads, dim]. Shapes stand
+    here, not in the annotations: a checker of shapes cannot be compiled, and the engine compiles this.
+    """
     if groups is None:
         options = {**options, "sliding_window": sliding_window}
         common = {"dropout": dropout, "scaling": scaling}
