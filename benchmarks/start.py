@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 MAIN = "from lavit.cli import main; main()"
-PICTURE = Path("data/starter/other_hand/twemoji/1f98a.png")
+PICTURES = Path("data/starter/other_hand/twemoji")  # the first of them is the default
 MOST_SECONDS, MOST_MEGABYTES = 15.0, 3000.0
 SLOWEST = 15  # imports that --profile lists
 
@@ -61,13 +61,16 @@ def imports(arguments: list[str]) -> list[tuple[float, str]]:
 def main() -> None:
     """Measure, print, and write --json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("picture", type=Path, nargs="?", default=PICTURE)
+    parser.add_argument("picture", type=Path, nargs="?")
     parser.add_argument("--model", default="runs/nano-demo")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    caption = ["-c", MAIN, "caption", str(options.picture), "--model", options.model]
+    picture = options.picture or next(iter(sorted(PICTURES.glob("*.png"))), None)
+    if picture is None:
+        raise SystemExit(f"give a PICTURE: there is none in {PICTURES}")
+    caption = ["-c", MAIN, "caption", str(picture), "--model", options.model]
     runs = {"import torch": ["-c", "import torch"], "lavit --help": ["-c", MAIN, "--help"], "lavit caption": caption}
     table = Table("run", "wall s", "spread", "CPU s", "peak MB")
     figures: dict[str, float] = {}

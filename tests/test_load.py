@@ -18,7 +18,7 @@ from conftest import toy_picture
 from lavit.config import InputError
 from lavit.generate import placement
 from lavit.generate.decoder import Decoder
-from lavit.generate.packed import PackedDecoder, Quantized
+from lavit.generate.packed import PackedDecoder, Quantized, obstacle
 
 
 def test_a_caption_reads_no_pixels_and_no_diffusers(toy_run: Path, tmp_path: Path) -> None:
@@ -128,6 +128,9 @@ def test_a_quantiser_gets_merged_weights_and_the_rest_stays(toy_run: Path) -> No
         after = new.visual_logits(new.body(inputs_embeds=new.embed(ids)).last_hidden_state)
     assert new.lm is not old and not any("lora" in name for name, _ in new.named_parameters())
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+    assert obstacle(new) is None
+    new.lm.hf_quantizer = object()  # what a quantiser leaves there
+    assert obstacle(new) == "its weights are rounded already"
 
 
 def test_a_model_without_a_reader_says_so(toy_run: Path, tmp_path: Path) -> None:

@@ -187,6 +187,7 @@ def obstacle(language: Language) -> str | None:
         ),
         (language.rows.device.type == "cpu", f"it is on {language.rows.device.type}"),
         (not hasattr(language.lm, "hf_device_map"), "accelerate has spread its layers"),
+        (getattr(language.lm, "hf_quantizer", None) is None, "its weights are rounded already"),
         (
             all(p.dtype == torch.float32 for p in language.lm.parameters()),
             "its weights are not all fp32",

@@ -23,6 +23,7 @@ from torch import nn
 
 from lavit.config import InputError
 from lavit.modules.language import Language
+from lavit.storage import merge_lora
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +118,8 @@ def torchao() -> Any:
 
 def quantized(language: Language, config: Any, device: torch.device, dtype: torch.dtype, device_map: Any) -> Language:
     """The same `Language` around a rounded LM; its own rows and reader are moved and stay exact."""
-    merge_lora(language.lm)
+    if any(hasattr(module, "get_base_layer") for module in language.lm.modules()):
+        merge_lora(language)
     lm = language.lm
     language.lm = nn.Identity()  # so that the rest moves without it
     language.to(device, dtype)
@@ -152,13 +154,3 @@ def dispatched(language: Language, device: torch.device, dtype: torch.dtype, dev
     language.lm = dispatch_model(lm, device_map, main_device=device, offload_dir=folder)
     log.info("the language model lies on %s", ", ".join(sorted({str(where) for where in device_map.values()})))
     return language
-
-
-def merge_lora(module: nn.Module) -> None:
-    """Add injected LoRA layers to the weights below them, and take them out."""
-    for name, child in module.named_children():
-        if hasattr(child, "get_base_layer"):
-            child.merge()
-            setattr(module, name, child.get_base_layer())
-        else:
-            merge_lora(child)
