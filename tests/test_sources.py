@@ -211,6 +211,12 @@ def test_easy_vqa_is_a_source_with_its_own_split(tmp_path: Path, monkeypatch: py
         assert len(corpus) == 12 and len(corpus.questions) == counts[f"{split} questions"] > 60
         told = [picture.captions[0] for picture in corpus.pictures if picture.captions]
         assert len(told) == counts[f"{split} pictures with a text"] > 6
+    fewer = build_easy_vqa(tmp_path / "shapes", pictures=5)
+    assert (fewer["train pictures"], fewer["test pictures"]) == (5, 12)
+    assert fewer["train questions"] < counts["train questions"] and fewer["test questions"] == counts["test questions"]
+    assert len(load_corpus(tmp_path / "shapes", ("train",)).questions) == fewer["train questions"]
+    with pytest.raises(InputError, match="at least one picture"):
+        build_easy_vqa(tmp_path / "shapes", pictures=0)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "a").touch()
     with pytest.raises(InputError, match="holds no easy-VQA"):
@@ -244,11 +250,13 @@ Dies ist kein englischer Satz, er hat aber viele Worte und endet mit einem Punkt
 
 
 def test_prose_is_split_by_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = [distribution(name) for name in ("attrs", "orjson", "peft", "accelerate", "tqdm", "rich")]
+    chosen = [
+        distribution(name) for name in ("attrs", "efficientnet-lite-pytorch", "peft", "accelerate", "tqdm", "rich")
+    ]
     monkeypatch.setattr("lavit.data.prose.distributions", lambda: iter(chosen))
     counts = build_prose(tmp_path / "prose.jsonl")
     packages = json.loads((tmp_path / "prose.packages.json").read_text())
-    assert {"attrs", "orjson"} <= set(packages["held out"]) and "peft" in packages["train"]
+    assert {"attrs", "efficientnet-lite-pytorch"} <= set(packages["held out"]) and "peft" in packages["train"]
     for split, file in (("train", "prose.jsonl"), ("held out", "prose.held_out.jsonl")):
         lines = [json.loads(line) for line in (tmp_path / file).read_text().splitlines()]
         assert len(lines) == counts[f"{split} texts"] > 0

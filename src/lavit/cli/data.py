@@ -7,12 +7,15 @@ from pathlib import Path
 from lavit.cli.output import ProgressBar, Words, answer_with
 
 
-def easy_vqa(out: Path) -> None:
-    """Write easy-VQA (package easy-vqa): 5,000 pictures of one coloured shape, 48,248 questions, its own train and test."""
+def easy_vqa(out: Path, pictures: int | None = None) -> None:
+    """Write easy-VQA (package easy-vqa): 5,000 pictures of one coloured shape, 48,248 questions, its own train and test.
+
+    --pictures N takes only N of the 4,000 of train.
+    """
     from lavit.data.easy_vqa import build_easy_vqa
 
     with ProgressBar() as progress:
-        counts = build_easy_vqa(out, progress=lambda done, of: progress.count("pictures", done, of))
+        counts = build_easy_vqa(out, pictures=pictures, progress=lambda done, of: progress.count("pictures", done, of))
     for name, count in counts.items():
         print(f"{name:>28} {count}")
 

@@ -39,12 +39,17 @@ Zhou, MIT licence (LICENSE), from the PyPI package easy-vqa {version}: https://g
 """
 
 
-def build_easy_vqa(out: Path, *, progress: Callable[[int, int], None] | None = None) -> dict[str, int]:
-    """Write the data set into `out`; returns counts. `progress` hears (pictures done, of all).
+def build_easy_vqa(
+    out: Path, *, pictures: int | None = None, progress: Callable[[int, int], None] | None = None
+) -> dict[str, int]:
+    """Write the data set into `out`; returns counts. `pictures`: only that many of train (test stays whole).
 
     Written: SPLIT/NUMBER.png, SPLIT/metadata.jsonl, questions.jsonl, README.md, LICENSE, easy-vqa.json. An earlier folder of
-    this kind is replaced; another folder that is not empty, or the package missing, raises `InputError`.
+    this kind is replaced; another folder that is not empty, no picture at all, or the package missing, raises `InputError`.
+    `progress` hears (pictures done, of all).
     """
+    if pictures is not None and pictures < 1:
+        raise InputError(f"a data set needs at least one picture, not {pictures}")
     package = require("easy_vqa", extra="mini")
     out = Path(out)
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MARK).exists())):
@@ -52,7 +57,7 @@ def build_easy_vqa(out: Path, *, progress: Callable[[int, int], None] | None = N
     partial = out.with_name(out.name + ".partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        counts = _write(package, partial, progress)
+        counts = _write(package, partial, pictures, progress)
         if out.exists():
             shutil.rmtree(out)
         partial.rename(out)
@@ -61,16 +66,20 @@ def build_easy_vqa(out: Path, *, progress: Callable[[int, int], None] | None = N
     return counts
 
 
-def _write(package: Any, out: Path, progress: Callable[[int, int], None] | None) -> dict[str, int]:
+def _write(
+    package: Any, out: Path, pictures: int | None, progress: Callable[[int, int], None] | None
+) -> dict[str, int]:
     counts: Counter[str] = Counter()
     lines: list[dict[str, str]] = []
     read = {split: getattr(package, f"get_{split}_image_paths")() for split in SPLITS}
+    read["train"] = dict(sorted(read["train"].items())[:pictures])
     total, done = sum(map(len, read.values())), 0
     for split in SPLITS:
         (out / split).mkdir(parents=True)
         asked: dict[int, list[tuple[str, str]]] = defaultdict(list)
         for question, answer, number in zip(*getattr(package, f"get_{split}_questions")(), strict=True):
-            asked[number].append((question, answer))
+            if number in read[split]:
+                asked[number].append((question, answer))
         rows = []
         for number in sorted(read[split]):
             name = f"{number}.png"
