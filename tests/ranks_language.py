@@ -1,6 +1,6 @@
 """Work of one of two gloo ranks in stages 2 and 3, for tests/test_distributed.py; apart, so that ranks start alone.
 
-python -m torch.distributed.run --nproc-per-node 2 tests/ranks_language.py DATA OUT STAGES [fsdp]
+python -m torch.distributed.run --nproc-per-node 2 tests/ranks_language.py DATA DDP FSDP, the two run folders
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 
 from conftest import toy_config, toy_training
 from lavit.config import TrainConfig
@@ -22,10 +23,12 @@ def training() -> TrainConfig:
     return replace(toy, language=replace(toy.language, steps=4, rows=4), pixels=replace(toy.pixels, steps=4))
 
 
-def main(data: str, out: str, stages: str, fsdp: str = "") -> None:
-    """Train some stages on this rank."""
+def main(data: str, ddp: str, fsdp: str) -> None:
+    """Train stages 2 and 3 under DDP and stage 2 under FSDP2 on this rank."""
     torch.set_num_threads(1)
-    Run(Path(out), data, toy_config(), training(), trackers=(), fsdp=fsdp == "fsdp").train(stages.split(","))
+    Run(Path(ddp), data, toy_config(), training(), trackers=()).train(("language", "pixels"))
+    AcceleratorState._reset_state(reset_partial_state=False)  # the ranks stay together, the layout is another
+    Run(Path(fsdp), data, toy_config(), training(), trackers=(), fsdp=True).train(("language",))
 
 
 if __name__ == "__main__":

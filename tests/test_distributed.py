@@ -23,16 +23,6 @@ from ranks_language import training
 HERE = Path(__file__).parent
 
 
-def on_two_ranks(data: Path, out: Path, *words: str) -> None:
-    """Run tests/ranks_language.py on two ranks to its end."""
-    paths = os.pathsep.join([str(HERE), str(HERE.parent / "src")])
-    settings = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(HERE / "ranks_language.py"), str(data), str(out), *words]
-    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 def figures(run: Path, stage: str) -> list[dict]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["stage"] == stage]
@@ -63,24 +53,28 @@ def agree(mine: Path, theirs: Path, stage: str) -> None:
             assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-4), (name, b["step"])
 
 
-def test_ddp_on_two_ranks_is_one_process(tokenizer_run: Path, alone: Path, toy_data: Path) -> None:
-    out = tokenizer_run.with_name("ddp")
-    shutil.copytree(tokenizer_run, out)
-    on_two_ranks(toy_data, out, "language,pixels")
-    agree(out, alone, "language")
-    agree(out, alone, "pixels")
-
-
 @pytest.fixture(scope="module")
-def sharded(tokenizer_run: Path, toy_data: Path) -> Path:
-    """Stage 2 under FSDP2."""
-    out = tokenizer_run.with_name("fsdp")
-    shutil.copytree(tokenizer_run, out)
-    on_two_ranks(toy_data, out, "language", "fsdp")
-    return out
+def on_two_ranks(tokenizer_run: Path, toy_data: Path) -> dict[str, Path]:
+    """The same stages on two ranks, under DDP and under FSDP2 (tests/ranks_language.py, which see)."""
+    runs = {layout: tokenizer_run.with_name(layout) for layout in ("ddp", "fsdp")}
+    for out in runs.values():
+        shutil.copytree(tokenizer_run, out)
+    paths = os.pathsep.join([str(HERE), str(HERE.parent / "src")])
+    settings = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(HERE / "ranks_language.py"), str(toy_data), *map(str, runs.values())]
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return runs
 
 
-def test_fsdp2_on_two_ranks_is_one_process(sharded: Path, alone: Path) -> None:
+def test_ddp_on_two_ranks_is_one_process(on_two_ranks: dict[str, Path], alone: Path) -> None:
+    agree(on_two_ranks["ddp"], alone, "language")
+    agree(on_two_ranks["ddp"], alone, "pixels")
+
+
+def test_fsdp2_on_two_ranks_is_one_process(on_two_ranks: dict[str, Path], alone: Path) -> None:
+    sharded = on_two_ranks["fsdp"]
     agree(sharded, alone, "language")
     mine, theirs = (LaVIT.from_pretrained(out).language.state_dict() for out in (sharded, alone))
     assert set(mine) == set(theirs)
@@ -89,9 +83,10 @@ def test_fsdp2_on_two_ranks_is_one_process(sharded: Path, alone: Path) -> None:
 
 
 def test_a_checkpoint_of_fsdp2_goes_on_in_one_process(
-    sharded: Path, alone: Path, tokenizer_run: Path, toy_data: Path
+    on_two_ranks: dict[str, Path], alone: Path, tokenizer_run: Path, toy_data: Path
 ) -> None:
     """From its middle to the same end: weights, moments and all."""
+    sharded = on_two_ranks["fsdp"]
     out = sharded.with_name("resumed")
     shutil.copytree(sharded, out)
     saved = out / "checkpoints" / "language"
