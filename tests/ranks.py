@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from lavit.modules.codebook import Codebook
@@ -99,5 +100,6 @@ def run_stage(rank: int, folder: str, port: int) -> None:
     torch.set_num_threads(1)
     meeting = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in meeting.items()} | {"ACCELERATE_USE_CPU": "true"}
+    AcceleratorState._reset_state(reset_partial_state=True)  # a fork begins with its parent's
     torch.save(train_stage(Path(folder) / "run"), f"{folder}/{rank}.pt")
     dist.destroy_process_group()

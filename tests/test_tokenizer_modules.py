@@ -439,7 +439,7 @@ def test_k_means_fills_empty_clusters_and_takes_few_vectors(codebook):
 
 
 def test_two_ranks_are_one_with_the_doubled_batch(tmp_path: Path):
-    mp.spawn(ranks.run_rank, (str(tmp_path),), nprocs=2)
+    mp.start_processes(ranks.run_rank, (str(tmp_path),), nprocs=2, start_method="fork")
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     codebook = ranks.new_codebook()
     revived = ranks.train_codes(codebook, ranks.batches_of(None))
