@@ -6,7 +6,8 @@ Data      lavit data starter --out DATA --families 400 --tones dark
 Cost      about 3 minutes a row and seed at 300 steps on two idle CPU cores
 Score     LOG.md has the table
 
-A finished row is kept in RUN/ablation.jsonl and not computed again, so an interrupted table goes on.
+A variant that an alarm of the training stops is a row with the alarm's words. A finished row is kept in
+RUN/ablation.jsonl and not computed again, so an interrupted table goes on.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from lavit.evaluate.tokenizer import code_use, encode_all, lengths, reconstructi
 from lavit.modules.tokenizer import VisualTokenizer
 from lavit.modules.vision import load_vision
 from lavit.presets import nano
+from lavit.train.health import Alarm
 from lavit.train.loop import train
 from lavit.train.stages import TokenizerStage
 
@@ -111,10 +113,14 @@ def main(
             found = next((row for row in rows if mine.items() <= row.items()), None)
             if found is None:
                 folder = run / "ablation" / f"{name.replace(' ', '-')}-{steps}-{seed}"
-                found = mine | measure(measured, settings(steps, VARIANTS[name]), seed, folder)
+                try:
+                    found = mine | measure(measured, settings(steps, VARIANTS[name]), seed, folder)
+                except Alarm as alarm:
+                    found = mine | {"alarm": str(alarm)}
                 with path.open("a") as file:
                     file.write(json.dumps(found) + "\n")
-            table.add_row(name, str(seed), *(f"{found[figure]:.3f}" for figure in FIGURES))
+            figures = [found["alarm"]] if "alarm" in found else [f"{found[figure]:.3f}" for figure in FIGURES]
+            table.add_row(name, str(seed), *figures)
     Console().print(table)
 
 
