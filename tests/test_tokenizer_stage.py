@@ -33,7 +33,9 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-@pytest.mark.filterwarnings("ignore:`broadcast_buffers` is deprecated:FutureWarning")  # accelerate knows no other name yet
+@pytest.mark.filterwarnings(
+    "ignore:`broadcast_buffers` is deprecated:FutureWarning"
+)  # accelerate knows no other name yet
 def test_two_ranks_end_as_one_with_the_same_batch(tmp_path: Path) -> None:
     mp.start_processes(ranks.run_stage, (str(tmp_path), free_port()), nprocs=2, start_method="fork")
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))

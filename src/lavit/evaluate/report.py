@@ -1,11 +1,15 @@
 """Every figure of a trained run, each with count, interval, floor and ceiling (`lavit eval RUN`).
 
-Held-out pictures are those of the starter data's split `other_hand`: emoji that the run knows, in the hand it has not
-seen. "Exact" means that the caption without its template equals the name.
+Of a mixture the first source is read, written and drawn; the others are asked about where they have a split `test`, and
+texts alone are read where a file of held-out texts lies beside them. Held-out pictures are those of the starter data's
+split `other_hand`: emoji that the run knows, in the hand it has not seen; `unseen` are families it has seen in neither.
+"Exact" means that the caption without its template equals the name. "A word" means that the first twelve words of a
+caption share one with the name or keywords that is not in `COMMON_WORDS`.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,15 +24,21 @@ from torch import Tensor
 
 import lavit
 from lavit.config import InputError, read_json
-from lavit.data.corpus import Corpus, Edit, Picture, load_corpus
+from lavit.data.corpus import Corpus, Edit, Picture, Question, load_corpus, parse_mixture
+from lavit.data.prose import held_out_texts
 from lavit.evaluate import tokenizer as tokens_
 from lavit.evaluate.figures import Figure, share
 from lavit.evaluate.image import Gallery, embed, hits, pooled, shrink
+from lavit.evaluate.text import perplexity
 from lavit.generate.pipeline import Pipeline
+from lavit.storage import load_base
 
 Progress = Callable[[str, int, int], None]
 HELD_OUT = "other_hand"
 BATCH = 32
+COMMON_WORDS = frozenset(
+    ("a", "an", "and", "at", "for", "from", "in", "is", "it", "of", "on", "or", "the", "to", "with", "without")
+)
 
 
 @dataclass
@@ -41,19 +51,24 @@ class Evaluation:
     progress: Progress | None
 
     @cached_property
+    def sources(self) -> list[str]:
+        """The sources of the mixture, without their weights."""
+        return [name for name, _ in parse_mixture(self.data)]
+
+    @cached_property
     def train(self) -> Corpus:
-        """Pictures that the run was trained on."""
-        return load_corpus(self.data)
+        """Pictures of the first source that the run was trained on."""
+        return load_corpus(Path(self.sources[0]))
 
     @cached_property
     def held_out(self) -> Corpus:
         """Known emoji in the hand that the run has not seen."""
-        return load_corpus(self.data, (HELD_OUT,))
+        return load_corpus(Path(self.sources[0]), (HELD_OUT,))
 
     @cached_property
     def unseen(self) -> Corpus:
         """Emoji of families that the run has not seen in any hand."""
-        return load_corpus(self.data, ("unseen",))
+        return load_corpus(Path(self.sources[0]), ("unseen",))
 
     def patches(self, corpus: Corpus, what: str) -> Float[Tensor, "images patches dim"]:
         """Encoder features of a corpus."""
@@ -124,6 +139,7 @@ def evaluate_run(
             question_figures,
             drawing_figures,
             edit_figures,
+            text_figures,
         )
         for figure in part(evaluation)
     ]
@@ -144,24 +160,42 @@ def tokenizer_figures(e: Evaluation) -> Iterator[Figure]:
 
 
 def caption_figures(e: Evaluation) -> Iterator[Figure]:
-    """Exact names on held-out and on training pictures."""
+    """Exact names on held-out and on training pictures; a word of the name or keywords on unseen ones too."""
     common = Counter(name_of(p) for p in e.train.pictures).most_common(1)[0][0]
     known = Gallery(pooled(e.train_patches), tuple(name_of(p) for p in e.train.pictures))
     for where, corpus, patches, count in (
         ("held out", e.held_out, e.held_out_patches, len(e.held_out)),
+        ("unseen", e.unseen, e.unseen_patches, 400),
         ("train", e.train, e.train_patches, 400),
     ):
         chosen = e.some(count, len(corpus))
         pictures = [corpus.pictures[i] for i in chosen]
         names = [name_of(picture) for picture in pictures]
         said = _captions(e, pictures, f"captions, {where}")
-        constant = float(np.mean([name == common for name in names]))
         own = chosen if corpus is e.train else None
         ranked = known.nearest(pooled(patches[chosen]), exclude=own)
-        peer = float(np.mean(hits(ranked, names)))
-        right = [without_template(text) == name for text, name in zip(said, names, strict=True)]
-        note = f"{len(set(known.names))} names; nearest training picture by pooled features: {peer:.3f}"
-        yield share(f"caption: exact name, {where}", right, floor=("best constant", constant), note=note)
+        if corpus is not e.unseen:  # a name that was never seen is nobody's to say
+            constant = float(np.mean([name == common for name in names]))
+            peer = float(np.mean(hits(ranked, names)))
+            right = [without_template(text) == name for text, name in zip(said, names, strict=True)]
+            note = f"{len(set(known.names))} names; nearest training picture by pooled features: {peer:.3f}"
+            yield share(f"caption: exact name, {where}", right, floor=("best constant", constant), note=note)
+        wanted = [words_of(picture) for picture in pictures]
+        best = max(float(np.mean([bool(content(name) & one) for one in wanted])) for name in set(known.names))
+        near = float(np.mean([bool(content(row[0]) & one) for row, one in zip(ranked, wanted, strict=True)]))
+        right = [bool(content(text) & one) for text, one in zip(said, wanted, strict=True)]
+        note = f"nearest training picture by pooled features: {near:.3f}"
+        yield share(f"caption: a word, {where}", right, floor=("best constant", best), note=note)
+
+
+def content(text: str) -> set[str]:
+    """The first twelve words of a text, without `COMMON_WORDS`."""
+    return set(re.findall(r"[a-z0-9]+(?:[-'][a-z0-9]+)*", text.lower())[:12]) - COMMON_WORDS
+
+
+def words_of(picture: Picture) -> set[str]:
+    """The words of a picture's name and keywords."""
+    return {word for text in (name_of(picture), *picture.row.get("keywords", ())) for word in content(text)}
 
 
 def _captions(e: Evaluation, pictures: Sequence[Picture], what: str) -> list[str]:
@@ -174,27 +208,31 @@ def _captions(e: Evaluation, pictures: Sequence[Picture], what: str) -> list[str
 
 
 def question_figures(e: Evaluation) -> Iterator[Figure]:
-    """Answers to templated questions about held-out pictures, by kind of answer."""
-    chosen = [e.held_out.questions[i] for i in e.some(300, len(e.held_out.questions))]
-    if not chosen:
-        return
+    """Answers to templated questions about held-out pictures, by kind; and to the test questions of other sources."""
+    yield from _answers(e, e.held_out, e.some(300, len(e.held_out.questions)), "held out")
+    for source in e.sources[1:]:
+        try:
+            test = load_corpus(Path(source), ("test",))
+        except InputError:  # texts alone, or no such split
+            continue
+        yield from _answers(e, test, e.some(500, len(test.questions)), f"{Path(source).name}, test")
+
+
+def _answers(e: Evaluation, corpus: Corpus, numbers: Sequence[int], where: str) -> Iterator[Figure]:
+    chosen: list[Question] = [corpus.questions[i] for i in numbers]
     said: list[str] = []
     for start in range(0, len(chosen), BATCH):
         part = chosen[start : start + BATCH]
-        images = [e.held_out.pictures[q.picture].record.open() for q in part]
+        images = [corpus.pictures[q.picture].record.open() for q in part]
         said += e.pipeline.ask(images, [q.question for q in part])
         if e.progress:
-            e.progress("questions", len(said), len(chosen))
+            e.progress(f"questions, {where}", len(said), len(chosen))
     right = [text.strip().lower() == q.answer.lower() for text, q in zip(said, chosen, strict=True)]
     for kind, wanted in (("yes or no", True), ("open", False)):
         at = [i for i, q in enumerate(chosen) if (q.answer in ("yes", "no")) is wanted]
         if at:
             common = Counter(chosen[i].answer for i in at).most_common(1)[0][1] / len(at)
-            yield share(
-                f"question: {kind}, held out",
-                [right[i] for i in at],
-                floor=("best constant", common),
-            )
+            yield share(f"question: {kind}, {where}", [right[i] for i in at], floor=("best constant", common))
 
 
 def drawing_figures(e: Evaluation) -> Iterator[Figure]:
@@ -282,3 +320,15 @@ def _edit_pairs(e: Evaluation, count: int) -> list[tuple[Edit, Edit]]:
         if len(pairs) >= wanted:
             break
     return pairs
+
+
+def text_figures(e: Evaluation) -> Iterator[Figure]:
+    """Perplexity of text beside the training text, against the LM that the run began with (where it is adapted)."""
+    model, config = e.pipeline.model, e.pipeline.model.config.language
+    for source in e.sources[1:]:
+        texts = held_out_texts(Path(source))
+        if texts:
+            base = load_base(config, None)[0] if config.lora_rank else None
+            yield perplexity(
+                texts[: e.limit], model.text, model.language, base, where=Path(source).name, progress=e.progress
+            )

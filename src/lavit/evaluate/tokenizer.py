@@ -82,8 +82,9 @@ def lengths(tokens: VisualTokens, images: Sequence[Image.Image], *, where: str) 
     """Share of patches kept, its spread, and the rank correlation of length with picture complexity."""
     kept = tokens.lengths.float()
     patches = tokens.keep.shape[1]
-    follows = spearmanr(kept.numpy(), [complexity(image) for image in images]).statistic if len(kept) > 2 else 0.0
-    follows = 0.0 if np.isnan(follows) else float(follows)
+    sizes = [complexity(image) for image in images]
+    vary = len(kept.unique()) > 1 and len(set(sizes)) > 1  # what is constant follows nothing
+    follows = float(spearmanr(kept.numpy(), sizes).statistic) if vary else 0.0
     return [
         mean(f"kept share, {where}", (kept / patches).tolist()),
         plain(f"length spread (std / mean), {where}", float(kept.std() / kept.mean()), len(kept)),

@@ -1,0 +1,87 @@
+"""`lavit eval` prints every figure of a mixture, each as its definition by hand says."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import lavit
+from conftest import NAMES
+from lavit.cli import main
+from lavit.evaluate.report import content, without_template
+from lavit.evaluate.text import WINDOW, perplexity
+
+TEXTS = ["the red square is beside the green bar.", "a blue dot and a red bar are on the paper. " * 30, "x"]
+
+
+@pytest.fixture(scope="module")
+def mixture(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """Pictures with held-out and unseen splits, a source with test questions, and prose with a held-out file."""
+    folder = tmp_path_factory.mktemp("mixture")
+    for split in ("train", "other_hand", "unseen"):
+        shutil.copytree(toy_data / "train", folder / "emoji" / split)
+    for split in ("train", "test"):
+        shutil.copytree(toy_data / "train", folder / "shapes" / split)
+    lines = [
+        {"split": "test", "image": f"test/{n}.png", "question": question, "answer": answer}
+        for n, name in enumerate(NAMES)
+        for question, answer in (("what is it?", name), ("is it a dot?", "yes" if "dot" in name else "no"))
+    ]
+    (folder / "shapes" / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for name in ("prose.jsonl", "prose.held_out.jsonl"):
+        (folder / name).write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    return f"{folder / 'emoji'},{folder / 'shapes'}:0.5,{folder / 'prose.jsonl'}:0.1", folder
+
+
+def test_every_figure_of_a_mixture(
+    toy_run: Path, mixture: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, folder = mixture
+    run = tmp_path / "run"
+    shutil.copytree(toy_run, run)
+    main(["eval", str(run), "--data", data, "--json"])
+    found = {line["name"]: line for line in map(json.loads, capsys.readouterr().out.splitlines())}
+    model = lavit.load(run)
+    said = model.caption([folder / "emoji" / "other_hand" / f"{n}.png" for n in range(len(NAMES))])
+    exact = [without_template(text) == name for text, name in zip(said, NAMES, strict=True)]
+    assert found["caption: exact name, held out"]["value"] == pytest.approx(sum(exact) / 8)
+    shared = [bool(content(text) & content(name)) for text, name in zip(said, NAMES, strict=True)]
+    assert found["caption: a word, unseen"]["value"] == pytest.approx(sum(shared) / 8)
+    assert found["caption: a word, unseen"]["floor"] == ["best constant", 5 / 8]  # "red square": 3 red, 2 squares more
+    assert found["question: yes or no, shapes, test"]["count"] == found["question: open, shapes, test"]["count"] == 8
+    assert found["question: yes or no, shapes, test"]["floor"] == ["best constant", 6 / 8]
+    assert found["drawing of a trained name: nearest real picture, top-1"]["count"] == 8
+    text = found["perplexity of text, prose.jsonl"]
+    assert text["count"] == 2 and text["floor"] is None and text["low"] < text["value"] < text["high"]
+
+
+def test_words_are_those_of_the_first_twelve() -> None:
+    assert content("The red square, on a blue bar.") == {"red", "square", "blue", "bar"}
+    assert content("one " * 12 + "thirteen") == {"one"}
+
+
+@torch.no_grad()
+def test_perplexity_is_the_one_by_hand(toy_run: Path) -> None:
+    model = lavit.load(toy_run).model
+    found = perplexity(TEXTS, model.text, model.language, model.language.lm, where="here")
+    sums = {"joint": [0.0, 0], "base": [0.0, 0]}
+    for passage in TEXTS[:2]:
+        ids = model.text(passage, add_special_tokens=False)["input_ids"]
+        for start in range(0, len(ids), WINDOW):
+            row = torch.tensor([ids[start : start + WINDOW]])
+            hidden = model.language.body(input_ids=row).last_hidden_state[0, :-1]
+            text = model.language.text_logits(hidden)
+            both = torch.cat([text, model.language.visual_logits(hidden)], -1)
+            for name, logits in (("joint", both), ("base", text)):
+                sums[name][0] += float(F.cross_entropy(logits, row[0, 1:], reduction="sum"))
+                sums[name][1] += row.shape[1] - 1
+    assert found.value == pytest.approx(math.exp(sums["joint"][0] / sums["joint"][1]), rel=1e-4)
+    assert found.floor is not None
+    assert found.floor[1] == pytest.approx(math.exp(sums["base"][0] / sums["base"][1]), rel=1e-4)
+    assert found.value > found.floor[1] and found.count == 2  # probability that goes to codes is lost to text
