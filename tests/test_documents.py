@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from conftest import toy_picture, toy_training
 from lavit.config import InputError
 from lavit.data.corpus import Corpus, Picture, load_corpus, parse_mixture
-from lavit.data.documents import Documents
+from lavit.data.documents import Documents, answer_text, question_text
 from lavit.data.sources import Record
 from lavit.data.text import TextPieces, Texts, cut
 from lavit.sequence import Image, Text, exact_choice, fill_from_front, lay_out, unpack
@@ -94,6 +95,35 @@ def test_documents_come_by_the_weights_and_of_the_kinds_a_source_has(toy_data: P
     only = documents_of(corpus, mixture=(1.0, 0.0, 0.0, 0.0, 0.0))
     captions = {only.tokenizer.decode(document[1].ids) for _ in range(300) if len(document := only.draw(rng)) == 2}
     assert {"a bar.", "red square."} <= captions and "" not in captions
+
+
+def test_a_picture_is_asked_several_questions_at_once(toy_data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "asked"
+    shutil.copytree(toy_data, folder)
+    asked = [
+        ("what is it?", "a bar"),
+        ("is it green?", "yes"),
+        ("is it red?", "no"),
+        ("how many?", "one"),
+        ("why?", "so"),
+    ]
+    image = {"split": "train", "image": "train/4.png"}
+    lines = [json.dumps({**image, "question": question, "answer": answer}) for question, answer in asked]
+    (folder / "questions.jsonl").write_text("\n".join(lines))
+    documents = documents_of(load_corpus(folder), mixture=(0.0, 0.0, 1.0, 0.0, 0.0))
+    said = {question_text(question): answer_text(answer) for question, answer in asked}
+    seen: set[str] = set()
+    for seed in range(20):
+        drawn = documents.draw(np.random.default_rng(seed))
+        sequence = lay_out(drawn, documents.vocabulary)
+        ends = [label for label in sequence.labels if label == documents.vocabulary.end]
+        assert isinstance(drawn[0], Image) and len(drawn) == 9 and len(ends) == 4
+        texts = [documents.tokenizer.decode(part.ids, skip_special_tokens=True) for part in drawn[1:]]
+        assert len(set(texts[::2])) == 4 and all(said[q] == a for q, a in zip(texts[::2], texts[1::2], strict=True))
+        targets = [label for label in sequence.labels if label >= 0 and label != documents.vocabulary.end]
+        assert documents.tokenizer.decode(targets) == "".join(texts[1::2])
+        seen |= set(texts[::2])
+    assert len(seen) == 5
 
 
 def test_a_source_that_gives_nothing_is_named(toy_data: Path) -> None:

@@ -141,9 +141,10 @@ def test_the_heads_loss_and_gradients_are_those_of_cross_entropy(bias: bool) -> 
         assert torch.allclose(a, b, atol=1e-5)
 
 
-def test_new_rows_have_the_scale_of_the_lms_own(language: Language) -> None:
-    own = language.lm.get_input_embeddings().weight.detach().std()
-    assert 0.8 < float(language.rows.detach().std() / own) < 1.25
+def test_new_rows_lie_around_the_mean_of_the_lms_own(language: Language) -> None:
+    own = language.lm.get_input_embeddings().weight.detach()
+    away = language.rows.detach() - own.mean(0)
+    assert 0.2 < float(away.std() / own.std()) < 0.3
 
 
 def test_exported_folder_opens_in_transformers_with_equal_logits(language: Language, tmp_path: Path) -> None:

@@ -56,6 +56,23 @@ def test_a_killed_run_goes_on_to_the_same_losses(toy_data: Path, toy_run: Path, 
         assert a == b, part
 
 
+def test_a_run_goes_on_from_a_model(toy_run: Path, toy_data: Path, tmp_path: Path) -> None:
+    """Its tokens stay what they are; language and pixels begin where the other's ended."""
+    config = LaVIT.from_pretrained(toy_run).config
+    Run(tmp_path / "run", toy_data, config, toy_training(), start=toy_run).train()
+    stages = ("language", "pixels")
+    for part in ("tokenizer", "language"):
+        a, b = ((folder / part / "model.safetensors").read_bytes() for folder in (tmp_path / "run", toy_run))
+        assert (a == b) is (part == "tokenizer")
+    for stage in stages:
+        before, after = (
+            [loss for one, _, loss, _ in losses(run) if one == stage] for run in (toy_run, tmp_path / "run")
+        )
+        assert after[0] < before[0] and len(after) == len(before)
+    with pytest.raises(InputError, match="other settings"):
+        Run(tmp_path / "run", toy_data, config, toy_training())
+
+
 def test_other_settings_on_the_same_folder_are_refused(toy_run: Path, toy_data: Path) -> None:
     with pytest.raises(InputError, match="other settings"):
         Run(toy_run, toy_data, toy_config(), toy_training(7))

@@ -1,7 +1,7 @@
 """LaVIT: images as a foreign language for any causal LM (arXiv 2309.04669), trained, used, measured and served.
 
 import lavit
-lv = lavit.load("runs/nano")
+lv = lavit.load("mini")
 lv.caption("cat.png"); lv.ask("cat.png", "what is this?"); lv.draw("a red bicycle", seed=0)
 """
 
@@ -30,14 +30,16 @@ def load(
     protocol: Any = "default",
     safety: bool | None = None,
     watermark: str | None = None,
+    base: str | None = None,
 ) -> Pipeline:
-    """Open a model folder or training run; parts are read when they are first used.
+    """Open a model folder, a training run or the model of this package ("mini"); parts are read when they are first used.
 
     device: "auto" is a CUDA GPU where there is one, else the CPU; dtype: bf16 there, fp32 here, or "float32", "bfloat16",
     "float16". One line is logged. quantization: "int8" or "nf4" weights for the language model, and device_map ("auto"
     or a map) spreads it over devices (generate/placement.py). protocol: how verbs sample where a call does not say:
     "default", "paper", "published", or a `Protocol`. `safety` switches the check of written pictures on or off (default:
-    on for published weights); `watermark` is text to hide in them.
+    on for published weights); `watermark` is text to hide in them. `base` is another language model, a path or hub id, under
+    the adapter of a model that has one: its figures do not apply then, which is logged.
     Raises `InputError` if the folder is no model, or the platform cannot do what is asked.
     """
     from lavit.generate.pipeline import Pipeline
@@ -47,6 +49,8 @@ def load(
     where, kind = place(device, dtype)
     place_language = placer(where, kind, quantization, device_map)
     loaded = LaVIT.from_pretrained(model, device=where, dtype=kind, place_language=place_language)
+    if base is not None:
+        loaded.replace_base(base)
     return Pipeline(
         loaded,
         protocol=protocol,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ from lavit.storage import (
     load_language,
     load_strictly,
     load_tensors,
+    model_folder,
     replacing,
     save_language,
     save_tensors,
@@ -41,6 +43,7 @@ from lavit.storage import (
 if TYPE_CHECKING:  # diffusers takes seconds to import, and only pixels need it
     from lavit.modules.pixels import Pixels
 
+log = logging.getLogger(__name__)
 PARTS = ("vision", "tokenizer", "language", "pixels")
 
 
@@ -170,12 +173,22 @@ class LaVIT(nn.Module):
         dtype: torch.dtype = torch.float32,
         place_language: Callable[[Language], Language] | None = None,
     ) -> LaVIT:
-        """Open a model folder or a training run; parts load at first use."""
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise InputError(f"there is no model at {folder}: give the folder of a trained run, or a preset's name")
+        """Open a model folder, a training run or a model of this package ("mini"); parts load at first use."""
+        folder = model_folder(folder)
         config = from_json(ModelConfig, read_json(folder / "config.json"))
         return cls(config, folder=folder, device=device, dtype=dtype, place_language=place_language)
+
+    def replace_base(self, source: str) -> None:
+        """Put another language model (a path or hub id) under the adapter, before the language part is read."""
+        language = self.config.language
+        if not language.lora_rank or "language" in self.parts:
+            raise InputError(f"{self.config.name} is no adapter over a base that could be replaced")
+        log.warning(
+            "base weights: %s instead of %s, so the figures of this model do not apply", source, language.source
+        )
+        self.config = dataclasses.replace(
+            self.config, language=dataclasses.replace(language, source=source, sha256=None)
+        )
 
     def save_pretrained(self, folder: str | Path, *, parts: Sequence[str] = PARTS) -> None:
         """Write the configuration and the named parts; each part's folder is replaced as a whole."""

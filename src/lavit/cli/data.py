@@ -1,10 +1,18 @@
-"""Verbs that build data sets from installed packages and look into any data set: easy-vqa, prose, check."""
+"""Verbs that build data sets from installed packages and look into any data set: mini, easy-vqa, prose, check."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from lavit.cli.output import ProgressBar, Words, answer_with
+
+
+def mini(out: Path = Path("data")) -> None:
+    """Build the three sources of `mini` under OUT: every emoji of two artists, easy-VQA, English prose."""
+    from lavit.data.mini import build_mini
+
+    with ProgressBar() as progress:
+        print(build_mini(out, progress=progress.count))
 
 
 def easy_vqa(out: Path, pictures: int | None = None) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lavit.cli.output import ProgressBar, Words, answer_with
+from lavit.cli.output import DEFAULT_MODEL, Model, ProgressBar, Words, answer_with
 from lavit.config import InputError
 
 Data = Annotated[
@@ -76,8 +76,8 @@ def train(
 
 def finetune(
     data: Path,
-    model: Path,
     out: Path,
+    model: Model = DEFAULT_MODEL,
     lora: int | None = None,
     steps: int = 200,
     minutes: float | None = None,
@@ -100,14 +100,14 @@ def finetune(
 
 
 def evaluate(
-    run: Words[Path],
+    run: Words[str] = DEFAULT_MODEL,
     /,
     data: str | None = None,
     json: bool = False,
     limit: int | None = None,
     study: Literal["steps", "attribution"] | None = None,
 ) -> None:
-    """Measure a trained run: every figure with its count, interval, floor and ceiling.
+    """Measure a trained run, or mini: every figure with its count, interval, floor and ceiling.
 
     --study measures the pixel decoder instead: few steps against many, or what the tokens contribute to a picture.
     """
@@ -122,16 +122,17 @@ def evaluate(
             figures = run_study(study, run, data=data, limit=limit, progress=progress.count)
     for figure in figures:
         answer_with(json, figure.line(), **figure.to_json())
-    if study is None:
-        record_figures(run, [figure.to_json() for figure in figures])
+    if study is None and Path(run).is_dir():  # what the package holds stays as it was shipped
+        record_figures(Path(run), [figure.to_json() for figure in figures])
 
 
-def export(run: Words[Path], /, out: Path, merge: bool = False) -> None:
+def export(run: Words[str], /, out: Path, merge: bool = False) -> None:
     """Write a run's language model as a plain transformers folder; --merge joins a LoRA adapter to its base."""
     from lavit.config import ModelConfig, from_json, read_json
-    from lavit.storage import export_language
+    from lavit.storage import export_language, model_folder
 
-    export_language(from_json(ModelConfig, read_json(run / "config.json")), run, out, merge=merge)
+    folder = model_folder(run)
+    export_language(from_json(ModelConfig, read_json(folder / "config.json")), folder, out, merge=merge)
     print(out)
 
 
@@ -151,7 +152,7 @@ def data_starter(out: Path, families: int | None = None, tones: tuple[str, ...] 
         print(f"{name:>24} {count}")
 
 
-def demo(run: Words[Path], /, out: Path = Path("demo"), data: str | None = None) -> None:
+def demo(run: Words[str] = DEFAULT_MODEL, /, out: Path = Path("demo"), data: str | None = None) -> None:
     """Write OUT/index.html and OUT/sheet.png: what a trained run reads, draws, edits and answers."""
     from lavit.evaluate.demo import write_demo
 

@@ -4,6 +4,8 @@
     question   [image read] Question: … Answer: | answer  edit       [image] instruction | [image written]
     text       prompt-like text .                         (what stands before | gives no loss)
 
+A picture that has several questions is asked up to `ASKED` of them in one document, since reading it is most of the cost.
+
 Each document comes from one source of the corpus, chosen by the sources' weights, and is of a kind that this source has. A
 source of texts gives pieces of them (data/text.py). A share of the writing documents loses its prompt: what is left, a bare
 image, trains the unconditional branch of guidance. Images inside a prompt for writing enter as codes, images that are read
@@ -27,6 +29,7 @@ from lavit.sequence import Batch, Document, Image, Sequence, Text, fill_from_fro
 from lavit.vocabulary import Vocabulary
 
 KINDS = ("reading", "writing", "question", "edit", "text")
+ASKED = 4  # questions of one document
 WINDOW = 64  # rows that are filled together, at least
 
 
@@ -78,6 +81,9 @@ class Documents:
         self.tokenizer = text
         self._ids: dict[str, tuple[int, ...]] = {}
         self._window: tuple[int, list[list[Sequence]]] | None = None
+        self._asked: dict[int, list[int]] = {}
+        for number, question in enumerate(corpus.questions):
+            self._asked.setdefault(question.picture, []).append(number)
         self.sources = [Source(part, corpus, config.mixture) for part in corpus.parts]
         weights = np.array([part.weight for part in corpus.parts])
         self.until = np.cumsum(weights / weights.sum())
@@ -122,10 +128,13 @@ class Documents:
         return Text(self.ids(prompts[0 if plain else rng.integers(len(prompts))])), image
 
     def _question(self, source: Source, rng: np.random.Generator) -> Document:
-        asked = self.corpus.questions[_one(source.part.questions, rng)]
-        image = self._image(asked.picture, rng, read=True, target=False)
-        prompt = Text(self.ids(question_text(asked.question)), target=False)
-        return image, prompt, Text(self.ids(answer_text(asked.answer)))
+        picture = self.corpus.questions[_one(source.part.questions, rng)].picture
+        asked = [self.corpus.questions[number] for number in rng.permutation(self._asked[picture])[:ASKED]]
+        segments: list[Text | Image] = [self._image(picture, rng, read=True, target=False)]
+        for one in asked:  # every answer ends as the only one does
+            segments.append(Text(self.ids(question_text(one.question)), target=False))
+            segments.append(Text((*self.ids(answer_text(one.answer)), self.vocabulary.end), closes=False))
+        return tuple(segments)
 
     def _edit(self, source: Source, rng: np.random.Generator) -> Document:
         edit = self.corpus.edits[_one(source.part.edits, rng)]

@@ -9,18 +9,20 @@ from pathlib import Path
 from PIL import Image
 
 import lavit
-from lavit.config import InputError, read_json
-from lavit.evaluate.report import Evaluation, name_of
+from lavit.config import InputError
+from lavit.evaluate.report import Evaluation, name_of, trained_on
 from lavit.visualize import kept_over, sheet
 
 CELL = 128
+COMBINED = ("a cat at night", "a dog in a box", "a sad pizza", "a red heart and a star")
+WORDS = ("sad", "at night", "in a box")
 READ, DRAWN = 8, 6  # held-out pictures that are read, names that are drawn
 
 Row = list[Image.Image | str]
 
 
 def write_demo(
-    run: Path,
+    run: str | Path,
     out: Path,
     *,
     data: str | None = None,
@@ -28,8 +30,7 @@ def write_demo(
 ) -> None:
     """Write the page and the sheet. The held-out pictures are emoji that the run knows in the other artist's hand."""
     pipeline = lavit.load(run)
-    data = data or read_json(Path(run) / "training.json")["data"]
-    evaluation = Evaluation(pipeline, data, None, None)
+    evaluation = Evaluation(pipeline, data or trained_on(run), None, None)
     try:
         (out / "pictures").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -39,6 +40,7 @@ def write_demo(
         ("Reading pictures it never saw", _reading),
         ("Drawing names", _drawing),
         ("Editing: picture and words in, picture out", _editing),
+        ("Two concepts, and words that no edit of the data had", _combining),
         ("Answering", _answering),
     )
     for number, (title, make) in enumerate(steps):
@@ -102,6 +104,13 @@ def _editing(e: Evaluation) -> tuple[Row, list[Row]]:
     return ["source", "instruction", "seed 0", "seed 1", "seed 2", "the real pair"], rows
 
 
+def _combining(e: Evaluation) -> tuple[Row, list[Row]]:
+    rows: list[Row] = [[prompt, *e.pipeline.draw(prompt, n=4, seed=0), ""] for prompt in COMBINED]
+    picture = e.train.pictures[e.some(1, len(e.train), seed=7)[0]].record.open()
+    rows += [[picture, words, *e.pipeline.edit(picture, words, n=3, seed=0), ""] for words in WORDS]
+    return ["prompt, or picture and words", "", "", "", "", ""], rows
+
+
 def _answering(e: Evaluation) -> tuple[Row, list[Row]]:
     rows: list[Row] = []
     for number in e.some(4, len(e.held_out.questions), seed=5):
@@ -153,7 +162,7 @@ th {{ font-weight: 600; color: #666 }}
 img {{ border: 1px solid #ddd }}
 </style>
 <h1>LaVIT {name}</h1>
-<p>One model, trained from scratch on this computer. Kept patches are framed; dropped ones, faded, flow into them.
+<p>One model, shown as it is: nothing is picked by hand. Kept patches are framed; dropped ones, faded, flow into them.
 Pictures: Twemoji (CC-BY 4.0) and OpenMoji (CC-BY-SA 4.0).</p>
 {body}
 </html>

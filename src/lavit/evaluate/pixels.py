@@ -24,10 +24,10 @@ from PIL import Image
 from torch import Tensor
 
 import lavit
-from lavit.config import InputError, read_json
+from lavit.config import InputError
 from lavit.evaluate.figures import Figure, mean, share
 from lavit.evaluate.image import hits, pooled, shrink
-from lavit.evaluate.report import Evaluation, Progress, name_of
+from lavit.evaluate.report import Evaluation, Progress, name_of, trained_on
 from lavit.images import to_image
 
 PICTURES = 200  # at most, of a study
@@ -176,15 +176,13 @@ STUDIES = {"steps": steps_study, "attribution": attribution_study}
 
 
 def run_study(
-    name: str, run: Path, *, data: str | None = None, limit: int | None = None, progress: Progress | None = None
+    name: str, run: str | Path, *, data: str | None = None, limit: int | None = None, progress: Progress | None = None
 ) -> list[Figure]:
     """All figures of a study; `data` defaults to what the run was trained on, `limit` bounds the pictures."""
     if name not in STUDIES:
         raise InputError(f"there is no study {name!r}: choose from {', '.join(STUDIES)}")
     pipeline = lavit.load(run)
-    if data is None:
-        data = read_json(Path(run) / "training.json")["data"]
-    return list(STUDIES[name](Evaluation(pipeline, data, limit, progress)))
+    return list(STUDIES[name](Evaluation(pipeline, data or trained_on(run), limit, progress)))
 
 
 def _kernel_name(e: Evaluation) -> str:

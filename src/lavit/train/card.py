@@ -25,12 +25,11 @@ BASES = {  # what the licence of a part that is not trained from nothing is, whe
 HEADER = "---\nlibrary_name: lavit\npipeline_tag: any-to-any\ntags: [lavit, multimodal, visual-tokenizer]\n---\n"
 
 
-def write_card(
-    folder: Path, *, license_of_weights: str = "not stated: say under which terms you give them away"
-) -> Path:
+def write_card(folder: Path) -> Path:
     """Write `folder/README.md` from training.json, config.json, metrics.jsonl and eval.jsonl; returns its path.
 
-    A README.md that is no card of ours is left as it is, which is logged.
+    Who gives a model away says more in its training.json: "license" of the weights, "license_of_data", "limits". A README.md
+    that is no card of ours is left as it is, which is logged.
     """
     path = folder / "README.md"
     if path.exists() and "library_name: lavit" not in path.read_text():
@@ -49,7 +48,8 @@ def write_card(
         f"Seed {training.seed}, precision {training.precision}. All settings: `training.json`.",
         f"## Data\n`{said['data']}`",
         "## Figures\n" + _figures(folder),
-        "## Licences\n" + _table(("of", "licence"), _licences(said, license_of_weights)),
+        *([f"## Limits\n{said['limits']}"] if "limits" in said else []),
+        "## Licences\n" + _table(("of", "licence"), _licences(said)),
     ]
     path.write_text(HEADER + "\n" + "\n\n".join(parts) + "\n")
     return path
@@ -129,11 +129,11 @@ def _pair(said: list[Any] | None) -> str:
     return f"{said[1]:.3f} ({said[0]})" if said else ""
 
 
-def _licences(said: dict[str, Any], weights: str) -> list[tuple[str, ...]]:
+def _licences(said: dict[str, Any]) -> list[tuple[str, ...]]:
     return [
         ("code", "Apache-2.0 (lavit)"),
-        ("weights trained here", weights),
-        ("data", _licence_of_data(said["data"])),
+        ("weights trained here", said.get("license", "not stated: say under which terms you give them away")),
+        ("data", said.get("license_of_data") or _licence_of_data(said["data"])),
         ("base language model", _base(said["model"]["language"]["source"])),
         ("encoder", _base(said["model"]["vision"]["source"])),
     ]

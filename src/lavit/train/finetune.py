@@ -38,7 +38,7 @@ from lavit.data.pretokenised import nothing_read
 from lavit.model import LaVIT
 from lavit.modules.language import Language
 from lavit.sequence import VisualTokens
-from lavit.storage import inject_lora
+from lavit.storage import inject_lora, model_folder
 from lavit.train.language import LanguageStage
 from lavit.train.loop import Report, Shard, train
 from lavit.train.spread import make_accelerator
@@ -56,13 +56,14 @@ class FinetuneStage(LanguageStage):
 
 
 def finetune_training(
-    model: Path, *, lora_rank: int | None = None, steps: int = 200, seed: int = 0
+    model: str | Path, *, lora_rank: int | None = None, steps: int = 200, seed: int = 0
 ) -> FinetuneTraining:
     """A training for a model folder: rows as in its own stage 2 and a tenth of its rates (LoRA: its rates).
 
     A model that does not say how it was trained gets rows of its LM's own length, at most 2048 tokens, and 2e-5 / 5e-5
     (LoRA 2e-4).
     """
+    model = model_folder(model)
     if (model / "training.json").exists():
         language = from_json(TrainConfig, read_json(model / "training.json")["training"]).language
         share = 1.0 if lora_rank else 0.1
@@ -91,7 +92,7 @@ class Finetune:
         prepare: Callable[[str, int, int], None] | None = None,
         trackers: Sequence[str] = ("tensorboard",),
     ) -> None:
-        self.folder, self.data, self.source = Path(folder), Path(data), Path(model)
+        self.folder, self.data, self.source = Path(folder), Path(data), model_folder(model)
         self.minutes, self.watch, self.prepare, self.trackers = minutes, watch, prepare, tuple(trackers)
         if minutes is not None and minutes <= 0:
             raise InputError(f"a training needs a positive time, not {minutes} minutes")

@@ -21,7 +21,7 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lavit.config import InputError, ModelConfig, TrainConfig, from_json, read_json, to_json
+from lavit.config import InputError, LanguageConfig, ModelConfig, TrainConfig, from_json, read_json, to_json
 from lavit.data.bulk import tokenizer_hash
 from lavit.data.corpus import Corpus, load_corpus
 from lavit.data.documents import Documents
@@ -35,7 +35,7 @@ from lavit.modules.pixels import Pixels
 from lavit.modules.tokenizer import VisualTokenizer
 from lavit.modules.vision import Vision, load_vision
 from lavit.sequence import VisualTokens
-from lavit.storage import build_language, load_base
+from lavit.storage import build_language, load_base, load_language, model_folder
 from lavit.train.card import write_card
 from lavit.train.checkpoint import latest_checkpoint, load_weights
 from lavit.train.health import parameter_lines
@@ -53,7 +53,8 @@ STAGES = ("tokenizer", "language", "pixels")
 class Run:
     """One training run in a folder. `prepare` hears of progress while features are computed, (what, done, of all), and
     `watch` of the loop's `Report`s. `fsdp` spreads stage 2 over processes by FSDP2; `trackers` are written beside the JSON
-    lines (train/metrics.py).
+    lines (train/metrics.py). `start` is a model to go on from, whose configuration `model` is: its tokenizer is taken as
+    it is, since its codes are what its language and pixels know, and those two train on from its weights.
     """
 
     def __init__(
@@ -67,16 +68,23 @@ class Run:
         prepare: Callable[[str, int, int], None] | None = None,
         trackers: Sequence[str] = ("tensorboard",),
         fsdp: bool = False,
+        start: str | Path | None = None,
     ) -> None:
+        self.start = None if start is None else model_folder(start)
         self.folder, self.data, self.training = Path(folder), str(data), training
         self.watch, self.prepare, self.trackers = watch, prepare, tuple(trackers)
         check_trackers(self.trackers)
         self.accelerator = make_accelerator(training.precision, fsdp=fsdp)
         self.config = self._settle(model)
+        if self.start and self.accelerator.is_main_process:
+            self._take_tokenizer(self.start)
+        self.accelerator.wait_for_everyone()
 
     def _settle(self, model: ModelConfig) -> ModelConfig:
         """Write what this run is, or check that the folder is of the same run; returns the model's configuration."""
         mine = {"data": self.data, "model": to_json(model), "training": to_json(self.training)}
+        if self.start:
+            mine["start"] = self.start.name
         path = self.folder / "training.json"
         self.accelerator.wait_for_everyone()
         if path.exists():
@@ -96,6 +104,13 @@ class Run:
         except OSError as error:
             raise InputError(f"cannot write to {self.folder}: {error.strerror}") from error
         return model
+
+    def _take_tokenizer(self, start: Path) -> None:
+        """Copy stage 1 of another model, once."""
+        if (self.folder / "tokenizer" / "done").exists():
+            return
+        model = LaVIT.from_pretrained(start)
+        self._save(model, "vision", "tokenizer")
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -208,7 +223,32 @@ class Run:
 
     def _train_language(self) -> None:
         config = self.training.language
+        language, text, base = self._first_language()
+        model_config = replace(self.config, language=base)
+        stage = self._language_stage(language, text)
+        if base.lora_rank and not self.accelerator.is_fsdp2 and self.accelerator.mixed_precision == "bf16":
+            halve_frozen(language)
+        origins = {"merger.": "copied from the tokenizer", "lm.": f"loaded from {base.source}"}
+        if base.source == "random":
+            del origins["lm."]
+        if self.start:
+            origins = {"": f"loaded from {self.start.name}"}
+        encoded = not config.stream and not config.token_corpus
+        sample = Samples(stage, self.corpus, text) if encoded and not self.accelerator.is_fsdp2 else None
+        if sample is None and self.training.sample_every:
+            log.info("no samples are written: they need whole weights on a rank (no FSDP2), and encoded pictures")
+        self._loop(stage, warmup=config.warmup, betas=(0.9, 0.95), origins=origins, sample=sample)
+        if self.accelerator.is_fsdp2 and self.accelerator.is_main_process:  # a shard cannot be saved: take all weights
+            language = self._first_language()[0]
+            load_weights(latest_checkpoint(self.folder / "checkpoints" / "language"), language)
+        model = LaVIT(model_config, {"language": language}, text=text, folder=self.folder)
+        self._save(model, "language")
+
+    def _first_language(self) -> tuple[Language, PreTrainedTokenizerBase, LanguageConfig]:
+        """The language part before its first step: around its base LM, or as `start` left it."""
         base = self.config.language
+        if self.start:
+            return *load_language(self.config, self.start), base
         if base.source == "random" and base.lora_rank:
             raise InputError("LoRA adapts a trained language model, and this preset's is random: leave --lora out")
         if base.source == "random":
@@ -217,27 +257,9 @@ class Run:
             base = replace(base, architecture={**base.architecture, "vocab_size": len(text), **end})
         lm, found = load_base(base, self.folder / "base")
         text = found or text
-        model_config = replace(self.config, language=base)
-        language = build_language(lm, self.tokenizer.merger, model_config, text)
+        language = build_language(lm, self.tokenizer.merger, replace(self.config, language=base), text)
         language.check_head()
-        stage = self._language_stage(language, text)
-        if base.lora_rank and not self.accelerator.is_fsdp2 and self.accelerator.mixed_precision == "bf16":
-            halve_frozen(language)
-        origins = {"merger.": "copied from the tokenizer", "lm.": f"loaded from {base.source}"}
-        if base.source == "random":
-            del origins["lm."]
-        encoded = not config.stream and not config.token_corpus
-        sample = Samples(stage, self.corpus, text) if encoded and not self.accelerator.is_fsdp2 else None
-        if sample is None and self.training.sample_every:
-            log.info("no samples are written: they need whole weights on a rank (no FSDP2), and encoded pictures")
-        self._loop(stage, warmup=config.warmup, betas=(0.9, 0.95), origins=origins, sample=sample)
-        if self.accelerator.is_fsdp2 and self.accelerator.is_main_process:  # a shard cannot be saved: take all weights
-            language = build_language(
-                load_base(base, self.folder / "base")[0], self.tokenizer.merger, model_config, text
-            )
-            load_weights(latest_checkpoint(self.folder / "checkpoints" / "language"), language)
-        model = LaVIT(model_config, {"language": language}, text=text, folder=self.folder)
-        self._save(model, "language")
+        return language, text, base
 
     def _language_stage(self, language: Language, text: PreTrainedTokenizerBase) -> LanguageStage:
         """Stage 2 on the corpus; on codes made beforehand; or on a stream."""
@@ -281,7 +303,8 @@ class Run:
 
     def _train_pixels(self) -> None:
         config, seed = self.training.pixels, self.training.seed
-        pixels = Pixels.build(self.config.pixels)
+        started = self.start and (self.start / "pixels").is_dir()
+        pixels = Pixels.load(self.start / "pixels", self.config.pixels) if started else Pixels.build(self.config.pixels)
         if config.autoencoder_steps:
             self._loop(AutoencoderStage(pixels, self.pictures, config, seed=seed), warmup=config.warmup)
             pixels.calibrate(self.pictures[:512])
@@ -303,7 +326,7 @@ class Run:
 
 def _same_run(saved: dict[str, Any], mine: dict[str, Any]) -> bool:
     """Whether two descriptions of a run agree; a setting that the older one lacks stands at its default."""
-    if saved.get("data") != mine["data"]:
+    if any(saved.get(name) != mine.get(name) for name in ("data", "start")):
         return False
     try:
         kinds = {"model": ModelConfig, "training": TrainConfig}
