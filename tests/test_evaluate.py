@@ -17,6 +17,7 @@ from lavit.cli import main
 from lavit.evaluate.report import content, without_template
 from lavit.evaluate.text import WINDOW, perplexity
 
+PATCHES = 16
 TEXTS = ["the red square is beside the green bar.", "a blue dot and a red bar are on the paper. " * 30, "x"]
 
 
@@ -57,6 +58,14 @@ def test_every_figure_of_a_mixture(
     assert found["question: yes or no, shapes, test"]["count"] == found["question: open, shapes, test"]["count"] == 8
     assert found["question: yes or no, shapes, test"]["floor"] == ["best constant", 6 / 8]
     assert found["drawing of a trained name: nearest real picture, top-1"]["count"] == 8
+    both = found["drawing of two names: both among the 20 nearest names"]
+    assert both["count"] == 4 and both["value"] == both["floor"][1] == 1  # there are eight names in all
+    alike = found["caption: exact name, train, dynamic tokens"]
+    assert alike["value"] == pytest.approx(found["caption: exact name, train"]["value"])
+    every = model.caption([folder / "emoji" / "train" / f"{n}.png" for n in range(len(NAMES))], keep="all")
+    exact = [without_template(text) == name for text, name in zip(every, NAMES, strict=True)]
+    assert alike["ceiling"] == ["all patches kept", sum(exact) / 8] and f"of {PATCHES} tokens" in alike["note"]
+    assert found["caption: seconds, dynamic over all patches"]["value"] > 0
     text = found["perplexity of text, prose.jsonl"]
     assert text["count"] == 2 and text["floor"] is None and text["low"] < text["value"] < text["high"]
 

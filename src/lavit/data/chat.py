@@ -43,12 +43,16 @@ class ChatText:
 
 @dataclass(frozen=True, eq=False)
 class ChatPicture:
-    """A picture as the message gave it; `read`: it enters as features, else as its codes (`codes`, if known)."""
+    """A picture as the message gave it; `read`: it enters as features, else as its codes (`codes`, if known).
+
+    `keep` is the keep policy of a look at it, in any form that `KeepPolicy.parse` takes.
+    """
 
     picture: Any
     read: bool
     target: bool = False
     codes: tuple[int, ...] | None = None
+    keep: Any = "auto"
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ import lavit
 from lavit.config import InputError, read_json
 from lavit.data.corpus import Corpus, Edit, Picture, Question, load_corpus, parse_mixture
 from lavit.data.prose import held_out_texts
+from lavit.evaluate import cost
 from lavit.evaluate import tokenizer as tokens_
 from lavit.evaluate.figures import Figure, share
 from lavit.evaluate.image import Gallery, embed, hits, pooled, shrink
@@ -151,6 +152,7 @@ def evaluate_run(
             concept_figures,
             edit_figures,
             text_figures,
+            cost_figures,
         )
         for figure in part(evaluation)
     ]
@@ -366,3 +368,17 @@ def text_figures(e: Evaluation) -> Iterator[Figure]:
             yield perplexity(
                 texts[: e.limit], model.text, model.language, base, where=Path(source).name, progress=e.progress
             )
+
+
+def cost_figures(e: Evaluation) -> Iterator[Figure]:
+    """Seconds of the verbs, and reading on dynamic tokens against all patches, on training pictures."""
+    held = [e.held_out.pictures[i] for i in e.some(8, len(e.held_out), seed=7)]
+    names = [name_of(picture) for picture in held]
+    yield from cost.verbs(e.pipeline, [picture.record.open() for picture in held], names)
+    pictures = [e.train.pictures[i] for i in e.some(100, len(e.train), seed=8)]
+
+    def right(said: Sequence[str]) -> list[bool]:
+        return [without_template(text) == name_of(picture) for text, picture in zip(said, pictures, strict=True)]
+
+    images = [picture.record.open() for picture in pictures]
+    yield from cost.dynamic_against_all(e.pipeline, images, right, e.progress)

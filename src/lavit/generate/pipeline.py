@@ -85,11 +85,15 @@ class Pipeline:
         n: int | None = None,
         seed: Seed = 0,
         sampling: Sampling | None = None,
+        keep: str | int | float | KeepPolicy = "auto",
         stream: bool = False,
     ) -> Any:
-        """Say what each picture shows: the text up to and without the first full stop. With `n`, lists of n texts."""
+        """Say what each picture shows: the text up to and without the first full stop. With `n`, lists of n texts.
+
+        `keep` is the policy under which pictures are looked at ("auto", "all", 64 tokens, 0.25 of the patches, …).
+        """
         pictures, one = pictures_of(images)
-        prompts = [[ChatPicture(open_image(picture), read=True)] for picture in pictures]
+        prompts = [[ChatPicture(open_image(picture), read=True, keep=keep)] for picture in pictures]
         how = self.protocol.caption if sampling is None else sampling
         jobs = reading(self.model, prompts, how, 1 if n is None else n, seed, self.protocol.caption_ends)
         return self._texts(jobs, one, n, stream)
@@ -102,10 +106,11 @@ class Pipeline:
         n: int | None = None,
         seed: Seed = 0,
         sampling: Sampling | None = None,
+        keep: str | int | float | KeepPolicy = "auto",
         check_answerable: bool = False,
         stream: bool = False,
     ) -> Any:
-        """Answer a question about each picture; lists must have the same length. With `n`, lists of n texts.
+        """Answer a question about each picture; lists must have the same length. With `n`, lists of n texts; `keep` as above.
 
         check_answerable: as for VizWiz, ask first whether the question can be answered, else say "unanswerable".
         """
@@ -113,7 +118,7 @@ class Pipeline:
         texts, _ = words_of(questions, "question")
         _same_length(pictures, texts, "questions")
         prompts: list[Parts] = [
-            [ChatPicture(open_image(picture), read=True), ChatText(question_text(asked(question)))]
+            [ChatPicture(open_image(picture), read=True, keep=keep), ChatText(question_text(asked(question)))]
             for picture, question in zip(pictures, texts, strict=True)
         ]
         how = self.protocol.answer if sampling is None else sampling
@@ -122,7 +127,8 @@ class Pipeline:
             return self._texts(jobs, one, n, stream)
         if stream or n is not None:
             raise InputError("check_answerable asks twice: leave stream and n out")
-        first = self.ask(pictures, [answerable(question) for question in texts], seed=seed, sampling=sampling)
+        asking = {"seed": seed, "sampling": sampling, "keep": keep}
+        first = self.ask(pictures, [answerable(question) for question in texts], **asking)
         answers = self._texts(jobs, False, None, False)
         found = [UNANSWERABLE if refuses(said) else answer for said, answer in zip(first, answers, strict=True)]
         return found[0] if one else found

@@ -20,6 +20,7 @@ from lavit.config import InputError
 from lavit.data.chat import ChatPicture, ChatText
 from lavit.images import open_image
 from lavit.model import LaVIT
+from lavit.modules.selector import KeepPolicy
 
 Picture = str | Path | bytes | Image.Image
 
@@ -45,7 +46,7 @@ def lay_prompt(model: LaVIT, parts: Sequence[ChatText | ChatPicture]) -> Prompt:
             piece = model.text(part.text, add_special_tokens=False)["input_ids"]
             slot = [False] * len(piece)
         elif part.read and model.config.language.read_as == "features":
-            rows = read(model, open_image(part.picture))
+            rows = read(model, open_image(part.picture), KeepPolicy.parse(part.keep))
             # the slots' ids are never looked at: features stand there
             piece = [vocabulary.image_start, *[vocabulary.image_end] * len(rows), vocabulary.image_end]
             slot = [False, *[True] * len(rows), False]
@@ -59,17 +60,17 @@ def lay_prompt(model: LaVIT, parts: Sequence[ChatText | ChatPicture]) -> Prompt:
     return Prompt(tuple(ids), tuple(slots) if features else (), torch.cat(features) if features else None)
 
 
-def read(model: LaVIT, image: Image.Image) -> Float[Tensor, "kept width"]:
+def read(model: LaVIT, image: Image.Image, policy: KeepPolicy) -> Float[Tensor, "kept width"]:
     """Continuous features of a picture, as the LM reads them."""
     patches = model.patches([image])
-    keep = model.tokenizer.select(patches)
+    keep = model.tokenizer.select(patches, policy)
     return model.language.read(model.tokenizer.prepare(patches).to(model.language.rows.dtype), keep)
 
 
 def codes_of(model: LaVIT, part: ChatPicture) -> Tensor:
     """Codes of a picture: those it came with, else those of a look at it."""
     if part.codes is None:
-        return model.encode([open_image(part.picture)]).codes
+        return model.encode([open_image(part.picture)], KeepPolicy.parse(part.keep)).codes
     config = model.config.tokenizer
     wrong = [code for code in part.codes if not 0 <= code < config.codes]
     if wrong or not 1 <= len(part.codes) <= config.patches:
