@@ -8,13 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import ImageOps
 
 from conftest import NAMES, toy_config, toy_training
 from lavit.config import InputError
 from lavit.data.corpus import load_corpus
 from lavit.data.documents import Documents
+from lavit.data.features import compute_features, view_of
+from lavit.images import pixels
 from lavit.model import LaVIT
 from lavit.modules.tokenizer import cosine_distance
+from lavit.modules.vision import Vision
 from lavit.train.health import Alarm, CodeUse, check_codes, check_selector
 from lavit.train.language import train_text_tokenizer
 from lavit.train.loop import Report, schedule
@@ -118,6 +122,23 @@ def test_documents_fill_their_rows_and_are_functions_of_the_step(toy_data: Path)
 def test_every_picture_comes_once_an_epoch() -> None:
     drawn = torch.cat([draw_pictures(10, 4, seed=1, step=step) for step in range(5)])
     assert drawn[:10].sort().values.tolist() == drawn[10:].sort().values.tolist() == list(range(10))
+
+
+def test_mirrored_views_follow_what_they_mirror(toy_run: Path, toy_data: Path, tmp_path: Path) -> None:
+    vision = LaVIT.from_pretrained(toy_run).vision
+    records = [picture.record for picture in load_corpus(toy_data).pictures]
+    views = compute_features(records, vision, tmp_path, views=4, mirrored=True)
+    images = [record.open() for record in records]
+    expected = [ImageOps.mirror(image) for image in images]
+    config = vision.config
+    found = views.rows(torch.arange(8), torch.ones(8, dtype=torch.long))
+    assert torch.allclose(found, vision(pixels(expected, config.image_size, config.mean, config.std)), atol=1e-2)
+    moved = [view_of(image, 1, number) for number, image in enumerate(images)]
+    assert [ImageOps.mirror(view_of(image, 3, n, mirrored=True)) for n, image in enumerate(images)] == moved
+    plain = compute_features(records, vision, tmp_path, views=4)
+    pinned = Vision(replace(config, sha256="0"), vision.encoder)  # the same file once its hash is known
+    assert compute_features(records, pinned, tmp_path, views=4).array.filename == plain.array.filename
+    assert plain.array.filename != views.array.filename
 
 
 def test_schedule_warms_up_and_ends_at_nothing() -> None:

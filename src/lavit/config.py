@@ -244,6 +244,8 @@ class TrainConfig:
 
     seed: int = 0
     views: int = 1  # cached views of each training picture: the plain one and small shifts, zooms and turns of it
+    # every second view mirrors the one before: for data in which left and right mean nothing (no letters, arrows, clocks)
+    mirrored: bool = False
     text_vocabulary: int = 2048  # of the text tokenizer that is trained where the LM is random
     checkpoint_every: int = 200  # steps
     keep_last: int = 2  # checkpoints

@@ -12,13 +12,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from PIL import Image, ImageChops, ImageFilter
+from PIL import Image, ImageChops, ImageFilter, ImageOps
 from torch import Tensor
 
 from lavit.config import to_json
@@ -61,10 +61,13 @@ def cleaned(image: Image.Image, *, width: int) -> Image.Image:
     return image.filter(ImageFilter.MaxFilter(width)).filter(ImageFilter.MinFilter(width))
 
 
-def view_of(image: Image.Image, view: int, seed: int) -> Image.Image:
+def view_of(image: Image.Image, view: int, seed: int, *, mirrored: bool = False) -> Image.Image:
     """View 0 is the picture; odd ones are inked, even ones cleaned, all moved: zoom 0.8 to 1.05, shift to 8 %, turn to
-    10 degrees, shade.
+    10 degrees, shade. If `mirrored`, each is followed by its mirror image: view 1 is then that of the picture.
     """
+    if mirrored:
+        image = view_of(image, view // 2, seed)
+        return ImageOps.mirror(image) if view % 2 else image
     if view == 0:
         return image
     rng = np.random.default_rng([seed, view])
@@ -89,15 +92,16 @@ def compute_features(
     *,
     views: int = 1,
     seed: int = 0,
+    mirrored: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Features:
     """Features of pictures, from `folder` where they are there already.
 
-    `progress` is called with (pictures done, pictures in all). The pictures must be readable (`data.corpus` sorts out).
+    `views` counts all, mirror images too. `progress` is called with (pictures done, pictures in all). The pictures must be readable (`data.corpus` sorts out).
     """
-    key = hashlib.sha256(
-        json.dumps([[record.name for record in records], to_json(vision.config), views, seed, VIEWS]).encode()
-    ).hexdigest()[:16]
+    encoder = to_json(replace(vision.config, sha256=None))  # the same encoder before its file is pinned and after
+    said = [[record.name for record in records], encoder, views, seed, VIEWS, *["mirrored"] * mirrored]
+    key = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     path, mark = folder / f"features-{key}.npy", folder / f"features-{key}.json"
     config = vision.config
@@ -109,7 +113,11 @@ def compute_features(
     while done < len(records):
         block = [record.open() for record in records[done : done + BLOCK]]
         at = range(done, done + len(block))
-        images = [view_of(image, v, seed + i) for i, image in zip(at, block, strict=True) for v in range(views)]
+        images = [
+            view_of(image, v, seed + i, mirrored=mirrored)
+            for i, image in zip(at, block, strict=True)
+            for v in range(views)
+        ]
         for start in range(0, len(images), BLOCK):
             part = pixels(images[start : start + BLOCK], config.image_size, config.mean, config.std)
             row = done * views + start

@@ -132,6 +132,7 @@ class Run:
                 self.folder / "cache",
                 views=self.training.views,
                 seed=self.training.seed,
+                mirrored=self.training.mirrored,
                 progress=self._progress("encoder features"),
             )
 
@@ -151,7 +152,7 @@ class Run:
         size, views = self.config.pixels.size, self.training.views
         half = (0.5, 0.5, 0.5)
         images = (
-            view_of(picture.record.open(), view, self.training.seed + number)
+            view_of(picture.record.open(), view, self.training.seed + number, mirrored=self.training.mirrored)
             for number, picture in enumerate(self.corpus.pictures)
             for view in range(views)
         )
