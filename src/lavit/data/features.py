@@ -97,7 +97,8 @@ def compute_features(
 ) -> Features:
     """Features of pictures, from `folder` where they are there already.
 
-    `views` counts all, mirror images too. `progress` is called with (pictures done, pictures in all). The pictures must be readable (`data.corpus` sorts out).
+    `views` counts all, mirror images too. `progress` is called with (pictures done, pictures in all). The pictures must be
+    readable (`data.corpus` sorts out).
     """
     encoder = to_json(replace(vision.config, sha256=None))  # the same encoder before its file is pinned and after
     said = [[record.name for record in records], encoder, views, seed, VIEWS, *["mirrored"] * mirrored]
