@@ -14,8 +14,8 @@ import torch.nn.functional as F
 import lavit
 from conftest import NAMES
 from lavit.cli import main
-from lavit.evaluate.report import content, without_template
 from lavit.evaluate.text import WINDOW, perplexity
+from lavit.evaluate.words import content, without_template
 
 PATCHES = 16
 TEXTS = ["the red square is beside the green bar.", "a blue dot and a red bar are on the paper. " * 30, "x"]

@@ -10,7 +10,8 @@ from PIL import Image
 
 import lavit
 from lavit.config import InputError
-from lavit.evaluate.report import Evaluation, name_of, trained_on
+from lavit.evaluate.report import Evaluation, trained_on
+from lavit.evaluate.words import name_of
 from lavit.visualize import kept_over, sheet
 
 CELL = 128

@@ -27,7 +27,8 @@ import lavit
 from lavit.config import InputError
 from lavit.evaluate.figures import Figure, mean, share
 from lavit.evaluate.image import hits, pooled, shrink
-from lavit.evaluate.report import Evaluation, Progress, name_of, trained_on
+from lavit.evaluate.report import Evaluation, Progress, trained_on
+from lavit.evaluate.words import name_of
 from lavit.images import to_image
 
 PICTURES = 200  # at most, of a study

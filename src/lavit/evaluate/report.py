@@ -9,12 +9,12 @@ caption share one with the name or keywords that is not in `COMMON_WORDS`.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -31,16 +31,16 @@ from lavit.evaluate import tokenizer as tokens_
 from lavit.evaluate.figures import Figure, share
 from lavit.evaluate.image import Gallery, embed, hits, pooled, shrink
 from lavit.evaluate.text import perplexity
+from lavit.evaluate.words import content, name_of, without_template, words_of
 from lavit.generate.pipeline import Pipeline
 from lavit.storage import WEIGHTS, load_base, model_folder
 
 Progress = Callable[[str, int, int], None]
 HELD_OUT = "other_hand"
+T = TypeVar("T")
 BATCH = 32
+DRAWN = 10  # pictures drawn at a time
 CONCEPT_TOP = 20
-COMMON_WORDS = frozenset(
-    ("a", "an", "and", "at", "for", "from", "in", "is", "it", "of", "on", "or", "the", "to", "with", "without")
-)
 
 
 @dataclass
@@ -107,16 +107,6 @@ class Evaluation:
         """Numbers of a fixed random choice."""
         chosen = np.random.default_rng([seed, of]).permutation(of)[: min(count, of, self.limit or of)]
         return sorted(chosen.tolist())
-
-
-def name_of(picture: Picture) -> str:
-    """The name: the first caption without its template."""
-    return without_template(picture.captions[0])
-
-
-def without_template(caption: str) -> str:
-    """A caption is the name and a full stop."""
-    return caption.strip().rstrip(".").strip().lower()
 
 
 def trained_on(model: str | Path) -> str:
@@ -201,16 +191,6 @@ def caption_figures(e: Evaluation) -> Iterator[Figure]:
         yield share(f"caption: a word, {where}", right, floor=("best constant", best), note=note)
 
 
-def content(text: str) -> set[str]:
-    """The first twelve words of a text, without `COMMON_WORDS`."""
-    return set(re.findall(r"[a-z0-9]+(?:[-'][a-z0-9]+)*", text.lower())[:12]) - COMMON_WORDS
-
-
-def words_of(picture: Picture) -> set[str]:
-    """The words of a picture's name and keywords."""
-    return {word for text in (name_of(picture), *picture.row.get("keywords", ())) for word in content(text)}
-
-
 def _captions(e: Evaluation, pictures: Sequence[Picture], what: str) -> list[str]:
     said: list[str] = []
     for start in range(0, len(pictures), BATCH):
@@ -257,7 +237,9 @@ def drawing_figures(e: Evaluation) -> Iterator[Figure]:
         "reconstruction",
         held,
         size,
-        lambda p, i: e.pipeline.reconstruct(p.record.open(), seed=i),
+        lambda part, seeds: [
+            e.pipeline.reconstruct(p.record.open(), seed=seed) for p, seed in zip(part, seeds, strict=True)
+        ],
     )
     names = sorted({name_of(picture) for picture in e.train.pictures})
     picked = {names[i] for i in e.some(50, len(names), seed=1)}
@@ -268,8 +250,24 @@ def drawing_figures(e: Evaluation) -> Iterator[Figure]:
         "drawing of a trained name",
         drawn,
         size,
-        lambda p, i: e.pipeline.draw(p.prompts[0], seed=i)[0],
+        lambda part, seeds: [made[0] for made in e.pipeline.draw([p.prompts[0] for p in part], seed=seeds)],
     )
+
+
+def _in_batches(
+    e: Evaluation,
+    what: str,
+    items: Sequence[T],
+    make: Callable[[Sequence[T], list[int]], list[Image.Image]],
+) -> list[Image.Image]:
+    """Pictures of items, `DRAWN` at a time (each as it would be alone); item i has the seed i."""
+    made: list[Image.Image] = []
+    for start in range(0, len(items), DRAWN):
+        part = items[start : start + DRAWN]
+        made += make(part, list(range(start, start + len(part))))
+        if e.progress:
+            e.progress(what, len(made), len(items))
+    return made
 
 
 def _found(
@@ -277,13 +275,9 @@ def _found(
     what: str,
     pictures: Sequence[Picture],
     size: int,
-    make: Callable[[Picture, int], Image.Image],
+    make: Callable[[Sequence[Picture], list[int]], list[Image.Image]],
 ) -> Iterator[Figure]:
-    made = []
-    for number, picture in enumerate(pictures):
-        made.append(make(picture, number))
-        if e.progress:
-            e.progress(what, number + 1, len(pictures))
+    made = _in_batches(e, what, pictures, make)
     names = [name_of(picture) for picture in pictures]
     ranked = e.gallery.nearest(embed(e.pipeline.model, made))
     best = e.gallery.nearest(embed(e.pipeline.model, [shrink(p.record.open(), size) for p in pictures]))
@@ -303,11 +297,12 @@ def concept_figures(e: Evaluation) -> Iterator[Figure]:
     names = sorted({name_of(picture) for picture in e.train.pictures})
     chosen = [names[i] for i in np.random.default_rng(6).permutation(len(names))]
     pairs = list(zip(chosen[0::2], chosen[1::2], strict=False))[: min(30, e.limit or 30)]
-    made = []
-    for number, (first, second) in enumerate(pairs):
-        made.append(e.pipeline.draw(f"{first} and {second}", seed=number)[0])
-        if e.progress:
-            e.progress("two concepts", number + 1, len(pairs))
+    made = _in_batches(
+        e,
+        "two concepts",
+        pairs,
+        lambda part, seeds: [one[0] for one in e.pipeline.draw([" and ".join(pair) for pair in part], seed=seeds)],
+    )
     ranked = e.gallery.nearest(embed(e.pipeline.model, made))
 
     def found(asked: Sequence[tuple[str, str]]) -> list[bool]:
@@ -326,14 +321,16 @@ def edit_figures(e: Evaluation) -> Iterator[Figure]:
     pairs = _edit_pairs(e, 40)
     if not pairs:
         return
-    right: list[bool] = []
-    for number, pair in enumerate(pairs):
-        sources = [e.train.pictures[edit.source].record.open() for edit in pair]
-        results = [e.pipeline.edit(s, edit.prompt, seed=number)[0] for s, edit in zip(sources, pair, strict=True)]
-        like = embed(e.pipeline.model, results) @ embed(e.pipeline.model, sources).T
-        right += [bool(like[0, 0] > like[0, 1]), bool(like[1, 1] > like[1, 0])]
-        if e.progress:
-            e.progress("edits", number + 1, len(pairs))
+    edits = [edit for pair in pairs for edit in pair]
+    sources = [e.train.pictures[edit.source].record.open() for edit in edits]
+
+    def make(part: Sequence[int], seeds: list[int]) -> list[Image.Image]:
+        images, prompts = [sources[i] for i in part], [edits[i].prompt for i in part]
+        return [made[0] for made in e.pipeline.edit(images, prompts, seed=[seed // 2 for seed in seeds])]
+
+    results = _in_batches(e, "edits", range(len(edits)), make)
+    like = embed(e.pipeline.model, results) @ embed(e.pipeline.model, sources).T
+    right = [bool(like[i, i] > like[i, i ^ 1]) for i in range(len(edits))]
     yield share("edit: nearer its own source than another's", right, floor=("chance", 0.5))
 
 
