@@ -28,8 +28,8 @@ HEADER = "---\nlibrary_name: lavit\npipeline_tag: any-to-any\ntags: [lavit, mult
 def write_card(folder: Path) -> Path:
     """Write `folder/README.md` from training.json, config.json, metrics.jsonl and eval.jsonl; returns its path.
 
-    Who gives a model away says more in its training.json: "license" of the weights, "license_of_data", "limits". A README.md
-    that is no card of ours is left as it is, which is logged.
+    Who gives a model away says more in its training.json: "license" of the weights, "license_of_data", "limits", and
+    a "note" on the training. A README.md that is no card of ours is left as it is, which is logged.
     """
     path = folder / "README.md"
     if path.exists() and "library_name: lavit" not in path.read_text():
@@ -45,7 +45,8 @@ def write_card(folder: Path) -> Path:
         "```\nlavit caption PICTURE --model FOLDER\nlavit draw PROMPT --model FOLDER\n```",
         "## Parts\n" + _table(("part", "what it is"), _parts(model, said["model"])),
         "## Training\n" + _table(("stage", "steps", "last figures"), _stages(folder, training)),
-        f"Seed {training.seed}, precision {training.precision}. All settings: `training.json`.",
+        f"Seed {training.seed}, precision {training.precision}. All settings: `training.json`."
+        + (f" {said['note']}." if "note" in said else ""),
         f"## Data\n`{said['data']}`",
         "## Figures\n" + _figures(folder),
         *([f"## Limits\n{said['limits']}"] if "limits" in said else []),
