@@ -60,6 +60,7 @@ def main(
 
 def write_shipped(run: Path, out: Path) -> None:
     """The parts of a run that a user loads, weights in half precision, with the last figures of each stage and its card."""
+    out.mkdir(parents=True, exist_ok=True)
     for name in SHIPPED:
         if (run / name).is_dir():
             shutil.copytree(run / name, out / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("done"))

@@ -166,7 +166,7 @@ def load_base(config: LanguageConfig, folder: Path | None) -> tuple[PreTrainedMo
         raise InputError(f"{folder} holds no language model: has the language stage been trained?")
     try:
         return AutoModelForCausalLM.from_pretrained(where), AutoTokenizer.from_pretrained(where)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"no language model at {where}: {str(error).splitlines()[0]}") from error
 
 
