@@ -62,7 +62,7 @@ def main() -> None:
     """Measure, print, and write --json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("picture", type=Path, nargs="?")
-    parser.add_argument("--model", default="runs/nano-demo")
+    parser.add_argument("--model", default="mini")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--json", type=Path)
