@@ -240,7 +240,12 @@ class Run:
             log.info("no samples are written: they need whole weights on a rank (no FSDP2), and encoded pictures")
         self._loop(stage, warmup=config.warmup, betas=(0.9, 0.95), origins=origins, sample=sample)
         if self.accelerator.is_fsdp2 and self.accelerator.is_main_process:  # a shard cannot be saved: take all weights
-            language = self._first_language()[0]
+            if self.start:
+                language = load_language(self.config, self.start)[0]
+            else:
+                language = build_language(
+                    load_base(base, self.folder / "base")[0], self.tokenizer.merger, model_config, text
+                )
             load_weights(latest_checkpoint(self.folder / "checkpoints" / "language"), language)
         model = LaVIT(model_config, {"language": language}, text=text, folder=self.folder)
         self._save(model, "language")
