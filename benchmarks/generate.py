@@ -201,6 +201,7 @@ def report(
     same: tuple[bool, bool],
     agreed: float,
 ) -> None:
+    """Ratios of medians with their spread, printed as a table and returned."""
     batch = f"packed step, {BATCH} images"
     ratios = {
         "guided_batch1": ("transformers, image", "packed step, image", 1),

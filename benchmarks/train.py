@@ -195,6 +195,7 @@ class Peer:
 
 
 def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="data/starter")
     parser.add_argument("--rows", type=int, default=8)

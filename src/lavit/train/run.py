@@ -76,9 +76,8 @@ class Run:
         check_trackers(self.trackers)
         self.accelerator = make_accelerator(training.precision, fsdp=fsdp)
         self.config = self._settle(model)
-        if self.start and self.accelerator.is_main_process:
+        if self.start:
             self._take_tokenizer(self.start)
-        self.accelerator.wait_for_everyone()
 
     def _settle(self, model: ModelConfig) -> ModelConfig:
         """Write what this run is, or check that the folder is of the same run; returns the model's configuration."""
@@ -106,11 +105,11 @@ class Run:
         return model
 
     def _take_tokenizer(self, start: Path) -> None:
-        """Copy stage 1 of another model, once."""
-        if (self.folder / "tokenizer" / "done").exists():
-            return
-        model = LaVIT.from_pretrained(start)
-        self._save(model, "vision", "tokenizer")
+        """Copy stage 1 of another model, once; every rank takes part, since `_save` waits for all."""
+        done = (self.folder / "tokenizer" / "done").exists()
+        self.accelerator.wait_for_everyone()
+        if not done:
+            self._save(LaVIT.from_pretrained(start), "vision", "tokenizer")
 
     @cached_property
     def corpus(self) -> Corpus:
