@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import tyro
@@ -53,9 +54,11 @@ def main(
         write_shipped(run, ship)
         return
     preset = mini()
-    model = LaVIT.from_pretrained("mini").config if resume else preset.model
-    start = "mini" if resume else None
-    Run(run, build_mini(data), model, scaled(preset.training, factor), start=start).train(stages)
+    model, training, start = preset.model, scaled(preset.training, factor), None
+    if resume:  # the shipped reader knows its words
+        model, start = LaVIT.from_pretrained("mini").config, "mini"
+        training = replace(training, language=replace(training.language, reader_steps=0))
+    Run(run, build_mini(data), model, training, start=start).train(stages)
 
 
 def write_shipped(run: Path, out: Path) -> None:

