@@ -16,7 +16,7 @@ from lavit.data.corpus import Corpus, Picture, Question
 from lavit.data.sources import Record
 from lavit.train import reader as train_reader
 from lavit.train.loop import Shard
-from lavit.train.reader import ReaderStage, said_of
+from lavit.train.reader import ReadBatch, ReaderStage, said_of
 from lavit.train.run import Run
 
 
@@ -51,12 +51,16 @@ def test_half_a_batch_on_each_of_two_ranks_is_one(reader: ReaderStage) -> None:
 
 
 def test_many_captions_are_told_from_some_of_them(reader: ReaderStage, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = reader.batch(0, Shard())
-    wanted = whole.candidates[whole.captions]
-    monkeypatch.setattr(train_reader, "CAPTIONS", 8)
-    reader.count = 1000
-    few = reader.batch(0, Shard())
-    assert len(few.candidates) <= 8 and torch.equal(few.candidates[few.captions], wanted)
+    def wanted(batch: ReadBatch) -> list[list[int]]:
+        captions = [part.tolist() for part in batch.candidates.split(batch.lengths.tolist())]
+        return [captions[number] for number in batch.captions]
+
+    few, all_ = 4, reader.batch(0, Shard())
+    assert len(all_.lengths) == len(reader.captions) > few
+    monkeypatch.setattr(train_reader, "CAPTIONS", few)
+    reader.config = replace(reader.config, reader_batch=2)
+    some = reader.batch(0, Shard())
+    assert len(some.lengths) <= few and wanted(some) == wanted(all_)[:2]
 
 
 def test_the_reader_learns_what_is_said_before_the_language_model_reads(run: Run) -> None:

@@ -361,7 +361,7 @@ def text_figures(e: Evaluation) -> Iterator[Figure]:
     for source in e.sources[1:]:
         texts = held_out_texts(Path(source))
         if texts:
-            base = load_base(config, None)[0] if config.lora_rank else None
+            base = load_base(config, model.folder / "language")[0] if config.lora_rank else None
             yield perplexity(
                 texts[: e.limit], model.text, model.language, base, where=Path(source).name, progress=e.progress
             )

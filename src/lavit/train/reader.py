@@ -44,37 +44,38 @@ SAY_NOTHING = frozenset(("yes", "no"))  # answers that are about the question
 
 @dataclass(frozen=True)
 class ReadBatch:
-    """Features and masks of this rank's pictures, shares of the words said of each, and its caption's number (or -1)."""
+    """Features and masks of this rank's pictures, shares of the words said of each, and its caption's number (or -1)
+    among candidates, which are their words one after the other.
+    """
 
     patches: Float[Tensor, "images patches dim"]
     keep: Bool[Tensor, "images patches"]
     words: Float[Tensor, "images words"]
     captions: Int[Tensor, "images"]
-    candidates: Int[Tensor, "candidates"]
+    candidates: Int[Tensor, "total"]
+    lengths: Int[Tensor, "candidates"]
 
 
 class ReaderLoss(nn.Module):
     """Merger copy and projection of a `Language` (shared with it) in front of its frozen embedding table."""
 
-    def __init__(
-        self, language: Language, ids: Int[Tensor, "words"], frequency: Float[Tensor, "words"], captions: Tensor
-    ) -> None:
+    def __init__(self, language: Language, ids: Int[Tensor, "words"], frequency: Float[Tensor, "words"]) -> None:
         super().__init__()
         self.merger, self.to_language = language.merger, language.to_language
-        table = language.lm.get_input_embeddings().weight.detach()
-        directions = F.normalize(table[ids].float() - table.float().mean(0), dim=1)
-        self.register_buffer("directions", directions, persistent=False)
+        table = language.lm.get_input_embeddings().weight.detach().float()
+        self.register_buffer("directions", F.normalize(table[ids] - table.mean(0), dim=1), persistent=False)
         self.register_buffer("frequency", frequency.clamp(min=FEWEST).log(), persistent=False)
-        self.register_buffer("captions", F.normalize(captions.to(table.device) @ directions, dim=1), persistent=False)
-        self.sharpness = SHARPNESS / float(table.float().norm(dim=1).mean())
+        self.sharpness = SHARPNESS / float(table.norm(dim=1).mean())
 
     def forward(self, batch: ReadBatch) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Int[Tensor, ""]]:
         """Mean over pictures of the loss of words and of captions (0 where there is none), and how many captions are found."""
-        features = self.to_language(self.merger(batch.patches, batch.keep))
+        features = self.to_language(self.merger(batch.patches, batch.keep)).float()
         mean = torch.segment_reduce(features, "mean", lengths=batch.keep.sum(1)) * self.sharpness
         words = -(batch.words * (mean @ self.directions.T + self.frequency).log_softmax(1)).sum(1).mean()
         told = batch.captions >= 0
-        logits, wanted = mean[told] @ self.captions[batch.candidates].T, batch.captions[told]
+        first = batch.lengths.cumsum(0) - batch.lengths
+        candidates = F.normalize(F.embedding_bag(batch.candidates, self.directions, first, mode="mean"), dim=1)
+        logits, wanted = mean[told] @ candidates.T, batch.captions[told]
         captions = F.cross_entropy(logits, wanted, reduction="sum") / len(told)
         return words, captions, (logits.argmax(1) == wanted).sum()
 
@@ -102,24 +103,25 @@ class ReaderStage:
         if not any(said):
             raise InputError("reader_steps: nothing is said of the pictures: give captions or questions, or 0 steps")
         self.shift = StyleShift(corpus, features, config, seed=seed)
-        every = sorted({one for picture in corpus.pictures for one in picture.captions[:1]})
+        every = sorted({texts[0] for picture, texts in zip(corpus.pictures, said, strict=True) if picture.captions})
         numbers = {caption: number for number, caption in enumerate(every)}
-        self.captions = [numbers[p.captions[0]] if p.captions else -1 for p in corpus.pictures]
-        self.count = len(every)
-        ids = {one: _ids(text, one) for one in {*every, *(one for texts in said for one in texts)}}
+        self.own = [numbers[texts[0]] if p.captions else -1 for p, texts in zip(corpus.pictures, said, strict=True)]
+        ids = {one: _ids(text, one) for one in {one for texts in said for one in texts}}
         used = sorted({word for words in ids.values() for word in words})
-        self.places = {word: place for place, word in enumerate(used)}
-        self.words = torch.stack([self._shares([ids[one] for one in texts]) for texts in said])
-        captions = torch.stack([self._shares([ids[caption]]) for caption in every] or [torch.zeros(len(used))])
-        self.module = ReaderLoss(language, torch.tensor(used), self.words.mean(0), captions)
+        places = {word: place for place, word in enumerate(used)}
+        words = {one: [places[word] for word in found] for one, found in ids.items()}
+        self.said = [[words[one] for one in texts if words[one]] for texts in said]
+        self.captions = [words[caption] for caption in every]
+        self.count = len(used)
+        frequency = sum(self._shares(texts) for texts in self.said) / len(self.said)
+        self.module = ReaderLoss(language, torch.tensor(used), frequency)
 
-    def _shares(self, texts: list[tuple[int, ...]]) -> Float[Tensor, "words"]:
+    def _shares(self, texts: list[list[int]]) -> Float[Tensor, "words"]:
         """Shares of words: half to those of the first text, half to those of the others, alike in each text."""
-        shares = torch.zeros(len(self.places))
+        shares = torch.zeros(self.count)
         for number, words in enumerate(texts):
             share = 1.0 if len(texts) == 1 else 0.5 if number == 0 else 0.5 / (len(texts) - 1)
-            for word in words:
-                shares[self.places[word]] += share / len(words)
+            shares.index_add_(0, torch.tensor(words), torch.full((len(words),), share / len(words)))
         return shares
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -131,30 +133,31 @@ class ReaderStage:
         """Pictures in random views, some of them moved to another hand, some with kept patches left out."""
         pictures = draw_pictures(len(self.features), self.config.reader_batch, seed=self.seed, step=step)
         views = torch.randint(self.features.views, pictures.shape, generator=seeded(self.seed, 9, step))
-        candidates = self._candidates(torch.tensor([self.captions[one] for one in pictures.tolist()]), step)
+        candidates = self._candidates({self.own[one] for one in pictures.tolist()}, step)
+        place = {caption: number for number, caption in enumerate(candidates)}
         mine = shard.of(torch.arange(len(pictures)))
         pictures, views = pictures[mine], views[mine]
         rows = pictures * self.features.views + views
         patches = self.features.rows(pictures, views)
         if self.shift.share:
             patches = self.shift(patches, rows, step, int(mine[0]))
-        numbers = torch.tensor([self.captions[picture] for picture in pictures.tolist()])
-        numbers = torch.where(numbers < 0, -1, torch.searchsorted(candidates, numbers.clamp(min=0)))
-        keep = torch.stack(
-            [
-                _thinned(self.tokens.keep[row], self.seed, step, int(place))
-                for row, place in zip(rows, mine, strict=True)
-            ]
+        keep = [_thinned(self.tokens.keep[row], self.seed, step, int(at)) for row, at in zip(rows, mine, strict=True)]
+        return ReadBatch(
+            patches,
+            torch.stack(keep),
+            torch.stack([self._shares(self.said[one]) for one in pictures.tolist()]),
+            torch.tensor([place.get(self.own[one], -1) for one in pictures.tolist()]),
+            torch.tensor([word for caption in candidates for word in self.captions[caption]], dtype=torch.long),
+            torch.tensor([len(self.captions[caption]) for caption in candidates]),
         )
-        return ReadBatch(patches, keep, self.words[pictures], numbers, candidates)
 
-    def _candidates(self, own: Int[Tensor, "images"], step: int) -> Int[Tensor, "candidates"]:
-        """Captions to tell apart, sorted: all, or the batch's own and as many random ones as `CAPTIONS` allows."""
-        if self.count <= CAPTIONS:
-            return torch.arange(max(1, self.count))
+    def _candidates(self, own: set[int], step: int) -> list[int]:
+        """Captions to tell apart: all, or the batch's own and as many random ones as `CAPTIONS` allows."""
+        count = len(self.captions)
+        if count <= CAPTIONS:
+            return list(range(count))
         rng = np.random.default_rng([self.seed, 10, step])
-        drawn = torch.from_numpy(rng.choice(self.count, CAPTIONS - len(own), replace=False))
-        return torch.cat([own[own >= 0], drawn]).unique()
+        return sorted((own - {-1}).union(rng.choice(count, CAPTIONS - len(own), replace=False).tolist()))
 
     def losses(self, module: nn.Module, batch: ReadBatch, step: int, accelerator: Accelerator) -> dict[str, Figure]:
         """Words and captions, summed."""
