@@ -7,15 +7,17 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 import lavit
 from conftest import toy_picture
-from lavit import storage
+from lavit import smollm2
 from lavit.cli import main
 from lavit.config import InputError
 from lavit.evaluate.report import trained_on
 from lavit.generate.sampling import Sampling
-from lavit.storage import WEIGHTS, model_folder, smollm2_file
+from lavit.smollm2 import load_smollm2, load_smollm2_text, smollm2_file
+from lavit.storage import WEIGHTS, model_folder
 
 SIZE_LIMIT = 60e6  # bytes
 
@@ -32,6 +34,18 @@ def test_mini_reads_answers_and_draws() -> None:
     assert pipeline.caption(picture) and pipeline.ask(picture, "what color is the shape?")
     drawn = pipeline.draw("red heart", seed=0, steps=2, sampling=Sampling(max_tokens=8, temperature=1.0))[0]
     assert drawn.size == (64, 64) and drawn.getextrema() != ((255, 255),) * 3
+
+
+def test_the_base_is_read_as_it_was_written() -> None:
+    """Rows out of order, or scales of other blocks, and it could not go on with a sentence; mini has its text tokenizer."""
+    file = smollm2_file()
+    lm, text = load_smollm2(file), load_smollm2_text(file)
+    prompt = text("The capital of France is", return_tensors="pt")
+    assert text.decode(lm.generate(**prompt, max_new_tokens=1, do_sample=False)[0, -1]).strip() == "Paris"
+    kept = AutoTokenizer.from_pretrained(WEIGHTS / "mini" / "language")
+    said = "A flag, two cats & 3 hearts: déjà vu!"
+    assert kept(said)["input_ids"] == text(said)["input_ids"] and len(kept) == len(text)
+    assert (kept.eos_token, kept.chat_template) == (text.eos_token, text.chat_template)
 
 
 def test_mini_is_small_and_has_its_card() -> None:
@@ -81,4 +95,4 @@ def test_data_that_mini_was_trained_on_is_named_where_it_is_missing(
     with pytest.raises(InputError, match=r"data/mini, data/easy-vqa, data/prose.jsonl missing: lavit data mini"):
         trained_on("mini")
     assert json.loads((WEIGHTS / "mini" / "config.json").read_text())["language"]["sha256"]
-    assert storage.SMOLLM2_HUB["filename"] == smollm2_file().name
+    assert smollm2.HUB["filename"] == smollm2_file().name
