@@ -55,7 +55,7 @@ def run_rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def train_stage(folder: Path, *, cpu: bool = True) -> dict[str, object]:
+def train_stage(folder: Path, *, cpu: bool = True, accumulate: int = 1) -> dict[str, object]:
     """Stage 1 through both phases by the loop itself, on the ranks that the environment says; losses and codebook."""
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
@@ -77,6 +77,7 @@ def train_stage(folder: Path, *, cpu: bool = True) -> dict[str, object]:
         steps_a=4,
         steps_b=5,
         batch=8,
+        accumulate=accumulate,
         learning_rate=1e-3,
         k_means=3,
         k_means_vectors=150,

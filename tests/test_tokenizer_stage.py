@@ -47,10 +47,22 @@ def test_two_ranks_end_as_one_with_the_same_batch(tmp_path: Path) -> None:
             torch.testing.assert_close(value, one[part][name], rtol=1e-4, atol=1e-5, msg=name)
     assert len(one["figures"]) == 9
     assert sum(figures.get("revived", 0) for figures in one["figures"]) > 0
-    for step, (two, alone) in enumerate(zip(first["figures"], one["figures"], strict=True)):
-        assert set(two) == set(alone)
-        for name in two:
-            assert two[name] == pytest.approx(alone[name], abs=1e-5), (step, name)
+    agree(first["figures"], one["figures"])
+
+
+def agree(mine: list[dict[str, float]], theirs: list[dict[str, float]]) -> None:
+    for step, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+        assert set(a) == set(b)
+        for name in a:
+            assert a[name] == pytest.approx(b[name], abs=1e-5), (step, name)
+
+
+def test_a_step_in_four_parts_is_a_step_in_one(tmp_path: Path) -> None:
+    parts, one = ranks.train_stage(tmp_path / "parts", accumulate=4), ranks.train_stage(tmp_path / "one")
+    for name, value in parts["weights"].items():
+        torch.testing.assert_close(value, one["weights"][name], rtol=1e-4, atol=1e-5, msg=name)
+    torch.testing.assert_close(parts["codebook"], one["codebook"], rtol=1e-4, atol=1e-5)
+    agree(parts["figures"], one["figures"])
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(toy_features: TokenizerStage) -> None:

@@ -168,6 +168,7 @@ class TokenizerTraining:
     steps_b: int
     batch: int  # pictures a step, over all ranks
     learning_rate: float
+    accumulate: int = 1  # parts that the pictures of a step go through the model in: the same gradient, less memory
     weight_decay: float = 1e-3
     warmup: float = 0.05  # share of the steps of both phases
     rate: float = 1 / 3  # ρ, the wanted share of kept patches

@@ -146,10 +146,7 @@ class VisualTokenizer(nn.Module):
         """
         inputs = self.prepare(patches)
         log_probs = self.selector(inputs)
-        if noise is None:
-            mask = select(log_probs, KeepPolicy()).float()
-        else:
-            mask = straight_through(log_probs, noise, temperature=temperature)
+        mask = self._mask(log_probs, noise, temperature)
         if not train_selector:
             mask = mask.detach()
         keep = mask.detach() > 0.5
@@ -160,6 +157,24 @@ class VisualTokenizer(nn.Module):
             found = self._masked_forward(inputs, mask, keep, quantise=quantise, dense=dense)
             features, vectors, quantised, norm = found
         return TokenizerOutput(features, mask, probability, vectors, quantised, norm)
+
+    @staticmethod
+    def _mask(log_probs: Tensor, noise: Tensor | None, temperature: float) -> Tensor:
+        if noise is None:
+            return select(log_probs, KeepPolicy()).float()
+        return straight_through(log_probs, noise, temperature=temperature)
+
+    @torch.no_grad()
+    def kept(
+        self,
+        patches: Float[Tensor, "images patches dim"],
+        noise: Float[Tensor, "images patches 2"] | None,
+        *,
+        temperature: float = 1.0,
+    ) -> Int[Tensor, "images"]:
+        """Number of patches that `forward` with the same noise will keep of each image; the selector alone is computed."""
+        mask = self._mask(self.selector(self.prepare(patches)), noise, temperature)
+        return (mask > 0.5).sum(1)
 
     def _kept_forward(
         self, inputs: Tensor, keep: Tensor, *, quantise: bool

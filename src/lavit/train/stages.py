@@ -70,12 +70,15 @@ class TokenizerStage:
         seed: int,
     ) -> None:
         self.module, self.features, self.config, self.seed = tokenizer, features, config, seed
-        self.steps = config.steps
+        self.steps, self.accumulate = config.steps, config.accumulate
         some = draw_pictures(len(features), min(len(features), 512), seed=seed, step=0)
         tokenizer.reconstructor.start_from(features.rows(some).mean((0, 1)) / tokenizer.config.feature_scale)
         self.use = CodeUse(tokenizer.codebook.size, WINDOW)
-        self.last: TokenizerOutput | None = None
-        self.loss, self.kept = torch.zeros(()), 0.0  # of the last batch; kept over all ranks
+        self.step = (
+            -1
+        )  # the last step; its parts, their losses, and patches kept of each of its pictures, over all ranks
+        self.parts: list[TokenizerOutput] = []
+        self.loss, self.kept = torch.zeros(()), torch.zeros(0, dtype=torch.long)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The selector apart, for its own rate."""
@@ -92,7 +95,9 @@ class TokenizerStage:
         """Pictures in random views."""
         batch = self.config.batch
         if batch % shard.ranks:
-            raise InputError(f"a batch of {batch} pictures cannot be shared by {shard.ranks} ranks: give a multiple")
+            raise InputError(
+                f"a batch of {batch} pictures cannot be shared by {shard.ranks} ranks (or parts of a step): give a multiple"
+            )
         pictures = draw_pictures(len(self.features), batch, seed=self.seed, step=step)
         views = torch.randint(self.features.views, (batch,), generator=seeded(self.seed, 2, step))
         mine = shard.of(torch.arange(batch))
@@ -113,10 +118,7 @@ class TokenizerStage:
         train_selector = not quantise or config.train_selector
         patches = batch.patches.to(device)
         check_features(patches, step)
-        noise = None
-        if train_selector:
-            shape = (patches.shape[1], 2)
-            noise = torch.stack([gumbel(shape, seeded(self.seed, 3, step, int(i))) for i in batch.places]).to(device)
+        noise = self._noise(batch, step, accelerator) if train_selector else None
         out: TokenizerOutput = module(
             patches,
             noise,
@@ -125,29 +127,51 @@ class TokenizerStage:
             temperature=self.temperature(step),
             train_selector=train_selector,
         )
-        self.last = out
+        if step != self.step:
+            self.step, self.vectors, self.codes, self.loss = step, [], [], torch.zeros((), device=device)
+            mine = (out.mask.detach() > 0.5).sum(1) if self.accumulate == 1 else self._kept(step, accelerator)
+            self.kept = gather_rows(mine[:, None].float())[:, 0].long()
+        self.vectors.append(out.vectors.detach())
         reconstruction = cosine_distance(out.features, patches).mean()
         loss = reconstruction
         if train_selector:
-            loss = loss + config.rate_weight * self._rate_loss(out.mask, accelerator)
+            loss = loss + config.rate_weight * self._rate_loss(out.mask)
             undecided = (out.keep_probability * (1 - out.keep_probability)).mean()
             loss = loss + config.decided_weight * min(1.0, 2 * step / max(1, config.steps_a)) * undecided
-        kept = gather_rows((out.mask.detach() > 0.5).sum(1, keepdim=True).float())[:, 0].long()
-        share = len(out.vectors) * accelerator.num_processes / int(kept.sum())  # of this rank's tokens, times ranks
+        # the part's share of all tokens of the step, times the number of parts and ranks over which losses are meant
+        share = len(out.vectors) * accelerator.num_processes * self.accumulate / int(self.kept.sum())
         figures = {"reconstruction": reconstruction, "vector_norm": out.norm * share}
         if out.quantised is not None:
+            self.codes.append(out.quantised.codes)
             figures["commitment"] = out.quantised.commitment * share
             loss = loss + config.commitment * figures["commitment"]
-        self.loss, self.kept = loss.detach(), float(kept.float().mean()) / patches.shape[1]
-        return {"loss": loss, **figures, **selector_figures(out.keep_probability.detach(), kept)}
+        loss = loss / self.accumulate
+        self.loss = self.loss + loss.detach()
+        return {"loss": loss, **figures, **selector_figures(out.keep_probability.detach(), self.kept)}
 
-    def _rate_loss(self, mask: Tensor, accelerator: Accelerator) -> Tensor:
-        """(ρ - mean M)², the mean per picture or over the global batch."""
+    def _noise(self, batch: FeatureBatch, step: int, accelerator: Accelerator) -> Float[Tensor, "images patches 2"]:
+        shape = (batch.patches.shape[1], 2)
+        noise = [gumbel(shape, seeded(self.seed, 3, step, int(place))) for place in batch.places]
+        return torch.stack(noise).to(accelerator.device)
+
+    def _kept(self, step: int, accelerator: Accelerator) -> Int[Tensor, "images"]:
+        """Patches kept of this rank's pictures of all parts of a step, before the parts go through the model one by one."""
+        shard = Shard(accelerator.process_index, accelerator.num_processes)
+        kept = []
+        for number in range(self.accumulate):
+            batch = self.batch(step, shard.part(number, self.accumulate))
+            train_selector = step < self.config.steps_a or self.config.train_selector
+            noise = self._noise(batch, step, accelerator) if train_selector else None
+            patches = batch.patches.to(accelerator.device)
+            kept.append(self.module.kept(patches, noise, temperature=self.temperature(step)))
+        return torch.cat(kept)
+
+    def _rate_loss(self, mask: Tensor) -> Tensor:
+        """(ρ - mean M)², the mean per picture or over the pictures of the step, on all ranks and in all parts."""
         rates = mask.mean(1)
         if self.config.rate_over == "image":
             return (self.config.rate - rates).square().mean()
-        mean = rates.mean()
-        everywhere = accelerator.reduce(mean.detach(), "mean")
+        mean, everywhere = rates.mean(), self.kept.float().mean() / mask.shape[1]
         return (self.config.rate - (mean + (everywhere - mean).detach())).square()
 
     @torch.no_grad()
@@ -167,27 +191,23 @@ class TokenizerStage:
 
     def after_step(self, step: int) -> dict[str, float]:
         """Move the codes; count their use; raise `Alarm` if loss, selector or codebook is failing."""
-        out, config = self.last, self.config
+        config, patches = self.config, self.module.config.patches
         check_finite(self.loss, self.module.parameters(), step)
-        check_selector(self.kept, step, patches=out.mask.shape[1])
-        if out.quantised is None:
+        check_selector(float(self.kept.float().mean()) / patches, step, patches=patches)
+        if not self.codes:
             return {}
+        codes = torch.cat(self.codes)
         revived = self.module.codebook.update(
-            out.vectors.detach(),
-            out.quantised.codes,
+            torch.cat(self.vectors),
+            codes,
             decay=config.decay,
             patience=config.patience,
             generator=seeded(self.seed, 5, step),
         )
-        self.use.add(gather_rows(out.quantised.codes[:, None].float())[:, 0].long(), revived=revived)
+        self.use.add(gather_rows(codes[:, None].float())[:, 0].long(), revived=revived)
         figures = self.use.figures()
-        check_codes(
-            figures["live_codes"],
-            step,
-            steps_with_codes=step - config.steps_a,
-            window=WINDOW,
-            reachable=self.use.reachable,
-        )
+        window = {"window": WINDOW, "reachable": self.use.reachable}
+        check_codes(figures["live_codes"], step, steps_with_codes=step - config.steps_a, **window)
         return figures
 
     def state(self) -> dict[str, Tensor]:
