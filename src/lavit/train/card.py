@@ -87,6 +87,7 @@ def _stages(folder: Path, training: TrainConfig) -> list[tuple[str, ...]]:
         last[found["stage"]] = found
     wanted = {
         "tokenizer": training.tokenizer.steps,
+        "reader": training.language.reader_steps,
         "language": training.language.steps,
         "autoencoder": training.pixels.autoencoder_steps,
         "pixels": training.pixels.steps,
