@@ -35,7 +35,7 @@ SAID = {
     "easy-vqa by Victor Zhou (MIT); English documentation of installed Python packages, each under its own licence",
     "limits": "It knows emoji of two artists, one coloured shape on white, and their English names; photographs, text in "
     "pictures and anything else get an answer all the same, in those words. Figures above say how often it is right, also "
-    "where that is seldom: drawings are small, soft, and often of something near what was asked. It writes English "
+    "where that is seldom: drawings are small and soft, and seldom recognisable. It writes English "
     "words about pictures; as a language model it is SmolLM2-135M-Instruct with its perplexity moved as the table says.",
 }
 
