@@ -11,12 +11,12 @@ from transformers import AutoTokenizer
 
 import lavit
 from conftest import toy_picture
-from lavit import smollm2
 from lavit.cli import main
 from lavit.config import InputError
 from lavit.evaluate.report import trained_on
 from lavit.generate.sampling import Sampling
-from lavit.smollm2 import load_smollm2, load_smollm2_text, smollm2_file
+from lavit.modules import smollm2
+from lavit.modules.smollm2 import load_smollm2, load_smollm2_text, smollm2_file
 from lavit.storage import WEIGHTS, model_folder
 
 SIZE_LIMIT = 60e6  # bytes

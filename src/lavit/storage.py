@@ -33,8 +33,8 @@ from transformers import (
 from lavit.config import InputError, LanguageConfig, ModelConfig, require
 from lavit.modules.language import Language
 from lavit.modules.merger import Merger
+from lavit.modules.smollm2 import SMOLLM2, load_smollm2, load_smollm2_text, smollm2_file
 from lavit.modules.vision import sha256
-from lavit.smollm2 import SMOLLM2, load_smollm2, load_smollm2_text, smollm2_file
 
 WEIGHTS = Path(__file__).parent / "weights"  # a folder for each model that comes with this package
 READER = ("merger.", "to_language.")

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lavit.config import InputError, LanguageConfig, ModelConfig, TrainConfig
 from lavit.modules.language import CHUNK, Language
 from lavit.modules.merger import Merger
-from lavit.smollm2 import SMOLLM2, smollm2_config, smollm2_file
+from lavit.modules.smollm2 import SMOLLM2, smollm2_config, smollm2_file
 from lavit.storage import inject_lora
 
 GIB = 2**30

@@ -36,7 +36,7 @@ from lavit.train.loop import Figure, Shard
 from lavit.train.stages import draw_pictures, seeded
 
 SHARPNESS = 17.0  # κ
-CAPTIONS = 4096  # that a picture's own is told from, at most
+CAPTIONS = 4000  # that a picture's own is told from, at most
 DROPPED = 0.7  # kept patches left out of a picture, at most
 FEWEST = 1e-6  # frequency of a word that nobody says
 SAY_NOTHING = frozenset(("yes", "no"))  # answers that are about the question
