@@ -36,9 +36,7 @@ def run(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture
 def reader(run: Run) -> ReaderStage:
     language, text, _ = run._first_language()
-    stage = run._language_stage(language, text)
-    data = run.corpus, stage.features, stage.tokens
-    return ReaderStage(language, run.tokenizer, text, *data, run.training.language, seed=0)
+    return ReaderStage(run._language_stage(language, text), text, run.corpus, seed=0)
 
 
 def test_half_a_batch_on_each_of_two_ranks_is_one(reader: ReaderStage) -> None:

@@ -25,13 +25,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lavit.config import InputError, LanguageTraining
+from lavit.config import InputError
 from lavit.data.corpus import Corpus
-from lavit.data.features import Features
 from lavit.modules.language import Language
-from lavit.modules.tokenizer import VisualTokenizer
-from lavit.sequence import VisualTokens
-from lavit.train.language import StyleShift
+from lavit.train.language import LanguageStage
 from lavit.train.loop import Figure, Shard
 from lavit.train.stages import draw_pictures, seeded
 
@@ -85,24 +82,18 @@ class ReaderStage:
 
     name = "reader"
 
-    def __init__(
-        self,
-        language: Language,
-        tokenizer: VisualTokenizer,
-        text: PreTrainedTokenizerBase,
-        corpus: Corpus,
-        features: Features,
-        tokens: VisualTokens,
-        config: LanguageTraining,
-        *,
-        seed: int,
-    ) -> None:
-        self.tokenizer, self.features, self.tokens, self.config, self.seed = tokenizer, features, tokens, config, seed
-        self.steps = config.reader_steps
+    def __init__(self, stage: LanguageStage, text: PreTrainedTokenizerBase, corpus: Corpus, *, seed: int) -> None:
+        """`stage` is the language stage that will follow, on `corpus`: its pictures, its shift, its rates."""
+        self.tokenizer, self.features, self.tokens, self.shift = (
+            stage.tokenizer,
+            stage.features,
+            stage.tokens,
+            stage.shift,
+        )
+        self.config, self.seed, self.steps = stage.config, seed, stage.config.reader_steps
         said = said_of(corpus)
         if not any(said):
             raise InputError("reader_steps: nothing is said of the pictures: give captions or questions, or 0 steps")
-        self.shift = StyleShift(corpus, features, config, seed=seed)
         every = sorted({texts[0] for picture, texts in zip(corpus.pictures, said, strict=True) if picture.captions})
         numbers = {caption: number for number, caption in enumerate(every)}
         self.own = [numbers[texts[0]] if p.captions else -1 for p, texts in zip(corpus.pictures, said, strict=True)]
@@ -114,7 +105,7 @@ class ReaderStage:
         self.captions = [words[caption] for caption in every]
         self.count = len(used)
         frequency = sum(self._shares(texts) for texts in self.said) / len(self.said)
-        self.module = ReaderLoss(language, torch.tensor(used), frequency)
+        self.module = ReaderLoss(stage.module, torch.tensor(used), frequency)
 
     def _shares(self, texts: list[list[int]]) -> Float[Tensor, "words"]:
         """Shares of words: half to those of the first text, half to those of the others, alike in each text."""

@@ -256,10 +256,7 @@ class Run:
         """Warm the reader of a language stage up, before the LM reads."""
         if not stage.features:
             raise InputError("reader_steps need pictures that are read and encoded beforehand: set them to 0")
-        pictures = (self.corpus, stage.features, stage.tokens)
-        reader = ReaderStage(
-            stage.module, stage.tokenizer, text, *pictures, self.training.language, seed=self.training.seed
-        )
+        reader = ReaderStage(stage, text, self.corpus, seed=self.training.seed)
         self._loop(reader, warmup=self.training.language.warmup)
 
     def _first_language(self) -> tuple[Language, PreTrainedTokenizerBase, LanguageConfig]:
