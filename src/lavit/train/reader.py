@@ -8,7 +8,7 @@ centred and of unit length:
     words      cross-entropy of softmax(κ p·e + log frequency) against the ids of captions, keywords and answers
     captions   cross-entropy of softmax(κ p·c), c the mean direction of a caption's ids, over up to `CAPTIONS` captions
 
-with p the mean feature in units of the table's mean row length. A picture costs a hundredth of what the LM takes to read it.
+with p the mean feature in units of the table's mean row length. A picture costs a fortieth of what the LM takes to read it.
 (Ours: the paper aligns the reader through the LM alone, which needs its number of pictures. LOG.md has what it is worth.)
 """
 
@@ -189,4 +189,4 @@ def said_of(corpus: Corpus) -> list[list[str]]:
 
 def _ids(text: PreTrainedTokenizerBase, said: str) -> tuple[int, ...]:
     """Ids of words as they stand inside a sentence."""
-    return tuple(text(" " + said.removesuffix(".").strip(), add_special_tokens=False)["input_ids"])
+    return tuple(text(" " + said, add_special_tokens=False)["input_ids"])

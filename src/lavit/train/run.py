@@ -242,7 +242,7 @@ class Run:
             log.info("no samples are written: they need whole weights on a rank (no FSDP2), and encoded pictures")
         self._loop(stage, warmup=config.warmup, betas=(0.9, 0.95), origins=origins, sample=sample)
         if self.accelerator.is_fsdp2 and self.accelerator.is_main_process:  # a shard cannot be saved: take all weights
-            if self.start:
+            if self.start:  # not `_first_language`: other ranks would have to take part
                 language = load_language(self.config, self.start)[0]
             else:
                 language = build_language(

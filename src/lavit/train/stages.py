@@ -74,10 +74,8 @@ class TokenizerStage:
         some = draw_pictures(len(features), min(len(features), 512), seed=seed, step=0)
         tokenizer.reconstructor.start_from(features.rows(some).mean((0, 1)) / tokenizer.config.feature_scale)
         self.use = CodeUse(tokenizer.codebook.size, WINDOW)
-        self.step = (
-            -1
-        )  # the last step; its parts, their losses, and patches kept of each of its pictures, over all ranks
-        self.parts: list[TokenizerOutput] = []
+        # of the last step: vectors and codes of its parts, its loss, patches kept of each of its pictures on all ranks
+        self.step, self.vectors, self.codes = -1, [], []
         self.loss, self.kept = torch.zeros(()), torch.zeros(0, dtype=torch.long)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
