@@ -15,6 +15,7 @@ from lavit.sequence import (
     first_fit,
     lay_out,
     pack,
+    slot_lengths,
     unpack,
 )
 from lavit.vocabulary import Vocabulary
@@ -64,6 +65,7 @@ def test_unpack_inverts_pack() -> None:
     batch = pack(rows, VOCABULARY, tokens=16)
     assert unpack(batch, VOCABULARY) == rows
     assert batch.images.tolist() == [7, 7]
+    assert slot_lengths(batch.slots) == [len(READING[0].codes)] * 2
 
 
 def test_first_fit_fills_rows_and_refuses_giants() -> None:

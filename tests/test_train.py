@@ -19,9 +19,10 @@ from lavit.images import pixels
 from lavit.model import LaVIT
 from lavit.modules.tokenizer import cosine_distance
 from lavit.modules.vision import Vision
+from lavit.sequence import slot_lengths
 from lavit.train.health import Alarm, CodeUse, check_codes, check_selector
 from lavit.train.language import train_text_tokenizer
-from lavit.train.loop import Report, schedule
+from lavit.train.loop import Report, Shard, schedule
 from lavit.train.run import Run
 from lavit.train.stages import draw_pictures
 from lavit.vocabulary import Vocabulary
@@ -75,6 +76,31 @@ def test_a_run_goes_on_from_a_model(toy_run: Path, toy_data: Path, tmp_path: Pat
         assert after[0] < before[0] and len(after) == len(before)
     with pytest.raises(InputError, match="other settings"):
         Run(tmp_path / "run", toy_data, config, toy_training())
+
+
+def test_the_lm_learns_to_read_a_frozen_reader_from_fewer_patches(toy_run: Path, toy_data: Path, tmp_path: Path) -> None:
+    config, toy = LaVIT.from_pretrained(toy_run).config, toy_training()
+    language = replace(toy.language, supervise_read_images=False, freeze_reader=True, thinned=0.8)
+    run = Run(tmp_path / "run", toy_data, config, replace(toy, language=language), start=toy_run)
+    run.train(("language",))
+    for part in ("reader", "language"):
+        a, b = ((folder / part / "model.safetensors").read_bytes() for folder in (tmp_path / "run", toy_run))
+        assert (a == b) is (part == "reader")
+
+    module, text, _ = run._first_language()
+    stage = run._language_stage(module, text)
+    whole, halves = stage.batch(3, Shard()), [stage.batch(3, Shard(rank, 2)) for rank in (0, 1)]
+    kept = run.tokens.keep[whole.rows.images]
+    assert whole.keep.sum(1).tolist() == slot_lengths(whole.rows.slots)
+    assert bool((whole.keep <= kept).all()) and int(whole.keep.sum()) < int(kept.sum())
+    assert torch.equal(torch.cat([half.keep for half in halves]), whole.keep)
+
+
+def test_thinned_pictures_have_no_codes_to_predict() -> None:
+    with pytest.raises(InputError, match="set supervise_read_images to False"):
+        replace(toy_training().language, thinned=0.5)
+    with pytest.raises(InputError, match="from 0 to below 1"):
+        replace(toy_training().language, thinned=1.0)
 
 
 def test_other_settings_on_the_same_folder_are_refused(toy_run: Path, toy_data: Path) -> None:

@@ -211,6 +211,10 @@ class LanguageTraining:
     reader_steps: int = 0
     reader_batch: int = 64
     train_merger: bool = True  # the second merger; False leaves it as stage 1 made it, which LoRA on a small card needs
+    freeze_reader: bool = False  # the LM learns to read a reader that stays as its warm-up, or the run's start, left it
+    # share of the kept patches of a picture that a reading of it leaves out, at most: it is drawn evenly from 0 to this;
+    # what is left reads them as dropped ones, so that a row holds more pictures and each is seen in many ways
+    thinned: float = 0.0
     supervise_read_images: bool = True
     unconditional_fraction: float = 0.1  # of [text, image] documents lose their prompt
     # share of read pictures that are moved towards another hand: the difference between the two pictures of a random
@@ -222,6 +226,12 @@ class LanguageTraining:
     token_corpus: str = ""
     # relative number of documents of each kind: reading, writing, questions, edits, text alone
     mixture: tuple[float, float, float, float, float] = (1.0, 1.0, 0.5, 0.5, 0.25)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.thinned < 1:
+            raise InputError(f"thinned is {self.thinned}, expected a share from 0 to below 1")
+        if self.thinned and self.supervise_read_images:
+            raise InputError("thinned pictures have no codes of their own to predict: set supervise_read_images to False")
 
 
 @dataclass(frozen=True, kw_only=True)

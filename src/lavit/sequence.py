@@ -25,6 +25,7 @@ from functools import lru_cache
 from itertools import islice
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -109,6 +110,12 @@ def image_ids(codes: tuple[int, ...], vocabulary: Vocabulary) -> tuple[int, ...]
     """Start, codes, end of one image as joint ids."""
     ids = vocabulary.ids(torch.tensor(codes, dtype=torch.long)).tolist()
     return (vocabulary.image_start, *ids, vocabulary.image_end)
+
+
+def slot_lengths(slots: Bool[Tensor, "rows tokens"]) -> list[int]:
+    """Numbers of slots of the read images of packed rows, in order; an image's slots stand together between its ends."""
+    edges = F.pad(slots.int(), (1, 1)).diff(dim=1)
+    return ((edges < 0).nonzero() - (edges > 0).nonzero())[:, 1].tolist()
 
 
 def lay_out(document: Document, vocabulary: Vocabulary, *, supervise_read_images: bool = True) -> Sequence:

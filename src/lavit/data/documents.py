@@ -20,6 +20,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import torch
+from jaxtyping import Bool
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lavit.config import InputError, LanguageTraining
@@ -111,7 +114,10 @@ class Documents:
 
     def _image(self, picture: int, rng: np.random.Generator, *, read: bool, target: bool = True) -> Image:
         row = picture * self.views + (int(rng.integers(self.views)) if read else 0)
-        return Image(self.codes[row], read=read, index=row, target=target)
+        codes = self.codes[row]
+        if read and self.config.thinned:  # how many are left; which ones is drawn with the patches (train/language.py)
+            codes = codes[: thinned_count(len(codes), self.config.thinned, rng)]
+        return Image(codes, read=read, index=row, target=target)
 
     def _reading(self, source: Source, rng: np.random.Generator) -> Document:
         number = _one(source.read, rng)
@@ -173,6 +179,19 @@ class Documents:
         rows = self._rows(step // steps, steps * self.config.rows)
         first = step % steps * self.config.rows
         return pack(rows[first : first + self.config.rows], self.vocabulary, tokens=self.config.tokens)
+
+
+def thinned_count(count: int, most: float, rng: np.random.Generator) -> int:
+    """How many of `count` patches are left where a random share of at most `most` is left out: one at least."""
+    return max(1, round(count * (1 - most * rng.random())))
+
+
+def thin(keep: Bool[Tensor, "patches"], count: int, rng: np.random.Generator) -> Bool[Tensor, "patches"]:
+    """A mask of `count` of the kept patches."""
+    kept = keep.nonzero()[:, 0]
+    if count == len(kept):
+        return keep
+    return torch.zeros_like(keep).index_fill(0, kept[torch.from_numpy(rng.permutation(len(kept))[:count])], True)
 
 
 def _one(numbers: list[int] | range, rng: np.random.Generator) -> int:

@@ -21,12 +21,12 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from lavit.config import InputError, LanguageTraining
 from lavit.data.conversations import ConversationDocuments
 from lavit.data.corpus import Corpus
-from lavit.data.documents import Documents, answer_text, question_text
+from lavit.data.documents import Documents, answer_text, question_text, thin
 from lavit.data.features import Features
 from lavit.data.stream import StreamingDocuments
 from lavit.modules.language import Language, LanguageLoss
 from lavit.modules.tokenizer import VisualTokenizer
-from lavit.sequence import IGNORE, Batch, VisualTokens
+from lavit.sequence import IGNORE, Batch, VisualTokens, slot_lengths
 from lavit.train.loop import Figure, Shard
 
 END = "<|endoftext|>"
@@ -143,17 +143,22 @@ class LanguageStage:
             images,
         )
         if self.streams is not None:
-            return LanguageBatch(rows, *self.streams.pictures(images), targets)
-        patches = torch.from_numpy(self.features.array[images.numpy()].astype("float32"))
-        if self.shift.share:
-            patches = self.shift(patches, images, step, images_before)
-        return LanguageBatch(rows, patches, self.tokens.keep[images], targets)
+            patches, keep = self.streams.pictures(images)
+        else:
+            patches = torch.from_numpy(self.features.array[images.numpy()].astype("float32"))
+            keep = self.tokens.keep[images]
+            if self.shift.share:
+                patches = self.shift(patches, images, step, images_before)
+        if self.config.thinned and len(images):
+            seeds = ([self.documents.seed, 12, step, images_before + place] for place in range(len(images)))
+            parts = zip(keep, slot_lengths(rows.slots), map(np.random.default_rng, seeds), strict=True)
+            keep = torch.stack([thin(mask, length, rng) for mask, length, rng in parts])
+        return LanguageBatch(rows, patches, keep, targets)
 
     @staticmethod
     def _images(batch: Batch, rows: Any) -> int:
-        """Number of read images in some rows: a slot whose neighbour on the left is none opens one."""
-        slots = batch.slots[rows]
-        return int((slots[:, 1:] & ~slots[:, :-1]).sum())
+        """Number of read images in some rows."""
+        return len(slot_lengths(batch.slots[rows]))
 
     def losses(self, module: nn.Module, batch: LanguageBatch, step: int, accelerator: Accelerator) -> dict[str, Figure]:
         """Cross-entropy over the global number of target tokens; per modality loss and accuracy beside it."""

@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lavit.config import InputError
 from lavit.data.corpus import Corpus
+from lavit.data.documents import thin, thinned_count
 from lavit.modules.language import Language
 from lavit.train.language import LanguageStage
 from lavit.train.loop import Figure, Shard
@@ -34,7 +35,6 @@ from lavit.train.stages import draw_pictures, seeded
 
 SHARPNESS = 17.0  # κ
 CAPTIONS = 4000  # that a picture's own is told from, at most
-DROPPED = 0.7  # kept patches left out of a picture, at most
 FEWEST = 1e-6  # frequency of a word that nobody says
 SAY_NOTHING = frozenset(("yes", "no"))  # answers that are about the question
 
@@ -132,7 +132,10 @@ class ReaderStage:
         patches = self.features.rows(pictures, views)
         if self.shift.share:
             patches = self.shift(patches, rows, step, int(mine[0]))
-        keep = [_thinned(self.tokens.keep[row], self.seed, step, int(at)) for row, at in zip(rows, mine, strict=True)]
+        keep = []
+        for row, at in zip(rows.tolist(), mine.tolist(), strict=True):
+            mask, rng = self.tokens.keep[row], np.random.default_rng([self.seed, 11, step, at])
+            keep.append(thin(mask, thinned_count(int(mask.sum()), self.config.thinned, rng), rng))
         return ReadBatch(
             patches,
             torch.stack(keep),
@@ -168,14 +171,6 @@ class ReaderStage:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Nothing beyond the module."""
-
-
-def _thinned(keep: Bool[Tensor, "patches"], seed: int, step: int, place: int) -> Bool[Tensor, "patches"]:
-    """A mask that keeps a random share of the kept patches, one at least."""
-    generator = seeded(seed, 11, step, place)
-    share = DROPPED * torch.rand((), generator=generator)
-    thin = keep & (torch.rand(keep.shape, generator=generator) >= share)
-    return thin if thin.any() else keep
 
 
 def said_of(corpus: Corpus) -> list[list[str]]:

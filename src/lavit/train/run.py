@@ -229,6 +229,9 @@ class Run:
         stage = self._language_stage(language, text)
         if config.reader_steps:
             self._train_reader(stage, text)
+        if config.freeze_reader:
+            language.merger.requires_grad_(False)
+            language.to_language.requires_grad_(False)
         if base.lora_rank and not self.accelerator.is_fsdp2 and self.accelerator.mixed_precision == "bf16":
             halve_frozen(language)
         origins = {"merger.": "copied from the tokenizer", "lm.": f"loaded from {base.source}"}
