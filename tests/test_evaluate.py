@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,13 @@ import torch
 import torch.nn.functional as F
 
 import lavit
-from conftest import NAMES
+from conftest import NAMES, toy_picture
 from lavit.cli import main
+from lavit.data.third import MARK
+from lavit.evaluate.report import Evaluation, caption_figures
 from lavit.evaluate.text import WINDOW, perplexity
 from lavit.evaluate.words import content, without_template
+from lavit.generate.sampling import Sampling
 
 PATCHES = 16
 TEXTS = ["the red square is beside the green bar.", "a blue dot and a red bar are on the paper. " * 30, "x"]
@@ -68,6 +72,53 @@ def test_every_figure_of_a_mixture(
     assert found["caption: seconds, dynamic over all patches"]["value"] > 0
     text = found["perplexity of text, prose.jsonl"]
     assert text["count"] == 2 and text["floor"] is None and text["low"] < text["value"] < text["high"]
+    assert not [name for name in found if "third" in name]  # nobody has drawn one beside this data
+
+
+def write_pictures(folder: Path, drawn: list[str], names: list[str]) -> list[Path]:
+    """Toy pictures, each under a name of its own choice."""
+    folder.mkdir(parents=True)
+    paths = [folder / f"{n}.png" for n in range(len(drawn))]
+    for path, what in zip(paths, drawn, strict=True):
+        toy_picture(what).save(path)
+    lines = [json.dumps({"file_name": f"{n}.png", "text": f"{name}."}) for n, name in enumerate(names)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return paths
+
+
+def test_a_third_artist_beside_the_data_is_read(toy_run: Path, tmp_path: Path) -> None:
+    """Each figure as counted by hand, of the names that training knows; the toy model says words at random."""
+    model = lavit.load(toy_run)
+    said_how = Sampling(temperature=2.0, min_tokens=16, max_tokens=16)
+    model.protocol = replace(model.protocol, caption=said_how, caption_ends=())
+    drawn = ["red square", "red square", "red dot", "blue bar"]
+    word = without_template(model.caption(toy_picture(drawn[0])))
+    assert content(word) and word not in drawn
+    # the first is named as the model says, the next two as their like in training, the last as nothing in training
+    names = [word, "red square", "red dot"]
+    paths = write_pictures(tmp_path / "third" / "test", drawn, [*names, "purple cow"])
+    (tmp_path / "third" / MARK).write_text("{}")
+    for split in ("train", "other_hand", "unseen"):
+        write_pictures(tmp_path / "emoji" / split, [*NAMES, "blue dot"], [*NAMES, word])
+    data = str(tmp_path / "emoji")
+    found = {figure.name: figure for figure in caption_figures(Evaluation(model, data, None, None))}
+
+    def sharing(texts: list[str]) -> float:
+        return sum(bool(content(text) & content(name)) for text, name in zip(texts, names, strict=True)) / 3
+
+    exact, shared = (found[f"caption: {what}, third artist"] for what in ("exact name", "a word"))
+    said = [without_template(text) for text in model.caption(paths[:3])]
+    assert said[0] == names[0] and not set(said[1:]) & set(names[1:])
+    assert exact.count == 3 and exact.low < exact.value < exact.high
+    assert exact.value == pytest.approx(1 / 3) and shared.value == pytest.approx(sharing(said))
+    assert exact.floor == ("best constant", pytest.approx(1 / 3))  # "red square"
+    assert exact.note == "9 names; nearest training picture by pooled features: 0.667"  # not the one named anew
+    assert shared.floor == ("best constant", pytest.approx(max(sharing([name] * 3) for name in [*NAMES, word])))
+    assert shared.note.endswith(f": {sharing(drawn[:3]):.3f}")
+    fewer = Evaluation(model, data, 2, None).third
+    assert fewer is not None and len(fewer) == 2
+    (tmp_path / "third" / MARK).unlink()  # some other folder of that name
+    assert Evaluation(model, data, None, None).third is None
 
 
 def test_words_are_those_of_the_first_twelve() -> None:

@@ -42,6 +42,7 @@ GROUPS: dict[str, dict[str, Callable[..., Any]]] = {
         "mini": sets.mini,
         "easy-vqa": sets.easy_vqa,
         "prose": sets.prose,
+        "third": sets.third,
         "check": sets.check,
     },
     "convert": {"check": foreign.check, "published": foreign.published, "reverse": foreign.reverse},
@@ -49,7 +50,7 @@ GROUPS: dict[str, dict[str, Callable[..., Any]]] = {
 
 
 def data() -> None:
-    """Build data sets from installed packages, or check any (lavit data starter, mini, easy-vqa, prose, check)."""
+    """Build data sets from what is installed, or check any (lavit data starter, mini, easy-vqa, prose, third, check)."""
     _group("data")
 
 

@@ -1,4 +1,4 @@
-"""Verbs that build data sets from installed packages and look into any data set: mini, easy-vqa, prose, check."""
+"""Verbs that build data sets from what is installed and look into any data set: mini, easy-vqa, prose, third, check."""
 
 from __future__ import annotations
 
@@ -34,6 +34,24 @@ def prose(out: Path) -> None:
 
     with ProgressBar() as progress:
         counts = build_prose(out, progress=lambda done, of: progress.count("packages", done, of))
+    for name, count in counts.items():
+        print(f"{name:>28} {count}")
+
+
+def third(
+    font: Path = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"),
+    out: Path = Path("data/third"),
+    like: Path = Path("data/mini"),
+) -> None:
+    """Draw the emoji of a colour font, an artist whom nobody trained on, for `lavit eval` to find beside its data.
+
+    --font is Noto Color Emoji where the Debian package fonts-noto-color-emoji puts it; --like is the starter data whose
+    training names are asked for.
+    """
+    from lavit.data.third import build_third
+
+    with ProgressBar() as progress:
+        counts = build_third(out, font=font, like=like, progress=lambda done, of: progress.count("emoji", done, of))
     for name, count in counts.items():
         print(f"{name:>28} {count}")
 

@@ -102,6 +102,21 @@ def _check_target(out: Path) -> None:
         raise InputError(f"{str(out)!r} is not empty and holds no starter data: give a new folder")
 
 
+def row_of(one: Emoji, artist: str) -> dict[str, Any]:
+    """What metadata.jsonl says of an emoji in an artist's hand."""
+    return {
+        "file_name": f"{artist}/{one.codepoints}.png",
+        "name": one.name,
+        "keywords": list(one.keywords),
+        "group": one.group,
+        "artist": artist,
+        "emoji": one.text,
+        "codepoints": one.codepoints,
+        "family": one.family,
+        "tone": one.tone,
+    }
+
+
 # ---- splits ----
 
 
@@ -159,18 +174,7 @@ def _rows(emoji: Sequence[Emoji], seed: int) -> tuple[dict[tuple[Key, str], dict
             if split == "other_hand" and not set(hands) & set(one.art):
                 left_out += 1
                 continue
-            rows[one.key, artist] = {
-                "split": split,
-                "file_name": f"{artist}/{one.codepoints}.png",
-                "name": one.name,
-                "keywords": list(one.keywords),
-                "group": one.group,
-                "artist": artist,
-                "emoji": one.text,
-                "codepoints": one.codepoints,
-                "family": one.family,
-                "tone": one.tone,
-            }
+            rows[one.key, artist] = {"split": split, **row_of(one, artist)}
     return rows, left_out
 
 

@@ -2,7 +2,8 @@
 
 Of a mixture the first source is read, written and drawn; the others are asked about where they have a split `test`, and
 texts alone are read where a file of held-out texts lies beside them. Held-out pictures are those of the starter data's
-split `other_hand`: emoji that the run knows, in the hand it has not seen; `unseen` are families it has seen in neither.
+split `other_hand`: emoji that the run knows, in the hand it has not seen; `unseen` are families it has seen in neither. A
+third artist is read where `lavit data third` has drawn one beside the first source, and of it the names that the run knows.
 "Exact" means that the caption without its template equals the name. "A word" means that the first twelve words of a
 caption share one with the name or keywords that is not in `COMMON_WORDS`.
 """
@@ -26,6 +27,7 @@ import lavit
 from lavit.config import InputError, read_json
 from lavit.data.corpus import Corpus, Edit, Picture, Question, load_corpus, parse_mixture
 from lavit.data.prose import held_out_texts
+from lavit.data.third import SPLIT, third_beside
 from lavit.evaluate import cost
 from lavit.evaluate import tokenizer as tokens_
 from lavit.evaluate.figures import Figure, share
@@ -40,6 +42,7 @@ HELD_OUT = "other_hand"
 T = TypeVar("T")
 BATCH = 32
 DRAWN = 10  # pictures drawn at a time
+READ = 400  # pictures of one kind that are read at most; of held-out ones all
 CONCEPT_TOP = 20
 
 
@@ -71,6 +74,16 @@ class Evaluation:
     def unseen(self) -> Corpus:
         """Emoji of families that the run has not seen in any hand."""
         return load_corpus(Path(self.sources[0]), ("unseen",))
+
+    @cached_property
+    def third(self) -> Corpus | None:
+        """A choice of known names in the hand of an artist whom the run has not seen; None without such pictures."""
+        folder = third_beside(Path(self.sources[0]))
+        if folder is None:
+            return None
+        names = {name_of(picture) for picture in self.train.pictures}
+        known = [picture for picture in load_corpus(folder, (SPLIT,)).pictures if name_of(picture) in names]
+        return Corpus(tuple(known[i] for i in self.some(READ, len(known)))) if known else None
 
     def patches(self, corpus: Corpus, what: str) -> Float[Tensor, "images patches dim"]:
         """Encoder features of a corpus."""
@@ -163,14 +176,17 @@ def tokenizer_figures(e: Evaluation) -> Iterator[Figure]:
 
 
 def caption_figures(e: Evaluation) -> Iterator[Figure]:
-    """Exact names on held-out and on training pictures; a word of the name or keywords on unseen ones too."""
+    """Exact names on held-out, third artist's and training pictures; a word of the name or keywords on unseen ones too."""
     common = Counter(name_of(p) for p in e.train.pictures).most_common(1)[0][0]
     known = Gallery(pooled(e.train_patches), tuple(name_of(p) for p in e.train.pictures))
-    for where, corpus, patches, count in (
+    read = [
         ("held out", e.held_out, e.held_out_patches, len(e.held_out)),
-        ("unseen", e.unseen, e.unseen_patches, 400),
-        ("train", e.train, e.train_patches, 400),
-    ):
+        ("unseen", e.unseen, e.unseen_patches, READ),
+        ("train", e.train, e.train_patches, READ),
+    ]
+    if e.third is not None:
+        read.insert(1, ("third artist", e.third, e.patches(e.third, "third artist"), READ))
+    for where, corpus, patches, count in read:
         chosen = e.some(count, len(corpus))
         pictures = [corpus.pictures[i] for i in chosen]
         names = [name_of(picture) for picture in pictures]
