@@ -48,6 +48,29 @@ def test_half_a_batch_on_each_of_two_ranks_is_one(reader: ReaderStage) -> None:
     assert not torch.equal(halves[0], halves[1])
 
 
+def test_the_lesson_goes_on_beside_the_lm(run: Run) -> None:
+    """Two ranks, or two parts of a step, give the loss of one: the LM's and the reader's."""
+    language, text, _ = run._first_language()
+    stage = run._language_stage(language, text)
+
+    def loss(shard: Shard) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = stage.batch(2, shard)
+        found = stage.losses(language, batch, 2, Accelerator())
+        return found["loss"], found.get("word_loss", torch.zeros(())) + found.get("caption_loss", torch.zeros(()))
+
+    alone, _ = loss(Shard())
+    stage.config = replace(stage.config, reader_weight=0.5)
+    stage.lesson = ReaderStage(stage, text, run.corpus, seed=0)
+    both, lesson = loss(Shard())
+    assert torch.allclose(both - alone, 0.5 * lesson) and lesson > 0
+
+    stage.accumulate = 2
+    parts = [loss(Shard(number, 2))[0] for number in (0, 1)]
+    assert torch.allclose(sum(parts), both, rtol=1e-5)
+    both.backward()
+    assert language.to_language.weight.grad.abs().sum() > 0
+
+
 def test_many_captions_are_told_from_some_of_them(reader: ReaderStage, monkeypatch: pytest.MonkeyPatch) -> None:
     def wanted(batch: ReadBatch) -> list[list[int]]:
         captions = [part.tolist() for part in batch.candidates.split(batch.lengths.tolist())]
@@ -83,5 +106,5 @@ def test_the_most_telling_is_said_first_and_yes_and_no_say_nothing() -> None:
 
 def test_what_is_not_read_cannot_be_warmed_up(run: Run, toy_data: Path, tmp_path: Path) -> None:
     streamed = replace(training(4), language=replace(training(4).language, stream=True))
-    with pytest.raises(InputError, match="reader_steps need pictures"):
+    with pytest.raises(InputError, match="reader_steps and reader_weight need pictures"):
         Run(tmp_path / "run", toy_data, toy_config(), streamed, trackers=()).train(("tokenizer", "language"))

@@ -78,15 +78,10 @@ def test_a_run_goes_on_from_a_model(toy_run: Path, toy_data: Path, tmp_path: Pat
         Run(tmp_path / "run", toy_data, config, toy_training())
 
 
-def test_the_lm_learns_to_read_a_frozen_reader_from_fewer_patches(toy_run: Path, toy_data: Path, tmp_path: Path) -> None:
+def test_pictures_are_read_from_a_share_of_their_patches(toy_run: Path, toy_data: Path, tmp_path: Path) -> None:
     config, toy = LaVIT.from_pretrained(toy_run).config, toy_training()
-    language = replace(toy.language, supervise_read_images=False, freeze_reader=True, thinned=0.8)
+    language = replace(toy.language, supervise_read_images=False, thinned=0.8)
     run = Run(tmp_path / "run", toy_data, config, replace(toy, language=language), start=toy_run)
-    run.train(("language",))
-    for part in ("reader", "language"):
-        a, b = ((folder / part / "model.safetensors").read_bytes() for folder in (tmp_path / "run", toy_run))
-        assert (a == b) is (part == "reader")
-
     module, text, _ = run._first_language()
     stage = run._language_stage(module, text)
     whole, halves = stage.batch(3, Shard()), [stage.batch(3, Shard(rank, 2)) for rank in (0, 1)]

@@ -211,7 +211,9 @@ class LanguageTraining:
     reader_steps: int = 0
     reader_batch: int = 64
     train_merger: bool = True  # the second merger; False leaves it as stage 1 made it, which LoRA on a small card needs
-    freeze_reader: bool = False  # the LM learns to read a reader that stays as its warm-up, or the run's start, left it
+    # of the warm-up's losses, on as many pictures of their own, beside the LM's in every step: through the LM alone the
+    # reader learns training pictures by heart and forgets what it knew of others
+    reader_weight: float = 0.0
     # share of the kept patches of a picture that a reading of it leaves out, at most: it is drawn evenly from 0 to this;
     # what is left reads them as dropped ones, so that a row holds more pictures and each is seen in many ways
     thinned: float = 0.0
@@ -231,7 +233,9 @@ class LanguageTraining:
         if not 0 <= self.thinned < 1:
             raise InputError(f"thinned is {self.thinned}, expected a share from 0 to below 1")
         if self.thinned and self.supervise_read_images:
-            raise InputError("thinned pictures have no codes of their own to predict: set supervise_read_images to False")
+            raise InputError(
+                "thinned pictures have no codes of their own to predict: set supervise_read_images to False"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

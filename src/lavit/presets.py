@@ -171,7 +171,7 @@ def mini() -> Preset:
             rows_rate=2e-3,
             reader_rate=5e-4,
             reader_steps=2500,
-            freeze_reader=True,
+            reader_weight=1.0,
             thinned=0.7,
             mixture=(3.0, 1.5, 0.5, 0.2, 0.0),
         ),

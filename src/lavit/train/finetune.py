@@ -69,7 +69,7 @@ def finetune_training(
         share = 1.0 if lora_rank else 0.1
         rates = {"learning_rate": share * language.learning_rate}
         rates |= {"rows_rate": 0.1 * language.rows_rate, "reader_rate": 0.1 * language.reader_rate}
-        language = replace(language, **rates, style_shift=0.0, thinned=0.0, freeze_reader=False)
+        language = replace(language, **rates, style_shift=0.0, thinned=0.0, reader_weight=0.0)
     else:
         length = int(read_json(model / "language" / "config.json").get("max_position_embeddings", 2048))
         rates = {"learning_rate": 2e-4 if lora_rank else 2e-5, "rows_rate": 5e-5, "reader_rate": 5e-5}

@@ -41,6 +41,7 @@ class LanguageBatch:
     patches: Float[Tensor, "images patches dim"]
     keep: Bool[Tensor, "images patches"]
     targets: int
+    lesson: Any = None  # the reader's own batch (train/reader.py)
 
 
 class StyleShift:
@@ -101,6 +102,7 @@ class LanguageStage:
         self.steps, self.accumulate = config.steps, config.accumulate
         language.train().recompute(config.recompute)
         language.merger.requires_grad_(config.train_merger)
+        self.lesson: Any = None  # the reader's own stage, whose losses go beside the LM's (`reader_weight`)
         self._drawn: tuple[int, Batch] | None = None  # the batch of a step, whose parts come one after the other
         self.streams = documents if isinstance(documents, StreamingDocuments) else None
         if self.streams is None:
@@ -153,7 +155,8 @@ class LanguageStage:
             seeds = ([self.documents.seed, 12, step, images_before + place] for place in range(len(images)))
             parts = zip(keep, slot_lengths(rows.slots), map(np.random.default_rng, seeds), strict=True)
             keep = torch.stack([thin(mask, length, rng) for mask, length, rng in parts])
-        return LanguageBatch(rows, patches, keep, targets)
+        lesson = self.lesson.batch(step, shard) if self.lesson else None
+        return LanguageBatch(rows, patches, keep, targets, lesson)
 
     @staticmethod
     def _images(batch: Batch, rows: Any) -> int:
@@ -167,8 +170,13 @@ class LanguageStage:
         patches = self.tokenizer.prepare(batch.patches).to(device)
         out: LanguageLoss = module(rows, patches, batch.keep.to(device))
         loss = out.total / batch.targets * accelerator.num_processes
+        beside: dict[str, Figure] = {}
+        if batch.lesson is not None:
+            beside = self.lesson.losses(self.lesson.module, batch.lesson, step, accelerator)
+            loss = loss + self.config.reader_weight / self.accumulate * beside.pop("loss")
         return {
             "loss": loss,
+            **beside,
             "text_loss": (out.text, out.text_tokens),
             "code_loss": (out.visual, out.visual_tokens),
             "text_accuracy": (out.text_correct, out.text_tokens),

@@ -227,11 +227,8 @@ class Run:
         language, text, base = self._first_language()
         model_config = replace(self.config, language=base)
         stage = self._language_stage(language, text)
-        if config.reader_steps:
+        if config.reader_steps or config.reader_weight:
             self._train_reader(stage, text)
-        if config.freeze_reader:
-            language.merger.requires_grad_(False)
-            language.to_language.requires_grad_(False)
         if base.lora_rank and not self.accelerator.is_fsdp2 and self.accelerator.mixed_precision == "bf16":
             halve_frozen(language)
         origins = {"merger.": "copied from the tokenizer", "lm.": f"loaded from {base.source}"}
@@ -256,11 +253,21 @@ class Run:
         self._save(model, "language")
 
     def _train_reader(self, stage: LanguageStage, text: PreTrainedTokenizerBase) -> None:
-        """Warm the reader of a language stage up, before the LM reads."""
+        """Warm the reader of a language stage up, before the LM reads, and leave it its lesson beside the LM's."""
         if not stage.features:
-            raise InputError("reader_steps need pictures that are read and encoded beforehand: set them to 0")
+            raise InputError(
+                "reader_steps and reader_weight need pictures that are read and encoded beforehand: set them to 0"
+            )
+        if self.accelerator.is_fsdp2:
+            raise InputError(
+                "FSDP2 shards the reader: train without --fsdp (DDP), or set reader_steps and reader_weight to 0"
+            )
         reader = ReaderStage(stage, text, self.corpus, seed=self.training.seed)
-        self._loop(reader, warmup=self.training.language.warmup)
+        if self.training.language.reader_steps:
+            self._loop(reader, warmup=self.training.language.warmup)
+        if self.training.language.reader_weight:
+            reader.module.to(self.accelerator.device)
+            stage.lesson = reader
 
     def _first_language(self) -> tuple[Language, PreTrainedTokenizerBase, LanguageConfig]:
         """The language part before its first step: around its base LM, or as `start` left it."""
