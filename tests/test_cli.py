@@ -115,6 +115,14 @@ def test_help_brings_no_torch() -> None:
     assert "caption" in found.stdout and found.stdout.splitlines()[-1] == "False"
 
 
+def test_choose_ranks_texts(toy_run: Path, picture: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import lavit
+
+    texts = ["a red bar", "a blue dot", "nothing"]
+    said = run(capsys, "choose", picture, *texts, "--n", "3", "--model", str(toy_run))
+    assert said == lavit.load(toy_run).choose(picture, texts, n=3) and sorted(said) == sorted(texts)
+
+
 def test_ask_answers(toy_run: Path, picture: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(run(capsys, "ask", picture, "what is it?", "--model", str(toy_run))) == 1
 
@@ -129,6 +137,8 @@ def test_ask_answers(toy_run: Path, picture: str, capsys: pytest.CaptureFixture[
         ("caption", "BOMB"),
         ("caption",),
         ("ask", "PICTURE", " "),
+        ("choose", "PICTURE", "red", "red"),
+        ("choose", "PICTURE"),
         ("draw", " ", "--out", "x.png"),
         ("draw", "red", "--out", "x.png", "--n", "0"),
         ("draw", "red", "--out", "TEXT/x.png", "--steps", "1"),

@@ -221,6 +221,29 @@ def test_beams_equal_transformers(beams: int, penalty: float, stopping: bool | s
         assert len(lengths) > 1  # some answers ended by themselves
 
 
+def test_beams_among_texts_rank_them_as_their_likelihoods_do() -> None:
+    model = language(llama(text=11, initializer_range=0.08))
+    texts = ((3,), (3, 4), (3, 4, 5), (6, 1), (9, 9, 9, 1), (8,))
+    prompt = (5, 3)
+
+    def likelihood(text: tuple[int, ...]) -> float:
+        ids = torch.tensor([[*prompt, *text, 2]])
+        log_p = model.lm(input_ids=ids).logits[0].log_softmax(-1)
+        return float(log_p[len(prompt) - 1 : -1].gather(-1, ids[0, len(prompt) :, None]).sum())
+
+    expected = sorted(texts, key=likelihood, reverse=True)
+    how = Sampling(temperature=0, beams=8, n=8, length_penalty=0, max_tokens=5)
+    (found,) = Engine(model).complete([Request(ids=prompt, sampling=how, among=texts)])
+    assert [one.text for one in found[:6]] == expected and [one.text for one in found[6:]] == [(), ()]
+    assert [one.score for one in found[:6]] == pytest.approx([likelihood(text) for text in expected], abs=1e-4)
+
+    narrow = replace(how, beams=2, n=2)
+    (some,) = Engine(model).complete([Request(ids=prompt, sampling=narrow, among=texts)])
+    assert {one.text for one in some} <= {*texts, ()} and some[0].text in texts
+    with pytest.raises(InputError, match="needs beams"):
+        Engine(model).complete([Request(ids=prompt, sampling=replace(how, beams=1, n=1), among=texts)])
+
+
 # ---------------------------------------------------------------- bounds and modes
 
 

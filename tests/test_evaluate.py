@@ -16,7 +16,8 @@ import lavit
 from conftest import NAMES, toy_picture
 from lavit.cli import main
 from lavit.data.third import MARK
-from lavit.evaluate.report import Evaluation, caption_figures
+from lavit.evaluate.evaluation import Evaluation
+from lavit.evaluate.reading import caption_figures, choice_figures
 from lavit.evaluate.text import WINDOW, perplexity
 from lavit.evaluate.words import content, without_template
 from lavit.generate.sampling import Sampling
@@ -115,6 +116,13 @@ def test_a_third_artist_beside_the_data_is_read(toy_run: Path, tmp_path: Path) -
     assert exact.note == "9 names; nearest training picture by pooled features: 0.667"  # not the one named anew
     assert shared.floor == ("best constant", pytest.approx(max(sharing([name] * 3) for name in [*NAMES, word])))
     assert shared.note.endswith(f": {sharing(drawn[:3]):.3f}")
+    chosen = {figure.name: figure for figure in choice_figures(Evaluation(model, data, None, None))}
+    likely = model.choose(paths[:3], [*NAMES, word], n=5)
+    for top in (1, 5):
+        among = chosen[f"caption among all names, third artist: top-{top}"]
+        right = [name in texts[:top] for name, texts in zip(names, likely, strict=True)]
+        assert among.value == pytest.approx(sum(right) / 3) and among.floor == ("chance", top / 9)
+    assert chosen["caption among all names, third artist: top-1"].note.endswith("features: 0.667")
     fewer = Evaluation(model, data, 2, None).third
     assert fewer is not None and len(fewer) == 2
     (tmp_path / "third" / MARK).unlink()  # some other folder of that name

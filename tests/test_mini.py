@@ -14,7 +14,7 @@ import lavit
 from conftest import toy_picture
 from lavit.cli import main
 from lavit.config import InputError
-from lavit.evaluate.report import trained_on
+from lavit.evaluate.evaluation import trained_on
 from lavit.generate.sampling import Sampling
 from lavit.modules import smollm2
 from lavit.modules.smollm2 import load_smollm2, load_smollm2_text, smollm2_file

@@ -166,6 +166,24 @@ def test_the_best_of_some(pipeline: Pipeline) -> None:
     assert asked == ["red square"] * 6
 
 
+def test_a_choice_among_texts_is_the_likeliest_caption(pipeline: Pipeline) -> None:
+    image, among = toy_picture("red bar"), ["a red bar", "blue", "a dot.", "green dot on the left"]
+
+    def mean_times_length(text: str) -> float:
+        ids = pipeline.model.text(text, add_special_tokens=False)["input_ids"]
+        return likelihood(pipeline.model, text, image) * (len(ids) + 1)
+
+    plain = [text.removesuffix(".") for text in among]
+    expected = sorted(plain, key=lambda text: -max(mean_times_length(text), mean_times_length(f"{text}.")))
+    assert pipeline.choose(image, among, n=4) == expected
+    assert pipeline.choose([image, image], among) == expected[:1] * 2
+    for bad, what in ((["red", "red."], "none twice"), ([], "one text or more"), (["red", " "], "none empty")):
+        with pytest.raises(InputError, match=what):
+            pipeline.choose(image, bad)
+    with pytest.raises(InputError, match="all 4 texts"):
+        pipeline.choose(image, among, n=5)
+
+
 def test_the_likelihood_of_a_caption(pipeline: Pipeline) -> None:
     """The scorer of our own is the loss of the caption's document in training."""
     model, picture = pipeline.model, toy_picture("red dot")

@@ -20,6 +20,7 @@ from lavit.config import InputError
 
 VERBS: dict[str, Callable[..., Any]] = {
     "caption": use.caption,
+    "choose": use.choose,
     "ask": use.ask,
     "chat": use.chat,
     "draw": use.draw,

@@ -1,11 +1,13 @@
-"""Verbs that use a model: caption, ask, chat, draw, edit, reconstruct, tokenize, tokenize-corpus, inspect, gallery."""
+"""Verbs that use a model: caption, choose, ask, chat, draw, edit, reconstruct, tokenize, tokenize-corpus, inspect, gallery."""
 
 from __future__ import annotations
 
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from lavit.cli.output import (
     DEFAULT_MODEL,
@@ -42,6 +44,19 @@ def caption(
         for image, answer in zip(images[at : at + BATCH], answers, strict=True):
             tokens = int(lavit.tokenize(image).lengths[0]) if json else 0
             answer_with(json, answer, image=image, caption=answer, tokens=tokens, seconds=seconds)
+
+
+def choose(
+    image: Words[str],
+    among: Words[tuple[str, ...]],
+    /,
+    n: Annotated[int, tyro.conf.arg(help="so many of the likeliest, best first")] = 1,
+    model: Model = DEFAULT_MODEL,
+    json: bool = False,
+) -> None:
+    """Say which of some texts a picture shows: the likeliest as its caption."""
+    chosen = load_model(model, [image]).choose(image, among, n=n)
+    answer_with(json, "\n".join(chosen), image=image, chosen=chosen)
 
 
 def ask(

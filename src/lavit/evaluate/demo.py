@@ -10,7 +10,7 @@ from PIL import Image
 
 import lavit
 from lavit.config import InputError
-from lavit.evaluate.report import Evaluation, trained_on
+from lavit.evaluate.evaluation import Evaluation, trained_on
 from lavit.evaluate.words import name_of
 from lavit.visualize import kept_over, sheet
 

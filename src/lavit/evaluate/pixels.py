@@ -25,9 +25,9 @@ from torch import Tensor
 
 import lavit
 from lavit.config import InputError
+from lavit.evaluate.evaluation import Evaluation, Progress, trained_on
 from lavit.evaluate.figures import Figure, mean, share
 from lavit.evaluate.image import hits, pooled, shrink
-from lavit.evaluate.report import Evaluation, Progress, trained_on
 from lavit.evaluate.words import name_of
 from lavit.images import to_image
 

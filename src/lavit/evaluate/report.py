@@ -1,135 +1,35 @@
 """Every figure of a trained run, each with count, interval, floor and ceiling (`lavit eval RUN`).
 
-Of a mixture the first source is read, written and drawn; the others are asked about where they have a split `test`, and
-texts alone are read where a file of held-out texts lies beside them. Held-out pictures are those of the starter data's
-split `other_hand`: emoji that the run knows, in the hand it has not seen; `unseen` are families it has seen in neither. A
-third artist is read where `lavit data third` has drawn one beside the first source, and of it the names that the run knows.
-"Exact" means that the caption without its template equals the name. "A word" means that the first twelve words of a
-caption share one with the name or keywords that is not in `COMMON_WORDS`.
+What is measured is said in evaluation.py, how reading is in reading.py. A drawing is right if the nearest real picture,
+by the frozen encoder's features, has the name that was asked for (image.py).
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import torch
-from jaxtyping import Float
 from PIL import Image
-from torch import Tensor
 
 import lavit
-from lavit.config import InputError, read_json
-from lavit.data.corpus import Corpus, Edit, Picture, Question, load_corpus, parse_mixture
+from lavit.config import InputError
+from lavit.data.corpus import Edit, Picture
 from lavit.data.prose import held_out_texts
-from lavit.data.third import SPLIT, third_beside
 from lavit.evaluate import cost
 from lavit.evaluate import tokenizer as tokens_
+from lavit.evaluate.evaluation import Evaluation, Progress, trained_on
 from lavit.evaluate.figures import Figure, share
-from lavit.evaluate.image import Gallery, embed, hits, pooled, shrink
+from lavit.evaluate.image import embed, hits, shrink
+from lavit.evaluate.reading import caption_figures, choice_figures, question_figures
 from lavit.evaluate.text import perplexity
-from lavit.evaluate.words import content, name_of, without_template, words_of
-from lavit.generate.pipeline import Pipeline
-from lavit.storage import WEIGHTS, load_base, model_folder
+from lavit.evaluate.words import name_of, without_template
+from lavit.storage import load_base
 
-Progress = Callable[[str, int, int], None]
-HELD_OUT = "other_hand"
 T = TypeVar("T")
-BATCH = 32
 DRAWN = 10  # pictures drawn at a time
-READ = 400  # pictures of one kind that are read at most; of held-out ones all
 CONCEPT_TOP = 20
-
-
-@dataclass
-class Evaluation:
-    """A run and the data it is measured on; features are computed once."""
-
-    pipeline: Pipeline
-    data: str
-    limit: int | None
-    progress: Progress | None
-
-    @cached_property
-    def sources(self) -> list[str]:
-        """The sources of the mixture, without their weights."""
-        return [name for name, _ in parse_mixture(self.data)]
-
-    @cached_property
-    def train(self) -> Corpus:
-        """Pictures of the first source that the run was trained on."""
-        return load_corpus(Path(self.sources[0]))
-
-    @cached_property
-    def held_out(self) -> Corpus:
-        """Known emoji in the hand that the run has not seen."""
-        return load_corpus(Path(self.sources[0]), (HELD_OUT,))
-
-    @cached_property
-    def unseen(self) -> Corpus:
-        """Emoji of families that the run has not seen in any hand."""
-        return load_corpus(Path(self.sources[0]), ("unseen",))
-
-    @cached_property
-    def third(self) -> Corpus | None:
-        """A choice of known names in the hand of an artist whom the run has not seen; None without such pictures."""
-        folder = third_beside(Path(self.sources[0]))
-        if folder is None:
-            return None
-        names = {name_of(picture) for picture in self.train.pictures}
-        known = [picture for picture in load_corpus(folder, (SPLIT,)).pictures if name_of(picture) in names]
-        return Corpus(tuple(known[i] for i in self.some(READ, len(known)))) if known else None
-
-    def patches(self, corpus: Corpus, what: str) -> Float[Tensor, "images patches dim"]:
-        """Encoder features of a corpus."""
-        parts = []
-        for number, picture in enumerate(corpus.pictures):
-            parts.append(self.pipeline.model.patches([picture.record.open()]))
-            if self.progress and (number % 20 == 0 or number + 1 == len(corpus)):
-                self.progress(f"features, {what}", number + 1, len(corpus))
-        return torch.cat(parts)
-
-    @cached_property
-    def train_patches(self) -> Float[Tensor, "images patches dim"]:
-        """Features of the training pictures."""
-        return self.patches(self.train, "train")
-
-    @cached_property
-    def held_out_patches(self) -> Float[Tensor, "images patches dim"]:
-        """Features of the held-out pictures."""
-        return self.patches(self.held_out, "held out")
-
-    @cached_property
-    def unseen_patches(self) -> Float[Tensor, "images patches dim"]:
-        """Features of the pictures of unseen families."""
-        return self.patches(self.unseen, "unseen")
-
-    @cached_property
-    def gallery(self) -> Gallery:
-        """Every real picture, all names."""
-        parts = [self.train_patches, self.held_out_patches, self.unseen_patches]
-        names = [name_of(p) for corpus in (self.train, self.held_out, self.unseen) for p in corpus.pictures]
-        return Gallery(torch.cat([pooled(part) for part in parts]), tuple(names))
-
-    def some(self, count: int, of: int, *, seed: int = 0) -> list[int]:
-        """Numbers of a fixed random choice."""
-        chosen = np.random.default_rng([seed, of]).permutation(of)[: min(count, of, self.limit or of)]
-        return sorted(chosen.tolist())
-
-
-def trained_on(model: str | Path) -> str:
-    """The mixture that a run or shipped model was trained on; `InputError` if a shipped one's is not built yet."""
-    folder = model_folder(model)
-    data: str = read_json(folder / "training.json")["data"]
-    missing = [name for name, _ in parse_mixture(data) if not Path(name).exists()]
-    if missing and folder.parent == WEIGHTS:
-        raise InputError(f"{', '.join(missing)} missing: lavit data {folder.name} builds it, or give --data")
-    return data
 
 
 def evaluate_run(
@@ -150,6 +50,7 @@ def evaluate_run(
         for part in (
             tokenizer_figures,
             caption_figures,
+            choice_figures,
             question_figures,
             drawing_figures,
             concept_figures,
@@ -173,75 +74,6 @@ def tokenizer_figures(e: Evaluation) -> Iterator[Figure]:
     yield from tokens_.code_use(held, tokenizer.config.codes, where="held out")
     images = [picture.record.open() for picture in e.held_out.pictures]
     yield from tokens_.lengths(held, images, where="held out")
-
-
-def caption_figures(e: Evaluation) -> Iterator[Figure]:
-    """Exact names on held-out, third artist's and training pictures; a word of the name or keywords on unseen ones too."""
-    common = Counter(name_of(p) for p in e.train.pictures).most_common(1)[0][0]
-    known = Gallery(pooled(e.train_patches), tuple(name_of(p) for p in e.train.pictures))
-    read = [
-        ("held out", e.held_out, e.held_out_patches, len(e.held_out)),
-        ("unseen", e.unseen, e.unseen_patches, READ),
-        ("train", e.train, e.train_patches, READ),
-    ]
-    if e.third is not None:
-        read.insert(1, ("third artist", e.third, e.patches(e.third, "third artist"), READ))
-    for where, corpus, patches, count in read:
-        chosen = e.some(count, len(corpus))
-        pictures = [corpus.pictures[i] for i in chosen]
-        names = [name_of(picture) for picture in pictures]
-        said = _captions(e, pictures, f"captions, {where}")
-        own = chosen if corpus is e.train else None
-        ranked = known.nearest(pooled(patches[chosen]), exclude=own)
-        if corpus is not e.unseen:  # a name that was never seen is nobody's to say
-            constant = float(np.mean([name == common for name in names]))
-            peer = float(np.mean(hits(ranked, names)))
-            right = [without_template(text) == name for text, name in zip(said, names, strict=True)]
-            note = f"{len(set(known.names))} names; nearest training picture by pooled features: {peer:.3f}"
-            yield share(f"caption: exact name, {where}", right, floor=("best constant", constant), note=note)
-        wanted = [words_of(picture) for picture in pictures]
-        best = max(float(np.mean([bool(content(name) & one) for one in wanted])) for name in set(known.names))
-        near = float(np.mean([bool(content(row[0]) & one) for row, one in zip(ranked, wanted, strict=True)]))
-        right = [bool(content(text) & one) for text, one in zip(said, wanted, strict=True)]
-        note = f"nearest training picture by pooled features: {near:.3f}"
-        yield share(f"caption: a word, {where}", right, floor=("best constant", best), note=note)
-
-
-def _captions(e: Evaluation, pictures: Sequence[Picture], what: str) -> list[str]:
-    said: list[str] = []
-    for start in range(0, len(pictures), BATCH):
-        said += e.pipeline.caption([picture.record.open() for picture in pictures[start : start + BATCH]])
-        if e.progress:
-            e.progress(what, len(said), len(pictures))
-    return said
-
-
-def question_figures(e: Evaluation) -> Iterator[Figure]:
-    """Answers to templated questions about held-out pictures, by kind; and to the test questions of other sources."""
-    yield from _answers(e, e.held_out, e.some(300, len(e.held_out.questions)), "held out")
-    for source in e.sources[1:]:
-        try:
-            test = load_corpus(Path(source), ("test",))
-        except InputError:  # texts alone, or no such split
-            continue
-        yield from _answers(e, test, e.some(500, len(test.questions)), f"{Path(source).name}, test")
-
-
-def _answers(e: Evaluation, corpus: Corpus, numbers: Sequence[int], where: str) -> Iterator[Figure]:
-    chosen: list[Question] = [corpus.questions[i] for i in numbers]
-    said: list[str] = []
-    for start in range(0, len(chosen), BATCH):
-        part = chosen[start : start + BATCH]
-        images = [corpus.pictures[q.picture].record.open() for q in part]
-        said += e.pipeline.ask(images, [q.question for q in part])
-        if e.progress:
-            e.progress(f"questions, {where}", len(said), len(chosen))
-    right = [text.strip().lower() == q.answer.lower() for text, q in zip(said, chosen, strict=True)]
-    for kind, wanted in (("yes or no", True), ("open", False)):
-        at = [i for i, q in enumerate(chosen) if (q.answer in ("yes", "no")) is wanted]
-        if at:
-            common = Counter(chosen[i].answer for i in at).most_common(1)[0][1] / len(at)
-            yield share(f"question: {kind}, {where}", [right[i] for i in at], floor=("best constant", common))
 
 
 def drawing_figures(e: Evaluation) -> Iterator[Figure]:

@@ -22,13 +22,22 @@ MODES = {"text": "text", "image": "image", "auto": "mixed"}
 
 
 def reading(
-    model: LaVIT, prompts: Sequence[Parts], sampling: Sampling, n: int, seed: Seed, ends: tuple[str, ...]
+    model: LaVIT,
+    prompts: Sequence[Parts],
+    sampling: Sampling,
+    n: int,
+    seed: Seed,
+    ends: tuple[str, ...],
+    among: tuple[tuple[int, ...], ...] = (),
 ) -> list[Job]:
-    """Jobs that write text about pictures that are read."""
+    """Jobs that write text about pictures that are read; `among` as in `Request`."""
     if n > 1 and sampling.temperature == 0 and sampling.beams == 1:
         raise InputError(f"n={n} samples at temperature 0 are all alike: give sampling=Sampling(temperature=1.0)")
     samplings = _seeded(sampling, n, seed, len(prompts))
-    return [_job(model, prompt, each, "text", ends=ends) for prompt, each in zip(prompts, samplings, strict=True)]
+    return [
+        _job(model, prompt, each, "text", ends=ends, among=among)
+        for prompt, each in zip(prompts, samplings, strict=True)
+    ]
 
 
 def writing(
@@ -103,6 +112,7 @@ def _job(
     picture: Sampling | None = None,
     ends: tuple[str, ...] = (),
     stop: tuple[int, ...] = (),
+    among: tuple[tuple[int, ...], ...] = (),
 ) -> Job:
     prompt = lay_prompt(model, parts)
     inside = {} if picture is None else {"picture": picture}
@@ -113,6 +123,7 @@ def _job(
         mode=mode,
         sampling=sampling,
         stop=stop,
+        among=among,
         **inside,
     )
     return Job(request, sampling.seeds(), ends)

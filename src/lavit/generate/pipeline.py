@@ -38,6 +38,7 @@ from lavit.sequence import VisualTokens
 log = logging.getLogger(__name__)
 
 Size = tuple[int, int] | str
+CHOICES = 10  # texts that beams follow at once where one is chosen, at least
 TOGETHER = 16  # pictures that are painted in one batch
 
 
@@ -97,6 +98,37 @@ class Pipeline:
         how = self.protocol.caption if sampling is None else sampling
         jobs = reading(self.model, prompts, how, 1 if n is None else n, seed, self.protocol.caption_ends)
         return self._texts(jobs, one, n, stream)
+
+    def choose(
+        self,
+        images: Picture | Sequence[Picture],
+        among: Sequence[str],
+        *,
+        n: int | None = None,
+        keep: str | int | float | KeepPolicy = "auto",
+    ) -> Any:
+        """The likeliest of the texts `among` as the caption of each picture; with `n`, the list of the n best.
+
+        Likelihoods are of whole texts, with or without a full stop, found by beam search along these texts
+        (exact where there are no more than `CHOICES` of them, or `n` if that is more).
+        """
+        pictures, one = pictures_of(images)
+        texts = [text.strip().removesuffix(".") for text in among]
+        if not texts or not all(texts) or len(set(texts)) < len(texts):
+            raise InputError("choose among one text or more, none empty and none twice")
+        best = 1 if n is None else n
+        if not 1 <= best <= len(texts):
+            raise InputError(f"n is {n}: choose from 1 to all {len(texts)} texts")
+        said = {form: text for text in texts for form in (text, f"{text}.")}
+        ids = tuple(tuple(self.model.text(form, add_special_tokens=False)["input_ids"]) for form in said)
+        wide = 2 * max(best, CHOICES)  # each text has two forms
+        how = Sampling(temperature=0.0, beams=wide, length_penalty=0.0, max_tokens=max(map(len, ids)) + 1)
+        prompts = [[ChatPicture(open_image(picture), read=True, keep=keep)] for picture in pictures]
+        jobs = reading(self.model, prompts, how, min(wide, len(ids)), 0, (), ids)
+        found = self._texts(jobs, False, len(ids), False)
+        ranked = [list(dict.fromkeys(said[form] for form in forms if form))[:best] for forms in found]
+        results = ranked if n is not None else [texts[0] for texts in ranked]
+        return results[0] if one else results
 
     def ask(
         self,
