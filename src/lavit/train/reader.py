@@ -10,7 +10,8 @@ centred and of unit length:
 
 with p the mean feature in units of the table's mean row length. A picture costs a fortieth of what the LM takes to read it.
 With `reader_weight` the lesson goes on beside the LM's loss, on pictures of its own: what the LM alone teaches the reader
-is to tell training pictures apart, and the words fade. (Ours: the paper aligns the reader through the LM alone, which needs its number of pictures. LOG.md has what it is worth.)
+is to tell training pictures apart, and the words fade. (Ours: the paper aligns the reader through the LM alone, which needs
+its number of pictures. LOG.md has what it is worth.)
 """
 
 from __future__ import annotations
