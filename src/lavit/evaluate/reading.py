@@ -22,6 +22,7 @@ from lavit.evaluate.words import content, name_of, without_template, words_of
 
 BATCH = 32
 TOP = 5  # names
+CHOSEN = 100  # pictures whose names are chosen among all, of each kind: a second each
 
 
 def caption_figures(e: Evaluation) -> Iterator[Figure]:
@@ -75,7 +76,7 @@ def choice_figures(e: Evaluation) -> Iterator[Figure]:
     if e.third is not None:
         read.append(("third artist", e.third, e.third_patches))
     for where, corpus, patches in read:
-        chosen = [i for i in e.some(READ, len(corpus)) if name_of(corpus.pictures[i]) in known.names]
+        chosen = [i for i in e.some(CHOSEN, len(corpus)) if name_of(corpus.pictures[i]) in known.names]
         names = [name_of(corpus.pictures[i]) for i in chosen]
         ranked: list[list[str]] = []
         for start in range(0, len(chosen), BATCH):
