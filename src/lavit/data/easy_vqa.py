@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lavit.config import InputError, require
+from lavit.data.folder import check_place, written_whole
 
 SPLITS = ("train", "test")
 SHAPES = ("circle", "rectangle", "triangle")
@@ -52,17 +53,9 @@ def build_easy_vqa(
         raise InputError(f"a data set needs at least one picture, not {pictures}")
     package = require("easy_vqa", extra="mini")
     out = Path(out)
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MARK).exists())):
-        raise InputError(f"{str(out)!r} is not empty and holds no easy-VQA: give a new folder")
-    partial = out.with_name(out.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
+    check_place(out, MARK, "easy-VQA")
+    with written_whole(out) as partial:
         counts = _write(package, partial, pictures, progress)
-        if out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
-    except OSError as error:
-        raise InputError(f"{str(out)!r} cannot be written: {error.strerror or error}") from error
     return counts
 
 

@@ -15,7 +15,6 @@ import hashlib
 import io
 import json
 import random
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +26,7 @@ from PIL import Image
 
 from lavit.config import InputError, require
 from lavit.data.emoji import ARTISTS, DISTRIBUTIONS, TONES, Emoji, Key, list_emoji, without_tones
+from lavit.data.folder import check_place, written_whole
 
 # Pixels a side: above the 64 a small pixel decoder writes, 40 MB in all, drawn in a minute. RGB on
 # white, because every reader of this project lays transparency on white anyway.
@@ -77,29 +77,15 @@ def build_starter(
     if families is not None and families < 1:
         raise InputError(f"families is {families}: keep at least one")
     out = Path(out)
-    _check_target(out)
+    check_place(out, "starter.json", "starter data")
     emoji = _choose(_toned(list_emoji(), tones), families, seed)
     rows, left_out = _rows(emoji, seed)
-    partial = out.with_name(out.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
+    with written_whole(out) as partial:
         _draw(rows, emoji, partial, progress)
         edits, questions = _edits(rows, emoji), _questions(rows, seed)
         counts = _counts(rows, edits, questions, left_out)
         _write(partial, rows, edits, questions, counts, {"families": families, "tones": tones, "seed": seed})
-        if out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
-    except OSError as error:
-        raise InputError(f"{str(out)!r} cannot be written: {error.strerror or error}") from error
     return counts
-
-
-def _check_target(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{str(out)!r} is a file: give a folder for the starter data")
-    if out.is_dir() and any(out.iterdir()) and not (out / "starter.json").exists():
-        raise InputError(f"{str(out)!r} is not empty and holds no starter data: give a new folder")
 
 
 def row_of(one: Emoji, artist: str) -> dict[str, Any]:

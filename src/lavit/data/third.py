@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lavit.config import InputError
 from lavit.data.emoji import ARTISTS, Emoji, list_emoji
+from lavit.data.folder import check_place, written_whole
 from lavit.data.starter import SIZE, row_of
 
 STRIKE = 109  # pixels a side: the one size that Noto's bitmaps have
@@ -41,17 +42,14 @@ def build_third(
     (emoji done, of all).
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MARK).exists())):
-        raise InputError(f"{str(out)!r} is not empty and holds no third artist: give a new folder")
+    check_place(out, MARK, "third artist")
     opened = _open(Path(font))
     artist = (opened.getname()[0] or Path(font).stem).split()[0].lower()
     if artist in ARTISTS:
         raise InputError(f"{str(font)!r} is drawn by {artist}, whom training sees: {GET}")
     names = _trained_names(Path(like))
     wanted = [one for one in list_emoji() if len(one.key) == 1 and one.name in names]
-    partial = out.with_name(out.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
+    with written_whole(out) as partial:
         (partial / SPLIT / artist).mkdir(parents=True)
         rows = []
         for one, picture in _drawn(opened, wanted, progress):
@@ -62,11 +60,6 @@ def build_third(
             raise InputError(f"{str(font)!r} has a colour glyph for none of {len(wanted)} emoji: {GET}")
         counts = {"emoji": len(wanted), "without a glyph": len(wanted) - len(rows), "pictures": len(rows)}
         _write(partial, rows, Path(font), opened, counts)
-        if out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
-    except OSError as error:
-        raise InputError(f"{str(out)!r} cannot be written: {error.strerror or error}") from error
     return counts
 
 

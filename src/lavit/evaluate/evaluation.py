@@ -66,7 +66,7 @@ class Evaluation:
         folder = third_beside(Path(self.sources[0]))
         if folder is None:
             return None
-        names = {name_of(picture) for picture in self.train.pictures}
+        names = {name_of(picture) for picture in self.train.pictures}  # not `known`, which takes features
         known = [picture for picture in load_corpus(folder, (SPLIT,)).pictures if name_of(picture) in names]
         return Corpus(tuple(known[i] for i in self.some(READ, len(known)))) if known else None
 
@@ -98,6 +98,11 @@ class Evaluation:
     def third_patches(self) -> Float[Tensor, "images patches dim"]:
         """Features of the third artist's pictures."""
         return self.patches(self.third, "third artist")
+
+    @cached_property
+    def known(self) -> Gallery:
+        """The training pictures."""
+        return Gallery(pooled(self.train_patches), tuple(name_of(picture) for picture in self.train.pictures))
 
     @cached_property
     def gallery(self) -> Gallery:

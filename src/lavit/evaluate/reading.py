@@ -17,7 +17,7 @@ from lavit.config import InputError
 from lavit.data.corpus import Corpus, Picture, Question, load_corpus
 from lavit.evaluate.evaluation import READ, Evaluation
 from lavit.evaluate.figures import Figure, share
-from lavit.evaluate.image import Gallery, hits, pooled
+from lavit.evaluate.image import hits, pooled
 from lavit.evaluate.words import content, name_of, without_template, words_of
 
 BATCH = 32
@@ -28,7 +28,7 @@ CHOSEN = 100  # pictures whose names are chosen among all, of each kind: a secon
 def caption_figures(e: Evaluation) -> Iterator[Figure]:
     """Exact names on held-out, third artist's and training pictures; a word of the name or keywords on unseen ones too."""
     common = Counter(name_of(p) for p in e.train.pictures).most_common(1)[0][0]
-    known = Gallery(pooled(e.train_patches), tuple(name_of(p) for p in e.train.pictures))
+    known = e.known
     read = [
         ("held out", e.held_out, e.held_out_patches, len(e.held_out)),
         ("unseen", e.unseen, e.unseen_patches, READ),
@@ -68,7 +68,7 @@ def _captions(e: Evaluation, pictures: Sequence[Picture], what: str) -> list[str
 
 def choice_figures(e: Evaluation) -> Iterator[Figure]:
     """The likeliest among all trained names, of known emoji in hands that the run has not seen, as a retrieval gives them."""
-    known = Gallery(pooled(e.train_patches), tuple(name_of(p) for p in e.train.pictures))
+    known = e.known
     among = sorted(set(known.names))
     if len(among) < 2:
         return
@@ -76,7 +76,7 @@ def choice_figures(e: Evaluation) -> Iterator[Figure]:
     if e.third is not None:
         read.append(("third artist", e.third, e.third_patches))
     for where, corpus, patches in read:
-        chosen = [i for i in e.some(CHOSEN, len(corpus)) if name_of(corpus.pictures[i]) in known.names]
+        chosen = [i for i in e.some(CHOSEN, len(corpus)) if name_of(corpus.pictures[i]) in among]
         names = [name_of(corpus.pictures[i]) for i in chosen]
         ranked: list[list[str]] = []
         for start in range(0, len(chosen), BATCH):

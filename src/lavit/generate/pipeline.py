@@ -121,11 +121,11 @@ class Pipeline:
             raise InputError(f"n is {n}: choose from 1 to all {len(texts)} texts")
         said = {form: text for text in texts for form in (text, f"{text}.")}
         ids = tuple(tuple(self.model.text(form, add_special_tokens=False)["input_ids"]) for form in said)
-        wide = 2 * max(best, CHOICES)  # each text has two forms
+        wide = min(len(ids), 2 * max(best, CHOICES))  # each text has two forms
         how = Sampling(temperature=0.0, beams=wide, length_penalty=0.0, max_tokens=max(map(len, ids)) + 1)
         prompts = [[ChatPicture(open_image(picture), read=True, keep=keep)] for picture in pictures]
-        jobs = reading(self.model, prompts, how, min(wide, len(ids)), 0, (), ids)
-        found = self._texts(jobs, False, len(ids), False)
+        jobs = reading(self.model, prompts, how, wide, 0, (), ids)
+        found = self._texts(jobs, False, wide, False)
         ranked = [list(dict.fromkeys(said[form] for form in forms if form))[:best] for forms in found]
         results = ranked if n is not None else [texts[0] for texts in ranked]
         return results[0] if one else results
