@@ -96,7 +96,13 @@ class LanguageConfig:
     )
     # read images enter as continuous merger features (the paper) or as the rows of their codes (an ablation)
     read_as: Literal["features", "codes"] = "features"
+    # texts of the most similar training pictures that are told with a picture that is read (modules/memory.py)
+    recall: int = 0
     sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.recall < 0 or (self.recall and self.read_as != "features"):
+            raise InputError(f"recall is {self.recall} with read_as={self.read_as!r}: give 0, or read features")
 
 
 @dataclass(frozen=True, kw_only=True)

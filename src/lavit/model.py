@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from lavit.config import InputError, ModelConfig, from_json, read_json, to_json
 from lavit.images import pixels as to_pixels
 from lavit.modules.language import Language
+from lavit.modules.memory import Memory
 from lavit.modules.selector import KeepPolicy
 from lavit.modules.tokenizer import VisualTokenizer
 from lavit.modules.vision import Vision, load_vision, save_vision
@@ -44,7 +45,8 @@ if TYPE_CHECKING:  # diffusers takes seconds to import, and only pixels need it
     from lavit.modules.pixels import Pixels
 
 log = logging.getLogger(__name__)
-PARTS = ("vision", "tokenizer", "language", "pixels")
+PARTS = ("vision", "tokenizer", "memory", "language", "pixels")
+EXACT = ("tokenizer", "memory")  # always fp32, so that rounding elsewhere does not flip their choices
 
 
 class LaVIT(nn.Module):
@@ -89,6 +91,11 @@ class LaVIT(nn.Module):
         return self._part("language")
 
     @property
+    def memory(self) -> Memory:
+        """Texts of the training pictures, told with a picture that is read (`LanguageConfig.recall`)."""
+        return self._part("memory")
+
+    @property
     def pixels(self) -> Pixels:
         """The diffusion decoder."""
         return self._part("pixels")
@@ -107,8 +114,8 @@ class LaVIT(nn.Module):
             part = self._load(name)
             if name == "language" and self._place_language is not None:
                 part = self._place_language(part)
-            else:  # the tokenizer stays exact, so that rounding elsewhere does not flip its choices
-                part = part.to(self.device, torch.float32 if name == "tokenizer" else self.dtype)
+            else:
+                part = part.to(self.device, torch.float32 if name in EXACT else self.dtype)
             self.parts[name] = part.eval()
         return self.parts[name]
 
@@ -121,6 +128,9 @@ class LaVIT(nn.Module):
             where = folder / "tokenizer" / "model.safetensors"
             load_strictly(tokenizer, load_tensors(where), where)
             return tokenizer
+        if name == "memory":
+            tensors = load_tensors(folder / "memory" / "model.safetensors")
+            return Memory(read_json(folder / "memory" / "config.json")["texts"], tensors)
         if name == "language":
             if (folder / "language").is_dir() and not (folder / "reader").is_dir():
                 raise InputError(
@@ -199,6 +209,10 @@ class LaVIT(nn.Module):
         if "tokenizer" in parts:
             with replacing(folder / "tokenizer") as new:
                 save_tensors(self.tokenizer.state_dict(), new / "model.safetensors")
+        if "memory" in parts and config.language.recall:
+            with replacing(folder / "memory") as new:
+                save_tensors(self.memory.state_dict(), new / "model.safetensors")
+                (new / "config.json").write_text(json.dumps({"texts": self.memory.texts}, indent=0) + "\n")
         if "language" in parts:
             saved = save_language(self.language, self.text, config.language, folder)
             config = dataclasses.replace(config, language=saved)

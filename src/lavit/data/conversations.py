@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from lavit.config import InputError, LanguageTraining
 from lavit.data.chat import ChatText, render_chat
 from lavit.data.corpus import Corpus
+from lavit.data.documents import recalled_text
 from lavit.data.sources import Record, readable
 from lavit.sequence import IGNORE, Batch, Document, Image, Sequence, Text, fill_rows, lay_out, pack
 from lavit.vocabulary import Vocabulary
@@ -156,7 +157,10 @@ def _numbered(message: Mapping[str, Any], numbers: Mapping[str, int]) -> dict[st
 
 
 class ConversationDocuments:
-    """Conversations as packed rows; a batch is a function of (seed, step). `codes[picture]` are the stage-1 codes."""
+    """Conversations as packed rows; a batch is a function of (seed, step).
+
+    `codes[picture]` are the stage-1 codes, `told[picture]` what a memory tells with it where it is read.
+    """
 
     corpus = Corpus(())  # fine-tuning knows no other data
 
@@ -169,8 +173,9 @@ class ConversationDocuments:
         vocabulary: Vocabulary,
         config: LanguageTraining,
         seed: int,
+        told: list[list[str]] | None = None,
     ) -> None:
-        self.codes, self.tokenizer, self.vocabulary = codes, text, vocabulary
+        self.codes, self.tokenizer, self.vocabulary, self.told = codes, text, vocabulary, told
         self.config, self.seed = config, seed
         self.sequences: list[Sequence] = []
         broken: list[tuple[str, str]] = []
@@ -190,12 +195,16 @@ class ConversationDocuments:
         closes = not self.tokenizer.chat_template  # a template has an end of turn of its own
         for part in render_chat(conversation.messages, self.tokenizer):
             if isinstance(part, ChatText):
-                ids = self.tokenizer(part.text, add_special_tokens=False, verbose=False)["input_ids"]
-                segments.append(Text(tuple(ids), target=part.target, closes=closes))
+                segments.append(Text(self._ids(part.text), target=part.target, closes=closes))
             else:
                 number = int(part.picture)
                 segments.append(Image(self.codes[number], read=part.read, index=number, target=part.target))
+                if part.read and self.told is not None:
+                    segments.append(Text(self._ids(recalled_text(self.told[number])), target=False))
         return tuple(segments)
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _lay_out(self, conversation: Conversation) -> Sequence:
         sequence = lay_out(self.document(conversation), self.vocabulary)

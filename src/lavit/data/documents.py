@@ -46,6 +46,11 @@ def answer_text(answer: str) -> str:
     return f" {answer}"
 
 
+def recalled_text(texts: list[str]) -> str:
+    """What a memory tells with a picture, right behind it: a line for each text."""
+    return "".join(f"{text}\n" for text in texts)
+
+
 class Source:
     """One part of a corpus as a source of documents: its kinds and their shares."""
 
@@ -66,7 +71,7 @@ class Source:
 
 
 class Documents:
-    """Draws documents of a corpus; `codes[picture * views + view]` are the stage-1 codes."""
+    """Draws documents of a corpus; `codes[picture * views + view]` are the stage-1 codes, `told` what a memory tells there."""
 
     def __init__(
         self,
@@ -78,8 +83,9 @@ class Documents:
         vocabulary: Vocabulary,
         config: LanguageTraining,
         seed: int,
+        told: list[list[str]] | None = None,
     ) -> None:
-        self.corpus, self.codes, self.views = corpus, codes, views
+        self.corpus, self.codes, self.views, self.told = corpus, codes, views, told
         self.vocabulary, self.config, self.seed = vocabulary, config, seed
         self.tokenizer = text
         self._ids: dict[str, tuple[int, ...]] = {}
@@ -119,10 +125,17 @@ class Documents:
             codes = codes[: thinned_count(len(codes), self.config.thinned, rng)]
         return Image(codes, read=read, index=row, target=target)
 
+    def _read(self, picture: int, rng: np.random.Generator, *, target: bool = True) -> Document:
+        """A picture that is read, and what a memory tells of it."""
+        image = self._image(picture, rng, read=True, target=target)
+        if self.told is None:
+            return (image,)
+        return image, Text(self.ids(recalled_text(self.told[image.index])), target=False)
+
     def _reading(self, source: Source, rng: np.random.Generator) -> Document:
         number = _one(source.read, rng)
         captions = self.corpus.pictures[number].captions
-        return self._image(number, rng, read=True), Text(self.ids(captions[rng.integers(len(captions))]))
+        return *self._read(number, rng), Text(self.ids(captions[rng.integers(len(captions))]))
 
     def _writing(self, source: Source, rng: np.random.Generator) -> Document:
         number = _one(source.written, rng)
@@ -136,7 +149,7 @@ class Documents:
     def _question(self, source: Source, rng: np.random.Generator) -> Document:
         picture = self.corpus.questions[_one(source.part.questions, rng)].picture
         asked = [self.corpus.questions[number] for number in rng.permutation(self._asked[picture])[:ASKED]]
-        segments: list[Text | Image] = [self._image(picture, rng, read=True, target=False)]
+        segments: list[Text | Image] = [*self._read(picture, rng, target=False)]
         for one in asked:  # every answer ends as the only one does
             segments.append(Text(self.ids(question_text(one.question)), target=False))
             segments.append(Text((*self.ids(answer_text(one.answer)), self.vocabulary.end), closes=False))

@@ -43,17 +43,24 @@ def caption_figures(e: Evaluation) -> Iterator[Figure]:
         said = _captions(e, pictures, f"captions, {where}")
         own = chosen if corpus is e.train else None
         ranked = known.nearest(pooled(patches[chosen]), exclude=own)
+        model = e.pipeline.model
+        told = model.memory.recall(patches[chosen], 1) if model.config.language.recall else []
         if corpus is not e.unseen:  # a name that was never seen is nobody's to say
             constant = float(np.mean([name == common for name in names]))
             peer = float(np.mean(hits(ranked, names)))
             right = [without_template(text) == name for text, name in zip(said, names, strict=True)]
             note = f"{len(set(known.names))} names; nearest training picture by pooled features: {peer:.3f}"
+            if told:
+                note += f"; what its memory tells first: {float(np.mean(hits(told, names))):.3f}"
             yield share(f"caption: exact name, {where}", right, floor=("best constant", constant), note=note)
         wanted = [words_of(picture) for picture in pictures]
         best = max(float(np.mean([bool(content(name) & one) for one in wanted])) for name in set(known.names))
         near = float(np.mean([bool(content(row[0]) & one) for row, one in zip(ranked, wanted, strict=True)]))
         right = [bool(content(text) & one) for text, one in zip(said, wanted, strict=True)]
         note = f"nearest training picture by pooled features: {near:.3f}"
+        if told:
+            first = [bool(content(row[0]) & one) for row, one in zip(told, wanted, strict=True)]
+            note += f"; what its memory tells first: {float(np.mean(first)):.3f}"
         yield share(f"caption: a word, {where}", right, floor=("best constant", best), note=note)
 
 

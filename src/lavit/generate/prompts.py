@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lavit.config import InputError
 from lavit.data.chat import ChatPicture, ChatText
+from lavit.data.documents import recalled_text
 from lavit.images import open_image
 from lavit.model import LaVIT
 from lavit.modules.selector import KeepPolicy
@@ -46,11 +47,16 @@ def lay_prompt(model: LaVIT, parts: Sequence[ChatText | ChatPicture]) -> Prompt:
             piece = model.text(part.text, add_special_tokens=False)["input_ids"]
             slot = [False] * len(piece)
         elif part.read and model.config.language.read_as == "features":
-            rows = read(model, open_image(part.picture), KeepPolicy.parse(part.keep))
+            patches = model.patches([open_image(part.picture)])
+            rows = read(model, patches, KeepPolicy.parse(part.keep))
             # the slots' ids are never looked at: features stand there
             piece = [vocabulary.image_start, *[vocabulary.image_end] * len(rows), vocabulary.image_end]
             slot = [False, *[True] * len(rows), False]
             features.append(rows)
+            if recall := model.config.language.recall:
+                told = recalled_text(model.memory.recall(patches, recall)[0])
+                piece += model.text(told, add_special_tokens=False)["input_ids"]
+                slot += [False] * (len(piece) - len(slot))
         else:
             codes = codes_of(model, part)
             piece = [vocabulary.image_start, *vocabulary.ids(codes).tolist(), vocabulary.image_end]
@@ -60,9 +66,8 @@ def lay_prompt(model: LaVIT, parts: Sequence[ChatText | ChatPicture]) -> Prompt:
     return Prompt(tuple(ids), tuple(slots) if features else (), torch.cat(features) if features else None)
 
 
-def read(model: LaVIT, image: Image.Image, policy: KeepPolicy) -> Float[Tensor, "kept width"]:
-    """Continuous features of a picture, as the LM reads them."""
-    patches = model.patches([image])
+def read(model: LaVIT, patches: Float[Tensor, "1 patches dim"], policy: KeepPolicy) -> Float[Tensor, "kept width"]:
+    """Continuous features of a picture from its encoder's, as the LM reads them."""
     keep = model.tokenizer.select(patches, policy)
     return model.language.read(model.tokenizer.prepare(patches).to(model.language.rows.dtype), keep)
 

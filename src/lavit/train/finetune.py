@@ -45,7 +45,7 @@ from lavit.train.spread import make_accelerator
 from lavit.train.stages import tokenize_features
 
 log = logging.getLogger(__name__)
-COPIED = ("vision", "tokenizer", "pixels", "base")
+COPIED = ("vision", "tokenizer", "memory", "pixels", "base")
 MEASURED = 3  # steps whose time says how many fit into some minutes
 
 
@@ -145,7 +145,10 @@ class Finetune:
         features, tokens = self._pictures(model, conversations)
         codes = tuple(tuple(part.tolist()) for part in tokens.split())
         make = {"text": text, "vocabulary": language.vocabulary, "config": config, "seed": self.training.seed}
-        documents = ConversationDocuments(conversations, codes, **make)
+        recall = model.config.language.recall
+        rows = (torch.from_numpy(one[None].astype("float32")) for one in features.array) if recall else ()
+        told = [model.memory.recall(row.to(model.device), recall)[0] for row in rows] or None
+        documents = ConversationDocuments(conversations, codes, told=told, **make)
         return FinetuneStage(language, model.tokenizer, documents, features, tokens, config)
 
     def _pictures(self, model: LaVIT, conversations: Conversations) -> tuple[Features, VisualTokens]:

@@ -31,6 +31,7 @@ from lavit.data.stream import StreamingDocuments, stream_texts
 from lavit.images import pixels as to_pixels
 from lavit.model import LaVIT
 from lavit.modules.language import Language
+from lavit.modules.memory import Memory
 from lavit.modules.pixels import Pixels
 from lavit.modules.tokenizer import VisualTokenizer
 from lavit.modules.vision import Vision, load_vision
@@ -41,6 +42,7 @@ from lavit.train.checkpoint import latest_checkpoint, load_weights
 from lavit.train.health import parameter_lines
 from lavit.train.language import LanguageStage, train_text_tokenizer
 from lavit.train.loop import Report, Stage, train
+from lavit.train.memory import remember
 from lavit.train.metrics import check_trackers
 from lavit.train.reader import ReaderStage
 from lavit.train.samples import Samples
@@ -140,6 +142,11 @@ class Run:
     def tokens(self) -> VisualTokens:
         """Stage-1 tokens of every picture and view."""
         return tokenize_features(self.tokenizer, self.features)
+
+    @cached_property
+    def remembered(self) -> tuple[Memory, list[list[str]]]:
+        """The memory of the training split, and what it tells with each picture and view."""
+        return remember(self.corpus, self.features, self.config.language.recall)
 
     @cached_property
     def tokenizer(self) -> VisualTokenizer:
@@ -249,8 +256,9 @@ class Run:
                     load_base(base, self.folder / "base")[0], self.tokenizer.merger, model_config, text
                 )
             load_weights(latest_checkpoint(self.folder / "checkpoints" / "language"), language)
-        model = LaVIT(model_config, {"language": language}, text=text, folder=self.folder)
-        self._save(model, "language")
+        memory = {"memory": self.remembered[0]} if base.recall else {}
+        parts = {**memory, "language": language}
+        self._save(LaVIT(model_config, parts, text=text, folder=self.folder), *parts)
 
     def _train_reader(self, stage: LanguageStage, text: PreTrainedTokenizerBase) -> None:
         """Warm the reader of a language stage up, before the LM reads, and leave it its lesson beside the LM's."""
@@ -289,6 +297,10 @@ class Run:
     def _language_stage(self, language: Language, text: PreTrainedTokenizerBase) -> LanguageStage:
         """Stage 2 on the corpus; on codes made beforehand; or on a stream."""
         config, device = self.training.language, self.accelerator.device
+        if self.config.language.recall and (config.stream or config.token_corpus):
+            raise InputError(
+                "recall needs pictures encoded beforehand: leave stream and token_corpus out, or set it to 0"
+            )
         make = {"text": text, "vocabulary": language.vocabulary, "config": config, "seed": self.training.seed}
         vision = self.config.vision
         if config.stream:
@@ -304,7 +316,8 @@ class Run:
             features, tokens = nothing_read(vision)
         else:
             codes = tuple(tuple(part.tolist()) for part in self.tokens.split())
-            documents = Documents(self.corpus, codes, views=self.training.views, **make)
+            told = self.remembered[1] if self.config.language.recall else None
+            documents = Documents(self.corpus, codes, views=self.training.views, told=told, **make)
             features, tokens = self.features, self.tokens
         self.__dict__.pop("vision", None)  # features and tokens are made: nothing of stage 1 need stay on a GPU
         self.tokenizer.cpu()

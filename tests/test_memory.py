@@ -1,0 +1,149 @@
+"""The memory: what it discounts, what it never tells, and that use lays a prompt out as training did."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import lavit
+from conftest import NAMES, toy_config, toy_training
+from lavit.config import InputError, LanguageConfig, ModelConfig
+from lavit.data.chat import ChatPicture
+from lavit.data.conversations import load_conversations
+from lavit.data.corpus import Corpus, Picture, Question
+from lavit.data.sources import Record
+from lavit.generate.prompts import lay_prompt
+from lavit.model import LaVIT
+from lavit.modules.memory import Memory, describe
+from lavit.sequence import IGNORE, Text, lay_out
+from lavit.train.finetune import Finetune
+from lavit.train.memory import remembered_texts
+from lavit.train.run import Run
+from test_conversations import read, write
+from test_finetune import settings
+
+TOLD = 3
+
+
+def config() -> ModelConfig:
+    toy = toy_config()
+    return replace(toy, language=replace(toy.language, recall=TOLD))
+
+
+@pytest.fixture(scope="module")
+def run(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A toy run whose reader is told three texts with every picture."""
+    run = Run(tmp_path_factory.mktemp("memory") / "run", toy_data, config(), toy_training(), trackers=())
+    run.train(("tokenizer", "language"))
+    return run
+
+
+def test_what_varies_within_a_text_is_discounted() -> None:
+    """Each thing in two hands: the hands differ more than the things do."""
+    torch.manual_seed(0)
+    things, hands = torch.randn(40, 24), 6 * torch.randn(2, 24)
+    texts = [str(number) for number in range(40)]
+    known = torch.cat([things + hands[0], things[:30] + hands[1]]) + 0.3 * torch.randn(70, 24)
+    memory = Memory.of(known, texts + texts[:30], torch.zeros(0, 24))
+    asked = things[30:] + hands[1] + 0.3 * torch.randn(10, 24)
+    assert [found for (found,) in memory.nearest(memory.likeness(asked), 1)] == texts[30:]
+    plain = torch.nn.functional.normalize(asked, dim=1) @ torch.nn.functional.normalize(known, dim=1).T
+    assert [found for (found,) in memory.nearest(plain, 1)] != texts[30:]
+
+
+def test_differences_of_views_are_discounted() -> None:
+    torch.manual_seed(0)
+    known, loud = torch.randn(20, 8), torch.eye(8)[0] * 20
+    views = torch.randn(100, 1) * loud
+    texts = [str(number) for number in range(20)]
+    asked = known + torch.randn(20, 1) * loud
+    memory = Memory.of(known, texts, views)
+    assert [found for (found,) in memory.nearest(memory.likeness(asked), 1)] == texts
+    naive = Memory.of(known, texts, torch.zeros(0, 8))
+    assert [found for (found,) in naive.nearest(naive.likeness(asked), 1)] != texts
+
+
+def test_a_description_is_of_the_whole_and_its_quarters() -> None:
+    patches = torch.zeros(1, 16, 2)
+    patches[0, 15, 1] = 16.0  # the lower right corner
+    found = describe(patches).view(5, 2)
+    assert found[:, 0].abs().sum() == 0 and found[:, 1].tolist() == [1.0, 0.0, 0.0, 0.0, 4.0]
+    assert describe(torch.rand(2, 25, 3)).shape == (2, 15)  # quarters of odd grids share their middle
+    with pytest.raises(InputError, match="no square grid"):
+        describe(torch.rand(1, 15, 2))
+
+
+def test_a_picture_is_never_told_its_own_text_by_itself(run: Run) -> None:
+    memory, told = run.remembered
+    assert memory.texts == tuple(sorted(NAMES)) and len(told) == len(NAMES)
+    for name, texts in zip(NAMES, told, strict=True):  # each name has one picture
+        assert len(set(texts)) == TOLD and name not in texts
+
+
+def test_in_use_it_is_told(run: Run, toy_data: Path) -> None:
+    memory, _ = run.remembered
+    patches = run.features.rows(torch.arange(len(NAMES)))
+    assert [texts[0] for texts in memory.recall(patches, 1)] == list(NAMES)
+    assert len(memory.recall(patches[:1], 100)[0]) == len(NAMES)
+
+
+def test_a_prompt_is_laid_out_as_training_did(run: Run) -> None:
+    model = LaVIT.from_pretrained(run.folder)
+    documents = run._language_stage(model.language, model.text).documents
+    for number, name in enumerate(NAMES):
+        picture = run.corpus.pictures[number].record.open()
+        prompt = lay_prompt(model, [ChatPicture(picture, read=True)])
+        documents.told[number] = model.memory.recall(model.patches([picture]), TOLD)[0]
+        assert documents.told[number][0] == name
+        image, words = documents._read(number, np.random.default_rng(0))
+        sequence = lay_out((image, words, Text((5,), closes=False)), model.language.vocabulary)
+        assert sequence.slots == (*prompt.slots, False)
+        laid = [i for i, slot in zip(sequence.ids, sequence.slots, strict=True) if not slot]
+        assert laid == [*(i for i, slot in zip(prompt.ids, prompt.slots, strict=True) if not slot), 5]
+        told = range(len(image.codes) + 2, len(prompt.ids))
+        assert told and all(sequence.labels[place - 1] == IGNORE for place in told)  # what is told gives no loss
+
+
+def test_a_model_folder_keeps_its_memory(run: Run, toy_data: Path, tmp_path: Path) -> None:
+    model = LaVIT.from_pretrained(run.folder)
+    model.save_pretrained(tmp_path / "copy", parts=("vision", "tokenizer", "memory", "language"))
+    copy = LaVIT.from_pretrained(tmp_path / "copy").memory
+    assert copy.texts == model.memory.texts
+    assert all(copy.state_dict()[name].equal(tensor) for name, tensor in model.memory.state_dict().items())
+    shutil.rmtree(tmp_path / "copy" / "memory")
+    with pytest.raises(InputError, match=r"model\.safetensors is missing"):
+        lavit.load(tmp_path / "copy").caption(toy_data / "train" / "0.png")
+
+
+def test_fine_tuning_goes_on_with_the_memory(run: Run, tmp_path: Path) -> None:
+    data = write(tmp_path, [read(name) for name in NAMES[:4]])
+    Finetune(tmp_path / "new", data, run.folder, settings(run.folder, steps=2)).train()
+    new = LaVIT.from_pretrained(tmp_path / "new")
+    assert new.config.language.recall == TOLD and new.memory.texts == run.remembered[0].texts
+    conversations = load_conversations(data)
+    tuning = Finetune(tmp_path / "other", data, run.folder, settings(run.folder, steps=2))
+    documents = tuning._stage(new, new.language, new.text, conversations).documents
+    _, words, *_ = documents.document(conversations.items[0])
+    assert new.text.decode(words.ids).split("\n")[0] == NAMES[0] and not words.target
+
+
+def test_what_is_remembered_of_a_picture() -> None:
+    pictures = tuple(Picture(Record("a", (), "a"), captions, ()) for captions in (("A cat.",), (), ()))
+    questions = (Question(0, "?", "cat"), Question(1, "?", "red"), Question(1, "?", "bar"), Question(2, "?", "yes"))
+    assert remembered_texts(Corpus(pictures, questions)) == ["A cat", "bar, red", ""]
+
+
+def test_what_cannot_be_recalled_is_one_clear_line(toy_data: Path, tmp_path: Path) -> None:
+    training = toy_training()
+    training = replace(training, language=replace(training.language, stream=True))
+    with pytest.raises(InputError, match="recall needs pictures encoded beforehand"):
+        Run(tmp_path / "run", toy_data, config(), training, trackers=()).train(("tokenizer", "language"))
+    with pytest.raises(InputError, match="read features"):
+        LanguageConfig(source="random", recall=1, read_as="codes")
+    with pytest.raises(InputError, match="memory would be empty"):
+        Memory.of(torch.zeros(0, 4), (), torch.zeros(0, 4))
