@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import lavit
-from conftest import NAMES, toy_config, toy_training
+from conftest import NAMES, toy_config, toy_picture, toy_training
+from lavit.cli import main
 from lavit.config import InputError, LanguageConfig, ModelConfig
 from lavit.data.chat import ChatPicture
 from lavit.data.conversations import load_conversations
@@ -130,6 +131,28 @@ def test_fine_tuning_goes_on_with_the_memory(run: Run, tmp_path: Path) -> None:
     documents = tuning._stage(new, new.language, new.text, conversations).documents
     _, words, *_ = documents.document(conversations.items[0])
     assert new.text.decode(words.ids).split("\n")[0] == NAMES[0] and not words.target
+
+
+def test_a_picture_is_remembered_without_training(
+    run: Run, toy_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "shown").mkdir()
+    picture = toy_picture("red bar").rotate(90)
+    picture.save(tmp_path / "shown" / "0.png")
+    (tmp_path / "shown" / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "red pole."}')
+    main(("remember", str(tmp_path / "shown"), "--model", str(run.folder), "--out", str(tmp_path / "new")))
+    assert capsys.readouterr().out.endswith("1 more pictures, 9 texts in all\n")
+    new = lavit.load(tmp_path / "new")
+    patches = new.model.patches([picture])
+    assert new.model.memory.recall(patches, 1) == [["red pole"]]
+    assert LaVIT.from_pretrained(run.folder).memory.recall(patches, 9)[0].count("red pole") == 0
+    assert isinstance(new.caption(picture), str)
+    new.remember(toy_picture("red bar"), "red pole")  # a text may have several pictures
+    assert len(new.model.memory.texts) == 9 and len(new.model.memory.keys) == 10
+    with pytest.raises(InputError, match="one text a picture"):
+        new.remember([picture], ["a", "b"])
+    with pytest.raises(InputError, match="has no memory"):
+        lavit.load(toy_run).remember(picture, "red pole")
 
 
 def test_what_is_remembered_of_a_picture() -> None:

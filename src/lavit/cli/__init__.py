@@ -29,6 +29,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "tokenize": use.tokenize,
     "tokenize-corpus": use.tokenize_corpus,
     "inspect": use.inspect,
+    "remember": use.remember,
     "gallery": use.gallery,
     "plot": use.plot,
     "train": make.train,

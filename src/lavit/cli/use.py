@@ -1,4 +1,6 @@
-"""Verbs that use a model: caption, choose, ask, chat, draw, edit, reconstruct, tokenize, tokenize-corpus, inspect, gallery."""
+"""Verbs that use a model: caption, choose, ask, chat, draw, edit, reconstruct, tokenize, tokenize-corpus, inspect, gallery,
+remember.
+"""
 
 from __future__ import annotations
 
@@ -283,3 +285,21 @@ def plot(run: Words[Path], /, out: Path) -> None:
     from lavit.visualize import curves, read_metrics
 
     write_pictures([curves(read_metrics(run))], out)
+
+
+def remember(data: Words[str], /, out: Path, model: Model = DEFAULT_MODEL, split: str = "train") -> None:
+    """Show a model pictures with texts, any source that training takes, and write it to OUT as one that knows them.
+
+    Nothing is trained: what is said of the most similar pictures is told to the language model when it reads.
+    """
+    from lavit.data.corpus import load_corpus
+    from lavit.generate.remember import save_remembering
+
+    lavit = load_model(model)
+    shown = [picture for picture in load_corpus(data, (split,)).pictures if picture.captions]
+    with ProgressBar() as progress:
+        for number, picture in enumerate(shown, 1):
+            lavit.remember([picture.record.open()], picture.captions[0])
+            progress.count("pictures", number, len(shown))
+    save_remembering(lavit.model, out)
+    print(f"{out}: {len(shown)} more pictures, {len(lavit.model.memory.texts)} texts in all")

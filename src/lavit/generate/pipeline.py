@@ -26,6 +26,7 @@ from lavit.generate.engine import Engine
 from lavit.generate.jobs import Parts, Seed, message, reading, result, writing
 from lavit.generate.prompts import Picture, pictures_of, words_of, written_from
 from lavit.generate.protocols import UNANSWERABLE, Protocol, answerable, asked, protocol_of, refuses
+from lavit.generate.remember import remember
 from lavit.generate.safety import Release, release_of
 from lavit.generate.sampling import Sampling
 from lavit.generate.score import Scorer, best, scorer_of
@@ -129,6 +130,12 @@ class Pipeline:
         ranked = [list(dict.fromkeys(said[form] for form in forms if form))[:best] for forms in found]
         results = ranked if n is not None else [texts[0] for texts in ranked]
         return results[0] if one else results
+
+    def remember(self, images: Picture | Sequence[Picture], texts: str | Sequence[str]) -> None:
+        """Show pictures and what they are called: from now on that is told with pictures like them (generate/remember.py)."""
+        pictures, _ = pictures_of(images)
+        said, _ = words_of(texts, "text")
+        remember(self.model, [open_image(picture) for picture in pictures], said)
 
     def ask(
         self,

@@ -92,6 +92,14 @@ class Memory(nn.Module):
         found.keys = found.keys_of(described)
         return found
 
+    def add(self, described: Float[Tensor, "pictures described"], texts: Sequence[str]) -> None:
+        """More pictures, under the metric that is there."""
+        numbers = {text: number for number, text in enumerate(dict.fromkeys((*self.texts, *texts)))}
+        owners = torch.tensor([numbers[text] for text in texts], device=self.owners.device)
+        self.keys = torch.cat([self.keys, self.keys_of(described)])
+        self.owners = torch.cat([self.owners, owners.to(self.owners)])
+        self.texts = tuple(numbers)
+
     def keys_of(self, described: Float[Tensor, "images described"]) -> Float[Tensor, "images directions"]:
         """Unit vectors that are compared by their cosines."""
         return F.normalize((described - self.mean) @ self.metric, dim=1)

@@ -1,0 +1,46 @@
+"""Teaching by showing: more pictures and texts for a model's memory, without any training (modules/memory.py).
+
+A model that was trained to be told what similar pictures were called goes on to be told so of pictures that it is shown
+later: names that no training knew, your own products, your own friends.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from lavit.config import InputError
+from lavit.model import LaVIT
+from lavit.modules.memory import describe
+
+LEFT_OUT = ("cache", "checkpoints", "tensorboard", "eval.jsonl", "README.md")  # of a run: its figures are not the new one's
+    "cache",
+    "checkpoints",
+    "tensorboard",
+    "eval.jsonl",
+)  # of a run's folder: its figures are not the new model's
+
+
+def remember(model: LaVIT, images: Sequence[Image.Image], texts: Sequence[str]) -> None:
+    """Add pictures and what is said of each to the memory of a loaded model."""
+    if not model.config.language.recall:
+        raise InputError(f"{model.config.name} has no memory: its language stage was trained with recall=0")
+    said = [text.strip().removesuffix(".") for text in texts]
+    if len(images) != len(said) or not all(said):
+        raise InputError(f"{len(images)} pictures and {len(said)} texts: give one text a picture, none empty")
+    for image, text in zip(images, said, strict=True):  # each alone, as they are read
+        model.memory.add(describe(model.patches([image])), [text])
+
+
+def save_remembering(model: LaVIT, out: Path) -> None:
+    """Write a copy of the model's folder that has its memory as it is now; raises `InputError` if `out` exists."""
+    if out.exists():
+        raise InputError(f"{out} exists already: give another --out")
+    try:
+        shutil.copytree(model.folder, out, ignore=shutil.ignore_patterns(*LEFT_OUT))
+    except OSError as error:
+        raise InputError(f"cannot write to {out}: {error}") from error
+    model.save_pretrained(out, parts=("memory",))
