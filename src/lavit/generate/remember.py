@@ -16,12 +16,7 @@ from lavit.config import InputError
 from lavit.model import LaVIT
 from lavit.modules.memory import describe
 
-LEFT_OUT = ("cache", "checkpoints", "tensorboard", "eval.jsonl", "README.md")  # of a run: its figures are not the new one's
-    "cache",
-    "checkpoints",
-    "tensorboard",
-    "eval.jsonl",
-)  # of a run's folder: its figures are not the new model's
+LEFT_OUT = ("cache", "checkpoints", "tensorboard", "eval.jsonl", "README.md")  # its figures are not the new model's
 
 
 def remember(model: LaVIT, images: Sequence[Image.Image], texts: Sequence[str]) -> None:
