@@ -17,13 +17,14 @@ from lavit.config import InputError, LanguageConfig, ModelConfig
 from lavit.data.chat import ChatPicture
 from lavit.data.conversations import load_conversations
 from lavit.data.corpus import Corpus, Picture, Question
+from lavit.data.features import Features
 from lavit.data.sources import Record
 from lavit.generate.prompts import lay_prompt
 from lavit.model import LaVIT
 from lavit.modules.memory import Memory, describe
 from lavit.sequence import IGNORE, Text, lay_out
 from lavit.train.finetune import Finetune
-from lavit.train.memory import remembered_texts
+from lavit.train.memory import remember, remembered_texts
 from lavit.train.run import Run
 from test_conversations import read, write
 from test_finetune import settings
@@ -79,11 +80,21 @@ def test_a_description_is_of_the_whole_and_its_quarters() -> None:
         describe(torch.rand(1, 15, 2))
 
 
-def test_a_picture_is_never_told_its_own_text_by_itself(run: Run) -> None:
+def test_a_plain_view_is_never_told_its_own_text_by_itself(run: Run) -> None:
     memory, told = run.remembered
     assert memory.texts == tuple(sorted(NAMES)) and len(told) == len(NAMES)
     for name, texts in zip(NAMES, told, strict=True):  # each name has one picture
         assert len(set(texts)) == TOLD and name not in texts
+
+
+def test_other_views_recall_their_picture() -> None:
+    array = np.random.default_rng(0).normal(size=(10, 1, 16, 3)).repeat(3, axis=1)
+    array[:, 1:] += 0.01 * np.random.default_rng(1).normal(size=(10, 2, 16, 3))
+    pictures = tuple(Picture(Record("a", (), "a"), (f"thing {number}.",), ()) for number in range(10))
+    _, told = remember(Corpus(pictures), Features(array.reshape(30, 16, 3).astype("float16"), 3), 2)
+    for number in range(10):
+        plain, *others = told[3 * number : 3 * number + 3]
+        assert f"thing {number}" not in plain and [texts[0] for texts in others] == [f"thing {number}"] * 2
 
 
 def test_in_use_it_is_told(run: Run, toy_data: Path) -> None:

@@ -1,7 +1,8 @@
 """The memory of a training corpus, and what it tells of the corpus's own pictures (modules/memory.py).
 
-What is told in training must be as often right as what will be told in use. So a picture never recalls itself, and it is
-compared under a metric that was fitted without its text: to the pictures of every other text in turn (two folds).
+What is told in training must be as often right as what will be told in use, or the LM learns to mistrust it. So a picture
+does not recall itself, but its moved and redrawn views recall it, as a known thing in another hand does; and all are compared
+under a metric that was fitted without their text (two folds).
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def remember(corpus: Corpus, features: Features, count: int) -> tuple[Memory, li
         for number in (n for n, text in enumerate(texts) if fold_of.get(text, 0) == fold):
             likeness = judge.likeness(rows[number])
             if number in place:
-                likeness[:, place[number]] = -torch.inf
+                likeness[0, place[number]] = -torch.inf
             first = number * features.views
             told[first : first + features.views] = judge.nearest(likeness, count)
     return memory, told
