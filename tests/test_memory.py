@@ -144,6 +144,16 @@ def test_fine_tuning_goes_on_with_the_memory(run: Run, tmp_path: Path) -> None:
     assert new.text.decode(words.ids).split("\n")[0] == NAMES[0] and not words.target
 
 
+def test_a_run_that_begins_with_another_model_has_its_own_memory(toy_run: Path, toy_data: Path, tmp_path: Path) -> None:
+    started = LaVIT.from_pretrained(toy_run).config
+    config_ = replace(started, language=replace(started.language, recall=TOLD))
+    run = Run(tmp_path / "run", toy_data, config_, toy_training(2), trackers=(), start=toy_run)
+    run.train(("language",))
+    assert started.language.recall == 0
+    assert LaVIT.from_pretrained(tmp_path / "run").config.language.recall == TOLD
+    assert LaVIT.from_pretrained(tmp_path / "run").memory.texts == tuple(sorted(NAMES))
+
+
 def test_a_picture_is_remembered_without_training(
     run: Run, toy_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

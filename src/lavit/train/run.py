@@ -112,7 +112,10 @@ class Run:
         done = (self.folder / "tokenizer" / "done").exists()
         self.accelerator.wait_for_everyone()
         if not done:
-            self._save(LaVIT.from_pretrained(start), "vision", "tokenizer")
+            model = LaVIT.from_pretrained(start)
+            language = replace(model.config.language, recall=self.config.language.recall)
+            model.config = replace(model.config, language=language)
+            self._save(model, "vision", "tokenizer")
 
     @cached_property
     def corpus(self) -> Corpus:
