@@ -168,6 +168,8 @@ def test_a_picture_is_remembered_without_training(
     assert new.model.memory.recall(patches, 1) == [["red pole"]]
     assert LaVIT.from_pretrained(run.folder).memory.recall(patches, 9)[0].count("red pole") == 0
     assert isinstance(new.caption(picture), str)
+    assert len(new.recall(picture)) == TOLD and new.recall([picture])[0][0] == "red pole"
+    assert lavit.load(toy_run).recall(picture) == []
     new.remember(toy_picture("red bar"), "red pole")  # a text may have several pictures
     assert len(new.model.memory.texts) == 9 and len(new.model.memory.keys) == 10
     with pytest.raises(InputError, match="one text a picture"):

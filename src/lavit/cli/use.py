@@ -45,7 +45,8 @@ def caption(
         seconds = round((time.perf_counter() - started) / len(answers), 3)
         for image, answer in zip(images[at : at + BATCH], answers, strict=True):
             tokens = int(lavit.tokenize(image).lengths[0]) if json else 0
-            answer_with(json, answer, image=image, caption=answer, tokens=tokens, seconds=seconds)
+            told = lavit.recall(image) if json else []
+            answer_with(json, answer, image=image, caption=answer, told=told, tokens=tokens, seconds=seconds)
 
 
 def choose(

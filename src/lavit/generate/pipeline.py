@@ -26,7 +26,7 @@ from lavit.generate.engine import Engine
 from lavit.generate.jobs import Parts, Seed, message, reading, result, writing
 from lavit.generate.prompts import Picture, pictures_of, words_of, written_from
 from lavit.generate.protocols import UNANSWERABLE, Protocol, answerable, asked, protocol_of, refuses
-from lavit.generate.remember import remember
+from lavit.generate.remember import recalled, remember
 from lavit.generate.safety import Release, release_of
 from lavit.generate.sampling import Sampling
 from lavit.generate.score import Scorer, best, scorer_of
@@ -136,6 +136,12 @@ class Pipeline:
         pictures, _ = pictures_of(images)
         said, _ = words_of(texts, "text")
         remember(self.model, [open_image(picture) for picture in pictures], said)
+
+    def recall(self, images: Picture | Sequence[Picture]) -> Any:
+        """What the memory tells the LM with each picture: texts of the most similar pictures it knows, nearest first."""
+        pictures, one = pictures_of(images)
+        told = recalled(self.model, [open_image(picture) for picture in pictures])
+        return told[0] if one else told
 
     def ask(
         self,

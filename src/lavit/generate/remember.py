@@ -19,6 +19,12 @@ from lavit.modules.memory import describe
 LEFT_OUT = ("cache", "checkpoints", "tensorboard", "eval.jsonl", "README.md")  # its figures are not the new model's
 
 
+def recalled(model: LaVIT, images: Sequence[Image.Image]) -> list[list[str]]:
+    """What is told with each picture; nothing where the model has no memory."""
+    count = model.config.language.recall
+    return [model.memory.recall(model.patches([image]), count)[0] if count else [] for image in images]
+
+
 def remember(model: LaVIT, images: Sequence[Image.Image], texts: Sequence[str]) -> None:
     """Add pictures and what is said of each to the memory of a loaded model."""
     if not model.config.language.recall:
