@@ -4,6 +4,7 @@
     question   [image read] Question: … Answer: | answer  edit       [image] instruction | [image written]
     text       prompt-like text .                         (what stands before | gives no loss)
 
+Behind a picture that is read stands what a memory tells of it, where the model has one (modules/memory.py), without loss.
 A picture that has several questions is asked up to `ASKED` of them in one document, since reading it is most of the cost.
 
 Each document comes from one source of the corpus, chosen by the sources' weights, and is of a kind that this source has. A

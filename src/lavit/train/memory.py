@@ -2,7 +2,8 @@
 
 What is told in training must be as often right as what will be told in use, or the LM learns to mistrust it. So a picture
 does not recall itself, but its moved and redrawn views recall it, as a known thing in another hand does; and all are compared
-under a metric that was fitted without their text (two folds).
+under a metric that was fitted without their text (two folds). Time grows with the square of the number of pictures: 4,598 of
+them take 10 seconds of two cores.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from torch import Tensor
 from lavit.data.corpus import Corpus
 from lavit.data.features import Features
 from lavit.modules.memory import Memory, describe
+from lavit.train.reader import SAY_NOTHING
 
 FOLDS = 2
 BLOCK = 256  # rows of features that are read at a time
-SAY_NOTHING = frozenset(("yes", "no"))  # answers that are about the question
 
 
 def remembered_texts(corpus: Corpus) -> list[str]:
