@@ -176,6 +176,10 @@ def test_a_picture_is_remembered_without_training(
         new.remember([picture], ["a", "b"])
     with pytest.raises(InputError, match="has no memory"):
         lavit.load(toy_run).remember(picture, "red pole")
+    for model, out, said in ((toy_run, "other", "has no memory"), (run.folder, "new", "exists already")):
+        with pytest.raises(SystemExit, match="2"):
+            main(("remember", str(tmp_path / "shown"), "--model", str(model), "--out", str(tmp_path / out)))
+        assert said in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 
 def test_what_is_remembered_of_a_picture() -> None:

@@ -294,10 +294,13 @@ def remember(data: Words[str], /, out: Path, model: Model = DEFAULT_MODEL, split
     Nothing is trained: what is said of the most similar pictures is told to the language model when it reads.
     """
     from lavit.data.corpus import load_corpus
-    from lavit.generate.remember import save_remembering
+    from lavit.generate.remember import check_new, save_remembering
 
     lavit = load_model(model)
+    check_new(lavit.model, out)
     shown = [picture for picture in load_corpus(data, (split,)).pictures if picture.captions]
+    if not shown:
+        raise InputError(f"{data} says nothing of its pictures: give a column text, caption or name")
     with ProgressBar() as progress:
         for number, picture in enumerate(shown, 1):
             lavit.remember([picture.record.open()], picture.captions[0])

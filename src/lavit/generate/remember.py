@@ -15,6 +15,7 @@ from PIL import Image
 from lavit.config import InputError
 from lavit.model import LaVIT
 from lavit.modules.memory import describe
+from lavit.storage import replacing
 
 LEFT_OUT = ("cache", "checkpoints", "tensorboard", "eval.jsonl", "README.md")  # its figures are not the new model's
 
@@ -27,8 +28,7 @@ def recalled(model: LaVIT, images: Sequence[Image.Image]) -> list[list[str]]:
 
 def remember(model: LaVIT, images: Sequence[Image.Image], texts: Sequence[str]) -> None:
     """Add pictures and what is said of each to the memory of a loaded model."""
-    if not model.config.language.recall:
-        raise InputError(f"{model.config.name} has no memory: its language stage was trained with recall=0")
+    _check_memory(model)
     said = [text.strip().removesuffix(".") for text in texts]
     if len(images) != len(said) or not all(said):
         raise InputError(f"{len(images)} pictures and {len(said)} texts: give one text a picture, none empty")
@@ -36,12 +36,21 @@ def remember(model: LaVIT, images: Sequence[Image.Image], texts: Sequence[str]) 
         model.memory.add(describe(model.patches([image])), [text])
 
 
-def save_remembering(model: LaVIT, out: Path) -> None:
-    """Write a copy of the model's folder that has its memory as it is now; raises `InputError` if `out` exists."""
+def check_new(model: LaVIT, out: Path) -> None:
+    """Raise `InputError`, before any work, unless the model has a memory and `out` is a new folder."""
+    _check_memory(model)
     if out.exists():
         raise InputError(f"{out} exists already: give another --out")
-    try:
-        shutil.copytree(model.folder, out, ignore=shutil.ignore_patterns(*LEFT_OUT))
-    except OSError as error:
-        raise InputError(f"cannot write to {out}: {error}") from error
-    model.save_pretrained(out, parts=("memory",))
+
+
+def save_remembering(model: LaVIT, out: Path) -> None:
+    """Write a copy of the model's folder that has its memory as it is now, whole or not at all."""
+    check_new(model, out)
+    with replacing(out) as new:
+        shutil.copytree(model.folder, new, ignore=shutil.ignore_patterns(*LEFT_OUT), dirs_exist_ok=True)
+        model.save_pretrained(new, parts=("memory",))
+
+
+def _check_memory(model: LaVIT) -> None:
+    if not model.config.language.recall:
+        raise InputError(f"{model.config.name} has no memory: its language stage was trained with recall=0")

@@ -70,15 +70,12 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 def _parts(model: ModelConfig, started: dict[str, Any]) -> list[tuple[str, ...]]:
     tokenizer, vision, pixels = model.tokenizer, model.vision, model.pixels
     recall = model.language.recall
+    memory = f", told {recall} texts of similar training pictures with one that is read" if recall else ""
     adapter = f", LoRA of rank {model.language.lora_rank}" if model.language.lora_rank else ""
     return [
         ("encoder, frozen", f"{vision.source}, {vision.image_size} px, {vision.patches} patches of {vision.dim}"),
         ("tokenizer", f"{tokenizer.codes} codes of {tokenizer.code_dim}, merger of {tokenizer.merger_depth} blocks"),
-        ("language", f"{started['language']['source']}{adapter}"),
-        *(
-            [("memory", f"{recall} texts of the most similar training pictures, told with one that is read")]
-            * (recall > 0)
-        ),
+        ("language", f"{started['language']['source']}{adapter}{memory}"),
         ("pixels", f"{pixels.size} px, condition {pixels.condition}, {pixels.steps} steps of {pixels.sampler}"),
     ]
 
