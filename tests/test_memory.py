@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import lavit
 from conftest import NAMES, toy_config, toy_picture, toy_training
@@ -20,6 +21,7 @@ from lavit.data.corpus import Corpus, Picture, Question
 from lavit.data.features import Features
 from lavit.data.sources import Record
 from lavit.generate.prompts import lay_prompt
+from lavit.generate.remember import recalled
 from lavit.model import LaVIT
 from lavit.modules.memory import Memory, describe
 from lavit.sequence import IGNORE, Text, lay_out
@@ -34,7 +36,7 @@ TOLD = 3
 
 def config() -> ModelConfig:
     toy = toy_config()
-    return replace(toy, language=replace(toy.language, recall=TOLD))
+    return replace(toy, vision=replace(toy.vision, described=(0,)), language=replace(toy.language, recall=TOLD))
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +75,33 @@ def test_differences_of_views_are_discounted() -> None:
 def test_a_description_is_of_the_whole_and_its_quarters() -> None:
     patches = torch.zeros(1, 16, 2)
     patches[0, 15, 1] = 16.0  # the lower right corner
-    found = describe(patches).view(5, 2)
+    found = describe([patches]).view(5, 2)
     assert found[:, 0].abs().sum() == 0 and found[:, 1].tolist() == [1.0, 0.0, 0.0, 0.0, 4.0]
-    assert describe(torch.rand(2, 25, 3)).shape == (2, 15)  # quarters of odd grids share their middle
+    assert describe([torch.rand(2, 25, 3)]).shape == (2, 15)  # quarters of odd grids share their middle
+    early = torch.rand(1, 64, 3)
+    assert describe([early, patches]).equal(torch.cat([describe([early]), describe([patches])], 1))
     with pytest.raises(InputError, match="no square grid"):
-        describe(torch.rand(1, 15, 2))
+        describe([torch.rand(1, 15, 2)])
+
+
+def test_of_two_pictures_equally_like_it_the_one_in_another_manner_is_told() -> None:
+    """Two hands: what was drawn in the hand of the picture being read, and is not that picture, shows another thing."""
+    torch.manual_seed(0)
+    things, hand = F.normalize(torch.randn(60, 16), dim=1), torch.eye(16)[0] * 5
+    texts = [str(number) for number in range(60)]
+    memory = Memory.of(torch.cat([things + hand, things[:40]]), texts + texts[:40], torch.zeros(0, 16))
+    asked = (things[50] + things[51]) / 2 + hand  # in the hand of both
+    memory.add((things[51] + 1e-4 * torch.randn(16))[None], ["in the other hand"])
+    keys, manners = memory.keys_of(asked[None])
+    alike = (keys @ memory.keys.T)[0]
+    assert abs(float(alike[50] - alike[51])) < 0.1 and abs(float(memory.manners[50] - manners)) < 0.2
+    assert memory.recall(asked[None], 1) == [["in the other hand"]]
+    assert memory.recall((things[51] + hand)[None], 1) == [["51"]]  # the picture itself, for all that
+    assert memory.recall((things[51] + hand + 0.3 * things[50])[None], 1) == [["in the other hand"]]
+    alone = Memory.of(things[:1], ["alone"], torch.zeros(0, 16))
+    assert alone.recall(asked[None], 4) == [["alone"]]
+    one_each = Memory.of(things, texts, torch.zeros(0, 16))
+    assert one_each.manner.abs().sum() == 0  # no text has two pictures: nothing is known of manners
 
 
 def test_a_plain_view_is_never_told_its_own_text_by_itself(run: Run) -> None:
@@ -90,8 +114,10 @@ def test_a_plain_view_is_never_told_its_own_text_by_itself(run: Run) -> None:
 def test_other_views_recall_their_picture() -> None:
     array = np.random.default_rng(0).normal(size=(10, 1, 16, 3)).repeat(3, axis=1)
     array[:, 1:] += 0.01 * np.random.default_rng(1).normal(size=(10, 2, 16, 3))
+    rows = array.reshape(30, 16, 3)
     pictures = tuple(Picture(Record("a", (), "a"), (f"thing {number}.",), ()) for number in range(10))
-    _, told = remember(Corpus(pictures), Features(array.reshape(30, 16, 3).astype("float16"), 3), 2)
+    described = describe([torch.from_numpy(rows)]).numpy()
+    _, told = remember(Corpus(pictures), Features(rows, 3, described), 2)
     for number in range(10):
         plain, *others = told[3 * number : 3 * number + 3]
         assert f"thing {number}" not in plain and [texts[0] for texts in others] == [f"thing {number}"] * 2
@@ -99,9 +125,11 @@ def test_other_views_recall_their_picture() -> None:
 
 def test_in_use_it_is_told(run: Run, toy_data: Path) -> None:
     memory, _ = run.remembered
-    patches = run.features.rows(torch.arange(len(NAMES)))
-    assert [texts[0] for texts in memory.recall(patches, 1)] == list(NAMES)
-    assert len(memory.recall(patches[:1], 100)[0]) == len(NAMES)
+    described = torch.from_numpy(run.features.described.astype("float32"))
+    assert described.shape == (len(NAMES), 5 * (32 + 32))  # of the layer that is named and the one that is read
+    assert described[:, -160:].allclose(describe([run.features.rows(torch.arange(len(NAMES)))]), atol=1e-2)
+    assert [texts[0] for texts in memory.recall(described, 1)] == list(NAMES)
+    assert len(memory.recall(described[:1], 100)[0]) == len(NAMES)
 
 
 def test_a_prompt_is_laid_out_as_training_did(run: Run) -> None:
@@ -110,7 +138,7 @@ def test_a_prompt_is_laid_out_as_training_did(run: Run) -> None:
     for number, name in enumerate(NAMES):
         picture = run.corpus.pictures[number].record.open()
         prompt = lay_prompt(model, [ChatPicture(picture, read=True)])
-        documents.told[number] = model.memory.recall(model.patches([picture]), TOLD)[0]
+        documents.told[number] = recalled(model, [picture])[0]
         assert documents.told[number][0] == name
         image, words = documents._read(number, np.random.default_rng(0))
         sequence = lay_out((image, words, Text((5,), closes=False)), model.language.vocabulary)
@@ -164,9 +192,9 @@ def test_a_picture_is_remembered_without_training(
     main(("remember", str(tmp_path / "shown"), "--model", str(run.folder), "--out", str(tmp_path / "new")))
     assert capsys.readouterr().out.endswith("1 more pictures, 9 texts in all\n")
     new = lavit.load(tmp_path / "new")
-    patches = new.model.patches([picture])
-    assert new.model.memory.recall(patches, 1) == [["red pole"]]
-    assert LaVIT.from_pretrained(run.folder).memory.recall(patches, 9)[0].count("red pole") == 0
+    described = describe(new.model.looks([picture]))
+    assert new.model.memory.recall(described, 1) == [["red pole"]]
+    assert LaVIT.from_pretrained(run.folder).memory.recall(described, 9)[0].count("red pole") == 0
     assert isinstance(new.caption(picture), str)
     assert len(new.recall(picture)) == TOLD and new.recall([picture])[0][0] == "red pole"
     assert lavit.load(toy_run).recall(picture) == []

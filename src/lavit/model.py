@@ -148,9 +148,14 @@ class LaVIT(nn.Module):
     @torch.inference_mode()
     def patches(self, images: Sequence[Image]) -> Float[Tensor, "images patches dim"]:
         """Encoder features of pictures (RGB, any size; squashed to the encoder's)."""
+        return self.looks(images)[-1]
+
+    @torch.inference_mode()
+    def looks(self, images: Sequence[Image]) -> list[Float[Tensor, "images _places _channels"]]:
+        """What the layers of the encoder see that a memory compares, and last the features: `Vision.looks`."""
         vision = self.config.vision
         batch = to_pixels(images, vision.image_size, vision.mean, vision.std)
-        return self.vision(batch.to(self.device, self.dtype)).float()
+        return [look.float() for look in self.vision.looks(batch.to(self.device, self.dtype))]
 
     @torch.inference_mode()
     def encode(

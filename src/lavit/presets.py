@@ -159,7 +159,9 @@ def mini() -> Preset:
     cores. The shipped one had fewer steps of stages 2 and 3 (its training.json says how many).
     """
     small = nano()
-    model = replace(small.model, name="mini", language=LanguageConfig(source="smollm2-135m", lora_rank=16, recall=4))
+    vision = replace(small.model.vision, described=(7, 10, 14))  # where EfficientNet's stages end
+    language = LanguageConfig(source="smollm2-135m", lora_rank=16, recall=4)
+    model = replace(small.model, name="mini", vision=vision, language=language)
     training = TrainConfig(
         views=3,
         tokenizer=replace(small.training.tokenizer, steps_a=900, steps_b=1500),

@@ -2,9 +2,9 @@
 
 A picture has `views`: the picture itself, and small zooms, shifts and turns of it on white, every second one inked (dark
 outlines drawn in) and the others cleaned (thin dark lines taken out), so that a reader does not learn a thing together
-with the hand that drew it. The file is a float16 array [pictures · views, patches, dim]; view v of picture i is row
-i · views + v. An interrupted computation goes on where it stopped; another list of pictures, encoder or number of views
-makes another file.
+with the hand that drew it. The file is a float16 array [pictures · views, patches, dim], and beside it stands one of
+descriptions (modules/memory.py); view v of picture i is row i · views + v. An interrupted computation goes on where it
+stopped; another list of pictures, encoder or number of views makes another file.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor
 from lavit.config import to_json
 from lavit.data.sources import Record
 from lavit.images import pixels
+from lavit.modules.memory import describe
 from lavit.modules.vision import Vision
 
 BLOCK = 32  # pictures encoded at a time
@@ -33,10 +34,11 @@ VIEWS = 2  # version of `view_of`: cached features of older views are not read
 
 @dataclass(frozen=True)
 class Features:
-    """The array, and how many views each picture has."""
+    """The array, how many views each picture has, and descriptions of the rows for a memory."""
 
     array: np.ndarray
     views: int
+    described: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.array) // self.views
@@ -104,13 +106,16 @@ def compute_features(
     said = [[record.name for record in records], encoder, views, seed, VIEWS, *["mirrored"] * mirrored]
     key = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
-    path, mark = folder / f"features-{key}.npy", folder / f"features-{key}.json"
+    path, beside = folder / f"features-{key}.npy", folder / f"described-{key}.npy"
+    mark = folder / f"features-{key}.json"
     config = vision.config
-    shape = (len(records) * views, config.patches, config.dim)
-    done = json.loads(mark.read_text())["done"] if mark.exists() and path.exists() else 0
-    mode = "r+" if done else "w+"
-    array = np.lib.format.open_memmap(path, mode=mode, dtype=np.float16, shape=None if done else shape)
+    there = mark.exists() and path.exists() and beside.exists()
+    done = json.loads(mark.read_text())["done"] if there else 0
+    rows = len(records) * views
+    array = _open(path, (rows, config.patches, config.dim), new=not done)
     device = next(vision.parameters()).device
+    blank = torch.zeros(1, 3, config.image_size, config.image_size, device=device)
+    described = _open(beside, (rows, describe(vision.looks(blank)).shape[1]), new=not done)
     while done < len(records):
         block = [record.open() for record in records[done : done + BLOCK]]
         at = range(done, done + len(block))
@@ -122,10 +127,17 @@ def compute_features(
         for start in range(0, len(images), BLOCK):
             part = pixels(images[start : start + BLOCK], config.image_size, config.mean, config.std)
             row = done * views + start
-            array[row : row + len(part)] = vision(part.to(device)).half().cpu().numpy()
+            looks = vision.looks(part.to(device))
+            array[row : row + len(part)] = looks[-1].half().cpu().numpy()
+            described[row : row + len(part)] = describe(looks).half().cpu().numpy()
         done += len(block)
         array.flush()
+        described.flush()
         mark.write_text(json.dumps({"done": done}))
         if progress:
             progress(done, len(records))
-    return Features(np.load(path, mmap_mode="r"), views)
+    return Features(np.load(path, mmap_mode="r"), views, np.load(beside, mmap_mode="r"))
+
+
+def _open(path: Path, shape: tuple[int, ...], *, new: bool) -> np.memmap:
+    return np.lib.format.open_memmap(path, mode="w+" if new else "r+", dtype=np.float16, shape=shape if new else None)

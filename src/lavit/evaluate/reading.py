@@ -19,6 +19,7 @@ from lavit.evaluate.evaluation import READ, Evaluation
 from lavit.evaluate.figures import Figure, share
 from lavit.evaluate.image import hits, pooled
 from lavit.evaluate.words import content, name_of, without_template, words_of
+from lavit.generate.remember import recalled
 
 BATCH = 32
 TOP = 5  # names
@@ -44,7 +45,7 @@ def caption_figures(e: Evaluation) -> Iterator[Figure]:
         own = chosen if corpus is e.train else None
         ranked = known.nearest(pooled(patches[chosen]), exclude=own)
         model = e.pipeline.model
-        told = model.memory.recall(patches[chosen], 1) if model.config.language.recall else []
+        told = recalled(model, [p.record.open() for p in pictures]) if model.config.language.recall else []
         if corpus is not e.unseen:  # a name that was never seen is nobody's to say
             constant = float(np.mean([name == common for name in names]))
             peer = float(np.mean(hits(ranked, names)))

@@ -21,6 +21,7 @@ from lavit.data.chat import ChatPicture, ChatText
 from lavit.data.documents import recalled_text
 from lavit.images import open_image
 from lavit.model import LaVIT
+from lavit.modules.memory import describe
 from lavit.modules.selector import KeepPolicy
 
 Picture = str | Path | bytes | Image.Image
@@ -47,14 +48,14 @@ def lay_prompt(model: LaVIT, parts: Sequence[ChatText | ChatPicture]) -> Prompt:
             piece = model.text(part.text, add_special_tokens=False)["input_ids"]
             slot = [False] * len(piece)
         elif part.read and model.config.language.read_as == "features":
-            patches = model.patches([open_image(part.picture)])
-            rows = read(model, patches, KeepPolicy.parse(part.keep))
+            looks = model.looks([open_image(part.picture)])
+            rows = read(model, looks[-1], KeepPolicy.parse(part.keep))
             # the slots' ids are never looked at: features stand there
             piece = [vocabulary.image_start, *[vocabulary.image_end] * len(rows), vocabulary.image_end]
             slot = [False, *[True] * len(rows), False]
             features.append(rows)
             if recall := model.config.language.recall:
-                told = recalled_text(model.memory.recall(patches, recall)[0])
+                told = recalled_text(model.memory.recall(describe(looks), recall)[0])
                 piece += model.text(told, add_special_tokens=False)["input_ids"]
                 slot += [False] * (len(piece) - len(slot))
         else:

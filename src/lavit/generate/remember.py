@@ -23,7 +23,7 @@ LEFT_OUT = ("cache", "checkpoints", "tensorboard", "eval.jsonl", "README.md")  #
 def recalled(model: LaVIT, images: Sequence[Image.Image]) -> list[list[str]]:
     """What is told with each picture; nothing where the model has no memory."""
     count = model.config.language.recall
-    return [model.memory.recall(model.patches([image]), count)[0] if count else [] for image in images]
+    return [model.memory.recall(describe(model.looks([image])), count)[0] if count else [] for image in images]
 
 
 def remember(model: LaVIT, images: Sequence[Image.Image], texts: Sequence[str]) -> None:
@@ -33,7 +33,7 @@ def remember(model: LaVIT, images: Sequence[Image.Image], texts: Sequence[str]) 
     if len(images) != len(said) or not all(said):
         raise InputError(f"{len(images)} pictures and {len(said)} texts: give one text a picture, none empty")
     for image, text in zip(images, said, strict=True):  # each alone, as they are read
-        model.memory.add(describe(model.patches([image])), [text])
+        model.memory.add(describe(model.looks([image])), [text])
 
 
 def check_new(model: LaVIT, out: Path) -> None:

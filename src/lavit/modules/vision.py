@@ -40,27 +40,33 @@ class Vision(nn.Module):
     @torch.no_grad()
     def forward(self, pixels: Float[Tensor, "images 3 height width"]) -> Float[Tensor, "images patches dim"]:
         """Features of normalised pictures (`images.pixels`); raises `InputError` if the size is not the encoder's."""
+        return self.looks(pixels)[-1]
+
+    @torch.no_grad()
+    def looks(self, pixels: Float[Tensor, "images 3 height width"]) -> list[Float[Tensor, "images _places _channels"]]:
+        """Outputs of the layers `described`, each in raster order, and last the features that `forward` gives."""
         size = self.config.image_size
         if pixels.shape[2:] != (size, size):
             raise InputError(f"the encoder takes pictures of {size}x{size}, not {pixels.shape[3]}x{pixels.shape[2]}")
-        patches = self._hidden(pixels)
+        looks = self._hidden(pixels)
+        patches = looks[-1]
         if patches.shape[1:] != (self.config.patches, self.config.dim):
             raise InputError(
                 f"the encoder gives {patches.shape[1]} patches of {patches.shape[2]} channels, "
                 f"the configuration says {self.config.patches} of {self.config.dim}"
             )
-        return patches
+        return looks
 
-    def _hidden(self, pixels: Tensor) -> Tensor:
+    def _hidden(self, pixels: Tensor) -> list[Tensor]:
+        layers = (*self.config.described, self.config.layer)
         if self.config.source == EFFICIENTNET:
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
-            x = self.encoder._swish(self.encoder._bn0(self.encoder._conv_stem(pixels)))
-            blocks = self._blocks(self.encoder)
-            for block in blocks[: self.config.layer % len(blocks) + 1]:
-                x = block(x)
-            return x.flatten(2).transpose(1, 2)
-        hidden = self.states(pixels)[self.config.layer]
-        return hidden[:, hidden.shape[1] - self.config.patches :]  # class and register tokens stand in front
+            count = len(self._blocks(self.encoder))
+            states = self.early(pixels, tuple(layer % count for layer in layers))[1:]
+            return [state.flatten(2).transpose(1, 2) for state in states]
+        states = self.states(pixels)
+        return [
+            states[layer][:, -self.config.patches :] for layer in layers
+        ]  # class and register tokens stand in front
 
     def early(
         self, pixels: Float[Tensor, "images 3 height width"], blocks: tuple[int, ...]

@@ -146,7 +146,7 @@ class Finetune:
         codes = tuple(tuple(part.tolist()) for part in tokens.split())
         make = {"text": text, "vocabulary": language.vocabulary, "config": config, "seed": self.training.seed}
         recall = model.config.language.recall
-        rows = (torch.from_numpy(one[None].astype("float32")) for one in features.array) if recall else ()
+        rows = (torch.from_numpy(one[None].astype("float32")) for one in features.described) if recall else ()
         told = [model.memory.recall(row.to(model.device), recall)[0] for row in rows] or None
         documents = ConversationDocuments(conversations, codes, told=told, **make)
         return FinetuneStage(language, model.tokenizer, documents, features, tokens, config)

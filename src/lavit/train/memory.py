@@ -16,11 +16,10 @@ from torch import Tensor
 
 from lavit.data.corpus import Corpus
 from lavit.data.features import Features
-from lavit.modules.memory import Memory, describe
+from lavit.modules.memory import Memory
 from lavit.train.reader import SAY_NOTHING
 
 FOLDS = 2
-BLOCK = 256  # rows of features that are read at a time
 
 
 def remembered_texts(corpus: Corpus) -> list[str]:
@@ -38,7 +37,7 @@ def remembered_texts(corpus: Corpus) -> list[str]:
 def remember(corpus: Corpus, features: Features, count: int) -> tuple[Memory, list[list[str]]]:
     """The memory of a corpus, and the `count` texts told with each row of its features."""
     texts = remembered_texts(corpus)
-    rows = _described(features)
+    rows = torch.from_numpy(features.described.astype("float32")).view(len(features), features.views, -1)
     kept = [number for number, text in enumerate(texts) if text]
     memory = _memory(rows, texts, kept)
     place = {number: at for at, number in enumerate(kept)}
@@ -46,10 +45,8 @@ def remember(corpus: Corpus, features: Features, count: int) -> tuple[Memory, li
     told: list[list[str]] = [[] for _ in range(len(features.array))]
     for fold in range(FOLDS):
         others = [number for number in kept if fold_of[texts[number]] != fold]
-        judge = _memory(rows, texts, others or kept)  # one text alone has no others
-        keys = judge.keys_of(rows[kept, 0])
-        fitted = {"mean": judge.mean, "metric": judge.metric, "keys": keys, "owners": memory.owners}
-        judge = Memory(memory.texts, fitted)
+        judge = _memory(rows, texts, others or kept).emptied()  # one text alone has no others
+        judge.add(rows[kept, 0], [texts[number] for number in kept])
         for number in (n for n, text in enumerate(texts) if fold_of.get(text, 0) == fold):
             likeness = judge.likeness(rows[number])
             if number in place:
@@ -63,10 +60,3 @@ def _memory(rows: Float[Tensor, "pictures views described"], texts: Sequence[str
     """Of some of the pictures."""
     views = (rows[numbers, 1:] - rows[numbers, :1]).flatten(0, 1)
     return Memory.of(rows[numbers, 0], [texts[number] for number in numbers], views)
-
-
-def _described(features: Features) -> Float[Tensor, "pictures views described"]:
-    """Descriptions of every picture and view."""
-    parts = (features.array[at : at + BLOCK].astype("float32") for at in range(0, len(features.array), BLOCK))
-    rows = torch.cat([describe(torch.from_numpy(part)) for part in parts])
-    return rows.view(len(features), features.views, -1)
