@@ -174,12 +174,14 @@ def test_fine_tuning_goes_on_with_the_memory(run: Run, tmp_path: Path) -> None:
 
 def test_a_run_that_begins_with_another_model_has_its_own_memory(toy_run: Path, toy_data: Path, tmp_path: Path) -> None:
     started = LaVIT.from_pretrained(toy_run).config
-    config_ = replace(started, language=replace(started.language, recall=TOLD))
+    described = replace(started.vision, described=(0,))
+    config_ = replace(started, vision=described, language=replace(started.language, recall=TOLD))
     run = Run(tmp_path / "run", toy_data, config_, toy_training(2), trackers=(), start=toy_run)
     run.train(("language",))
     assert started.language.recall == 0
-    assert LaVIT.from_pretrained(tmp_path / "run").config.language.recall == TOLD
-    assert LaVIT.from_pretrained(tmp_path / "run").memory.texts == tuple(sorted(NAMES))
+    model = LaVIT.from_pretrained(tmp_path / "run")
+    assert model.config.language.recall == TOLD and model.config.vision.described == (0,)
+    assert model.memory.texts == tuple(sorted(NAMES)) and len(model.memory.mean) == 5 * (32 + 32)
 
 
 def test_a_picture_is_remembered_without_training(

@@ -108,13 +108,17 @@ class Run:
         return model
 
     def _take_tokenizer(self, start: Path) -> None:
-        """Copy stage 1 of another model, once; every rank takes part, since `_save` waits for all."""
+        """Copy stage 1 of another model, once; every rank takes part, since `_save` waits for all.
+
+        The rest of its configuration comes with it, but for what this run's memory is.
+        """
         done = (self.folder / "tokenizer" / "done").exists()
         self.accelerator.wait_for_everyone()
         if not done:
             model = LaVIT.from_pretrained(start)
             language = replace(model.config.language, recall=self.config.language.recall)
-            model.config = replace(model.config, language=language)
+            vision = replace(model.config.vision, described=self.config.vision.described)
+            model.config = replace(model.config, vision=vision, language=language)
             self._save(model, "vision", "tokenizer")
 
     @cached_property
