@@ -15,15 +15,18 @@ import lavit
 from conftest import NAMES, toy_config, toy_picture, toy_training
 from lavit.cli import main
 from lavit.config import InputError, LanguageConfig, ModelConfig
+from lavit.data import features
 from lavit.data.chat import ChatPicture
 from lavit.data.conversations import load_conversations
-from lavit.data.corpus import Corpus, Picture, Question
+from lavit.data.corpus import Corpus, Picture, Question, load_corpus
 from lavit.data.features import Features
 from lavit.data.sources import Record
 from lavit.generate.prompts import lay_prompt
 from lavit.generate.remember import recalled
 from lavit.model import LaVIT
 from lavit.modules.memory import Memory, describe
+from lavit.modules.vision import Vision, load_vision
+from lavit.presets import efficientnet_lite0
 from lavit.sequence import IGNORE, Text, lay_out
 from lavit.train.finetune import Finetune
 from lavit.train.memory import remember, remembered_texts
@@ -82,6 +85,47 @@ def test_a_description_is_of_the_whole_and_its_quarters() -> None:
     assert describe([early, patches]).equal(torch.cat([describe([early]), describe([patches])], 1))
     with pytest.raises(InputError, match="no square grid"):
         describe([torch.rand(1, 15, 2)])
+
+
+def test_looks_are_the_layers_that_are_named() -> None:
+    encoder = efficientnet_lite0(image_size=64)
+    for config_, layers in ((encoder, (7, 10, 14)), (config().vision, (0,))):
+        torch.manual_seed(0)
+        vision = load_vision(replace(config_, described=layers))
+        seen = torch.randn(2, 3, config_.image_size, config_.image_size)
+        looks = vision.looks(seen)
+        assert len(looks) == len(layers) + 1 and looks[-1].equal(vision(seen))
+        for layer, look in zip(layers, looks, strict=False):
+            assert look.equal(Vision(replace(config_, described=(), layer=layer), vision.encoder)._hidden(seen)[-1])
+    looks = load_vision(replace(encoder, described=(7, 14))).looks(torch.zeros(1, 3, 64, 64))
+    assert [tuple(look.shape[1:]) for look in looks] == [(16, 80), (4, 192), (4, 320)]
+    for wrong in ((3, 3), (4, 2), (-1,)):
+        with pytest.raises(InputError, match="in their order"):
+            replace(encoder, described=wrong)
+
+
+def test_descriptions_go_on_where_they_stopped(toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "BLOCK", 3)
+    records = [picture.record for picture in load_corpus(toy_data).pictures]
+    torch.manual_seed(0)
+    vision = load_vision(config().vision)
+    whole = features.compute_features(records, vision, tmp_path / "whole", views=2)
+
+    def stop(done: int, of: int) -> None:
+        if done > 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        features.compute_features(records, vision, tmp_path / "parts", views=2, progress=stop)
+    begun = []
+    rest = features.compute_features(
+        records, vision, tmp_path / "parts", views=2, progress=lambda *at: begun.append(at)
+    )
+    assert (
+        begun == [(8, 8)]
+        and np.array_equal(rest.array, whole.array)
+        and np.array_equal(rest.described, whole.described)
+    )
 
 
 def test_of_two_pictures_equally_like_it_the_one_in_another_manner_is_told() -> None:

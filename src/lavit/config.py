@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import json
 import types
 import typing
@@ -51,6 +52,14 @@ class VisionConfig:
     absolute_positions: bool = True  # False: a fixed 2-D sine-cosine code is added for selector and merger
     architecture: dict[str, Any] = field(default_factory=dict)  # transformers config, with "model_type"
     sha256: str | None = None  # of the referenced weights; checked when they are loaded
+
+    def __post_init__(self) -> None:
+        layers = (*self.described, self.layer) if self.layer >= 0 else self.described
+        if any(layer < 0 for layer in layers) or any(a >= b for a, b in itertools.pairwise(layers)):
+            raise InputError(
+                f"described is {list(self.described)} before layer {self.layer}: give the numbers of earlier layers, "
+                "from 0, each once, in their order"
+            )
 
     @property
     def patches(self) -> int:
