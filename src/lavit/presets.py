@@ -176,7 +176,7 @@ def mini() -> Preset:
             reader_batch=32,
             reader_weight=1.0,
             thinned=0.8,
-            mixture=(3.0, 0.75, 0.75, 0.2, 0.0),
+            mixture=(3.0, 0.5, 1.25, 0.2, 0.0),
         ),
         pixels=replace(small.training.pixels, steps=4000, ema=0.998),
     )
