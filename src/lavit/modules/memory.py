@@ -82,7 +82,7 @@ class Memory(nn.Module):
         """`tensors` are the state of a memory; its `owners` are the numbers of its pictures' texts."""
         super().__init__()
         self.texts = tuple(texts)
-        if set(tensors) != set(STATE) or any(int(number) >= len(self.texts) for number in tensors["owners"].unique()):
+        if set(tensors) != set(STATE) or bool((tensors["owners"] >= len(self.texts)).any()):
             raise InputError(
                 f"a memory of {len(self.texts)} texts has tensors {sorted(tensors)}, expected {list(STATE)}"
             )

@@ -63,10 +63,8 @@ class Vision(nn.Module):
             count = len(self._blocks(self.encoder))
             states = self.early(pixels, tuple(layer % count for layer in layers))[1:]
             return [state.flatten(2).transpose(1, 2) for state in states]
-        states = self.states(pixels)
-        return [
-            states[layer][:, -self.config.patches :] for layer in layers
-        ]  # class and register tokens stand in front
+        states, patches = self.states(pixels), self.config.patches
+        return [states[layer][:, -patches:] for layer in layers]  # class and register tokens stand in front
 
     def early(
         self, pixels: Float[Tensor, "images 3 height width"], blocks: tuple[int, ...]

@@ -3,7 +3,7 @@
 What is told in training must be as often right as what will be told in use, or the LM learns to mistrust it. So a picture
 does not recall itself, but its moved and redrawn views recall it, as a known thing in another hand does; and all are compared
 under a metric that was fitted without their text (two folds). Time grows with the square of the number of pictures: 4,598 of
-them take 10 seconds of two cores.
+them, described by 3,520 numbers each, take 46 seconds of two cores.
 """
 
 from __future__ import annotations
