@@ -102,6 +102,9 @@ def test_looks_are_the_layers_that_are_named() -> None:
     for wrong in ((3, 3), (4, 2), (-1,)):
         with pytest.raises(InputError, match="in their order"):
             replace(encoder, described=wrong)
+    for late in ((7, 15), (16,)):  # the layer that is read, and one that is not there
+        with pytest.raises(InputError, match="before the one that is read"):
+            load_vision(replace(encoder, described=late))
 
 
 def test_descriptions_go_on_where_they_stopped(toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,6 +202,9 @@ def test_a_model_folder_keeps_its_memory(run: Run, toy_data: Path, tmp_path: Pat
     copy = LaVIT.from_pretrained(tmp_path / "copy").memory
     assert copy.texts == model.memory.texts
     assert all(copy.state_dict()[name].equal(tensor) for name, tensor in model.memory.state_dict().items())
+    older = {name: tensor for name, tensor in copy.state_dict().items() if "manner" not in name}
+    with pytest.raises(InputError, match="train its language stage again"):
+        Memory(copy.texts, older)
     shutil.rmtree(tmp_path / "copy" / "memory")
     with pytest.raises(InputError, match=r"model\.safetensors is missing"):
         lavit.load(tmp_path / "copy").caption(toy_data / "train" / "0.png")

@@ -54,11 +54,9 @@ class VisionConfig:
     sha256: str | None = None  # of the referenced weights; checked when they are loaded
 
     def __post_init__(self) -> None:
-        layers = (*self.described, self.layer) if self.layer >= 0 else self.described
-        if any(layer < 0 for layer in layers) or any(a >= b for a, b in itertools.pairwise(layers)):
+        if any(a >= b for a, b in itertools.pairwise((-1, *self.described))):
             raise InputError(
-                f"described is {list(self.described)} before layer {self.layer}: give the numbers of earlier layers, "
-                "from 0, each once, in their order"
+                f"described is {list(self.described)}: give numbers of layers, from 0, each once, in their order"
             )
 
     @property

@@ -84,7 +84,8 @@ class Memory(nn.Module):
         self.texts = tuple(texts)
         if set(tensors) != set(STATE) or bool((tensors["owners"] >= len(self.texts)).any()):
             raise InputError(
-                f"a memory of {len(self.texts)} texts has tensors {sorted(tensors)}, expected {list(STATE)}"
+                f"a memory of {len(self.texts)} texts has tensors {sorted(tensors)}, expected {list(STATE)}: "
+                "train its language stage again"
             )
         for name in STATE:
             self.register_buffer(name, tensors[name] if name == "owners" else tensors[name].float())

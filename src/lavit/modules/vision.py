@@ -32,6 +32,11 @@ class Vision(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = encoder.requires_grad_(False).eval()
+        if config.described and config.described[-1] >= config.layer % len(self._blocks(encoder)):
+            raise InputError(
+                f"described is {list(config.described)}: give layers before the one that is read, {config.layer} of "
+                f"{len(self._blocks(encoder))}"
+            )
 
     def train(self, mode: bool = True) -> Vision:
         """Stay in eval mode: batch norms and dropout of the encoder are frozen."""
