@@ -27,26 +27,28 @@ from lavit.model import LaVIT
 from lavit.modules.memory import Memory, describe
 from lavit.modules.vision import Vision, load_vision
 from lavit.presets import efficientnet_lite0
-from lavit.sequence import IGNORE, Text, lay_out
+from lavit.sequence import IGNORE, Text, VisualTokens, lay_out
 from lavit.train.finetune import Finetune
 from lavit.train.memory import remember, remembered_texts
 from lavit.train.run import Run
 from test_conversations import read, write
 from test_finetune import settings
 
-TOLD = 3
+TOLD, SHOWN = 3, 2
 
 
 def config() -> ModelConfig:
     toy = toy_config()
-    return replace(toy, vision=replace(toy.vision, described=(0,)), language=replace(toy.language, recall=TOLD))
+    vision, language = replace(toy.vision, described=(0,)), replace(toy.language, recall=TOLD, shown=SHOWN)
+    wider = toy.pixels.unet | {"in_channels": toy.pixels.unet["in_channels"] + 12}
+    return replace(toy, vision=vision, language=language, pixels=replace(toy.pixels, shown=True, unet=wider))
 
 
 @pytest.fixture(scope="module")
 def run(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A toy run whose reader is told three texts with every picture."""
+    """A toy run: three texts are told of a picture read, two pictures shown before one drawn, and one to the decoder."""
     run = Run(tmp_path_factory.mktemp("memory") / "run", toy_data, config(), toy_training(), trackers=())
-    run.train(("tokenizer", "language"))
+    run.train()
     return run
 
 
@@ -164,7 +166,11 @@ def test_other_views_recall_their_picture() -> None:
     rows = array.reshape(30, 16, 3)
     pictures = tuple(Picture(Record("a", (), "a"), (f"thing {number}.",), ()) for number in range(10))
     described = describe([torch.from_numpy(rows)]).numpy()
-    _, told = remember(Corpus(pictures), Features(rows, 3, described), 2)
+    codes = VisualTokens(torch.arange(30), torch.ones(30, dtype=torch.long), torch.zeros(30, 16, dtype=torch.bool))
+    memory, told = remember(Corpus(pictures), Features(rows, 3, described), codes, 2)
+    assert [memory.codes_of(number) for number in range(10)] == [
+        (3 * number,) for number in range(10)
+    ]  # of plain views
     for number in range(10):
         plain, *others = told[3 * number : 3 * number + 3]
         assert f"thing {number}" not in plain and [texts[0] for texts in others] == [f"thing {number}"] * 2

@@ -106,11 +106,17 @@ class LanguageConfig:
     read_as: Literal["features", "codes"] = "features"
     # texts of the most similar training pictures that are told with a picture that is read (modules/memory.py)
     recall: int = 0
+    # remembered pictures that stand, as codes with their texts, before words to draw from: those that the words mention
+    shown: int = 0
     sha256: str | None = None
 
     def __post_init__(self) -> None:
         if self.recall < 0 or (self.recall and self.read_as != "features"):
             raise InputError(f"recall is {self.recall} with read_as={self.read_as!r}: give 0, or read features")
+        if self.shown < 0 or (self.shown and not self.recall):
+            raise InputError(
+                f"shown is {self.shown} with recall={self.recall}: a memory is kept where recall is 1 or more"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +134,8 @@ class PixelsConfig:
     pool_heads: int = 16  # "pooled": heads of the attention pool
     # features enter by their direction alone: Eq. 4 is a cosine, so nothing trains the length of a reconstructed feature
     direction: bool = False
+    # "grid": beside the map stands the remembered picture whose codes are most alike (modules/memory.py)
+    shown: bool = False
     # how the null condition is made: "learned", "zeros" (SDXL), "text" (stored null-text embedding, SD 1.5)
     unconditional: Literal["learned", "zeros", "text"] = "learned"
     null_tokens: int = 77  # "text": rows of the stored embedding
@@ -172,6 +180,8 @@ class ModelConfig:
         ):
             if found != self.vision.patches:
                 raise InputError(f"{part} is {found} but the encoder gives {self.vision.patches} patches")
+        if self.pixels.shown and not self.language.recall:
+            raise InputError("pixels.shown needs a memory, which is kept where language.recall is 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -179,6 +179,15 @@ class LaVIT(nn.Module):
         lengths = torch.tensor([len(c) for c in codes], device=self.device)
         return self.tokenizer.decode(torch.cat(list(codes)).to(self.device), lengths)
 
+    @torch.inference_mode()
+    def shown(self, codes: Sequence[Tensor]) -> Float[Tensor, "images 3 size size"] | None:
+        """The remembered pictures most like images given as codes, -1..1, which a pixel decoder may be shown; else None."""
+        if not self.config.pixels.shown:
+            return None
+        pictures = [self.memory.picture(self.memory.likest(one.tolist())) for one in codes]
+        half = (0.5, 0.5, 0.5)
+        return to_pixels(pictures, self.config.pixels.size, half, half).to(self.device)
+
     @classmethod
     def from_pretrained(
         cls,

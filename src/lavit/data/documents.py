@@ -4,7 +4,9 @@
     question   [image read] Question: … Answer: | answer  edit       [image] instruction | [image written]
     text       prompt-like text .                         (what stands before | gives no loss)
 
-Behind a picture that is read stands what a memory tells of it, where the model has one (modules/memory.py), without loss.
+Behind a picture that is read stands what a memory tells of it, where the model has one (modules/memory.py), without loss; and
+before a prompt what the memory shows of its words. Half of the prompts are not shown their own picture: the model is to copy
+what is right, and to draw what is not there.
 A picture that has several questions is asked up to `ASKED` of them in one document, since reading it is most of the cost.
 
 Each document comes from one source of the corpus, chosen by the sources' weights, and is of a kind that this source has. A
@@ -29,11 +31,13 @@ from transformers import PreTrainedTokenizerBase
 from lavit.config import InputError, LanguageTraining
 from lavit.data.corpus import Corpus, Part
 from lavit.data.text import TextPieces
-from lavit.sequence import Batch, Document, Image, Sequence, Text, fill_from_front, lay_out, pack
+from lavit.modules.memory import Memory
+from lavit.sequence import Batch, Document, Image, Segment, Sequence, Text, fill_from_front, lay_out, pack
 from lavit.vocabulary import Vocabulary
 
 KINDS = ("reading", "writing", "question", "edit", "text")
 ASKED = 4  # questions of one document
+HIDDEN = 0.5  # of the pictures that are written are not among those that the memory shows before their prompt
 WINDOW = 64  # rows that are filled together, at least
 
 
@@ -48,7 +52,7 @@ def answer_text(answer: str) -> str:
 
 
 def recalled_text(texts: list[str]) -> str:
-    """What a memory tells with a picture, right behind it: a line for each text."""
+    """What a memory tells with a picture, right behind it: a line for each text. A picture that it shows has one too."""
     return "".join(f"{text}\n" for text in texts)
 
 
@@ -85,7 +89,13 @@ class Documents:
         config: LanguageTraining,
         seed: int,
         told: list[list[str]] | None = None,
+        memory: Memory | None = None,
+        remembered: list[int] | None = None,
+        shown: int = 0,
     ) -> None:
+        """`memory` holds the pictures that are `remembered`, in this order, and shows up to `shown` before a prompt."""
+        self.memory, self.shown = memory, shown
+        self.places = {number: place for place, number in enumerate(remembered or ())}
         self.corpus, self.codes, self.views, self.told = corpus, codes, views, told
         self.vocabulary, self.config, self.seed = vocabulary, config, seed
         self.tokenizer = text
@@ -145,7 +155,18 @@ class Documents:
         if rng.random() < self.config.unconditional_fraction:
             return (image,)
         plain = rng.random() < 0.5  # half of the prompts are the first, the plain one
-        return Text(self.ids(prompts[0 if plain else rng.integers(len(prompts))])), image
+        prompt = prompts[0 if plain else rng.integers(len(prompts))]
+        return *self._shown(prompt, number, rng), Text(self.ids(prompt)), image
+
+    def _shown(self, prompt: str, picture: int, rng: np.random.Generator) -> Iterator[Segment]:
+        """What a memory shows of a prompt for a picture, which is itself left out half of the time."""
+        if self.memory is None or not self.shown:
+            return
+        hidden = [self.places[picture]] if picture in self.places and rng.random() < HIDDEN else []
+        for number in self.memory.mentioned(prompt, self.shown, without=hidden):
+            text = self.memory.texts[int(self.memory.owners[number])]
+            yield Image(self.memory.codes_of(number), read=False, target=False)
+            yield Text(self.ids(recalled_text([text])), target=False)
 
     def _question(self, source: Source, rng: np.random.Generator) -> Document:
         picture = self.corpus.questions[_one(source.part.questions, rng)].picture

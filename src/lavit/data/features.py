@@ -25,7 +25,10 @@ from lavit.config import to_json
 from lavit.data.sources import Record
 from lavit.images import pixels
 from lavit.modules.memory import describe
+from lavit.modules.selector import KeepPolicy
+from lavit.modules.tokenizer import VisualTokenizer
 from lavit.modules.vision import Vision
+from lavit.sequence import VisualTokens
 
 BLOCK = 32  # pictures encoded at a time
 WHITE = (255, 255, 255)
@@ -137,6 +140,27 @@ def compute_features(
         if progress:
             progress(done, len(records))
     return Features(np.load(path, mmap_mode="r"), views, np.load(beside, mmap_mode="r"))
+
+
+@torch.no_grad()
+def tokenize_features(
+    tokenizer: VisualTokenizer,
+    features: Features,
+    *,
+    policy: KeepPolicy | None = None,
+    batch: int = 64,
+) -> VisualTokens:
+    """Visual tokens of every row (picture and view) of cached features, in order."""
+    device = next(tokenizer.parameters()).device
+    parts = []
+    for start in range(0, len(features.array), batch):
+        rows = torch.from_numpy(np.asarray(features.array[start : start + batch], dtype=np.float32))
+        parts.append(tokenizer.encode(rows.to(device), policy))
+    return VisualTokens(
+        torch.cat([p.codes for p in parts]).cpu(),
+        torch.cat([p.lengths for p in parts]).cpu(),
+        torch.cat([p.keep for p in parts]).cpu(),
+    )
 
 
 def _open(path: Path, shape: tuple[int, ...], *, new: bool) -> np.memmap:

@@ -10,6 +10,7 @@ from lavit.config import InputError
 from lavit.data.chat import ChatPicture, ChatText, Reply, turn_end
 from lavit.generate.prompts import lay_prompt
 from lavit.generate.protocols import Protocol, fitted
+from lavit.generate.remember import shown_before
 from lavit.generate.request import Request
 from lavit.generate.sampling import Sampling
 from lavit.generate.stream import Drawn, Job
@@ -69,6 +70,8 @@ def writing(
     text = sampling or replace(protocol.chat, min_tokens=0 if out == "auto" else protocol.chat.min_tokens)
     ends, stop = _turn_end(model) if chat and out != "image" else ((), ())
     samplings = _seeded(inside if out == "image" else text, n, seed, len(prompts))
+    if out == "image" and not chat:
+        prompts = [shown_before(model, prompt) for prompt in prompts]
     return [
         _job(model, prompt, each, MODES[out], picture=inside, ends=ends, stop=stop)
         for prompt, each in zip(prompts, samplings, strict=True)

@@ -294,6 +294,7 @@ class Pipeline:
             with torch.inference_mode():
                 pictures = self.model.pixels.sample(
                     self.model.features(codes[at : at + TOGETHER]),
+                    self.model.shown(codes[at : at + TOGETHER]),
                     steps=config.steps if steps is None else steps,
                     guidance=config.guidance if guidance is None else guidance,
                     seeds=list(seeds)[at : at + TOGETHER],

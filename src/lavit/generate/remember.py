@@ -13,6 +13,8 @@ from pathlib import Path
 from PIL import Image
 
 from lavit.config import InputError
+from lavit.data.chat import ChatPicture, ChatText
+from lavit.data.documents import recalled_text
 from lavit.model import LaVIT
 from lavit.modules.memory import describe
 from lavit.storage import replacing
@@ -26,6 +28,18 @@ def recalled(model: LaVIT, images: Sequence[Image.Image]) -> list[list[str]]:
     return [model.memory.recall(describe(model.looks([image])), count)[0] if count else [] for image in images]
 
 
+def shown_before(model: LaVIT, parts: Sequence[ChatText | ChatPicture]) -> list[ChatText | ChatPicture]:
+    """Words to draw from, behind the remembered pictures that they mention; parts that hold a picture stay as they are."""
+    count = model.config.language.shown
+    if not count or any(isinstance(part, ChatPicture) for part in parts):
+        return list(parts)
+    memory, before = model.memory, []
+    for number in memory.mentioned(" ".join(part.text for part in parts), count):
+        before.append(ChatPicture(None, read=False, codes=memory.codes_of(number)))
+        before.append(ChatText(recalled_text([memory.texts[int(memory.owners[number])]])))
+    return [*before, *parts]
+
+
 def remember(model: LaVIT, images: Sequence[Image.Image], texts: Sequence[str]) -> None:
     """Add pictures and what is said of each to the memory of a loaded model."""
     _check_memory(model)
@@ -33,7 +47,11 @@ def remember(model: LaVIT, images: Sequence[Image.Image], texts: Sequence[str]) 
     if len(images) != len(said) or not all(said):
         raise InputError(f"{len(images)} pictures and {len(said)} texts: give one text a picture, none empty")
     for image, text in zip(images, said, strict=True):  # each alone, as they are read
-        model.memory.add(describe(model.looks([image])), [text])
+        looks = model.looks([image])
+        codes = model.tokenizer.encode(looks[-1]).codes.tolist()
+        size = model.config.pixels.size
+        copies = [image.resize((size, size), Image.Resampling.BICUBIC)] if model.config.pixels.shown else None
+        model.memory.add(describe(looks), [text], [codes], copies)
 
 
 def check_new(model: LaVIT, out: Path) -> None:

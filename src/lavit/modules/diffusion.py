@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin, UNet2DConditionModel, UNet2DModel
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -24,6 +25,7 @@ STABLE_DIFFUSION_NOISE = {
     "set_alpha_to_one": False,
     "steps_offset": 1,
 }
+MIN_SNR_GAMMA = 5.0
 UNETS = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}
 
 
@@ -143,3 +145,32 @@ def clean_latents(scheduler: SchedulerMixin, noisy: Tensor, answer: Tensor, time
     if scheduler.config.prediction_type == "v_prediction":
         return kept.sqrt() * noisy - (1 - kept).sqrt() * answer
     return answer
+
+
+def linear_guess(scheduler: SchedulerMixin, noisy: Tensor, times: Tensor, *, variance: float) -> Tensor:
+    """Best linear guess of the clean latents: it fades where noise drowns them, so that features must decide."""
+    kept = scheduler.alphas_cumprod.to(noisy)[times.to(noisy.device).long()].reshape(-1, 1, 1, 1)
+    return noisy * kept.sqrt() * variance / (kept * variance + 1 - kept)
+
+
+def level_weights(scheduler: SchedulerMixin, times: Int[Tensor, "images"], weighting: str) -> Float[Tensor, "images"]:
+    """Weights of the loss over noise levels: "equal" or "min-snr" (arXiv 2303.09556)."""
+    if weighting == "equal":
+        return torch.ones(len(times), device=times.device)
+    kept = scheduler.alphas_cumprod.to(times.device)[times]
+    ratio = kept / (1 - kept)
+    # weights on the squared error of the clean latents are those on the noise's, times the signal-to-noise ratio
+    scale = {"epsilon": ratio, "sample": torch.ones_like(ratio)}.get(scheduler.config.prediction_type, ratio + 1)
+    return ratio.clamp(max=MIN_SNR_GAMMA) / scale
+
+
+def normal_noise(like: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
+    """Normal noise of the shape of `like`: from one generator, or each picture's from its own."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return torch.randn(like.shape, generator=generator, device=noise_home(generator, like))
+    return torch.cat([normal_noise(one[None], own) for one, own in zip(like, generator, strict=True)])
+
+
+def noise_home(generator: torch.Generator | None, like: Tensor) -> torch.device:
+    """Where noise is drawn: on the generator's own device."""
+    return like.device if generator is None else generator.device

@@ -11,18 +11,31 @@ metric in closed form that counts what tells texts apart and discounts what vari
 between the views of one picture (linear discriminant analysis). And a hand seldom draws one thing twice: of two pictures
 that are equally like the one being read, the one in another manner is the likelier to show the same thing. The manner is
 the axis along which pictures of one text differ most. Nothing here is trained by gradient, and pictures can be added.
+
+The same memory helps to draw, from words and from codes, both found by the tokens they share (modules/index.py). Pictures
+whose texts a prompt mentions may stand before it, as codes with their texts (RA-CM3, arXiv 2211.12561), and the pixel decoder
+may be shown the remembered picture whose codes are most like those it paints (RDM, arXiv 2204.11824):
+
+    S c c c E tiger face ⏎  S c c c E cat face ⏎  a tiger face  S c c c E
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import re
+from collections.abc import Collection, Sequence
+from functools import cached_property
+from itertools import islice, zip_longest
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from PIL import Image
 from torch import Tensor, nn
 
 from lavit.config import InputError
+from lavit.modules.index import Index
 
 DIRECTIONS = 128  # of the metric, at most
 NOISE = 0.1  # variance that every direction of a description has within a text, as a share of the mean one
@@ -30,7 +43,18 @@ QUARTERS = 2  # per side
 MANNER = 0.1  # likeness that a picture in the same manner loses, unless it seems to be the very picture
 VERY = 0.98  # cosine from which it does
 APART = 0.6  # difference along the manner, in units of the usual one within a text, that makes two manners
-STATE = ("keys", "manner", "manners", "mean", "metric", "owners")
+MENTIONED = 0.4  # of a text's weight that must stand in a prompt, for it to be one of several that the prompt mentions
+OF_TEXTS = ("manner", "mean", "metric")
+# a row for each picture; codes and pictures (WebP files) stand one after the other, of these lengths and sizes
+OF_PICTURES = ("keys", "lengths", "manners", "owners", "sizes")
+STATE = tuple(sorted((*OF_TEXTS, *OF_PICTURES, "codes", "pictures")))
+WHOLE = {
+    "codes": torch.int16,
+    "lengths": torch.int16,
+    "owners": torch.long,
+    "pictures": torch.uint8,
+    "sizes": torch.int32,
+}
 
 
 def describe(looks: Sequence[Float[Tensor, "images _places _channels"]]) -> Float[Tensor, "images described"]:
@@ -76,7 +100,7 @@ def first_axis(within: Float[Tensor, "described described"]) -> Float[Tensor, "d
 
 
 class Memory(nn.Module):
-    """Texts, and keys and manners of the pictures that they were said of."""
+    """Texts, and of the pictures that they were said of: keys, manners, codes and, for a decoder, small copies."""
 
     def __init__(self, texts: Sequence[str], tensors: dict[str, Tensor]) -> None:
         """`tensors` are the state of a memory; its `owners` are the numbers of its pictures' texts."""
@@ -88,7 +112,7 @@ class Memory(nn.Module):
                 "train its language stage again"
             )
         for name in STATE:
-            self.register_buffer(name, tensors[name] if name == "owners" else tensors[name].float())
+            self.register_buffer(name, tensors[name].to(WHOLE.get(name, torch.float)))
 
     @classmethod
     def of(
@@ -96,6 +120,7 @@ class Memory(nn.Module):
         described: Float[Tensor, "pictures described"],
         texts: Sequence[str],
         views: Float[Tensor, "others described"],
+        codes: Sequence[Sequence[int]] | None = None,
     ) -> Memory:
         """A memory of pictures, a text of each; `views` are differences of descriptions of one picture (none: 0 rows)."""
         if not texts:
@@ -107,24 +132,67 @@ class Memory(nn.Module):
         within = within_texts(centred, torch.tensor([numbers[text] for text in texts]))
         metric = discriminant(centred.T @ centred / len(centred), within + views.T @ views / max(1, len(views)))
         tensors = {"mean": mean, "metric": metric / spread[:, None], "manner": first_axis(within) / spread}
-        none = {"keys": torch.zeros(0, metric.shape[1]), "manners": torch.zeros(0)}
-        found = cls(tuple(numbers), tensors | none | {"owners": torch.zeros(0, dtype=torch.long)})
-        found.add(described, texts)
+        none = {name: torch.zeros(0) for name in STATE} | {"keys": torch.zeros(0, metric.shape[1])}
+        found = cls(tuple(numbers), none | tensors)
+        found.add(described, texts, codes)
         return found
 
     def emptied(self) -> Memory:
         """The same metric and manner, and nothing remembered."""
-        state = self.state_dict()
-        return Memory((), state | {name: state[name][:0] for name in ("keys", "manners", "owners")})
+        return Memory((), {n: tensor if n in OF_TEXTS else tensor[:0] for n, tensor in self.state_dict().items()})
 
-    def add(self, described: Float[Tensor, "pictures described"], texts: Sequence[str]) -> None:
-        """More pictures, under the metric that is there."""
+    def __len__(self) -> int:
+        return len(self.owners)
+
+    def add(
+        self,
+        described: Float[Tensor, "pictures described"],
+        texts: Sequence[str],
+        codes: Sequence[Sequence[int]] | None = None,
+        pictures: Sequence[Image.Image] | None = None,
+    ) -> None:
+        """More pictures, under the metric that is there; without codes they are told of, never shown."""
         numbers = {text: number for number, text in enumerate(dict.fromkeys((*self.texts, *texts)))}
-        owners = torch.tensor([numbers[text] for text in texts], device=self.owners.device)
         keys, manners = self.keys_of(described)
-        self.keys, self.manners = torch.cat([self.keys, keys]), torch.cat([self.manners, manners])
-        self.owners = torch.cat([self.owners, owners.to(self.owners)])
+        codes = [()] * len(texts) if codes is None else codes
+        self._extend("keys", keys)
+        self._extend("manners", manners)
+        self._extend("owners", torch.tensor([numbers[text] for text in texts]))
+        self._extend("codes", torch.tensor([code for one in codes for code in one]))
+        self._extend("lengths", torch.tensor([len(one) for one in codes]))
         self.texts = tuple(numbers)
+        self._keep(pictures, len(texts))
+        self.__dict__.pop("by_words", None)
+        self.__dict__.pop("by_codes", None)
+
+    def _extend(self, name: str, more: Tensor) -> None:
+        have = getattr(self, name)
+        setattr(self, name, torch.cat([have, more.to(have)]))
+
+    def _keep(self, pictures: Sequence[Image.Image] | None, count: int) -> None:
+        files = [b""] * count if pictures is None else [_file(picture) for picture in pictures]
+        self._extend("pictures", torch.from_numpy(np.frombuffer(b"".join(files), dtype=np.uint8).copy()))
+        self._extend("sizes", torch.tensor([len(file) for file in files]))
+
+    def keep_pictures(self, pictures: Sequence[Image.Image]) -> None:
+        """Copies of all pictures, small ones, for a pixel decoder (lossless WebP)."""
+        if len(pictures) != len(self):
+            raise InputError(f"{len(pictures)} pictures for a memory of {len(self)}: give one each")
+        self.pictures, self.sizes = self.pictures[:0], self.sizes[:0]
+        self._keep(pictures, len(pictures))
+
+    def picture(self, number: int) -> Image.Image:
+        """The copy of a remembered picture; `InputError` where none is kept."""
+        size, end = int(self.sizes[number]), int(self.sizes[: number + 1].sum())
+        if not size:
+            raise InputError("this memory keeps no copies of its pictures: train its pixels stage again")
+        with Image.open(io.BytesIO(self.pictures[end - size : end].cpu().numpy().tobytes())) as image:
+            return image.convert("RGB")
+
+    def codes_of(self, number: int) -> tuple[int, ...]:
+        """Codes of a remembered picture."""
+        end = int(self.lengths[: number + 1].sum())
+        return tuple(self.codes[end - int(self.lengths[number]) : end].tolist())
 
     def keys_of(
         self, described: Float[Tensor, "images described"]
@@ -152,3 +220,59 @@ class Memory(nn.Module):
     def recall(self, described: Float[Tensor, "images described"], count: int) -> list[list[str]]:
         """Texts of the pictures most like those described, `count` of each, nearest first."""
         return self.nearest(self.likeness(described), count)
+
+    @cached_property
+    def by_words(self) -> Index:
+        """The texts by their words."""
+        return Index([words(text) for text in self.texts])
+
+    @cached_property
+    def by_codes(self) -> Index:
+        """The pictures by their codes."""
+        return Index([part.tolist() for part in self.codes.split(self.lengths.tolist())])
+
+    def mentioned(self, prompt: str, count: int, *, without: Collection[int] = ()) -> list[int]:
+        """Up to `count` pictures whose texts a prompt mentions, best first; never those in `without`.
+
+        The text comes first that is most like the prompt and most covered by it, then others of which `MENTIONED` stands in
+        the rest of it, then more pictures of these texts. A picture without codes cannot be shown.
+        """
+        free = (self.lengths > 0).cpu()
+        free[list(without)] = False
+        owners = self.owners.cpu()
+        showable = torch.zeros(len(self.texts), dtype=torch.bool)
+        showable[owners[free]] = True
+        left, found = words(prompt), []
+        while len(found) < count:
+            covered = self.by_words.covered(left) * showable
+            if found:
+                covered *= covered >= MENTIONED
+            alike = self.by_words.alike(left) * covered
+            best = int(alike.argmax())
+            if not alike[best]:
+                break
+            showable[best] = False
+            found.append((free & (owners == best)).nonzero()[:, 0].tolist())
+            said = set(words(self.texts[best]))
+            left = [word for word in left if word not in said]
+        turns = (number for turn in zip_longest(*found) for number in turn if number is not None)
+        return list(islice(turns, count))
+
+    def likest(self, codes: Sequence[int], *, without: Collection[int] = ()) -> int:
+        """The remembered picture whose codes are most like those given; `InputError` where there is none."""
+        alike = self.by_codes.alike(codes)
+        alike[list(without)] = -1
+        if not len(alike) or alike.max() < 0:
+            raise InputError("this memory has no picture that could be shown: train its language stage again")
+        return int(alike.argmax())
+
+
+def words(text: str) -> list[str]:
+    """The words of a text in lower case, each once."""
+    return list(dict.fromkeys(re.findall(r"\w+", text.lower())))
+
+
+def _file(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.convert("RGB").save(buffer, "WEBP", lossless=True, method=6)
+    return buffer.getvalue()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,12 @@ from lavit.modules.diffusion import (
     STABLE_DIFFUSION_NOISE,
     clean_latents,
     given_weights,
+    level_weights,
+    linear_guess,
     load_strictly,
+    noise_home,
     noise_schedule,
+    normal_noise,
     random_weights,
     solver_of,
     unet_of,
@@ -39,7 +44,6 @@ from lavit.modules.diffusion import (
 from lavit.modules.perceptual import Perceptual
 
 KL_WEIGHT = 1e-6  # as Stable Diffusion's autoencoder
-MIN_SNR_GAMMA = 5.0
 LATENT_VARIANCE = 0.5  # of folded pixels in -1..1
 
 
@@ -140,7 +144,7 @@ class Pixels(nn.Module):
         if self.vae is None:
             raise InputError("pixels: this decoder has no autoencoder to train (its latents are folded pixels)")
         posterior = self.vae.encode(pictures).latent_dist
-        noise = _noise(posterior.mean, generator)
+        noise = normal_noise(posterior.mean, generator)
         latents = posterior.mean + posterior.std * noise.to(pictures)
         return F.l1_loss(self.vae.decode(latents).sample, pictures) + KL_WEIGHT * posterior.kl().mean()
 
@@ -157,6 +161,7 @@ class Pixels(nn.Module):
         self,
         latents: Float[Tensor, "images channels rows columns"],
         features: Float[Tensor, "images patches dim"],
+        shown: Float[Tensor, "images 3 size size"] | None = None,
         *,
         generator: torch.Generator | Sequence[torch.Generator],
         perceptual: Perceptual | None = None,
@@ -171,7 +176,7 @@ class Pixels(nn.Module):
         images = len(latents)
         noise, times, dropped = (drawn.to(latents.device) for drawn in self._draw(latents, generator))
         size = tuple(latents.shape[2:])
-        condition = self.told(features, size).replaced(dropped, self.condition.null(images, size))
+        condition = self.told(features, size, shown).replaced(dropped, self.null(images, size))
         noisy = self.scheduler.add_noise(latents, noise, times)
         kind = self.scheduler.config.prediction_type
         target = {"epsilon": noise, "sample": latents}.get(kind)
@@ -179,7 +184,7 @@ class Pixels(nn.Module):
             target = self.scheduler.get_velocity(latents, noise, times)
         found = self._predict(noisy, times, condition)
         errors = (found.float() - target.float()).square().flatten(1).mean(1)
-        loss = (errors * self._weights(times)).mean()
+        loss = (errors * level_weights(self.scheduler, times, self.config.weighting)).mean()
         if perceptual is None:
             return loss
         clean = clean_latents(self.scheduler, noisy, found, times)
@@ -192,8 +197,8 @@ class Pixels(nn.Module):
         if not isinstance(generator, torch.Generator):
             drawn = [self._draw(one[None], own) for one, own in zip(latents, generator, strict=True)]
             return tuple(torch.cat(part) for part in zip(*drawn, strict=True))
-        images, options = len(latents), {"generator": generator, "device": _home(generator, latents)}
-        noise = _noise(latents, generator).to(latents)
+        images, options = len(latents), {"generator": generator, "device": noise_home(generator, latents)}
+        noise = normal_noise(latents, generator).to(latents)
         times = torch.randint(self.scheduler.config.num_train_timesteps, (images,), **options)
         return noise, times, torch.rand(images, **options) < self.config.condition_dropout
 
@@ -201,6 +206,7 @@ class Pixels(nn.Module):
     def sample(
         self,
         features: Float[Tensor, "images patches dim"],
+        shown: Float[Tensor, "images 3 size size"] | None = None,
         *,
         seeds: Sequence[int],
         steps: int | None = None,
@@ -209,7 +215,7 @@ class Pixels(nn.Module):
         size: tuple[int, int] | str | None = None,
         callback: Callable[[int, Tensor], Tensor | None] | None = None,
     ) -> Float[Tensor, "images 3 height width"]:
-        """Paint one picture per row of features, -1..1; what is None comes from the configuration.
+        """Paint one picture per row of features, -1..1; what is None comes from the configuration, but `shown`: no picture is.
 
         seeds: one per picture, its noise whatever the batch. sampler: "dpm", "ddim" or any diffusers scheduler.
         size: (height, width) in pixels, or an aspect ratio (`picture_size`). callback: called with the step's number and
@@ -221,9 +227,9 @@ class Pixels(nn.Module):
         solver = self.solver(sampler, steps, features.device)
         shape = (self.latent_channels, height // self.factor, width // self.factor)
         weight = self.unet.dtype
-        condition = self.told(features.to(weight), shape[1:])
+        condition = self.told(features.to(weight), shape[1:], None if shown is None else shown.to(features))
         if guidance != 1:
-            condition = condition.followed_by(self.condition.null(len(features), shape[1:]))
+            condition = condition.followed_by(self.null(len(features), shape[1:]))
         generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
         latents = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         latents = latents.to(features.device) * solver.init_noise_sigma
@@ -249,12 +255,32 @@ class Pixels(nn.Module):
         solver.set_timesteps(steps, device=device)
         return solver
 
-    def told(self, features: Float[Tensor, "images patches dim"], size: tuple[int, int]) -> Condition:
-        """The condition that features make, for latents of `size` (height, width)."""
+    def told(
+        self,
+        features: Float[Tensor, "images patches dim"],
+        size: tuple[int, int],
+        shown: Float[Tensor, "images 3 size size"] | None = None,
+    ) -> Condition:
+        """The condition that features and remembered pictures make, for latents of `size` (height, width)."""
         self._check_features(features)
         if self.config.direction:
             features = F.normalize(features, dim=-1) * features.shape[-1] ** 0.5
-        return self.condition(features, size)
+        return self._beside(self.condition(features, size), shown, len(features), size)
+
+    def null(self, images: int, size: tuple[int, int]) -> Condition:
+        """The null condition of `images` pictures, for latents of `size`."""
+        return self._beside(self.condition.null(images, size), None, images, size)
+
+    def _beside(self, condition: Condition, shown: Tensor | None, images: int, size: tuple[int, int]) -> Condition:
+        """Remembered pictures as latents beside the map, if this decoder is shown any; without one a grey picture stands."""
+        if not self.config.shown:
+            return condition
+        height, width = (side * self.factor for side in size)
+        if shown is None:
+            shown = condition.grid.new_zeros(images, 3, height, width)
+        if shown.shape[2:] != (height, width):
+            shown = F.interpolate(shown, (height, width), mode="bilinear", align_corners=False)
+        return replace(condition, grid=torch.cat([condition.grid, self.encode(shown).to(condition.grid)], 1))
 
     def save(self, folder: Path) -> None:
         """Write unet/, scheduler/, vae/ (each opens in diffusers) and condition/model.safetensors."""
@@ -308,7 +334,7 @@ class Pixels(nn.Module):
     ) -> Tensor:
         """The denoiser's output; `times` is one noise level or one per picture, `size` the picture's, for SDXL's ids."""
         if self.config.sees == "estimate":
-            latents = self._estimate(latents, times)
+            latents = linear_guess(self.scheduler, latents, times, variance=LATENT_VARIANCE)
         if condition.grid is not None:
             latents = torch.cat([latents, condition.grid.to(latents.dtype)], dim=1)
         if condition.context is None:
@@ -319,22 +345,6 @@ class Pixels(nn.Module):
             ids = latents.new_tensor([height, width, 0, 0, height, width]).expand(len(latents), -1)
             extra["added_cond_kwargs"] = {"text_embeds": condition.pooled, "time_ids": ids}
         return self.unet(latents, times, condition.context, **extra).sample
-
-    def _estimate(self, latents: Tensor, times: Tensor) -> Tensor:
-        """Best linear guess of the clean latents: it fades where noise drowns them, so that features must decide."""
-        kept = self.scheduler.alphas_cumprod.to(latents)[times.to(latents.device).long()].reshape(-1, 1, 1, 1)
-        return latents * kept.sqrt() * LATENT_VARIANCE / (kept * LATENT_VARIANCE + 1 - kept)
-
-    def _weights(self, times: Tensor) -> Tensor:
-        if self.config.weighting == "equal":
-            return torch.ones(len(times), device=times.device)
-        kept = self.scheduler.alphas_cumprod.to(times.device)[times]
-        ratio = kept / (1 - kept)
-        # weights on the squared error of the clean latents are those on the noise's, times the signal-to-noise ratio
-        scale = {"epsilon": ratio, "sample": torch.ones_like(ratio)}.get(
-            self.scheduler.config.prediction_type, ratio + 1
-        )
-        return ratio.clamp(max=MIN_SNR_GAMMA) / scale
 
     def _steady_vae(self) -> AutoencoderKL:
         """The autoencoder, in fp32 where it would overflow in fp16 (SDXL's `force_upcast`)."""
@@ -353,6 +363,9 @@ class Pixels(nn.Module):
     def _check_widths(self) -> None:
         config, unet = self.config, self.unet.config
         grid = config.condition_dim if config.condition == "grid" else 0
+        if config.shown and not grid:
+            raise InputError('remembered pictures are shown beside a "grid" condition: leave shown out')
+        grid += self.latent_channels if config.shown else 0
         if unet.in_channels != self.latent_channels + grid:
             raise InputError(
                 f"the unet takes {unet.in_channels} channels, but latents have {self.latent_channels} and the map {grid}"
@@ -383,15 +396,3 @@ class Pixels(nn.Module):
         if len(seeds) != len(features):
             raise InputError(f"pixels: {len(seeds)} seeds for {len(features)} pictures, expected one each")
         self.check_size(size)
-
-
-def _noise(like: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
-    """Normal noise of the shape of `like`: from one generator, or each picture's from its own."""
-    if generator is None or isinstance(generator, torch.Generator):
-        return torch.randn(like.shape, generator=generator, device=_home(generator, like))
-    return torch.cat([_noise(one[None], own) for one, own in zip(like, generator, strict=True)])
-
-
-def _home(generator: torch.Generator | None, like: Tensor) -> torch.device:
-    """Where noise is drawn: on the generator's own device."""
-    return like.device if generator is None else generator.device

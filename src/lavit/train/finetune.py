@@ -33,7 +33,7 @@ from lavit.config import (
     to_json,
 )
 from lavit.data.conversations import ConversationDocuments, Conversations, load_conversations
-from lavit.data.features import Features, compute_features
+from lavit.data.features import Features, compute_features, tokenize_features
 from lavit.data.pretokenised import nothing_read
 from lavit.model import LaVIT
 from lavit.modules.language import Language
@@ -42,7 +42,6 @@ from lavit.storage import inject_lora, model_folder
 from lavit.train.language import LanguageStage
 from lavit.train.loop import Report, Shard, train
 from lavit.train.spread import make_accelerator
-from lavit.train.stages import tokenize_features
 
 log = logging.getLogger(__name__)
 COPIED = ("vision", "tokenizer", "memory", "pixels", "base")

@@ -11,12 +11,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from lavit.config import InputError
 from lavit.data.corpus import Corpus
 from lavit.data.features import Features
+from lavit.images import to_image
 from lavit.modules.memory import Memory
+from lavit.sequence import VisualTokens
 from lavit.train.reader import SAY_NOTHING
 
 FOLDS = 2
@@ -34,12 +37,18 @@ def remembered_texts(corpus: Corpus) -> list[str]:
     return [text.strip().removesuffix(".") for text in said]
 
 
-def remember(corpus: Corpus, features: Features, count: int) -> tuple[Memory, list[list[str]]]:
+def remembered_pictures(corpus: Corpus) -> list[int]:
+    """Numbers of the pictures that a memory of this corpus holds, in its order."""
+    return [number for number, text in enumerate(remembered_texts(corpus)) if text]
+
+
+def remember(corpus: Corpus, features: Features, tokens: VisualTokens, count: int) -> tuple[Memory, list[list[str]]]:
     """The memory of a corpus, and the `count` texts told with each row of its features."""
     texts = remembered_texts(corpus)
+    codes = [part.tolist() for part in tokens.split()[:: features.views]]
     rows = torch.from_numpy(features.described.astype("float32")).view(len(features), features.views, -1)
-    kept = [number for number, text in enumerate(texts) if text]
-    memory = _memory(rows, texts, kept)
+    kept = remembered_pictures(corpus)
+    memory = _memory(rows, texts, kept, codes)
     place = {number: at for at, number in enumerate(kept)}
     fold_of = {text: number % FOLDS for number, text in enumerate(memory.texts)}
     told: list[list[str]] = [[] for _ in range(len(features.array))]
@@ -56,7 +65,36 @@ def remember(corpus: Corpus, features: Features, count: int) -> tuple[Memory, li
     return memory, told
 
 
-def _memory(rows: Float[Tensor, "pictures views described"], texts: Sequence[str], numbers: list[int]) -> Memory:
+def remember_pictures(
+    memory: Memory, corpus: Corpus, tokens: VisualTokens, pictures: Float[Tensor, "rows 3 size size"]
+) -> Int[Tensor, "rows 2"]:
+    """Give a memory copies of its pictures, of rows (picture and view) in -1..1; returns what a decoder is shown of them.
+
+    For each row: the row of the remembered picture whose codes are most like its own, and of the likest other picture.
+    """
+    kept = remembered_pictures(corpus)
+    if len(kept) != len(memory):
+        raise InputError(
+            f"the memory holds {len(memory)} pictures, this data {len(kept)}: train its language stage again"
+        )
+    views = len(pictures) // len(corpus)
+    memory.keep_pictures([to_image(pictures[number * views]) for number in kept])
+    place = {number: at for at, number in enumerate(kept)}
+    rows = []
+    for row, codes in enumerate(tokens.split()):
+        own = [place[row // views]] if row // views in place else []
+        found = (memory.likest(codes.tolist()), memory.likest(codes.tolist(), without=own))
+        rows.append([kept[number] * views for number in found])
+    return torch.tensor(rows)
+
+
+def _memory(
+    rows: Float[Tensor, "pictures views described"],
+    texts: Sequence[str],
+    numbers: list[int],
+    codes: Sequence[Sequence[int]] | None = None,
+) -> Memory:
     """Of some of the pictures."""
     views = (rows[numbers, 1:] - rows[numbers, :1]).flatten(0, 1)
-    return Memory.of(rows[numbers, 0], [texts[number] for number in numbers], views)
+    codes = codes and [codes[number] for number in numbers]
+    return Memory.of(rows[numbers, 0], [texts[number] for number in numbers], views, codes)

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from PIL.Image import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lavit.config import InputError, LanguageConfig, ModelConfig, TrainConfig, from_json, read_json, to_json
 from lavit.data.bulk import tokenizer_hash
 from lavit.data.corpus import Corpus, load_corpus
 from lavit.data.documents import Documents
-from lavit.data.features import Features, compute_features, view_of
+from lavit.data.features import Features, compute_features, tokenize_features, view_of
 from lavit.data.pretokenised import corpus_codes, nothing_read
 from lavit.data.stream import StreamingDocuments, stream_texts
 from lavit.images import pixels as to_pixels
@@ -42,12 +42,12 @@ from lavit.train.checkpoint import latest_checkpoint, load_weights
 from lavit.train.health import parameter_lines
 from lavit.train.language import LanguageStage, train_text_tokenizer
 from lavit.train.loop import Report, Stage, train
-from lavit.train.memory import remember
+from lavit.train.memory import remember, remember_pictures, remembered_pictures
 from lavit.train.metrics import check_trackers
 from lavit.train.reader import ReaderStage
 from lavit.train.samples import Samples
 from lavit.train.spread import halve_frozen, make_accelerator
-from lavit.train.stages import AutoencoderStage, PixelsStage, TokenizerStage, tokenize_features
+from lavit.train.stages import AutoencoderStage, PixelsStage, TokenizerStage
 
 log = logging.getLogger(__name__)
 STAGES = ("tokenizer", "language", "pixels")
@@ -116,9 +116,11 @@ class Run:
         self.accelerator.wait_for_everyone()
         if not done:
             model = LaVIT.from_pretrained(start)
-            language = replace(model.config.language, recall=self.config.language.recall)
-            vision = replace(model.config.vision, described=self.config.vision.described)
-            model.config = replace(model.config, vision=vision, language=language)
+            mine = self.config
+            language = replace(model.config.language, recall=mine.language.recall, shown=mine.language.shown)
+            vision = replace(model.config.vision, described=mine.vision.described)
+            pixels = replace(model.config.pixels, shown=mine.pixels.shown, unet=mine.pixels.unet)
+            model.config = replace(model.config, vision=vision, language=language, pixels=pixels)
             self._save(model, "vision", "tokenizer")
 
     @cached_property
@@ -153,7 +155,7 @@ class Run:
     @cached_property
     def remembered(self) -> tuple[Memory, list[list[str]]]:
         """The memory of the training split, and what it tells with each picture and view."""
-        return remember(self.corpus, self.features, self.config.language.recall)
+        return remember(self.corpus, self.features, self.tokens, self.config.language.recall)
 
     @cached_property
     def tokenizer(self) -> VisualTokenizer:
@@ -323,8 +325,11 @@ class Run:
             features, tokens = nothing_read(vision)
         else:
             codes = tuple(tuple(part.tolist()) for part in self.tokens.split())
-            told = self.remembered[1] if self.config.language.recall else None
-            documents = Documents(self.corpus, codes, views=self.training.views, told=told, **make)
+            base = self.config.language
+            memory, told = self.remembered if base.recall else (None, None)
+            make |= {"told": told, "memory": memory, "shown": base.shown}
+            remembered = remembered_pictures(self.corpus)
+            documents = Documents(self.corpus, codes, views=self.training.views, remembered=remembered, **make)
             features, tokens = self.features, self.tokens
         self.__dict__.pop("vision", None)  # features and tokens are made: nothing of stage 1 need stay on a GPU
         self.tokenizer.cpu()
@@ -353,6 +358,11 @@ class Run:
         if config.autoencoder_steps:
             self._loop(AutoencoderStage(pixels, self.pictures, config, seed=seed), warmup=config.warmup)
             pixels.calibrate(self.pictures[:512])
+        parts: dict[str, nn.Module] = {"pixels": pixels}
+        shown = None
+        if self.config.pixels.shown:
+            parts = {"memory": self._model().memory, **parts}
+            shown = remember_pictures(parts["memory"], self.corpus, self.tokens, self.pictures)
         self.tokenizer.to(self.accelerator.device)
         stage = PixelsStage(
             pixels,
@@ -363,10 +373,11 @@ class Run:
             seed=seed,
             views=self.training.views,
             vision=self.vision if config.perceptual_weight else None,
+            shown=shown,
         )
         self._loop(stage, warmup=config.warmup)
         pixels.load_state_dict(stage.averaged.module.state_dict())
-        self._save(LaVIT(self.config, {"pixels": pixels}, folder=self.folder), "pixels")
+        self._save(LaVIT(self.config, parts, folder=self.folder), *parts)
 
 
 def _same_run(saved: dict[str, Any], mine: dict[str, Any]) -> bool:

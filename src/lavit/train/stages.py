@@ -25,7 +25,7 @@ from lavit.data.features import Features
 from lavit.modules.codebook import gather_rows
 from lavit.modules.perceptual import Perceptual
 from lavit.modules.pixels import Pixels
-from lavit.modules.selector import KeepPolicy, gumbel
+from lavit.modules.selector import gumbel
 from lavit.modules.tokenizer import TokenizerOutput, VisualTokenizer, cosine_distance
 from lavit.modules.vision import Vision
 from lavit.sequence import VisualTokens
@@ -33,6 +33,8 @@ from lavit.train.health import CodeUse, check_codes, check_features, check_finit
 from lavit.train.loop import Shard
 
 WINDOW = 100  # steps over which live codes are counted
+# of the pictures of a step in stage 3 these are shown another remembered picture than their own, or none
+OTHER, NOTHING = 0.4, 0.1
 
 
 def seeded(*numbers: int) -> torch.Generator:
@@ -217,27 +219,6 @@ class TokenizerStage:
         self.use.load_state(state)
 
 
-@torch.no_grad()
-def tokenize_features(
-    tokenizer: VisualTokenizer,
-    features: Features,
-    *,
-    policy: KeepPolicy | None = None,
-    batch: int = 64,
-) -> VisualTokens:
-    """Visual tokens of every row (picture and view) of cached features, in order."""
-    device = next(tokenizer.parameters()).device
-    parts = []
-    for start in range(0, len(features.array), batch):
-        rows = torch.from_numpy(np.asarray(features.array[start : start + batch], dtype=np.float32))
-        parts.append(tokenizer.encode(rows.to(device), policy))
-    return VisualTokens(
-        torch.cat([p.codes for p in parts]).cpu(),
-        torch.cat([p.lengths for p in parts]).cpu(),
-        torch.cat([p.keep for p in parts]).cpu(),
-    )
-
-
 @dataclass(frozen=True)
 class PictureBatch:
     """Rows (picture and view) of this rank, and their places in the global batch, which seed their noise."""
@@ -268,9 +249,14 @@ class PixelsStage:
         seed: int,
         views: int = 1,
         vision: Vision | None = None,
+        shown: Int[Tensor, "rows 2"] | None = None,
     ) -> None:
-        """`pictures` and `tokens` are rows (picture and view); `vision` is needed where the loss has a perceptual part."""
-        self.views = views
+        """`pictures` and `tokens` are rows (picture and view); `vision` is needed where the loss has a perceptual part.
+
+        `shown` are, for a decoder that is shown remembered pictures, the rows of those most like each row: of all
+        pictures, and of all others.
+        """
+        self.views, self.shown = views, shown
         self.perceptual = Perceptual(vision) if vision is not None and config.perceptual_weight else None
         self.module, self.config, self.seed = pixels, config, seed
         self.steps = config.steps
@@ -279,6 +265,7 @@ class PixelsStage:
             pixels.vae.requires_grad_(False)
         with torch.no_grad():
             self.latents = torch.cat([pixels.encode(part) for part in pictures.split(64)])
+        self.pictures = pictures
         self.averaged = AveragedModel(pixels, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=False)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -316,11 +303,18 @@ class PixelsStage:
         loss = module(
             self.latents[rows].to(device),
             features,
+            self._remembered(batch, step).to(device) if self.shown is not None else None,
             generator=generators,
             perceptual=self.perceptual,
             perceptual_weight=self.config.perceptual_weight,
         )
         return {"loss": loss}
+
+    def _remembered(self, batch: PictureBatch, step: int) -> Float[Tensor, "images 3 size size"]:
+        """What each picture is shown: the likest, itself as a rule; another one; or none (grey)."""
+        luck = torch.cat([torch.rand(1, generator=seeded(self.seed, 10, step, int(place))) for place in batch.places])
+        rows = self.shown[batch.rows].gather(1, (luck < OTHER + NOTHING).long()[:, None])[:, 0]
+        return self.pictures[rows] * (luck >= NOTHING)[:, None, None, None]
 
     def after_step(self, step: int) -> dict[str, float]:
         """Move the averaged weights."""
