@@ -274,6 +274,9 @@ class PixelsTraining:
     weight_decay: float = 1e-3
     warmup: float = 0.05
     ema: float = 0.999  # decay of the averaged weights that are saved
+    # share of a picture's codes that are another's, at most; it is drawn evenly from 0 to this: a LM that writes codes errs,
+    # and a decoder that only knows true ones does worse on its (conditioning augmentation, arXiv 2106.15282)
+    code_noise: float = 0.0
     plain_share: float = 0.0  # of the pictures of a step that are taken as they are, whatever views there are
     # of the distance in the encoder's early layers between the picture that the denoiser's answer stands for and the true
     # one (modules/perceptual.py); for decoders trained from scratch in minutes

@@ -46,7 +46,7 @@ def efficientnet_lite0(*, image_size: int) -> VisionConfig:
     )
 
 
-def folded_pixels(vision: VisionConfig, *, channels: tuple[int, ...]) -> PixelsConfig:
+def folded_pixels(vision: VisionConfig, *, channels: tuple[int, ...], shown: bool = False) -> PixelsConfig:
     """64 px, folded 4×4 to 16×16×48; the features stand as a map beside the noise, and the network answers the picture.
 
     Answering ε leaves its error as grain in every picture until training is long, and weighting as Eq. 5 does gives the
@@ -61,6 +61,7 @@ def folded_pixels(vision: VisionConfig, *, channels: tuple[int, ...]) -> PixelsC
         condition="grid",
         condition_dim=condition,
         direction=True,
+        shown=shown,
         sees="estimate",
         patch=patch,
         guidance=1.0,
@@ -78,7 +79,7 @@ def folded_pixels(vision: VisionConfig, *, channels: tuple[int, ...]) -> PixelsC
         unet={
             "_class_name": "UNet2DModel",
             "sample_size": 64 // patch,
-            "in_channels": folded + condition,
+            "in_channels": folded + condition + folded * shown,
             "out_channels": folded,
             "block_out_channels": list(channels),
             "down_block_types": ["DownBlock2D"] * len(channels),
@@ -160,8 +161,9 @@ def mini() -> Preset:
     """
     small = nano()
     vision = replace(small.model.vision, described=(7, 10, 14))  # where EfficientNet's stages end
-    language = LanguageConfig(source="smollm2-135m", lora_rank=16, recall=4)
-    model = replace(small.model, name="mini", vision=vision, language=language)
+    language = LanguageConfig(source="smollm2-135m", lora_rank=16, recall=4, shown=2)
+    pixels = folded_pixels(vision, channels=(64, 128), shown=True)
+    model = replace(small.model, name="mini", vision=vision, language=language, pixels=pixels)
     training = TrainConfig(
         views=3,
         tokenizer=replace(small.training.tokenizer, steps_a=900, steps_b=1500),
@@ -176,9 +178,9 @@ def mini() -> Preset:
             reader_batch=32,
             reader_weight=1.0,
             thinned=0.8,
-            mixture=(3.0, 0.5, 1.25, 0.2, 0.0),
+            mixture=(3.5, 1.2, 0.6, 0.2, 0.0),
         ),
-        pixels=replace(small.training.pixels, steps=4000, ema=0.998),
+        pixels=replace(small.training.pixels, steps=4000, ema=0.998, code_noise=0.5),
     )
     return Preset(model, training, minutes=240)
 

@@ -26,7 +26,9 @@ class Index:
         tokens, values = zip(empty, *map(self._weighted, bags), strict=True)
         self.bags = len(bags)
         self.tokens = torch.cat(tokens)
-        self.owners = torch.arange(len(bags)).repeat_interleave(torch.tensor([len(part) for part in tokens[1:]]))
+        self.owners = torch.arange(len(bags)).repeat_interleave(
+            torch.tensor([len(part) for part in tokens[1:]], dtype=torch.long)
+        )
         self.values = torch.cat([part / part.norm() for part in values])
 
     def _weighted(self, bag: Bag) -> tuple[Int[Tensor, "tokens"], Float[Tensor, "tokens"]]:

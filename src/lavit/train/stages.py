@@ -295,7 +295,7 @@ class PixelsStage:
         """Mean squared error of the predicted noise."""
         device = accelerator.device
         rows = batch.rows
-        codes = [self.codes[int(i)].to(device) for i in rows]
+        codes = [self._erring(place, row, step).to(device) for place, row in zip(batch.places, rows, strict=True)]
         with torch.no_grad():
             lengths = torch.tensor([len(c) for c in codes], device=device)
             features = self.tokenizer.decode(torch.cat(codes), lengths)
@@ -309,6 +309,17 @@ class PixelsStage:
             perceptual_weight=self.config.perceptual_weight,
         )
         return {"loss": loss}
+
+    def _erring(self, place: Tensor, row: Tensor, step: int) -> Int[Tensor, "kept"]:
+        """Codes of a picture, a random share of them from another one, as a LM errs."""
+        codes = self.codes[int(row)]
+        if not self.config.code_noise:
+            return codes
+        generator = seeded(self.seed, 11, step, int(place))
+        other = self.codes[int(torch.randint(len(self.codes), (), generator=generator))]
+        drawn = other[torch.randint(len(other), codes.shape, generator=generator)]
+        share = self.config.code_noise * torch.rand((), generator=generator)
+        return torch.where(torch.rand(codes.shape, generator=generator) < share, drawn, codes)
 
     def _remembered(self, batch: PictureBatch, step: int) -> Float[Tensor, "images 3 size size"]:
         """What each picture is shown: the likest, itself as a rule; another one; or none (grey)."""
