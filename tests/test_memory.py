@@ -40,8 +40,10 @@ TOLD, SHOWN = 3, 2
 def config() -> ModelConfig:
     toy = toy_config()
     vision, language = replace(toy.vision, described=(0,)), replace(toy.language, recall=TOLD, shown=SHOWN)
-    wider = toy.pixels.unet | {"in_channels": toy.pixels.unet["in_channels"] + 12}
-    return replace(toy, vision=vision, language=language, pixels=replace(toy.pixels, shown=True, unet=wider))
+    wider = toy.pixels.unet | {"in_channels": toy.pixels.unet["in_channels"] + 12, "out_channels": 12 + 1}
+    noise = {"_class_name": "DDIMScheduler", "prediction_type": "sample"}
+    pixels = replace(toy.pixels, shown=True, unet=wider, scheduler=noise)
+    return replace(toy, vision=vision, language=language, pixels=pixels)
 
 
 @pytest.fixture(scope="module")

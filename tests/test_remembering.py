@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from torch import Tensor
 
 import lavit
 from conftest import NAMES, toy_picture
-from lavit.config import InputError, PixelsConfig
+from lavit.config import InputError
 from lavit.data.chat import ChatText
 from lavit.generate.jobs import writing
 from lavit.generate.protocols import protocol_of
@@ -70,7 +69,7 @@ def test_an_index_is_the_cosine_of_rare_tokens() -> None:
 )
 def test_what_a_prompt_mentions(prompt: str, texts: list[str]) -> None:
     found = memory()
-    assert [found.texts[int(found.owners[number])] for number in found.mentioned(prompt, 2)] == texts
+    assert [found.text_of(number) for number in found.mentioned(prompt, 2)] == texts
 
 
 def test_what_is_hidden_or_has_no_codes_is_not_shown() -> None:
@@ -156,14 +155,22 @@ def test_a_decoder_listens_to_what_it_is_shown() -> None:
     assert not together.allclose(nothing, atol=1e-3)
     assert nothing.equal(pixels.sample(features, torch.zeros_like(shown), seeds=[0, 1], steps=2))
     assert pixels.sample(features, shown, seeds=[0, 1], steps=1, size=(24, 16)).shape == (2, 3, 24, 16)
+    with torch.no_grad():  # the last channel decides between the picture shown and what the network would paint
+        pixels.unet.conv_out.weight[-1], pixels.unet.conv_out.bias[-1] = 0.0, 50.0
+        assert pixels.sample(features, shown, seeds=[0, 1], steps=3, guidance=1.0).allclose(shown, atol=1e-5)
+        pixels.unet.conv_out.bias[-1] = -50.0
+        assert not pixels.sample(features, shown, seeds=[0, 1], steps=3, guidance=1.0).allclose(shown, atol=0.1)
 
 
 def test_a_decoder_that_could_be_shown_nothing_is_refused() -> None:
     small = config().pixels
     with pytest.raises(InputError, match="latents have 12 and the map 20"):
         Pixels.build(replace(small, unet=small.unet | {"in_channels": 20}))
-    with pytest.raises(InputError, match='beside a "grid" condition'):
-        Pixels.build(PixelsConfig(size=16, features_dim=32, patches=16, shown=True, unet=small.unet, patch=2))
+    with pytest.raises(InputError, match="gives 12 channels, expected 13"):
+        Pixels.build(replace(small, unet=small.unet | {"out_channels": 12}))
+    for wrong in ({"scheduler": {}}, {"condition": "cross"}):
+        with pytest.raises(InputError, match='beside a "grid" condition, to a denoiser that answers the "sample"'):
+            Pixels.build(replace(small, **wrong))
     with pytest.raises(InputError, match=r"language\.recall is 1 or more"):
         replace(config(), language=replace(config().language, recall=0, shown=0))
     with pytest.raises(InputError, match="shown is 2 with recall=0"):

@@ -134,7 +134,8 @@ class PixelsConfig:
     pool_heads: int = 16  # "pooled": heads of the attention pool
     # features enter by their direction alone: Eq. 4 is a cosine, so nothing trains the length of a reconstructed feature
     direction: bool = False
-    # "grid": beside the map stands the remembered picture whose codes are most alike (modules/memory.py)
+    # "grid": beside the map stands the remembered picture whose codes are most alike (modules/memory.py); one more channel
+    # of the denoiser says, place by place, how much of it to take as it is
     shown: bool = False
     # how the null condition is made: "learned", "zeros" (SDXL), "text" (stored null-text embedding, SD 1.5)
     unconditional: Literal["learned", "zeros", "text"] = "learned"

@@ -80,7 +80,7 @@ def folded_pixels(vision: VisionConfig, *, channels: tuple[int, ...], shown: boo
             "_class_name": "UNet2DModel",
             "sample_size": 64 // patch,
             "in_channels": folded + condition + folded * shown,
-            "out_channels": folded,
+            "out_channels": folded + shown,
             "block_out_channels": list(channels),
             "down_block_types": ["DownBlock2D"] * len(channels),
             "up_block_types": ["UpBlock2D"] * len(channels),

@@ -164,9 +164,8 @@ class Documents:
             return
         hidden = [self.places[picture]] if picture in self.places and rng.random() < HIDDEN else []
         for number in self.memory.mentioned(prompt, self.shown, without=hidden):
-            text = self.memory.texts[int(self.memory.owners[number])]
             yield Image(self.memory.codes_of(number), read=False, target=False)
-            yield Text(self.ids(recalled_text([text])), target=False)
+            yield Text(self.ids(recalled_text([self.memory.text_of(number)])), target=False)
 
     def _question(self, source: Source, rng: np.random.Generator) -> Document:
         picture = self.corpus.questions[_one(source.part.questions, rng)].picture

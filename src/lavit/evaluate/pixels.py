@@ -103,7 +103,8 @@ def held_out(e: Evaluation) -> HeldOut:
     return HeldOut(tuple(name_of(p) for p in pictures), torch.cat(patches), codes, torch.cat(small))
 
 
-Way = Callable[[Float[Tensor, "images patches dim"], range], Float[Tensor, "images 3 height width"]]
+# features, what the decoder is shown of a memory (None: it has none), seeds
+Way = Callable[[Float[Tensor, "images patches dim"], Tensor | None, range], Float[Tensor, "images 3 height width"]]
 
 
 def painted(e: Evaluation, codes: Sequence[Tensor], ways: dict[str, Way], what: str) -> dict[str, Written]:
@@ -112,11 +113,12 @@ def painted(e: Evaluation, codes: Sequence[Tensor], ways: dict[str, Way], what: 
     patches: dict[str, list[Tensor]] = {name: [] for name in ways}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for start in range(0, len(codes), BATCH):
-        features = model.features(codes[start : start + BATCH])
+        part = codes[start : start + BATCH]
+        features, shown = model.features(part), model.shown(part)
         seeds = range(start, start + len(features))
         for name, way in ways.items():
             started = time.perf_counter()
-            pictures = way(features, seeds)
+            pictures = way(features, shown, seeds)
             seconds[name].append((time.perf_counter() - started) / len(features))
             images: list[Image.Image] = [to_image(picture) for picture in pictures]
             patches[name] += [model.patches([image]) for image in images]
@@ -128,8 +130,8 @@ def steps_study(e: Evaluation) -> Iterator[Figure]:
     """Kernel distance, cosine and time of each solver, and each few-step solver against the last one of `SOLVERS`."""
     held, pixels = held_out(e), e.pipeline.model.pixels
     ways: dict[str, Way] = {
-        f"{SOLVER_NAMES[sampler]}, {steps} steps": lambda features, seeds, sampler=sampler, steps=steps: pixels.sample(
-            features, seeds=seeds, steps=steps, sampler=sampler
+        f"{SOLVER_NAMES[sampler]}, {steps} steps": lambda features, shown, seeds, sampler=sampler, steps=steps: (
+            pixels.sample(features, shown, seeds=seeds, steps=steps, sampler=sampler)
         )
         for sampler, steps in SOLVERS
     }
@@ -147,10 +149,10 @@ def attribution_study(e: Evaluation) -> Iterator[Figure]:
     rng = np.random.default_rng(0)
     orders = [torch.from_numpy(rng.permutation(len(codes))) for codes in held.codes]
 
-    def told(features: Tensor, seeds: range) -> Tensor:
-        return pixels.sample(features, seeds=seeds)
+    def told(features: Tensor, shown: Tensor | None, seeds: range) -> Tensor:
+        return pixels.sample(features, shown, seeds=seeds)
 
-    def untold(features: Tensor, seeds: range) -> Tensor:
+    def untold(features: Tensor, shown: Tensor | None, seeds: range) -> Tensor:
         return pixels.sample(features, seeds=seeds, guidance=0.0)  # what is left is the null condition's prediction
 
     found = {}

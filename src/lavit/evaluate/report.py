@@ -25,6 +25,7 @@ from lavit.evaluate.image import embed, hits, shrink
 from lavit.evaluate.reading import caption_figures, choice_figures, question_figures
 from lavit.evaluate.text import perplexity
 from lavit.evaluate.words import name_of, without_template
+from lavit.generate.remember import shown_texts
 from lavit.storage import load_base
 
 T = TypeVar("T")
@@ -99,6 +100,7 @@ def drawing_figures(e: Evaluation) -> Iterator[Figure]:
         drawn,
         size,
         lambda part, seeds: [made[0] for made in e.pipeline.draw([p.prompts[0] for p in part], seed=seeds)],
+        shown=[shown_texts(e.pipeline.model, picture.prompts[0])[:1] for picture in drawn],
     )
 
 
@@ -124,19 +126,23 @@ def _found(
     pictures: Sequence[Picture],
     size: int,
     make: Callable[[Sequence[Picture], list[int]], list[Image.Image]],
+    shown: Sequence[Sequence[str]] = (),
 ) -> Iterator[Figure]:
     made = _in_batches(e, what, pictures, make)
     names = [name_of(picture) for picture in pictures]
     ranked = e.gallery.nearest(embed(e.pipeline.model, made))
     best = e.gallery.nearest(embed(e.pipeline.model, [shrink(p.record.open(), size) for p in pictures]))
     wrong = names[1:] + names[:1]  # another drawing's name
+    note = f"among {len(set(e.gallery.names))} names"
+    if any(shown):
+        note += f"; of this name is what its memory shows first: {float(np.mean(hits(shown, names))):.3f}"
     for top in (1, 5):
         yield share(
             f"{what}: nearest real picture, top-{top}",
             hits(ranked, names, top=top),
             floor=("another's drawing", float(np.mean(hits(ranked, wrong, top=top)))),
             ceiling=(f"real picture at {size} px", float(np.mean(hits(best, names, top=top)))),
-            note=f"among {len(set(e.gallery.names))} names",
+            note=note,
         )
 
 

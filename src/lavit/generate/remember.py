@@ -36,8 +36,14 @@ def shown_before(model: LaVIT, parts: Sequence[ChatText | ChatPicture]) -> list[
     memory, before = model.memory, []
     for number in memory.mentioned(" ".join(part.text for part in parts), count):
         before.append(ChatPicture(None, read=False, codes=memory.codes_of(number)))
-        before.append(ChatText(recalled_text([memory.texts[int(memory.owners[number])]])))
+        before.append(ChatText(recalled_text([memory.text_of(number)])))
     return [*before, *parts]
+
+
+def shown_texts(model: LaVIT, prompt: str) -> list[str]:
+    """What the remembered pictures are called that stand before words to draw from; nothing where the model shows none."""
+    count = model.config.language.shown
+    return [model.memory.text_of(number) for number in model.memory.mentioned(prompt, count)] if count else []
 
 
 def remember(model: LaVIT, images: Sequence[Image.Image], texts: Sequence[str]) -> None:

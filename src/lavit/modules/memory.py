@@ -189,6 +189,10 @@ class Memory(nn.Module):
         with Image.open(io.BytesIO(self.pictures[end - size : end].cpu().numpy().tobytes())) as image:
             return image.convert("RGB")
 
+    def text_of(self, number: int) -> str:
+        """What was said of a remembered picture."""
+        return self.texts[int(self.owners[number])]
+
     def codes_of(self, number: int) -> tuple[int, ...]:
         """Codes of a remembered picture."""
         end = int(self.lengths[: number + 1].sum())

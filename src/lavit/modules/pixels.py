@@ -29,6 +29,7 @@ from lavit.images import ASPECT_SIZES, aspect_size
 from lavit.modules.condition import HEADS, Condition, Head
 from lavit.modules.diffusion import (
     STABLE_DIFFUSION_NOISE,
+    check_widths,
     clean_latents,
     given_weights,
     level_weights,
@@ -68,7 +69,7 @@ class Pixels(nn.Module):
         self.config, self.scheduler = config, scheduler
         self.condition = HEADS[config.condition](config) if condition is None else condition
         self.unet, self.vae = unet, vae
-        self._check_widths()
+        check_widths(config, unet, scheduler, self.latent_channels)
 
     @classmethod
     def build(cls, config: PixelsConfig) -> Pixels:
@@ -338,13 +339,20 @@ class Pixels(nn.Module):
         if condition.grid is not None:
             latents = torch.cat([latents, condition.grid.to(latents.dtype)], dim=1)
         if condition.context is None:
-            return self.unet(latents, times).sample
+            return self._copied(self.unet(latents, times).sample, condition)
         extra: dict[str, Any] = {"encoder_attention_mask": condition.valid}
         if condition.pooled is not None:
             height, width = size or tuple(side * self.factor for side in latents.shape[2:])
             ids = latents.new_tensor([height, width, 0, 0, height, width]).expand(len(latents), -1)
             extra["added_cond_kwargs"] = {"text_embeds": condition.pooled, "time_ids": ids}
         return self.unet(latents, times, condition.context, **extra).sample
+
+    def _copied(self, answer: Tensor, condition: Condition) -> Tensor:
+        """The denoiser's clean latents; where it is shown a picture its last channel says how much of that to take instead."""
+        if not self.config.shown:
+            return answer
+        answer, share = answer[:, :-1], answer[:, -1:].sigmoid()
+        return answer.lerp(condition.grid[:, -self.latent_channels :].to(answer), share)
 
     def _steady_vae(self) -> AutoencoderKL:
         """The autoencoder, in fp32 where it would overflow in fp16 (SDXL's `force_upcast`)."""
@@ -359,22 +367,6 @@ class Pixels(nn.Module):
         deviation = config.latents_std if config.latents_std is not None else [1.0]
         mean, deviation = (torch.tensor(v, device=like.device)[:, None, None] for v in (mean, deviation))
         return mean, deviation / config.scaling_factor
-
-    def _check_widths(self) -> None:
-        config, unet = self.config, self.unet.config
-        grid = config.condition_dim if config.condition == "grid" else 0
-        if config.shown and not grid:
-            raise InputError('remembered pictures are shown beside a "grid" condition: leave shown out')
-        grid += self.latent_channels if config.shown else 0
-        if unet.in_channels != self.latent_channels + grid:
-            raise InputError(
-                f"the unet takes {unet.in_channels} channels, but latents have {self.latent_channels} and the map {grid}"
-            )
-        if (config.condition == "grid") != isinstance(self.unet, UNet2DModel):
-            raise InputError('a "grid" condition goes with UNet2DModel, the others with UNet2DConditionModel')
-        wide = config.condition_dim + (config.pooled_dim if config.condition == "pooled" else 0)
-        if not grid and unet.cross_attention_dim != wide:
-            raise InputError(f"the unet listens to {unet.cross_attention_dim} channels, but the context has {wide}")
 
     def _check_features(self, features: Shaped[Tensor, "..."]) -> None:
         expected = (self.config.patches, self.config.features_dim)
