@@ -12,6 +12,7 @@ import lavit
 from lavit.config import InputError
 from lavit.evaluate.evaluation import Evaluation, trained_on
 from lavit.evaluate.words import name_of
+from lavit.generate.remember import shown_texts
 from lavit.visualize import kept_over, sheet
 
 CELL = 128
@@ -106,7 +107,11 @@ def _editing(e: Evaluation) -> tuple[Row, list[Row]]:
 
 
 def _combining(e: Evaluation) -> tuple[Row, list[Row]]:
-    rows: list[Row] = [[prompt, *e.pipeline.draw(prompt, n=4, seed=0), ""] for prompt in COMBINED]
+    shown = [", ".join(dict.fromkeys(shown_texts(e.pipeline.model, prompt))) for prompt in COMBINED]
+    rows: list[Row] = [
+        [prompt, *e.pipeline.draw(prompt, n=4, seed=0), f"(shown: {texts})" if texts else ""]
+        for prompt, texts in zip(COMBINED, shown, strict=True)
+    ]
     picture = e.train.pictures[e.some(1, len(e.train), seed=7)[0]].record.open()
     rows += [[picture, words, *e.pipeline.edit(picture, words, n=3, seed=0), ""] for words in WORDS]
     return ["prompt, or picture and words", "", "", "", "", ""], rows

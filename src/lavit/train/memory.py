@@ -1,9 +1,10 @@
 """The memory of a training corpus, and what it tells of the corpus's own pictures (modules/memory.py).
 
-What is told in training must be as often right as what will be told in use, or the LM learns to mistrust it. So a picture
-does not recall itself, but its moved and redrawn views recall it, as a known thing in another hand does; and all are compared
-under a metric that was fitted without their text (two folds). Time grows with the square of the number of pictures: 4,598 of
-them, described by 3,520 numbers each, take 46 seconds of two cores.
+Pictures and their moved and redrawn views recall what use would recall, the picture itself before all, under a metric that
+was fitted without their text (two folds). What is told is then right more often than it will be of new pictures; a LM that
+is told wrong more often learns its training pictures by heart instead, and trusts itself where it should not (LOG.md).
+Time grows with the square of the number of pictures: 4,598 of them, described by 3,520 numbers each, take 46 seconds of two
+cores.
 """
 
 from __future__ import annotations
@@ -49,7 +50,6 @@ def remember(corpus: Corpus, features: Features, tokens: VisualTokens, count: in
     rows = torch.from_numpy(features.described.astype("float32")).view(len(features), features.views, -1)
     kept = remembered_pictures(corpus)
     memory = _memory(rows, texts, kept, codes)
-    place = {number: at for at, number in enumerate(kept)}
     fold_of = {text: number % FOLDS for number, text in enumerate(memory.texts)}
     told: list[list[str]] = [[] for _ in range(len(features.array))]
     for fold in range(FOLDS):
@@ -57,11 +57,8 @@ def remember(corpus: Corpus, features: Features, tokens: VisualTokens, count: in
         judge = _memory(rows, texts, others or kept).emptied()  # one text alone has no others
         judge.add(rows[kept, 0], [texts[number] for number in kept])
         for number in (n for n, text in enumerate(texts) if fold_of.get(text, 0) == fold):
-            likeness = judge.likeness(rows[number])
-            if number in place:
-                likeness[0, place[number]] = -torch.inf
             first = number * features.views
-            told[first : first + features.views] = judge.nearest(likeness, count)
+            told[first : first + features.views] = judge.recall(rows[number], count)
     return memory, told
 
 
