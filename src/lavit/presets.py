@@ -180,9 +180,9 @@ def mini() -> Preset:
             thinned=0.8,
             mixture=(3.5, 1.2, 0.6, 0.2, 0.0),
         ),
-        pixels=replace(small.training.pixels, steps=4000, ema=0.998, code_noise=0.5),
+        pixels=replace(small.training.pixels, steps=6000, ema=0.998, code_noise=0.5),
     )
-    return Preset(model, training, minutes=240)
+    return Preset(model, training, minutes=265)
 
 
 def lavit_7b() -> Preset:
