@@ -13,6 +13,7 @@ import lavit
 from conftest import NAMES, toy_picture
 from lavit.config import InputError
 from lavit.data.chat import ChatText
+from lavit.generate.diffusion import PixelsPipeline
 from lavit.generate.jobs import writing
 from lavit.generate.protocols import protocol_of
 from lavit.model import LaVIT
@@ -155,6 +156,9 @@ def test_a_decoder_listens_to_what_it_is_shown() -> None:
     assert not together.allclose(nothing, atol=1e-3)
     assert nothing.equal(pixels.sample(features, torch.zeros_like(shown), seeds=[0, 1], steps=2))
     assert pixels.sample(features, shown, seeds=[0, 1], steps=1, size=(24, 16)).shape == (2, 3, 24, 16)
+    pipe = PixelsPipeline.of(pixels)
+    theirs = pipe(features, shown, seeds=[0, 1], num_inference_steps=2, output_type="pt").images
+    torch.testing.assert_close(theirs, together / 2 + 0.5, atol=1e-5, rtol=0)
     with torch.no_grad():  # the last channel decides between the picture shown and what the network would paint
         pixels.unet.conv_out.weight[-1], pixels.unet.conv_out.bias[-1] = 0.0, 50.0
         assert pixels.sample(features, shown, seeds=[0, 1], steps=3, guidance=1.0).allclose(shown, atol=1e-5)

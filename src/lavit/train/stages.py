@@ -265,7 +265,7 @@ class PixelsStage:
             pixels.vae.requires_grad_(False)
         with torch.no_grad():
             self.latents = torch.cat([pixels.encode(part) for part in pictures.split(64)])
-        self.pictures = pictures
+        self.pictures = None if shown is None else pictures
         self.averaged = AveragedModel(pixels, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=False)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
