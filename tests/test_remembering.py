@@ -64,8 +64,8 @@ def test_an_index_is_the_cosine_of_rare_tokens() -> None:
         ("the heart of a cat", ["cat", "red heart"]),  # half of a text is enough beside another
         ("beer for the man", ["beer mug"]),  # "man and woman and boy" is hardly mentioned
         ("letters", ["box of letters"]),
-        ("nothing of the kind", ["box of letters"]),  # the best there is
-        ("xyz", []),
+        ("letters of the sea", ["box of letters"]),  # half of it is the best there is
+        ("nothing of the kind", []),  # "of" is no mention
     ],
 )
 def test_what_a_prompt_mentions(prompt: str, texts: list[str]) -> None:
@@ -78,7 +78,10 @@ def test_what_is_hidden_or_has_no_codes_is_not_shown() -> None:
     assert shy.mentioned("cat", 3) == [0] and shy.mentioned("cat", 3, without=[0]) == []
     assert memory().mentioned("cat", 3, without=[0]) == [1]
     assert memory().mentioned("cat", 1) == [0]
-    assert words("It's a Cat, a cat!") == ["it", "s", "a", "cat"]
+    assert words("It's a Cat, a cat!") == ["s", "cat", "cat 2"]
+    families = ["family of man and boy", "family of man and man and boy", "family of man and boy and boy"]
+    many = Memory.of(torch.randn(3, 6), families, torch.zeros(0, 6), [[1], [2], [3]])
+    assert [many.text_of(many.mentioned(text, 1)[0]) for text in families] == families
 
 
 def test_the_likest_picture_shares_rare_codes() -> None:

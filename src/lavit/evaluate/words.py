@@ -5,10 +5,7 @@ from __future__ import annotations
 import re
 
 from lavit.data.corpus import Picture
-
-COMMON_WORDS = frozenset(
-    ("a", "an", "and", "at", "for", "from", "in", "is", "it", "of", "on", "or", "the", "to", "with", "without")
-)
+from lavit.modules.memory import COMMON_WORDS
 
 
 def name_of(picture: Picture) -> str:

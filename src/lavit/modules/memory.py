@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections import Counter
 from collections.abc import Collection, Sequence
 from functools import cached_property
 from itertools import islice, zip_longest
@@ -44,6 +45,9 @@ MANNER = 0.1  # likeness that a picture in the same manner loses, unless it seem
 VERY = 0.98  # cosine from which it does
 APART = 0.6  # difference along the manner, in units of the usual one within a text, that makes two manners
 MENTIONED = 0.4  # of a text's weight that must stand in a prompt, for it to be one of several that the prompt mentions
+COMMON_WORDS = frozenset(
+    ("a", "an", "and", "at", "for", "from", "in", "is", "it", "of", "on", "or", "the", "to", "with", "without")
+)
 OF_TEXTS = ("manner", "mean", "metric")
 # a row for each picture; codes and pictures (WebP files) stand one after the other, of these lengths and sizes
 OF_PICTURES = ("keys", "lengths", "manners", "owners", "sizes")
@@ -272,8 +276,15 @@ class Memory(nn.Module):
 
 
 def words(text: str) -> list[str]:
-    """The words of a text in lower case, each once."""
-    return list(dict.fromkeys(re.findall(r"\w+", text.lower())))
+    """The words of a text in lower case without `COMMON_WORDS`; one that comes twice is two tokens ("man", "man 2")."""
+    said: Counter[str] = Counter()
+    found = []
+    for word in re.findall(r"\w+", text.lower()):
+        if word in COMMON_WORDS:
+            continue
+        said[word] += 1
+        found.append(word if said[word] == 1 else f"{word} {said[word]}")
+    return found
 
 
 def _file(picture: Image.Image) -> bytes:
