@@ -1,4 +1,4 @@
-"""Encoder features of a data set, computed once: training reads them from a file instead of running the encoder.
+"""Encoder features of a data set, computed once, and their tokens: training reads a file instead of running the encoder.
 
 A picture has `views`: the picture itself, and small zooms, shifts and turns of it on white, every second one inked (dark
 outlines drawn in) and the others cleaned (thin dark lines taken out), so that a reader does not learn a thing together

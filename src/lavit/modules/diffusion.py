@@ -1,4 +1,6 @@
-"""What the pixel decoder takes from diffusers: UNet classes, noise schedules, solvers, null text, and strict loading."""
+"""What the pixel decoder takes from diffusers, strictly loaded and checked (UNets, noise schedules, solvers, null text), and
+the arithmetic of noise around it.
+"""
 
 from __future__ import annotations
 

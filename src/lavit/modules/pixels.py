@@ -1,6 +1,6 @@
 """Pixels: a diffusion decoder paints the picture of the reconstructed features (paper Sec. 3.1, Eq. 5).
 
-    features ─ condition head ─┐
+    features ─ condition head ─┐   (beside it, where configured: a remembered picture, of which the answer may take)
     noise ──────────────────── denoiser (diffusers UNet) × steps ─ latents ─ autoencoder, or unfolded pixels ─ picture
 
 One class; the 512-px (SD 1.5), the 1024-px (SDXL) and our small decoders differ by configuration alone. Guidance is one

@@ -108,19 +108,12 @@ class Run:
         return model
 
     def _take_tokenizer(self, start: Path) -> None:
-        """Copy stage 1 of another model, once; every rank takes part, since `_save` waits for all.
-
-        The rest of its configuration comes with it, but for what this run's memory is.
-        """
+        """Copy stage 1 of another model, once, under this run's own configuration; every rank takes part in `_save`."""
         done = (self.folder / "tokenizer" / "done").exists()
         self.accelerator.wait_for_everyone()
         if not done:
             model = LaVIT.from_pretrained(start)
-            mine = self.config
-            language = replace(model.config.language, recall=mine.language.recall, shown=mine.language.shown)
-            vision = replace(model.config.vision, described=mine.vision.described)
-            pixels = replace(model.config.pixels, shown=mine.pixels.shown, unet=mine.pixels.unet)
-            model.config = replace(model.config, vision=vision, language=language, pixels=pixels)
+            model.config = self.config
             self._save(model, "vision", "tokenizer")
 
     @cached_property
