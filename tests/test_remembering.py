@@ -12,16 +12,17 @@ from torch import Tensor
 import lavit
 from conftest import NAMES, toy_picture
 from lavit.config import InputError
-from lavit.data.chat import ChatText
+from lavit.data.chat import ChatPicture, ChatText
 from lavit.generate.diffusion import PixelsPipeline
 from lavit.generate.jobs import writing
 from lavit.generate.protocols import protocol_of
+from lavit.generate.remember import shown_before
 from lavit.model import LaVIT
 from lavit.modules.index import Index
 from lavit.modules.memory import Memory, words
 from lavit.modules.pixels import Pixels
 from lavit.presets import folded_pixels, mini
-from lavit.sequence import IGNORE, Image, lay_out
+from lavit.sequence import IGNORE, Image, Text, lay_out
 from lavit.train.loop import Shard
 from lavit.train.run import Run
 from lavit.train.stages import NOTHING, OTHER, PixelsStage
@@ -84,6 +85,18 @@ def test_what_is_hidden_or_has_no_codes_is_not_shown() -> None:
     assert [many.text_of(many.mentioned(text, 1)[0]) for text in families] == families
 
 
+def test_an_edit_is_shown_the_other_hand_then_what_its_words_make_of_it() -> None:
+    texts = ["man running", "man running", "woman running", "woman running", "running shoe", "woman"]
+    described = torch.tensor([[side, number // 2 * 0.1] for number, side in enumerate((0.0, 1.0) * 3)])
+    found = Memory.of(described, texts, torch.zeros(0, 2), [[number] for number in range(6)])
+    low, high = (float(manner) for manner in found.manners[:2])
+    assert found.changed("man running", low, "as a woman", 3, without=[0]) == [1, 2]  # the other hand, then in its own
+    assert found.changed("man running", high, "as a woman", 2, without=[1]) == [0, 3]
+    assert found.changed("man running", low, "as a woman", 2, without=[0, 1, 2]) == [3]
+    assert found.changed("man running", low, "in blue", 1) == [1]
+    assert found.changed("cow", low, "as a bull", 3) == []
+
+
 def test_the_likest_picture_shares_rare_codes() -> None:
     found = memory([[1, 1, 2], [1, 3], [1, 4], [1, 5], [1, 6], [1, 7], [1, 8]])
     assert [found.likest(codes) for codes in ([1, 4], [8, 1, 9], [3, 3])] == [2, 6, 1]
@@ -127,6 +140,29 @@ def test_a_prompt_is_laid_out_behind_what_is_shown_as_training_did(run: Run) -> 
             assert 2 <= len(segments) <= 2 * SHOWN and not any(segment.target for segment in segments)
             assert all(label == IGNORE for label in sequence.labels[: -len(segments[-1].ids) - 3])
     assert 12 < hidden < 36  # about half
+
+
+def test_an_edit_is_laid_out_behind_what_is_shown_as_training_did(run: Run) -> None:  # noqa: F811
+    model = LaVIT.from_pretrained(run.folder)
+    documents = run._language_stage(model.language, model.text).documents
+    source, target = NAMES.index("red bar"), NAMES.index("blue bar")
+    (job,) = writing(
+        model, protocol_of("default", 16), [[ChatPicture(toy_picture("red bar"), read=False), ChatText("in blue")]],
+        out="image", n=1, seed=0, sampling=None, picture=None, guidance=None,
+    )  # fmt: skip
+    laid = set()
+    for seed in range(20):
+        shown = tuple(documents._shown("in blue", target, np.random.default_rng(seed), source=source))
+        assert documents.codes[source] not in [
+            segment.codes for segment in shown[::2]
+        ]  # nobody is shown what they gave
+        edit = (*shown, Image(documents.codes[source], read=False), Text(documents.ids("in blue")))
+        laid.add(lay_out(edit, model.language.vocabulary).ids[:-1])
+    assert len(laid) == 2 and job.request.ids in laid  # with the picture that is wanted, and without
+    (best,) = model.memory.changed("red bar", 0.0, "in blue", 1, without=[documents.places[source]])
+    assert model.memory.codes_of(best) == documents.codes[target]
+    apart = [ChatPicture(toy_picture(name), read=False) for name in NAMES[:2]]
+    assert shown_before(model, apart) == apart  # two pictures: nothing to go by
 
 
 def test_a_picture_that_is_remembered_can_be_drawn_from(run: Run) -> None:  # noqa: F811

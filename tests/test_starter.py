@@ -14,7 +14,7 @@ from lavit.config import InputError
 from lavit.data import emoji as joined
 from lavit.data import starter
 from lavit.data.emoji import clean_name, list_emoji
-from lavit.data.starter import build_starter, captions, prompts
+from lavit.data.starter import build_starter, captions, prompts, without_template
 
 
 def lines(path: Path) -> list[dict]:
@@ -181,10 +181,17 @@ def test_questions_are_balanced_and_true(built, rows):
 
 def test_templates_begin_with_the_plain_name(rows):
     for row in rows:
-        assert captions(row) == [f"{row['name']}."]
+        said = captions(row)
+        assert said[0] == f"{row['name']}." and said.count(said[0]) == len(said) / 2 and len(set(said)) == 4
+        assert {without_template(text) for text in said} == {row["name"]}
         asked = prompts(row)
         assert asked[0] == row["name"] and len(asked) == len(set(asked)) >= 6
         assert all(row["name"] in text for text in asked)
+
+
+def test_a_text_without_a_template_stays():
+    for text in ("house style", "a picture", "cat in a style", "the red heart"):
+        assert without_template(f" {text.upper()}.\n") == text
 
 
 def test_datasets_finds_the_splits(built, rows, tmp_path):

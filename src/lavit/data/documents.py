@@ -5,8 +5,8 @@
     text       prompt-like text .                         (what stands before | gives no loss)
 
 Behind a picture that is read stands what a memory tells of it, where the model has one (modules/memory.py), without loss; and
-before a prompt what the memory shows of its words. Half of the prompts are not shown their own picture: the model is to copy
-what is right, and to draw what is not there.
+before a prompt or an edit what the memory shows of it. Half of them are not shown the picture that is wanted: the model is to
+copy what is right, and to draw what is not there.
 A picture that has several questions is asked up to `ASKED` of them in one document, since reading it is most of the cost.
 
 Each document comes from one source of the corpus, chosen by the sources' weights, and is of a kind that this source has. A
@@ -158,14 +158,23 @@ class Documents:
         prompt = prompts[0 if plain else rng.integers(len(prompts))]
         return *self._shown(prompt, number, rng), Text(self.ids(prompt)), image
 
-    def _shown(self, prompt: str, picture: int, rng: np.random.Generator) -> Iterator[Segment]:
-        """What a memory shows of a prompt for a picture, which is itself left out half of the time."""
-        if self.memory is None or not self.shown:
+    def _shown(
+        self, prompt: str, picture: int, rng: np.random.Generator, *, source: int | None = None
+    ) -> Iterator[Segment]:
+        """What a memory shows of a prompt for a picture, or for an edit of `source`: half of the time not itself."""
+        memory = self.memory
+        if memory is None or not self.shown or (source is not None and source not in self.places):
             return
         hidden = [self.places[picture]] if picture in self.places and rng.random() < HIDDEN else []
-        for number in self.memory.mentioned(prompt, self.shown, without=hidden):
-            yield Image(self.memory.codes_of(number), read=False, target=False)
-            yield Text(self.ids(recalled_text([self.memory.text_of(number)])), target=False)
+        if source is None:
+            numbers = memory.mentioned(prompt, self.shown, without=hidden)
+        else:
+            place = self.places[source]
+            text, manner = memory.text_of(place), float(memory.manners[place])
+            numbers = memory.changed(text, manner, prompt, self.shown, without=[*hidden, place])
+        for number in numbers:
+            yield Image(memory.codes_of(number), read=False, target=False)
+            yield Text(self.ids(recalled_text([memory.text_of(number)])), target=False)
 
     def _question(self, source: Source, rng: np.random.Generator) -> Document:
         picture = self.corpus.questions[_one(source.part.questions, rng)].picture
@@ -179,6 +188,7 @@ class Documents:
     def _edit(self, source: Source, rng: np.random.Generator) -> Document:
         edit = self.corpus.edits[_one(source.part.edits, rng)]
         return (
+            *self._shown(edit.prompt, edit.target, rng, source=edit.source),
             self._image(edit.source, rng, read=False, target=False),
             Text(self.ids(edit.prompt), target=False),
             self._image(edit.target, rng, read=False),

@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import random
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,11 +33,19 @@ from lavit.data.folder import check_place, written_whole
 # white, because every reader of this project lays transparency on white anyway.
 SIZE = 160
 SPLITS = ("train", "other_hand", "unseen")
+TEMPLATE = re.compile(r"^(?:a picture of |an emoji of )?(.+?)(?: in the \w+ style)?$")
 
 
 def captions(row: Mapping[str, Any]) -> list[str]:
-    """What a reader should say about the picture: the name and a full stop."""
-    return [f"{row['name']}."]
+    """What a reader may say about the picture: the name and a full stop, as often as the templates together."""
+    name = row["name"]
+    templates = [f"a picture of {name}.", f"an emoji of {name}.", f"{name} in the {row['artist']} style."]
+    return [f"{name}."] * len(templates) + templates
+
+
+def without_template(caption: str) -> str:
+    """The name in one of the `captions`, in lower case; any other text without its full stop."""
+    return TEMPLATE.sub(r"\1", caption.strip().lower().rstrip(".").strip())
 
 
 def prompts(row: Mapping[str, Any]) -> list[str]:

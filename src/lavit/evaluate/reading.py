@@ -57,7 +57,7 @@ def caption_figures(e: Evaluation) -> Iterator[Figure]:
         wanted = [words_of(picture) for picture in pictures]
         best = max(float(np.mean([bool(content(name) & one) for one in wanted])) for name in set(known.names))
         near = float(np.mean([bool(content(row[0]) & one) for row, one in zip(ranked, wanted, strict=True)]))
-        right = [bool(content(text) & one) for text, one in zip(said, wanted, strict=True)]
+        right = [bool(content(without_template(text)) & one) for text, one in zip(said, wanted, strict=True)]
         note = f"nearest training picture by pooled features: {near:.3f}"
         if told:
             first = [bool(content(row[0]) & one) for row, one in zip(told, wanted, strict=True)]

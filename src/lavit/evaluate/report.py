@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import torch
+from jaxtyping import Float
 from PIL import Image
+from torch import Tensor
 
 import lavit
 from lavit.config import InputError
@@ -171,7 +174,7 @@ def concept_figures(e: Evaluation) -> Iterator[Figure]:
 
 
 def edit_figures(e: Evaluation) -> Iterator[Figure]:
-    """Same instruction, two pictures: is each result nearer to its own source than to the other's?"""
+    """Same instruction, two pictures: is each result nearer its own source than the other's, and nearer its target still?"""
     pairs = _edit_pairs(e, 40)
     if not pairs:
         return
@@ -182,10 +185,24 @@ def edit_figures(e: Evaluation) -> Iterator[Figure]:
         images, prompts = [sources[i] for i in part], [edits[i].prompt for i in part]
         return [made[0] for made in e.pipeline.edit(images, prompts, seed=[seed // 2 for seed in seeds])]
 
-    results = _in_batches(e, "edits", range(len(edits)), make)
-    like = embed(e.pipeline.model, results) @ embed(e.pipeline.model, sources).T
-    right = [bool(like[i, i] > like[i, i ^ 1]) for i in range(len(edits))]
+    model = e.pipeline.model
+    targets = [e.train.pictures[edit.target].record.open() for edit in edits]
+    made = embed(model, _in_batches(e, "edits", range(len(edits)), make))
+    source, target = embed(model, sources), embed(model, targets)
+    best = embed(model, [shrink(image, model.config.pixels.size) for image in targets])
+    pair = torch.arange(len(edits)) ^ 1
+    right = ((made * source).sum(1) > (made * source[pair]).sum(1)).tolist()
     yield share("edit: nearer its own source than another's", right, floor=("chance", 0.5))
+
+    def changed(results: Float[Tensor, "edits dim"]) -> list[bool]:
+        return ((results * target).sum(1) > (results * source).sum(1)).tolist()
+
+    yield share(
+        "edit: nearer its target than its source",
+        changed(made),
+        floor=("another's result", float(np.mean(changed(made[pair])))),
+        ceiling=(f"real target at {model.config.pixels.size} px", float(np.mean(changed(best)))),
+    )
 
 
 def _edit_pairs(e: Evaluation, count: int) -> list[tuple[Edit, Edit]]:

@@ -5,17 +5,13 @@ from __future__ import annotations
 import re
 
 from lavit.data.corpus import Picture
+from lavit.data.starter import without_template
 from lavit.modules.memory import COMMON_WORDS
 
 
 def name_of(picture: Picture) -> str:
     """The name: the first caption without its template."""
     return without_template(picture.captions[0])
-
-
-def without_template(caption: str) -> str:
-    """A caption is the name and a full stop."""
-    return caption.strip().rstrip(".").strip().lower()
 
 
 def content(text: str) -> set[str]:

@@ -15,6 +15,7 @@ from PIL import Image
 from lavit.config import InputError
 from lavit.data.chat import ChatPicture, ChatText
 from lavit.data.documents import recalled_text
+from lavit.images import open_image
 from lavit.model import LaVIT
 from lavit.modules.memory import describe
 from lavit.storage import replacing
@@ -28,22 +29,32 @@ def recalled(model: LaVIT, images: Sequence[Image.Image]) -> list[list[str]]:
     return [model.memory.recall(describe(model.looks([image])), count)[0] if count else [] for image in images]
 
 
+def shown(model: LaVIT, parts: Sequence[ChatText | ChatPicture]) -> list[int]:
+    """Numbers of the remembered pictures that stand before what is drawn from: words, or one picture and words (an edit)."""
+    count, memory = model.config.language.shown, model.memory if model.config.language.shown else None
+    pictures = [part for part in parts if isinstance(part, ChatPicture)]
+    prompt = " ".join(part.text for part in parts if isinstance(part, ChatText))
+    if memory is None or len(pictures) > 1 or any(part.picture is None for part in pictures):
+        return []
+    if not pictures:
+        return memory.mentioned(prompt, count)
+    described = describe(model.looks([open_image(pictures[0].picture)]))
+    text, manner, itself = memory.known(described)
+    return memory.changed(text, manner, prompt, count, without=itself)
+
+
 def shown_before(model: LaVIT, parts: Sequence[ChatText | ChatPicture]) -> list[ChatText | ChatPicture]:
-    """Words to draw from, behind the remembered pictures that they mention; parts that hold a picture stay as they are."""
-    count = model.config.language.shown
-    if not count or any(isinstance(part, ChatPicture) for part in parts):
-        return list(parts)
-    memory, before = model.memory, []
-    for number in memory.mentioned(" ".join(part.text for part in parts), count):
-        before.append(ChatPicture(None, read=False, codes=memory.codes_of(number)))
-        before.append(ChatText(recalled_text([memory.text_of(number)])))
+    """What is drawn from, behind the remembered pictures that are shown of it, each as codes with its text."""
+    before: list[ChatText | ChatPicture] = []
+    for number in shown(model, parts):
+        before.append(ChatPicture(None, read=False, codes=model.memory.codes_of(number)))
+        before.append(ChatText(recalled_text([model.memory.text_of(number)])))
     return [*before, *parts]
 
 
 def shown_texts(model: LaVIT, prompt: str) -> list[str]:
     """What the remembered pictures are called that stand before words to draw from; nothing where the model shows none."""
-    count = model.config.language.shown
-    return [model.memory.text_of(number) for number in model.memory.mentioned(prompt, count)] if count else []
+    return [model.memory.text_of(number) for number in shown(model, [ChatText(prompt)])]
 
 
 def remember(model: LaVIT, images: Sequence[Image.Image], texts: Sequence[str]) -> None:

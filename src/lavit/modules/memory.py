@@ -17,6 +17,9 @@ whose texts a prompt mentions may stand before it, as codes with their texts (RA
 may be shown the remembered picture whose codes are most like those it paints (RDM, arXiv 2204.11824):
 
     S c c c E tiger face ⏎  S c c c E cat face ⏎  a tiger face  S c c c E
+
+An edit is asked for with a picture and words, and what is shown before it is found by both: what the picture is called counts
+as part of the prompt.
 """
 
 from __future__ import annotations
@@ -24,14 +27,14 @@ from __future__ import annotations
 import io
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from itertools import islice, zip_longest
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor, nn
 
@@ -229,6 +232,14 @@ class Memory(nn.Module):
         """Texts of the pictures most like those described, `count` of each, nearest first."""
         return self.nearest(self.likeness(described), count)
 
+    @torch.no_grad()
+    def known(self, described: Float[Tensor, "1 described"]) -> tuple[str, float, list[int]]:
+        """What the picture most like a described one is called; its own manner; and the numbers of the very picture."""
+        likeness = self.likeness(described)
+        _, manners = self.keys_of(described)
+        text = self.nearest(likeness, 1)[0][0]
+        return text, float(manners[0]), _places(likeness[0].cpu() >= VERY)
+
     @cached_property
     def by_words(self) -> Index:
         """The texts by their words."""
@@ -245,26 +256,45 @@ class Memory(nn.Module):
         The text comes first that is most like the prompt and most covered by it, then others of which `MENTIONED` stands in
         the rest of it, then more pictures of these texts. A picture without codes cannot be shown.
         """
+        found = list(islice(self._mentioned(prompt, self._showable(without)), count))
+        turns = (number for turn in zip_longest(*found) for number in turn if number is not None)
+        return list(islice(turns, count))
+
+    def changed(self, text: str, manner: float, prompt: str, count: int, *, without: Collection[int] = ()) -> list[int]:
+        """Up to `count` pictures that one called `text`, in a manner, may become by a prompt; never those in `without`.
+
+        The same text in the manner that is farthest comes first; then, each in the nearest manner, the other texts that the
+        text and the prompt mention together.
+        """
+        free = self._showable(without)
+        apart = (self.manners.cpu() - manner).abs()
+        said = torch.tensor([each == text for each in self.texts], dtype=torch.bool)
+        own = said[self.owners.cpu()]
+        found = [max(numbers, key=lambda n: float(apart[n])) for numbers in [_places(free & own)] if numbers]
+        others = islice(self._mentioned(f"{text} {prompt}", free & ~own), count - len(found))
+        return found + [min(numbers, key=lambda n: float(apart[n])) for numbers in others]
+
+    def _showable(self, without: Collection[int]) -> Bool[Tensor, "pictures"]:
         free = (self.lengths > 0).cpu()
         free[list(without)] = False
+        return free
+
+    def _mentioned(self, prompt: str, free: Bool[Tensor, "pictures"]) -> Iterator[list[int]]:
+        """The free pictures of each text that a prompt mentions, best text first."""
         owners = self.owners.cpu()
         showable = torch.zeros(len(self.texts), dtype=torch.bool)
         showable[owners[free]] = True
-        left, found = words(prompt), []
-        while len(found) < count:
+        left, least = words(prompt), 0.0
+        while True:
             covered = self.by_words.covered(left) * showable
-            if found:
-                covered *= covered >= MENTIONED
-            alike = self.by_words.alike(left) * covered
-            best = int(alike.argmax())
-            if not alike[best]:
-                break
-            showable[best] = False
-            found.append((free & (owners == best)).nonzero()[:, 0].tolist())
+            alike = self.by_words.alike(left) * covered * (covered >= least)
+            best = int(alike.argmax()) if len(alike) else 0
+            if not len(alike) or not alike[best]:
+                return
+            yield _places(free & (owners == best))
+            showable[best], least = False, MENTIONED
             said = set(words(self.texts[best]))
             left = [word for word in left if word not in said]
-        turns = (number for turn in zip_longest(*found) for number in turn if number is not None)
-        return list(islice(turns, count))
 
     def likest(self, codes: Sequence[int], *, without: Collection[int] = ()) -> int:
         """The remembered picture whose codes are most like those given; `InputError` where there is none."""
@@ -285,6 +315,10 @@ def words(text: str) -> list[str]:
         said[word] += 1
         found.append(word if said[word] == 1 else f"{word} {said[word]}")
     return found
+
+
+def _places(mask: Bool[Tensor, "pictures"]) -> list[int]:
+    return mask.nonzero()[:, 0].tolist()
 
 
 def _file(picture: Image.Image) -> bytes:
