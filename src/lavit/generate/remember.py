@@ -31,15 +31,14 @@ def recalled(model: LaVIT, images: Sequence[Image.Image]) -> list[list[str]]:
 
 def shown(model: LaVIT, parts: Sequence[ChatText | ChatPicture]) -> list[int]:
     """Numbers of the remembered pictures that stand before what is drawn from: words, or one picture and words (an edit)."""
-    count, memory = model.config.language.shown, model.memory if model.config.language.shown else None
+    count = model.config.language.shown
     pictures = [part for part in parts if isinstance(part, ChatPicture)]
-    prompt = " ".join(part.text for part in parts if isinstance(part, ChatText))
-    if memory is None or len(pictures) > 1 or any(part.picture is None for part in pictures):
+    if not count or len(pictures) > 1 or any(part.picture is None for part in pictures):
         return []
+    memory, prompt = model.memory, " ".join(part.text for part in parts if isinstance(part, ChatText))
     if not pictures:
         return memory.mentioned(prompt, count)
-    described = describe(model.looks([open_image(pictures[0].picture)]))
-    text, manner, itself = memory.known(described)
+    text, manner, itself = memory.known(describe(model.looks([open_image(pictures[0].picture)])))
     return memory.changed(text, manner, prompt, count, without=itself)
 
 
