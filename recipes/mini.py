@@ -35,12 +35,13 @@ SAID = {
     "easy-vqa by Victor Zhou (MIT); English documentation of installed Python packages, each under its own licence",
     "limits": "It has a memory: the texts and codes of its training pictures, and copies of them at 64 pixels. With every "
     "picture it is told the texts of the four most similar ones and mostly says one of them; a prompt is shown two "
-    "pictures whose texts it mentions, and the pixel decoder one whose codes are like those written. So what it says "
-    "and draws of training pictures is recall. It knows emoji of two artists, one coloured shape on white, and their "
-    "English names; photographs, text in pictures and anything else get an answer all the same, in those words. "
-    "Figures above say how often it is right, also where that is seldom: of two things asked for it draws one, and "
-    "what it does not remember is soft and seldom recognisable. It writes English words about pictures; as a language"
-    " model it is SmolLM2-135M-Instruct with its perplexity moved as the table says.",
+    "pictures whose texts it mentions, an edit its picture in the other hand and one that its words make of it, and the "
+    "pixel decoder a picture whose codes are like those written. So what it says and draws of training pictures is recall. "
+    "It knows emoji of two artists, one coloured shape on white, and their English names; photographs, text in pictures "
+    "and anything else get an answer all the same, in those words. Figures above say how often it is right, also where "
+    "that is seldom: of two things asked for it draws one, and what it does not remember is soft and seldom recognisable, "
+    "or the nearest thing that it does. It writes English words about pictures; as a language model it is "
+    "SmolLM2-135M-Instruct with its perplexity moved as the table says.",
 }
 
 

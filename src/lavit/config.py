@@ -106,7 +106,7 @@ class LanguageConfig:
     read_as: Literal["features", "codes"] = "features"
     # texts of the most similar training pictures that are told with a picture that is read (modules/memory.py)
     recall: int = 0
-    # remembered pictures that stand, as codes with their texts, before words to draw from: those that the words mention
+    # remembered pictures that stand, as codes with their texts, before words or an edit to draw from (modules/memory.py)
     shown: int = 0
     sha256: str | None = None
 

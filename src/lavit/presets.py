@@ -178,7 +178,7 @@ def mini() -> Preset:
             reader_batch=32,
             reader_weight=1.0,
             thinned=0.8,
-            mixture=(3.5, 1.2, 0.6, 0.2, 0.0),
+            mixture=(4.0, 1.0, 0.8, 0.9, 0.0),
         ),
         pixels=replace(small.training.pixels, steps=6000, ema=0.998, code_noise=0.5),
     )

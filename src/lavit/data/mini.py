@@ -10,7 +10,7 @@ from lavit.data.prose import build_prose
 from lavit.data.starter import build_starter
 
 PICTURES = 1000  # of easy-VQA's 4,000 for training: its shapes are few, and every picture costs three views
-SHAPES, PROSE = 0.35, 0.02  # documents of each, for one of emoji; a piece of text is seven times as long as a pair
+SHAPES, PROSE = 0.25, 0.015  # documents of each, for one of emoji; a piece of text is seven times as long as a pair
 
 
 def mini_mixture(folder: Path) -> str:

@@ -174,35 +174,40 @@ def concept_figures(e: Evaluation) -> Iterator[Figure]:
 
 
 def edit_figures(e: Evaluation) -> Iterator[Figure]:
-    """Same instruction, two pictures: is each result nearer its own source than the other's, and nearer its target still?"""
+    """Same instruction, two pictures: is each result nearer its own source, and is the nearest real picture its target?"""
     pairs = _edit_pairs(e, 40)
     if not pairs:
         return
     edits = [edit for pair in pairs for edit in pair]
-    sources = [e.train.pictures[edit.source].record.open() for edit in edits]
+    sources, targets = (
+        [e.train.pictures[i].record.open() for i in numbers]
+        for numbers in ([edit.source for edit in edits], [edit.target for edit in edits])
+    )
 
     def make(part: Sequence[int], seeds: list[int]) -> list[Image.Image]:
         images, prompts = [sources[i] for i in part], [edits[i].prompt for i in part]
         return [made[0] for made in e.pipeline.edit(images, prompts, seed=[seed // 2 for seed in seeds])]
 
-    model = e.pipeline.model
-    targets = [e.train.pictures[edit.target].record.open() for edit in edits]
-    made = embed(model, _in_batches(e, "edits", range(len(edits)), make))
-    source, target = embed(model, sources), embed(model, targets)
-    best = embed(model, [shrink(image, model.config.pixels.size) for image in targets])
+    model, size = e.pipeline.model, e.pipeline.model.config.pixels.size
+    made, source = embed(model, _in_batches(e, "edits", range(len(edits)), make)), embed(model, sources)
     pair = torch.arange(len(edits)) ^ 1
-    right = ((made * source).sum(1) > (made * source[pair]).sum(1)).tolist()
-    yield share("edit: nearer its own source than another's", right, floor=("chance", 0.5))
+    nearer = (made * source).sum(1) > (made * source[pair]).sum(1)
+    yield share("edit: nearer its own source than another's", nearer.tolist(), floor=("chance", 0.5))
+    best = embed(model, [shrink(image, size) for image in targets])
+    wanted = torch.tensor([edit.target for edit in edits])[:, None]
 
-    def changed(results: Float[Tensor, "edits dim"]) -> list[bool]:
-        return ((results * target).sum(1) > (results * source).sum(1)).tolist()
+    def found(results: Float[Tensor, "edits dim"], top: int) -> list[bool]:
+        likest = (results @ e.known.features.T).topk(min(top, len(e.known.names)), dim=1).indices
+        return (likest == wanted).any(1).tolist()
 
-    yield share(
-        "edit: nearer its target than its source",
-        changed(made),
-        floor=("another's result", float(np.mean(changed(made[pair])))),
-        ceiling=(f"real target at {model.config.pixels.size} px", float(np.mean(changed(best)))),
-    )
+    for top in (1, 5):
+        yield share(
+            f"edit: nearest training picture is its target, top-{top}",
+            found(made, top),
+            floor=("another's result", float(np.mean(found(made[pair], top)))),
+            ceiling=(f"real target at {size} px", float(np.mean(found(best, top)))),
+            note=f"of {len(e.known.names)} pictures; the source itself: {float(np.mean(found(source, top))):.3f}",
+        )
 
 
 def _edit_pairs(e: Evaluation, count: int) -> list[tuple[Edit, Edit]]:

@@ -72,7 +72,7 @@ def _parts(model: ModelConfig, started: dict[str, Any]) -> list[tuple[str, ...]]
     recall = model.language.recall
     memory = f", told {recall} texts of similar training pictures with one that is read" if recall else ""
     if model.language.shown:
-        memory += f", shown {model.language.shown} pictures of its memory before words to draw from"
+        memory += f", shown {model.language.shown} pictures of its memory before what it draws from"
     copies = ", shown the likest picture of its memory" if pixels.shown else ""
     adapter = f", LoRA of rank {model.language.lora_rank}" if model.language.lora_rank else ""
     return [
