@@ -16,13 +16,14 @@ from conftest import NAMES, toy_config, toy_picture, toy_training
 from lavit.cli import main
 from lavit.config import InputError, LanguageConfig, ModelConfig
 from lavit.data import features
-from lavit.data.chat import ChatPicture
+from lavit.data.chat import ChatPicture, last_turn, render_chat
 from lavit.data.conversations import load_conversations
 from lavit.data.corpus import Corpus, Picture, Question, load_corpus
 from lavit.data.features import Features
 from lavit.data.sources import Record
+from lavit.generate.jobs import writing
 from lavit.generate.prompts import lay_prompt
-from lavit.generate.remember import recalled
+from lavit.generate.remember import recalled, shown
 from lavit.model import LaVIT
 from lavit.modules.memory import Memory, describe
 from lavit.modules.vision import Vision, load_vision
@@ -31,6 +32,7 @@ from lavit.sequence import IGNORE, Text, VisualTokens, lay_out
 from lavit.train.finetune import Finetune
 from lavit.train.memory import remember, remembered_texts
 from lavit.train.run import Run
+from test_chat import user
 from test_conversations import read, write
 from test_finetune import settings
 
@@ -233,6 +235,29 @@ def test_fine_tuning_goes_on_with_the_memory(run: Run, tmp_path: Path) -> None:
     documents = tuning._stage(new, new.language, new.text, conversations).documents
     _, words, *_ = documents.document(conversations.items[0])
     assert new.text.decode(words.ids).split("\n")[0] == NAMES[0] and not words.target
+
+
+@pytest.mark.parametrize("asked", [("blue bar",), (Path("red bar.png"), "in blue")])
+def test_a_drawing_asked_for_in_a_chat_is_laid_out_as_fine_tuning_did(run: Run, tmp_path: Path, asked: tuple) -> None:
+    """What the last turn asks for is shown before the conversation."""
+    parts = [part if isinstance(part, str) else {"type": "image", "image": str(tmp_path / part)} for part in asked]
+    talk = [user("hello"), {"role": "assistant", "content": "hello."}, user(*parts)]
+    reply = {"role": "assistant", "content": [{"type": "image", "image": "blue bar.png"}]}
+    data = write(tmp_path, [[*talk, reply]])
+    tuning = Finetune(tmp_path / "new", data, run.folder, settings(run.folder, steps=2))
+    lv, conversations = lavit.load(run.folder), load_conversations(data)
+    model, vocabulary = lv.model, lv.model.language.vocabulary
+    documents = tuning._stage(model, model.language, model.text, conversations).documents
+    ids = lay_out(documents.document(conversations.items[0]), vocabulary).ids
+    (job,) = writing(
+        model, lv.protocol, [render_chat(talk, model.text, reply="image")], asked=[last_turn(talk)],
+        out="image", n=1, seed=0, sampling=None, picture=None, guidance=None,
+    )  # fmt: skip
+    assert ids[: len(job.request.ids)] == job.request.ids
+    (first, *_) = shown(model, last_turn(talk))
+    codes = torch.tensor(model.memory.codes_of(first))
+    assert model.memory.text_of(first) == "blue bar"
+    assert ids[1 : 1 + len(codes)] == tuple(vocabulary.ids(codes).tolist())
 
 
 def test_a_run_that_begins_with_another_model_has_its_own_memory(toy_run: Path, toy_data: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ full, each holds long documents and short ones, and no length is favoured (`fill
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -54,6 +54,13 @@ def answer_text(answer: str) -> str:
 def recalled_text(texts: list[str]) -> str:
     """What a memory tells with a picture, right behind it: a line for each text. A picture that it shows has one too."""
     return "".join(f"{text}\n" for text in texts)
+
+
+def shown_segments(memory: Memory, numbers: Iterable[int], ids: Callable[[str], tuple[int, ...]]) -> Iterator[Segment]:
+    """Remembered pictures as they stand before what is drawn from: codes and text of each."""
+    for number in numbers:
+        yield Image(memory.codes_of(number), read=False, target=False)
+        yield Text(ids(recalled_text([memory.text_of(number)])), target=False)
 
 
 class Source:
@@ -172,9 +179,7 @@ class Documents:
             place = self.places[source]
             text, manner = memory.text_of(place), float(memory.manners[place])
             numbers = memory.changed(text, manner, prompt, self.shown, without=[*hidden, place])
-        for number in numbers:
-            yield Image(memory.codes_of(number), read=False, target=False)
-            yield Text(self.ids(recalled_text([memory.text_of(number)])), target=False)
+        yield from shown_segments(memory, numbers, self.ids)
 
     def _question(self, source: Source, rng: np.random.Generator) -> Document:
         picture = self.corpus.questions[_one(source.part.questions, rng)].picture

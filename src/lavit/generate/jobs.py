@@ -52,9 +52,12 @@ def writing(
     sampling: Sampling | None,
     picture: Sampling | None,
     guidance: float | None,
-    chat: bool = False,
+    asked: Sequence[Parts] | None = None,
 ) -> list[Job]:
-    """Jobs that go on from prompts with text, a picture, or both. In a chat text ends where the turn does."""
+    """Jobs that go on from prompts with text, a picture, or both.
+
+    In a chat each prompt is a conversation and `asked` what its last turn says; text ends where the turn does.
+    """
     if out not in MODES:
         raise InputError(f"out {out!r} is not known: use 'text', 'image' or 'auto'")
     patches = model.config.tokenizer.patches
@@ -68,10 +71,11 @@ def writing(
         )
     # a reply that may hold pictures need not hold text
     text = sampling or replace(protocol.chat, min_tokens=0 if out == "auto" else protocol.chat.min_tokens)
-    ends, stop = _turn_end(model) if chat and out != "image" else ((), ())
+    ends, stop = _turn_end(model) if asked is not None and out != "image" else ((), ())
     samplings = _seeded(inside if out == "image" else text, n, seed, len(prompts))
-    if out == "image" and not chat:
-        prompts = [shown_before(model, prompt) for prompt in prompts]
+    if out == "image":
+        before = [shown_before(model, words) for words in (prompts if asked is None else asked)]
+        prompts = [[*shown, *prompt] for shown, prompt in zip(before, prompts, strict=True)]
     return [
         _job(model, prompt, each, MODES[out], picture=inside, ends=ends, stop=stop)
         for prompt, each in zip(prompts, samplings, strict=True)

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from lavit.config import InputError
-from lavit.data.chat import ChatPicture, ChatText, Reply, render_chat
+from lavit.data.chat import ChatPicture, ChatText, Reply, last_turn, render_chat
 from lavit.data.documents import question_text
 from lavit.generate.engine import Engine
 from lavit.generate.jobs import Parts, Seed, message, reading, result, writing
@@ -264,7 +264,7 @@ class Pipeline:
         talks = list(messages) if many else [messages]
         prompts = [render_chat(talk, self.model.text, reply=out) for talk in talks]
         jobs = writing(
-            self.model, self.protocol, prompts, chat=True,
+            self.model, self.protocol, prompts, asked=[last_turn(talk) for talk in talks],
             out=out, n=1 if n is None else n, seed=seed, sampling=sampling, picture=picture, guidance=guidance,
         )  # fmt: skip
         found = self._run(jobs, out, stream, steps=steps, size=size, previews=previews)

@@ -33,22 +33,20 @@ def shown(model: LaVIT, parts: Sequence[ChatText | ChatPicture]) -> list[int]:
     """Numbers of the remembered pictures that stand before what is drawn from: words, or one picture and words (an edit)."""
     count = model.config.language.shown
     pictures = [part for part in parts if isinstance(part, ChatPicture)]
-    if not count or len(pictures) > 1 or any(part.picture is None for part in pictures):
+    if not count or len(pictures) > 1:
         return []
-    memory, prompt = model.memory, " ".join(part.text for part in parts if isinstance(part, ChatText))
-    if not pictures:
-        return memory.mentioned(prompt, count)
-    text, manner, itself = memory.known(describe(model.looks([open_image(pictures[0].picture)])))
-    return memory.changed(text, manner, prompt, count, without=itself)
+    prompt = " ".join(part.text for part in parts if isinstance(part, ChatText))
+    described = [describe(model.looks([open_image(part.picture)])) for part in pictures]
+    return model.memory.shown(prompt, count, *described)
 
 
 def shown_before(model: LaVIT, parts: Sequence[ChatText | ChatPicture]) -> list[ChatText | ChatPicture]:
-    """What is drawn from, behind the remembered pictures that are shown of it, each as codes with its text."""
+    """The remembered pictures that are shown of what is drawn from, each as codes with its text."""
     before: list[ChatText | ChatPicture] = []
     for number in shown(model, parts):
         before.append(ChatPicture(None, read=False, codes=model.memory.codes_of(number)))
         before.append(ChatText(recalled_text([model.memory.text_of(number)])))
-    return [*before, *parts]
+    return before
 
 
 def shown_texts(model: LaVIT, prompt: str) -> list[str]:

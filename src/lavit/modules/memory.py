@@ -233,12 +233,16 @@ class Memory(nn.Module):
         return self.nearest(self.likeness(described), count)
 
     @torch.no_grad()
-    def known(self, described: Float[Tensor, "1 described"]) -> tuple[str, float, list[int]]:
-        """What the picture most like a described one is called; its own manner; and the numbers of the very picture."""
-        likeness = self.likeness(described)
-        _, manners = self.keys_of(described)
-        text = self.nearest(likeness, 1)[0][0]
-        return text, float(manners[0]), _places(likeness[0].cpu() >= VERY)
+    def shown(self, prompt: str, count: int, described: Float[Tensor, "1 described"] | None = None) -> list[int]:
+        """Up to `count` pictures to stand before a prompt, or before an edit of a picture that is described.
+
+        That picture is called what the likest remembered one is called, and is itself never shown.
+        """
+        if described is None:
+            return self.mentioned(prompt, count)
+        likeness, (_, manners) = self.likeness(described), self.keys_of(described)
+        itself = _places(likeness[0].cpu() >= VERY)
+        return self.changed(self.nearest(likeness, 1)[0][0], float(manners[0]), prompt, count, without=itself)
 
     @cached_property
     def by_words(self) -> Index:

@@ -145,9 +145,12 @@ class Finetune:
         codes = tuple(tuple(part.tolist()) for part in tokens.split())
         make = {"text": text, "vocabulary": language.vocabulary, "config": config, "seed": self.training.seed}
         recall = model.config.language.recall
-        rows = (torch.from_numpy(one[None].astype("float32")) for one in features.described) if recall else ()
-        told = [model.memory.recall(row.to(model.device), recall)[0] for row in rows] or None
-        documents = ConversationDocuments(conversations, codes, told=told, **make)
+        rows = [torch.from_numpy(one[None].astype("float32")) for one in features.described] if recall else []
+        if recall:
+            memory = model.memory.cpu()
+            told = [memory.recall(row, recall)[0] for row in rows] or None
+            make |= {"told": told, "memory": memory, "described": rows, "shown": model.config.language.shown}
+        documents = ConversationDocuments(conversations, codes, **make)
         return FinetuneStage(language, model.tokenizer, documents, features, tokens, config)
 
     def _pictures(self, model: LaVIT, conversations: Conversations) -> tuple[Features, VisualTokens]:
