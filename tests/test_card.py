@@ -98,6 +98,11 @@ def test_only_the_adapter_rows_and_reader_train(adapted: Path) -> None:
             assert tensor.equal(first[name.replace(".base_layer", "")]), name
 
 
+def test_an_adapter_is_written_alike_by_every_process(adapted: Path) -> None:
+    targets = read_json(adapted / "language" / "adapter_config.json")["target_modules"]
+    assert targets == sorted(targets) and len(targets) == 7
+
+
 def test_an_adapter_is_not_exported_by_halves(adapted: Path, toy_run: Path, tmp_path: Path) -> None:
     config = from_json(ModelConfig, read_json(adapted / "config.json"))
     with pytest.raises(InputError, match="--merge"):

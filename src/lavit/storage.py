@@ -16,6 +16,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -200,7 +201,9 @@ def _save_adapter(language: Language, folder: Path) -> None:
     from peft import get_peft_model_state_dict
 
     save_tensors(get_peft_model_state_dict(language.lm), folder / "adapter_model.safetensors")
-    language.lm.peft_config["default"].save_pretrained(folder)
+    said = copy(language.lm.peft_config["default"])
+    said.target_modules = sorted(said.target_modules)  # a set: each process would write it in another order
+    said.save_pretrained(folder)
     save_tensors(_rows(language), folder / "rows.safetensors")
 
 
