@@ -83,6 +83,8 @@ def test_what_is_hidden_or_has_no_codes_is_not_shown() -> None:
     families = ["family of man and boy", "family of man and man and boy", "family of man and boy and boy"]
     many = Memory.of(torch.randn(3, 6), families, torch.zeros(0, 6), [[1], [2], [3]])
     assert [many.text_of(many.mentioned(text, 1)[0]) for text in families] == families
+    asked = Memory.of(torch.randn(2, 6), ["axe", "call me hand"], torch.zeros(0, 6), [[1], [2]])
+    assert asked.mentioned("Could you draw an axe for me, please?", 2) == [0]  # who asks says nothing of what it is
 
 
 def test_an_edit_is_shown_the_other_hand_then_what_its_words_make_of_it() -> None:

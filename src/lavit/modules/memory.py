@@ -51,6 +51,7 @@ MENTIONED = 0.4  # of a text's weight that must stand in a prompt, for it to be 
 COMMON_WORDS = frozenset(
     ("a", "an", "and", "at", "for", "from", "in", "is", "it", "of", "on", "or", "the", "to", "with", "without")
 )
+ASKING_WORDS = frozenset(("can", "could", "i", "me", "my", "please", "would", "you", "your"))
 OF_TEXTS = ("manner", "mean", "metric")
 # a row for each picture; codes and pictures (WebP files) stand one after the other, of these lengths and sizes
 OF_PICTURES = ("keys", "lengths", "manners", "owners", "sizes")
@@ -310,11 +311,11 @@ class Memory(nn.Module):
 
 
 def words(text: str) -> list[str]:
-    """The words of a text in lower case without `COMMON_WORDS`; one that comes twice is two tokens ("man", "man 2")."""
+    """The words of a text in lower case without common and asking ones; one that comes twice is two ("man", "man 2")."""
     said: Counter[str] = Counter()
     found = []
     for word in re.findall(r"\w+", text.lower()):
-        if word in COMMON_WORDS:
+        if word in COMMON_WORDS | ASKING_WORDS:
             continue
         said[word] += 1
         found.append(word if said[word] == 1 else f"{word} {said[word]}")
