@@ -101,6 +101,12 @@ def last_turn(messages: Sequence[Mapping[str, Any]]) -> list[ChatText | ChatPict
     return [ChatText(piece) if isinstance(piece, str) else piece for piece in pieces]
 
 
+def words_and_pictures(parts: Sequence[ChatText | ChatPicture]) -> tuple[str, list[ChatPicture]]:
+    """What parts say in words, and what they show."""
+    words = " ".join(part.text for part in parts if isinstance(part, ChatText))
+    return words, [part for part in parts if isinstance(part, ChatPicture)]
+
+
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> str:
     """The text that closes an assistant's turn."""
     if not tokenizer.chat_template:

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lavit.config import InputError, LanguageTraining
-from lavit.data.chat import ChatPicture, ChatText, last_turn, render_chat
+from lavit.data.chat import ChatText, last_turn, render_chat, words_and_pictures
 from lavit.data.corpus import Corpus
 from lavit.data.documents import recalled_text, shown_segments
 from lavit.data.sources import Record, readable
@@ -215,10 +215,9 @@ class ConversationDocuments:
         """What a memory shows of what is asked for last."""
         reply = _parts(messages[-1])
         asked = last_turn(messages) if self.shown and reply and all(map(_is_image, reply)) else []
-        pictures = [part for part in asked if isinstance(part, ChatPicture)]
+        prompt, pictures = words_and_pictures(asked)
         if self.memory is None or not asked or len(pictures) > 1:
             return
-        prompt = " ".join(part.text for part in asked if isinstance(part, ChatText))
         numbers = self.memory.shown(prompt, self.shown, *(self.described[int(part.picture)] for part in pictures))
         yield from shown_segments(self.memory, numbers, self._ids)
 

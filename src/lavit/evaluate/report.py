@@ -1,7 +1,7 @@
 """Every figure of a trained run, each with count, interval, floor and ceiling (`lavit eval RUN`).
 
 What is measured is said in evaluation.py, how reading is in reading.py. A drawing is right if the nearest real picture,
-by the frozen encoder's features, has the name that was asked for (image.py).
+by the frozen encoder's features, has the name that was asked for (image.py); an edit, if it is the one that was asked for.
 """
 
 from __future__ import annotations
@@ -179,10 +179,8 @@ def edit_figures(e: Evaluation) -> Iterator[Figure]:
     if not pairs:
         return
     edits = [edit for pair in pairs for edit in pair]
-    sources, targets = (
-        [e.train.pictures[i].record.open() for i in numbers]
-        for numbers in ([edit.source for edit in edits], [edit.target for edit in edits])
-    )
+    sources = [e.train.pictures[edit.source].record.open() for edit in edits]
+    targets = [e.train.pictures[edit.target].record.open() for edit in edits]
 
     def make(part: Sequence[int], seeds: list[int]) -> list[Image.Image]:
         images, prompts = [sources[i] for i in part], [edits[i].prompt for i in part]

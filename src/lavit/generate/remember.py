@@ -1,4 +1,4 @@
-"""Teaching by showing: more pictures and texts for a model's memory, without any training (modules/memory.py).
+"""A model's memory in use (modules/memory.py): what it tells and shows, and teaching it more by showing, without any training.
 
 A model that was trained to be told what similar pictures were called goes on to be told so of pictures that it is shown
 later: names that no training knew, your own products, your own friends.
@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from lavit.config import InputError
-from lavit.data.chat import ChatPicture, ChatText
+from lavit.data.chat import ChatPicture, ChatText, words_and_pictures
 from lavit.data.documents import recalled_text
 from lavit.images import open_image
 from lavit.model import LaVIT
@@ -32,10 +32,9 @@ def recalled(model: LaVIT, images: Sequence[Image.Image]) -> list[list[str]]:
 def shown(model: LaVIT, parts: Sequence[ChatText | ChatPicture]) -> list[int]:
     """Numbers of the remembered pictures that stand before what is drawn from: words, or one picture and words (an edit)."""
     count = model.config.language.shown
-    pictures = [part for part in parts if isinstance(part, ChatPicture)]
+    prompt, pictures = words_and_pictures(parts)
     if not count or len(pictures) > 1:
         return []
-    prompt = " ".join(part.text for part in parts if isinstance(part, ChatText))
     described = [describe(model.looks([open_image(part.picture)])) for part in pictures]
     return model.memory.shown(prompt, count, *described)
 

@@ -293,9 +293,9 @@ class Memory(nn.Module):
         while True:
             covered = self.by_words.covered(left) * showable
             alike = self.by_words.alike(left) * covered * (covered >= least)
-            best = int(alike.argmax()) if len(alike) else 0
-            if not len(alike) or not alike[best]:
+            if not alike.any():
                 return
+            best = int(alike.argmax())
             yield _places(free & (owners == best))
             showable[best], least = False, MENTIONED
             said = set(words(self.texts[best]))
@@ -315,7 +315,7 @@ def words(text: str) -> list[str]:
     said: Counter[str] = Counter()
     found = []
     for word in re.findall(r"\w+", text.lower()):
-        if word in COMMON_WORDS | ASKING_WORDS:
+        if word in COMMON_WORDS or word in ASKING_WORDS:
             continue
         said[word] += 1
         found.append(word if said[word] == 1 else f"{word} {said[word]}")
