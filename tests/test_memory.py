@@ -155,6 +155,24 @@ def test_of_two_pictures_equally_like_it_the_one_in_another_manner_is_told() -> 
     assert alone.recall(asked[None], 4) == [["alone"]]
     one_each = Memory.of(things, texts, torch.zeros(0, 16))
     assert one_each.manner.abs().sum() == 0  # no text has two pictures: nothing is known of manners
+    keys, _ = one_each.keys_of(asked[None])
+    assert one_each.likeness(asked[None]).equal(keys @ one_each.keys.T)
+
+
+def test_a_text_that_the_manner_has_drawn_once_is_passed_over_in_the_other_manner_too() -> None:
+    """The hand has drawn fifty things, the other one forty of them and ten more."""
+    *things, hand = torch.eye(61)
+    things, numbers = torch.stack(things), [*range(50), *range(40), *range(50, 60)]
+    known = things[numbers] + hand * (torch.arange(100) < 50)[:, None]
+    memory = Memory.of(known, [str(number) for number in numbers], torch.zeros(0, 61))
+    asked = 0.6 * things[:10] + 0.4 * things[50:] + hand  # what is seen once weighs more
+    drawn, new = [[str(number)] for number in range(10)], [[str(number)] for number in range(50, 60)]
+    others = memory.emptied()
+    others.add(things[numbers[50:]], [str(number) for number in numbers[50:]])
+    assert others.recall(asked, 1) == drawn  # likest in the other hand; but
+    assert memory.recall(asked, 1) == new
+    memory.add(things[:10] + hand, [text for (text,) in drawn])  # what it has drawn twice may come a third time
+    assert memory.recall(asked, 1) == drawn
 
 
 def test_a_picture_of_training_recalls_itself_first(run: Run) -> None:

@@ -8,9 +8,9 @@ SmallCap, arXiv 2209.15323, whose retrieval is CLIP's; LaVIT has none, and `Lang
 
 Pictures are compared by what several layers of the encoder see: the mean of the whole and of its four quarters, under a
 metric in closed form that counts what tells texts apart and discounts what varies between pictures of the same text, and
-between the views of one picture (linear discriminant analysis). And a hand seldom draws one thing twice: of two pictures
-that are equally like the one being read, the one in another manner is the likelier to show the same thing. The manner is
-the axis along which pictures of one text differ most. Nothing here is trained by gradient, and pictures can be added.
+between the views of one picture (linear discriminant analysis). And a hand seldom draws one thing twice: of two texts whose
+pictures are equally like the one being read, the one that its manner has not drawn yet is the likelier. The manner is the
+axis along which pictures of one text differ most. Nothing here is trained by gradient, and pictures can be added.
 
 The same memory helps to draw, from words and from codes, both found by the tokens they share (modules/index.py). Pictures
 whose texts a prompt mentions may stand before it, as codes with their texts (RA-CM3, arXiv 2211.12561), and the pixel decoder
@@ -44,7 +44,9 @@ from lavit.modules.index import Index
 DIRECTIONS = 128  # of the metric, at most
 NOISE = 0.1  # variance that every direction of a description has within a text, as a share of the mean one
 QUARTERS = 2  # per side
-MANNER = 0.1  # likeness that a picture in the same manner loses, unless it seems to be the very picture
+MANNER = (
+    0.1  # likeness that pictures of a text lose which the manner has drawn, unless one seems to be the very picture
+)
 VERY = 0.98  # cosine from which it does
 APART = 0.6  # difference along the manner, in units of the usual one within a text, that makes two manners
 MENTIONED = 0.4  # of a text's weight that must stand in a prompt, for it to be one of several that the prompt mentions
@@ -214,11 +216,18 @@ class Memory(nn.Module):
         return F.normalize(centred @ self.metric, dim=1), centred @ self.manner
 
     def likeness(self, described: Float[Tensor, "images described"]) -> Float[Tensor, "images pictures"]:
-        """Cosines with every picture of the memory, less up to `MANNER` for those in the same manner."""
+        """Cosines with every picture of the memory, less up to `MANNER` where the same manner has drawn the text already.
+
+        A text that it has drawn more than once loses nothing: what is shown of it may well be one more.
+        """
         keys, manners = self.keys_of(described)
         alike = keys @ self.keys.T
-        apart = ((manners[:, None] - self.manners) / APART).square().clamp(max=1)
-        return alike - MANNER * (1 - apart) * (alike < VERY)
+        if not self.manner.any():  # no text of training had two pictures
+            return alike
+        same = 1 - ((manners[:, None] - self.manners) / APART).square().clamp(max=1)
+        drawn = same.new_zeros(len(same), len(self.texts)).index_add_(1, self.owners, same)
+        once = (1 - (drawn - 1).abs()).clamp(min=0)
+        return alike - MANNER * once[:, self.owners] * (alike < VERY)
 
     def nearest(self, likeness: Float[Tensor, "images pictures"], count: int) -> list[list[str]]:
         """The `count` texts (or all) whose nearest picture is most alike, best first."""
