@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -113,6 +115,14 @@ def test_help_brings_no_torch() -> None:
     code = "import sys, lavit.cli\ntry: lavit.cli.main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "caption" in found.stdout and found.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize("asked", ["", "active"])
+def test_waiting_threads_give_their_core_away_unless_asked_otherwise(asked: str) -> None:
+    settings = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    settings |= {"OMP_DISPLAY_ENV": "true"} | ({"OMP_WAIT_POLICY": asked} if asked else {})
+    said = subprocess.run([sys.executable, "-c", "import lavit, torch"], env=settings, capture_output=True, text=True)
+    assert re.findall(r"OMP_WAIT_POLICY *= *'(\w+)'", said.stderr)[-1].lower() == (asked or "passive")
 
 
 def test_choose_ranks_texts(toy_run: Path, picture: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ lv.caption("cat.png"); lv.ask("cat.png", "what is this?"); lv.draw("a red bicycl
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 
 __all__ = ["LaVIT", "Pipeline", "Protocol", "Sampling", "load"]
 __version__ = "0.1.0"
+
+# Threads that wait give their core away, or two processes on two cores spin in each other's way (benchmarks/busy.py).
+# OpenMP reads this when torch is first imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def load(

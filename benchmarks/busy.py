@@ -1,0 +1,86 @@
+"""Two processes at once on the same cores: seconds of their captions over those of one alone.
+
+    python benchmarks/busy.py [--model FOLDER] [--pictures 10] [--rounds 3] [--json FILE]
+
+Each process loads the model, says that it is ready, and captions the same pictures one by one when all are. Sharing the
+machine fairly gives 2. Beside it the same with threads that spin while they wait (OMP_WAIT_POLICY=active), near to what
+OpenMP does where nothing is set; `import lavit` asks for the passive kind. Measure idle; the medians of the rounds count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+PICTURES = Path("data/starter/other_hand/twemoji")
+MOST = 2.5
+CHILD = """
+import sys, time, lavit
+model, *pictures = sys.argv[1:]
+lv = lavit.load(model)
+lv.caption(pictures[0])
+print("ready", flush=True)
+input()
+start = time.perf_counter()
+for picture in pictures:
+    lv.caption(picture)
+print((time.perf_counter() - start) / len(pictures))
+"""
+
+
+def seconds(processes: int, policy: str, arguments: list[str]) -> float:
+    """Mean seconds of a caption in so many processes at once."""
+    settings = {**os.environ, "OMP_WAIT_POLICY": policy}
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", CHILD, *arguments],
+            env=settings, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        )
+        for _ in range(processes)
+    ]  # fmt: skip
+    if any(child.stdout.readline() != "ready\n" for child in children):
+        raise SystemExit(f"a process could not caption: try lavit caption {arguments[1]} --model {arguments[0]}")
+    for child in children:
+        child.stdin.write("\n")
+        child.stdin.flush()
+    return statistics.mean(float(child.communicate()[0]) for child in children)
+
+
+def main() -> None:
+    """Print the ratios beside their aim."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="mini")
+    parser.add_argument("--pictures", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    pictures = sorted(PICTURES.glob("*.png"))[: options.pictures]
+    if not pictures:
+        raise SystemExit(f"no pictures in {PICTURES}: run lavit data starter --out data/starter first")
+    arguments = [options.model, *map(str, pictures)]
+    rounds = [
+        {(count, policy): seconds(count, policy, arguments) for count in (1, 2) for policy in ("passive", "active")}
+        for _ in range(options.rounds)
+    ]
+    figures = {}
+    table = Table("waiting threads", "alone, s", "two at once, s", "ratio", "aim")
+    for policy, aim in (("passive", f"≤ {MOST}"), ("active", "")):
+        alone, both = (statistics.median(each[count, policy] for each in rounds) for count in (1, 2))
+        ratio = statistics.median(each[2, policy] / each[1, policy] for each in rounds)
+        table.add_row(policy, f"{alone:.3f}", f"{both:.3f}", f"{ratio:.2f}", aim)
+        figures[policy] = {"alone": alone, "two": both, "ratio": ratio}
+    Console().print(table)
+    if options.json:
+        options.json.write_text(json.dumps(figures) + "\n")
+
+
+if __name__ == "__main__":
+    main()
