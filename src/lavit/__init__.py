@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 __all__ = ["LaVIT", "Pipeline", "Protocol", "Sampling", "load"]
 __version__ = "0.1.0"
 
-# Threads that wait give their core away, or two processes on two cores spin in each other's way (benchmarks/busy.py).
-# OpenMP reads this when torch is first imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Threads that wait soon give their core away, or two processes on two cores spin in each other's way (benchmarks/busy.py).
+# libgomp, which spins 300,000 times by itself, reads this when torch is first imported.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def load(
