@@ -160,6 +160,18 @@ def test_exported_folder_opens_in_transformers_with_equal_logits(language: Langu
     assert torch.allclose(expected, ours, atol=1e-5)
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_new_rows_begin_around_the_mean_row_of_the_table(trained: bool) -> None:
+    """As far apart as the rows of a fresh LM are; a trained one's hidden states would scatter such rows too far."""
+    lm = toy_language("qwen2 untied").lm
+    table, head = (layer.weight.data.normal_(1.0, 0.2) for layer in (lm.get_input_embeddings(), lm.lm_head))
+    language = Language(lm, Merger(16, 2, 1, 2.0), dim=16, codes=500, end=2, trained=trained)
+    for rows, known in ((language.rows, table), (language.head_rows, head)):
+        rows = rows.detach()
+        assert (rows.mean(0) - known.mean(0)).abs().max() < 0.05
+        assert float((rows - rows.mean(0)).std()) == pytest.approx(0.05 if trained else 0.2, rel=0.1)
+
+
 def test_soft_capped_logits_are_refused() -> None:
     options = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     heads = {

@@ -132,7 +132,8 @@ def load_base(config: LanguageConfig, folder: Path | None) -> tuple[PreTrainedMo
 def build_language(lm: PreTrainedModel, merger: Merger, config: ModelConfig, text: PreTrainedTokenizerBase) -> Language:
     """A new `Language` around a base LM: fresh rows, the stage-1 merger copied, LoRA injected where asked."""
     dim, codes = config.vision.dim, config.tokenizer.codes
-    language = Language(lm, merger, dim=dim, codes=codes, end=text.eos_token_id)
+    trained = config.language.source != "random"
+    language = Language(lm, merger, dim=dim, codes=codes, end=text.eos_token_id, trained=trained)
     if config.language.lora_rank:
         inject_lora(language, config.language)
     return language

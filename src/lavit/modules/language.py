@@ -55,10 +55,13 @@ class Language(nn.Module):
     """A causal LM with visual rows, a visual head and a reader for pictures.
 
     `lm` is any transformers causal LM whose logits are `get_output_embeddings()(hidden)`; others (soft-capped or scaled
-    logits) raise `InputError`. `end` is the id that ends a text. `merger` is copied.
+    logits) raise `InputError`. `end` is the id that ends a text. `merger` is copied. `trained` says whether the LM is more
+    than freshly initialised: new rows begin accordingly.
     """
 
-    def __init__(self, lm: PreTrainedModel, merger: Merger, *, dim: int, codes: int, end: int) -> None:
+    def __init__(
+        self, lm: PreTrainedModel, merger: Merger, *, dim: int, codes: int, end: int, trained: bool = True
+    ) -> None:
         super().__init__()
         self.lm = lm
         self.by_document = attend_by_document(lm)
@@ -71,9 +74,9 @@ class Language(nn.Module):
         self.head_rows = None if self.tied else nn.Parameter(torch.empty(shape))
         self.merger = copy.deepcopy(merger)
         self.to_language = nn.Linear(dim, self.width)
-        _init_like(self.rows, table)
+        _init_like(self.rows, table, trained)
         if self.head_rows is not None:
-            _init_like(self.head_rows, lm.get_output_embeddings().weight)
+            _init_like(self.head_rows, lm.get_output_embeddings().weight, trained)
         self._no_split_modules = [*(lm._no_split_modules or ()), MergerBlock.__name__]  # units of FSDP2
         nn.init.trunc_normal_(self.to_language.weight, std=0.02)
         nn.init.zeros_(self.to_language.bias)
@@ -200,12 +203,12 @@ class Language(nn.Module):
 
 
 @torch.no_grad()
-def _init_like(rows: Tensor, table: Tensor) -> None:
-    """New rows around the mean row of a table, a quarter of its spread apart (nothing on the meta device).
+def _init_like(rows: Tensor, table: Tensor, trained: bool) -> None:
+    """New rows like those of a fresh table; a quarter of the spread apart around a trained one's mean (none on meta).
 
     The hidden states of a trained LM have a large mean, which lifts the logits of all its text alike: rows around zero begin
     far below them, rows with the full spread scatter as far above (SmolLM2: a loss of 24 on codes, of 14 this way).
     """
     if not table.is_meta:
         known = table.detach().float()
-        rows.normal_(std=float(known.std()) / 4).add_(known.mean(0))
+        rows.normal_(std=float(known.std()) / (4 if trained else 1)).add_(known.mean(0))

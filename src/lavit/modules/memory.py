@@ -44,9 +44,7 @@ from lavit.modules.index import Index
 DIRECTIONS = 128  # of the metric, at most
 NOISE = 0.1  # variance that every direction of a description has within a text, as a share of the mean one
 QUARTERS = 2  # per side
-MANNER = (
-    0.1  # likeness that pictures of a text lose which the manner has drawn, unless one seems to be the very picture
-)
+MANNER = 0.1  # likeness lost to a text that the manner has drawn, but for what seems to be the very picture
 VERY = 0.98  # cosine from which it does
 APART = 0.6  # difference along the manner, in units of the usual one within a text, that makes two manners
 MENTIONED = 0.4  # of a text's weight that must stand in a prompt, for it to be one of several that the prompt mentions
