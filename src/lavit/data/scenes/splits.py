@@ -1,0 +1,191 @@
+"""Which scenes training never sees.
+
+`Rules` say, by hashes that no seed moves, which pairs of things, coloured shapes, drawings and
+whole scenes are held out. They hold for everything that stands in a document of training: all its
+scenes together and every word of its texts. Picture i of a split is a function of (seed, split, i);
+the splits that measure have seeds of their own, which no user's seed reaches.
+
+    train         what is left
+    valid         scenes whose facts are held out to choose by
+    valid_pairs   two things that training never shows together, to choose by
+    test          scenes whose facts are held out
+    pairs         two things that training never shows together
+    binding       two shapes; of one at least, training never shows the colour
+    number        five or six things, in groups no larger than training's
+    style         an object in a style in which training never shows it
+    noto          scenes of test in a third style
+    ladder        0 to 9 things in turn
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from lavit.config import InputError
+from lavit.data.scenes.render import stands_out
+from lavit.data.scenes.world import (
+    COLOURS,
+    MOST_ALIKE,
+    MOST_BIG,
+    MOST_GROUPS,
+    SHAPES,
+    STYLES,
+    Facts,
+    Scene,
+    facts,
+    murky,
+    objects,
+)
+
+SPLITS = (
+    "train", "valid", "valid_pairs", "test", "pairs", "binding", "number", "style", "noto", "ladder",
+)  # fmt: skip
+CHOOSING = ("train", "valid", "valid_pairs")  # splits that a user's seed moves
+MEASURING_SEED = 0x5CE7E5  # of the other splits
+TEST_SHARE = 0.05
+VALID_SHARE = 0.02
+VALID_PAIRS = 0.03
+MOST_IN_TRAINING = 4  # things
+# eight shapes in colours that training never shows; each shape and colour has others that it shows
+HELD_OUT_COLOURS = frozenset(
+    {
+        ("circle", "red"), ("square", "blue"), ("triangle", "yellow"), ("star", "green"),
+        ("heart", "purple"), ("diamond", "orange"), ("circle", "brown"), ("square", "black"),
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The first `objects` of the list take part; `held_out_pairs` is the share of pairs held out.
+
+    Raises `InputError` for a number or share that is out of range.
+    """
+
+    objects: int = 48
+    held_out_pairs: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.objects <= len(objects()):
+            raise InputError(
+                f"scenes have 2 to {len(objects())} objects to choose from, not {self.objects}"
+            )
+        if not 0 <= self.held_out_pairs <= 1 - VALID_PAIRS:
+            raise InputError(
+                f"held_out_pairs is {self.held_out_pairs}: give a share from 0 to {1 - VALID_PAIRS}"
+            )
+
+    @property
+    def objects_named(self) -> tuple[str, ...]:
+        """Names of the objects that take part."""
+        return tuple(kind.name for kind in objects()[: self.objects])
+
+    def pair_of(self, a: str, b: str) -> str:
+        """ "train", "pairs" or "valid_pairs": where two things may stand together."""
+        if a in SHAPES and b in SHAPES:
+            return "train"
+        at = _share("pair", *sorted((a, b)))
+        if at < self.held_out_pairs:
+            return "pairs"
+        return "valid_pairs" if at < self.held_out_pairs + VALID_PAIRS else "train"
+
+    def style_of(self, name: str) -> str | None:
+        """The one style in which training shows an object, or None for both: a tenth have one."""
+        if name in SHAPES:
+            return None
+        place = next(n for n, kind in enumerate(objects()) if kind.name == name)
+        return tuple(STYLES)[place // 10 % 2] if place % 10 == 7 else None
+
+    def held_out(
+        self, names: Iterable[str], coloured: Iterable[tuple[str, str]] = ()
+    ) -> str | None:
+        """Why things may not stand in one document of training, or None."""
+        for a, b in itertools.combinations(sorted(set(names)), 2):
+            if self.pair_of(a, b) != "train":
+                return f"{a} and {b} are held out as a pair"
+        for name, colour in coloured:
+            if (name, colour) in HELD_OUT_COLOURS:
+                return f"a {colour} {name} is held out"
+        return None
+
+    def forbids(self, scene: Scene) -> str | None:
+        """Why training may not show a scene, or None if it may."""
+        coloured = [(thing.name, thing.colour) for thing in scene.things if thing.colour]
+        reason = self.held_out(scene.names, coloured)
+        if reason:
+            return reason
+        if len(scene.things) > MOST_IN_TRAINING:
+            return f"{len(scene.things)} things, more than {MOST_IN_TRAINING}"
+        for name in scene.names:
+            if self.style_of(name) not in (None, scene.style):
+                return f"{name} is held out in the style {scene.style}"
+        if scene.style not in STYLES:
+            return f"the style {scene.style} is held out"
+        share = share_of(facts(scene))
+        return f"its facts are held out ({share})" if share != "train" else None
+
+
+def share_of(facts: Facts) -> str:
+    """ "train", "test" or "valid", by a hash of complete facts of one thing or more."""
+    if not facts.groups:
+        return "train"
+    at = _share("facts", facts_key(facts))
+    if at < TEST_SHARE:
+        return "test"
+    return "valid" if at < TEST_SHARE + VALID_SHARE else "train"
+
+
+def facts_key(facts: Facts) -> str:
+    """Facts as one line, the same for equal facts."""
+    groups = [f"{g.number}|{g.size}|{g.colour}|{g.name}" for g in sorted(facts.groups)]
+    related = [f"{r.first}|{r.kind}|{r.second}" for r in sorted(facts.relations)]
+    return ";".join((f"{facts.background}|{facts.pattern}", *groups, *related))
+
+
+def valid_world(scene: Scene) -> str | None:
+    """Why a picture like this is not part of the world, or None; splits come after."""
+    names = [thing.name for thing in scene.things]
+    if len(set(names)) > MOST_GROUPS or any(names.count(name) > MOST_ALIKE for name in names):
+        return "too many groups, or too many of one kind"
+    if any(thing.size == "big" for thing in scene.things) and len(names) > MOST_BIG:
+        return "a big thing among many"
+    for thing in scene.things:
+        if thing.colour == scene.background:
+            return f"a {thing.colour} shape on {thing.colour}"
+        style = scene.style if scene.style in STYLES else "twemoji"
+        if not stands_out(thing.name, thing.colour, style, scene.background):
+            return f"{thing.name} does not show on {scene.background}"
+    boxes: dict[str, list] = {}
+    for thing in scene.things:
+        boxes.setdefault(thing.name, []).append(thing.box)
+    return "a relation that is unclear" if murky(boxes) else None
+
+
+def generator(split: str, index: int, seed: int) -> np.random.Generator:
+    """Randomness of picture `index` of a split; an unknown split or negative number raises `InputError`."""
+    if split not in SPLITS:
+        raise InputError(f"there is no split {split!r} of scenes: choose from {', '.join(SPLITS)}")
+    if index < 0 or seed < 0:
+        raise InputError(f"seed {seed}, picture {index}: give numbers from 0")
+    place = SPLITS.index(split)
+    if split in CHOOSING:
+        return np.random.default_rng([0, seed, place, index])
+    return np.random.default_rng([1, MEASURING_SEED, place, index])
+
+
+@cache
+def _share(*words: str) -> float:
+    """A number from 0 to 1 that words alone decide."""
+    digest = hashlib.sha256("\0".join(words).encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def shapes_in_colour() -> tuple[tuple[str, str], ...]:
+    """All shapes in all colours."""
+    return tuple(itertools.product(SHAPES, COLOURS))

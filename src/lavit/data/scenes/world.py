@@ -1,0 +1,214 @@
+"""What a scene is: things on a background, and the facts that words can state of it.
+
+A thing is an object (an emoji, which has no colour of its own in the language) or a shape (which
+has one). Things of the same name form a group and share size and colour, so that a name picks out
+one group. Lengths are shares of the picture's width; x goes right, y goes down.
+
+Facts say what can be read off the picture: the background, the multiset of groups, and a relation
+for each pair of groups that stands clearly side by side or one above the other. Style is no fact.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+Size = Literal["small", "big"]
+RGB = tuple[int, int, int]
+
+STYLES = {"twemoji": "flat", "openmoji": "outlined"}  # the word for each style of training
+READ_STYLES = (*STYLES, "noto")  # noto is read only
+PATTERNS = ("plain", "striped", "dotted")
+BACKGROUNDS: dict[str, RGB] = {
+    "white": (250, 250, 250),
+    "gray": (176, 180, 186),
+    "yellow": (255, 236, 140),
+    "orange": (255, 200, 140),
+    "green": (176, 226, 170),
+    "blue": (160, 206, 248),
+    "purple": (206, 180, 240),
+    "pink": (255, 190, 214),
+}
+SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond")
+COLOURS: dict[str, RGB] = {
+    "red": (214, 32, 40),
+    "orange": (244, 128, 20),
+    "yellow": (248, 208, 16),
+    "green": (40, 148, 60),
+    "blue": (30, 92, 214),
+    "purple": (126, 50, 168),
+    "brown": (124, 74, 38),
+    "black": (34, 34, 38),
+}
+
+CELLS = tuple(itertools.product(range(3), range(3)))  # (row, column), in reading order
+PITCH = 0.305  # between the centres of neighbouring cells
+EXTENTS: dict[Size, tuple[float, float]] = {"small": (0.19, 0.206), "big": (0.33, 0.345)}
+JITTER = 0.03  # at most, where there is room for it
+GAP = 1 / 16  # between things, and between a thing and the border, at least
+CLEAR = 0.15  # two groups this far apart along an axis are beside each other
+MOST_BIG = 2  # things in a scene with a big one, at most
+MOST_GROUPS = 3
+MOST_ALIKE = 4  # things in a group, at most
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One entry of the frozen list of objects."""
+
+    name: str
+    codepoint: str
+    plural: str
+    group: str
+    synonyms: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Box:
+    """A square: its centre and its side."""
+
+    x: float
+    y: float
+    side: float
+
+    def span(self, axis: Literal["x", "y"]) -> tuple[float, float]:
+        """Where it begins and ends along an axis."""
+        centre = self.x if axis == "x" else self.y
+        return centre - self.side / 2, centre + self.side / 2
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object or shape: what it is and where it stands. `turn` is in degrees."""
+
+    name: str
+    colour: str | None  # of a shape; None for an object
+    size: Size
+    cell: tuple[int, int]  # row and column
+    box: Box
+    turn: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture as a program. Things stand in reading order of their cells."""
+
+    background: str
+    pattern: str
+    style: str
+    things: tuple[Thing, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the groups, in reading order of their first things."""
+        return tuple(dict.fromkeys(thing.name for thing in self.things))
+
+
+@dataclass(frozen=True, order=True)
+class Group:
+    """Things of one name: how many, how big, of which colour. None: not said."""
+
+    name: str
+    number: int
+    size: str | None = None
+    colour: str | None = None
+
+
+@dataclass(frozen=True, order=True)
+class Relation:
+    """Group `first` is left of, or above, group `second`."""
+
+    kind: Literal["left of", "above"]
+    first: str
+    second: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is so in a scene, or what a text says of one; None: not said.
+
+    `complete` facts of a scene say everything; a text may say less.
+    """
+
+    background: str | None
+    pattern: str | None
+    groups: frozenset[Group]
+    relations: frozenset[Relation] = frozenset()
+
+    @property
+    def number(self) -> int:
+        """Things in all groups."""
+        return sum(group.number for group in self.groups)
+
+    def group(self, name: str) -> Group | None:
+        """The group of a name, if there is one."""
+        return next((group for group in self.groups if group.name == name), None)
+
+
+@cache
+def objects() -> tuple[Kind, ...]:
+    """The frozen list, in its order: nano uses the first 48."""
+    path = Path(__file__).with_name("objects.tsv")
+    lines = [line for line in path.read_text("utf-8").splitlines() if not line.startswith("#")]
+    kinds = []
+    for name, codepoint, plural, group, synonyms in csv.reader(lines, delimiter="\t"):
+        words = tuple(word.strip() for word in synonyms.split(",") if word.strip())
+        kinds.append(Kind(name, codepoint, plural or f"{name}s", group, words))
+    return tuple(kinds)
+
+
+@cache
+def kind_of(name: str) -> Kind:
+    """The entry of an object's name; `KeyError` if there is none."""
+    return {kind.name: kind for kind in objects()}[name]
+
+
+def facts(scene: Scene) -> Facts:
+    """Everything that can be read off the picture of a scene."""
+    boxes: dict[str, list[Box]] = {}
+    groups = []
+    for thing in scene.things:
+        boxes.setdefault(thing.name, []).append(thing.box)
+    for name, members in boxes.items():
+        one = next(thing for thing in scene.things if thing.name == name)
+        groups.append(Group(name, len(members), one.size, one.colour))
+    return Facts(scene.background, scene.pattern, frozenset(groups), relations(boxes))
+
+
+def relations(boxes: dict[str, list[Box]], *, clear: float = CLEAR) -> frozenset[Relation]:
+    """The relations of all pairs of groups that stand clearly beside each other."""
+    found = []
+    for a, b in itertools.combinations(boxes, 2):
+        for axis, across, kind in (("x", "y", "left of"), ("y", "x", "above")):
+            for first, second in ((a, b), (b, a)):
+                before = gap(boxes[first], boxes[second], axis)
+                if before >= clear and overlap(boxes[a], boxes[b], across):
+                    found.append(Relation(kind, first, second))
+    return frozenset(found)
+
+
+def murky(boxes: dict[str, list[Box]]) -> bool:
+    """Does some pair of groups stand beside each other, but not clearly so?"""
+    for a, b in itertools.combinations(boxes.values(), 2):
+        for axis, across in (("x", "y"), ("y", "x")):
+            beside = max(gap(a, b, axis), gap(b, a, axis))
+            if 0 < beside < CLEAR and overlap(a, b, across):
+                return True
+    return False
+
+
+def gap(first: Sequence[Box], second: Sequence[Box], axis: Literal["x", "y"]) -> float:
+    """From where all of `first` end to where all of `second` begin; negative if they do not."""
+    return min(b.span(axis)[0] for b in second) - max(a.span(axis)[1] for a in first)
+
+
+def overlap(a: Sequence[Box], b: Sequence[Box], axis: Literal["x", "y"]) -> bool:
+    """Do two groups share a stretch of an axis, at least half of the smaller one's?"""
+    spans = [(min(x.span(axis)[0] for x in g), max(x.span(axis)[1] for x in g)) for g in (a, b)]
+    shared = min(end for _, end in spans) - max(start for start, _ in spans)
+    return shared >= 0.5 * min(end - start for start, end in spans)
