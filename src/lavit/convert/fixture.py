@@ -8,7 +8,6 @@ at the end of the chain, with their outputs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -283,11 +282,6 @@ def _compare(name: str, ours: Tensor, theirs: Tensor) -> Result:
         return Result(name, error, error == 0.0)
     error = float((ours - theirs).double().norm() / theirs.double().norm().clamp(min=1e-30))
     return Result(name, error, error <= TOLERANCE)
-
-
-def table(results: Sequence[Result]) -> list[tuple[str, str, str]]:
-    """Rows for printing: output, relative error, verdict."""
-    return [(result.name, f"{result.error:.2e}", "ok" if result.ok else "differs") for result in results]
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ deterministic (`KeepPolicy`), and `sample` is there for who wants it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -69,10 +69,6 @@ class KeepPolicy:
             raise InputError(
                 f"keep={keep!r} is not understood ({error}): try auto, all, 64, 0.25 or top_k:64"
             ) from error
-
-    def bounded(self, *, min_tokens: int, max_tokens: int | None) -> KeepPolicy:
-        """The same policy between these numbers of tokens."""
-        return replace(self, min_tokens=min_tokens, max_tokens=max_tokens)
 
 
 class Selector(nn.Module):
