@@ -35,13 +35,13 @@ VERBS: dict[str, Callable[..., Any]] = {
     "export": make.export,
 }
 GROUPS: dict[str, dict[str, Callable[..., Any]]] = {
-    "data": {"check": sets.check},
+    "data": {"scenes": sets.scenes, "check": sets.check},
     "convert": {"check": foreign.check, "published": foreign.published, "reverse": foreign.reverse},
 }
 
 
 def data() -> None:
-    """Check any data set (lavit data check)."""
+    """Scenes, the default data, and checks of any data set (lavit data scenes, check)."""
     _group("data")
 
 
