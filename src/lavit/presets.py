@@ -133,7 +133,7 @@ def nano() -> Preset:
             k_means_vectors=40_000,
         ),
         language=LanguageTraining(
-            steps=2600,
+            steps=3200,
             rows=2,
             tokens=512,
             learning_rate=2e-3,
@@ -145,7 +145,7 @@ def nano() -> Preset:
         pixels=PixelsTraining(
             autoencoder_steps=0,
             autoencoder_rate=1e-3,
-            steps=1600,
+            steps=1000,
             batch=16,
             learning_rate=2e-3,
             ema=0.995,
