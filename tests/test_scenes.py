@@ -17,7 +17,7 @@ from lavit.data.scenes.leaks import violations
 from lavit.data.scenes.render import render
 from lavit.data.scenes.sample import belongs, scene_at
 from lavit.data.scenes.splits import HELD_OUT_COLOURS, SPLITS, Rules, share_of, valid_world
-from lavit.data.scenes.world import CLEAR, EXTENTS, GAP, STYLES, Box, facts, gap, murky, relations
+from lavit.data.scenes.world import CLEAR, EXTENTS, GAP, STYLES, Box, extent, facts, gap, murky, relations
 from lavit.data.stream import Stream
 
 RULES = Rules()
@@ -33,7 +33,8 @@ def test_scenes_keep_the_geometry(split: str) -> None:
             assert min(box.span("x")[0], box.span("y")[0]) >= GAP - 1e-6
             assert max(box.span("x")[1], box.span("y")[1]) <= 1 - GAP + 1e-6
         for a, b in itertools.combinations(boxes, 2):
-            far = max(gap([p], [q], axis) for axis in "xy" for p, q in ((a, b), (b, a)))
+            pairs = ((extent([a]), extent([b])), (extent([b]), extent([a])))
+            far = max(gap(p, q, axis) for axis in (0, 1) for p, q in pairs)
             assert far >= GAP - 1e-6
         if split == "ladder":
             assert len(boxes) == index % 10

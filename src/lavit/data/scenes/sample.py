@@ -39,7 +39,6 @@ from lavit.data.scenes.world import (
     Size,
     Thing,
     facts,
-    gap,
     murky,
     relations,
 )
@@ -168,6 +167,7 @@ def names_for(
     return names, colours
 
 
+@cache
 def nominal(cell: Cell, size: Size, side: float | None = None) -> Box:
     """Where a thing stands without jitter: in its cell, or as near as the border allows."""
     side = sum(EXTENTS[size]) / 2 if side is None else side
@@ -186,10 +186,8 @@ def apart(boxes: Sequence[Box]) -> bool:
             if start < GAP - slack or end > 1 - GAP + slack:
                 return False
     for a, b in itertools.combinations(boxes, 2):
-        if (
-            max(gap([a], [b], s) for s in "xy") < GAP - slack
-            and max(gap([b], [a], s) for s in "xy") < GAP - slack
-        ):
+        far = max(abs(a.x - b.x), abs(a.y - b.y)) - (a.side + b.side) / 2
+        if far < GAP - slack:
             return False
     return True
 
@@ -207,9 +205,8 @@ def placements(
             for group, size, side in zip(cells, sizes, largest, strict=True)
         ]
         named = {str(number): group for number, group in enumerate(groups)}
-        if not apart([box for group in groups for box in group]) or murky(named):
-            continue
-        if len(counts) <= 1 or relations(named):
+        clear = not murky(named) and (len(counts) <= 1 or relations(named))
+        if clear and apart([box for group in groups for box in group]):
             found.append(cells)
     return tuple(found)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import csv
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -180,35 +180,44 @@ def facts(scene: Scene) -> Facts:
     return Facts(scene.background, scene.pattern, frozenset(groups), relations(boxes))
 
 
-def relations(boxes: dict[str, list[Box]], *, clear: float = CLEAR) -> frozenset[Relation]:
+def relations(boxes: Mapping[str, Sequence[Box]], *, clear: float = CLEAR) -> frozenset[Relation]:
     """The relations of all pairs of groups that stand clearly beside each other."""
     found = []
-    for a, b in itertools.combinations(boxes, 2):
-        for axis, across, kind in (("x", "y", "left of"), ("y", "x", "above")):
-            for first, second in ((a, b), (b, a)):
-                before = gap(boxes[first], boxes[second], axis)
-                if before >= clear and overlap(boxes[a], boxes[b], across):
-                    found.append(Relation(kind, first, second))
+    extents = {name: extent(members) for name, members in boxes.items()}
+    for a, b in itertools.permutations(extents, 2):
+        for axis, kind in enumerate(("left of", "above")):
+            if gap(extents[a], extents[b], axis) >= clear and overlap(extents[a], extents[b], axis):
+                found.append(Relation(kind, a, b))
     return frozenset(found)
 
 
-def murky(boxes: dict[str, list[Box]]) -> bool:
+def murky(boxes: Mapping[str, Sequence[Box]]) -> bool:
     """Does some pair of groups stand beside each other, but not clearly so?"""
-    for a, b in itertools.combinations(boxes.values(), 2):
-        for axis, across in (("x", "y"), ("y", "x")):
-            beside = max(gap(a, b, axis), gap(b, a, axis))
-            if 0 < beside < CLEAR and overlap(a, b, across):
-                return True
-    return False
+    extents = [extent(members) for members in boxes.values()]
+    return any(
+        0 < gap(a, b, axis) < CLEAR and overlap(a, b, axis)
+        for a, b in itertools.permutations(extents, 2)
+        for axis in (0, 1)
+    )
 
 
-def gap(first: Sequence[Box], second: Sequence[Box], axis: Literal["x", "y"]) -> float:
-    """From where all of `first` end to where all of `second` begin; negative if they do not."""
-    return min(b.span(axis)[0] for b in second) - max(a.span(axis)[1] for a in first)
+Extent = tuple[tuple[float, float], tuple[float, float]]  # where a group begins and ends in x and y
 
 
-def overlap(a: Sequence[Box], b: Sequence[Box], axis: Literal["x", "y"]) -> bool:
-    """Do two groups share a stretch of an axis, at least half of the smaller one's?"""
-    spans = [(min(x.span(axis)[0] for x in g), max(x.span(axis)[1] for x in g)) for g in (a, b)]
-    shared = min(end for _, end in spans) - max(start for start, _ in spans)
-    return shared >= 0.5 * min(end - start for start, end in spans)
+def extent(boxes: Sequence[Box]) -> Extent:
+    """Where a group begins and ends along both axes."""
+    return (
+        (min(b.x - b.side / 2 for b in boxes), max(b.x + b.side / 2 for b in boxes)),
+        (min(b.y - b.side / 2 for b in boxes), max(b.y + b.side / 2 for b in boxes)),
+    )
+
+
+def gap(first: Extent, second: Extent, axis: int) -> float:
+    """From where `first` ends to where `second` begins along axis 0 (x) or 1 (y)."""
+    return second[axis][0] - first[axis][1]
+
+
+def overlap(a: Extent, b: Extent, axis: int) -> bool:
+    """Do two groups share a stretch across an axis, at least half of the smaller one's?"""
+    (a0, a1), (b0, b1) = a[1 - axis], b[1 - axis]
+    return min(a1, b1) - max(a0, b0) >= 0.5 * min(a1 - a0, b1 - b0)
