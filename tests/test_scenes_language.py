@@ -3,8 +3,16 @@
 import numpy as np
 import pytest
 
-from lavit.data.scenes.language import describe, mention, names_in, parse, prompt, unknown_words
-from lavit.data.scenes.lexicon import noun, nouns, vocabulary
+from lavit.data.scenes.language import (
+    describe,
+    mention,
+    names_in,
+    parse,
+    prompt,
+    say,
+    unknown_words,
+)
+from lavit.data.scenes.lexicon import article, noun, nouns, vocabulary
 from lavit.data.scenes.questions import true_of
 from lavit.data.scenes.sample import scene_at
 from lavit.data.scenes.splits import Rules
@@ -27,7 +35,7 @@ NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine
 
 @pytest.fixture(scope="module")
 def scenes():
-    return [scene_at("train", n, rules=RULES) for n in range(3000)]
+    return [scene_at("train", n, rules=RULES) for n in range(800)]
 
 
 def test_every_description_reads_back_as_its_facts(scenes):
@@ -38,25 +46,25 @@ def test_every_description_reads_back_as_its_facts(scenes):
             assert parse(text) == said, text
 
 
-def test_scenes_of_more_things_read_back_too():
+def test_larger_numbers_read_back_too():
     rng = np.random.default_rng(0)
-    for split in ("number", "binding"):
-        for n in range(50):
-            scene = scene_at(split, n, rules=RULES)
-            assert parse(describe(scene, rng)) == facts(scene)
+    for number in range(1, 10):
+        groups = frozenset({Group("mouse", number, "small"), Group("star", 9 - number or 1)})
+        said = Facts("pink", "dotted", groups, frozenset({Relation("above", "mouse", "star")}))
+        assert parse(say(said, rng)) == said
 
 
 def test_captions_and_prompts_are_true_and_partial(scenes):
     rng = np.random.default_rng(1)
     full = 0
-    for scene in scenes[:1000]:
+    for scene in scenes:
         for text in (mention(scene, rng), prompt(scene, rng)):
             said = parse(text)
             assert said is not None and true_of(said, scene), text
             assert {g.name for g in said.groups} == set(scene.names)
         full += said == facts(scene)
         assert "background" not in mention(scene, rng)
-    assert 400 < full < 750
+    assert 0.4 < full / len(scenes) < 0.75
 
 
 def test_descriptions_are_short_and_varied(scenes):
@@ -64,7 +72,7 @@ def test_descriptions_are_short_and_varied(scenes):
     words = [len(describe(scene, rng).split()) for scene in scenes]
     assert 10 < np.mean(words) < 16
     two = next(scene for scene in scenes if len(facts(scene).relations) == 1)
-    assert len({describe(two, rng) for _ in range(300)}) > 60
+    assert len({describe(two, rng) for _ in range(120)}) > 40
     assert not any(". " in prompt(scene, rng)[-2:] for scene in scenes[:200])
 
 
@@ -74,7 +82,7 @@ def test_a_content_word_less_more_or_other_is_another_fact_or_none(scenes):
     classes = [*ADJECTIVES, NUMBERS, ("left", "right"), ("above", "below"), ("stripes", "dots")]
     classes.append(tuple(word for word in nouns_ if " " not in word))
     everything = [word for one in classes for word in one]
-    for scene in scenes[:300]:
+    for scene in scenes[:50]:
         said = facts(scene)
         words = describe(scene, rng).replace(".", " .").replace(",", " ,").split()
         for place, word in enumerate(words):
@@ -140,7 +148,8 @@ def test_what_does_not_fit_together_is_not_read(text):
         ("A BIKE on a grey background", Facts("gray", None, frozenset({Group("bicycle", 1)}))),
         ("2 large mice", Facts(None, None, frozenset({Group("mouse", 2, "big")}))),
         (
-            "please draw an ice cream to the right of nine tiny ferris wheels on a dotted background",
+            "please draw an ice cream to the right of nine tiny ferris wheels on a "
+            "dotted background",
             Facts(
                 None,
                 "dotted",
@@ -175,16 +184,14 @@ def test_every_noun_reads_back_alone_and_as_several():
 
 
 def test_articles_follow_the_ear():
-    rng = np.random.default_rng(5)
-    text = " ".join(mention(scene_at("train", n, rules=RULES), rng) for n in range(2000))
-    assert " a owl" not in text and " an unicorn" not in text and " a hourglass" not in text
-    assert "a unicorn" in text and "an hourglass" in text
+    assert article("owl") == "an owl" and article("small owl") == "a small owl"
+    assert article("unicorn") == "a unicorn" and article("hourglass") == "an hourglass"
 
 
 def test_unknown_words_are_named_and_texts_of_the_language_have_none(scenes):
     rng = np.random.default_rng(6)
     assert unknown_words("draw a purple Zeppelin near two owls, zeppelin!") == ["zeppelin", "near"]
-    for scene in scenes[:500]:
+    for scene in scenes[:100]:
         assert not unknown_words(describe(scene, rng) + " " + prompt(scene, rng))
 
 
