@@ -128,6 +128,7 @@ def nano() -> Preset:
             steps_b=750,
             batch=32,
             learning_rate=1e-3,
+            rate=0.2,  # a scene of nano has two things, which cover a sixth of it
             selector_gradient="ragged",
             decided_weight=1.0,
             k_means_vectors=40_000,

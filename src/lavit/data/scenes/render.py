@@ -35,6 +35,7 @@ NOTO = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")  # Debian's fon
 NOTO_SIZE = 109  # the only size in which that font has pictures
 DRAWN = 128  # pixels of a drawing before it is set into a scene
 SHADE = 0.93  # of a pattern, times the background
+PERIOD = 1 / 10  # of a pattern, along both axes
 MINIMUM_CONTRAST = 20.0  # CIELAB, between a drawing's rim and the background
 
 
@@ -60,13 +61,12 @@ def background(colour: str, pattern: str, size: int) -> Image.Image:
     """A plain, striped or dotted background; patterns are a shade of its own hue."""
     plain = np.array(BACKGROUNDS[colour], dtype=np.float64)
     y, x = (np.mgrid[0:size, 0:size] + 0.5) / size
-    period = 1 / 8
     if pattern == "striped":
-        wave = np.abs(((x + y) / (period * math.sqrt(2))) % 1 - 0.5) * period
-        inside = np.clip((period / 4 - wave) * size + 0.5, 0, 1)
+        wave = np.abs(((x + y) / PERIOD) % 1 - 0.5) * PERIOD / math.sqrt(2)
+        inside = np.clip((PERIOD / math.sqrt(32) - wave) * size + 0.5, 0, 1)
     elif pattern == "dotted":
-        far = np.hypot(x % period - period / 2, y % period - period / 2)
-        inside = np.clip((period * 0.27 - far) * size + 0.5, 0, 1)
+        far = np.hypot(x % PERIOD - PERIOD / 2, y % PERIOD - PERIOD / 2)
+        inside = np.clip((PERIOD * 0.3 - far) * size + 0.5, 0, 1)
     else:
         inside = np.zeros((size, size))
     pixels = plain * (1 - (1 - SHADE) * inside[..., None])
