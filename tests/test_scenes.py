@@ -17,7 +17,18 @@ from lavit.data.scenes.leaks import violations
 from lavit.data.scenes.render import render
 from lavit.data.scenes.sample import belongs, scene_at
 from lavit.data.scenes.splits import HELD_OUT_COLOURS, SPLITS, Rules, share_of, valid_world
-from lavit.data.scenes.world import CLEAR, EXTENTS, GAP, STYLES, Box, extent, facts, gap, murky, relations
+from lavit.data.scenes.world import (
+    CLEAR,
+    EXTENTS,
+    GAP,
+    STYLES,
+    Box,
+    extent,
+    facts,
+    gap,
+    murky,
+    relations,
+)
 from lavit.data.stream import Stream
 
 RULES = Rules()

@@ -120,7 +120,7 @@ def stream_rows(seed: int = 0, *, split: str = "train", rules: Rules | None = No
     return datasets.IterableDataset.from_generator(
         _stretches,
         features=datasets.Features(
-            {"image": datasets.Image(decode=False), "texts": datasets.List(datasets.Value("string"))}
+            image=datasets.Image(decode=False), texts=datasets.List(datasets.Value("string"))
         ),
         gen_kwargs=shards,
     )
@@ -148,7 +148,7 @@ def write_pool(
     processes: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, int]:
-    """Write the first `pictures` pictures of a split as a data set; returns counts of what it holds.
+    """Write the first `pictures` pictures of a split as a data set; returns what it holds, counted.
 
     The folder appears when it is whole. Raises `InputError` where something is there already with
     other options, for an unknown split, numbers below one, or a missing package of drawings.

@@ -6,6 +6,7 @@ two groups, both named. Lower case; a full stop after descriptions and captions,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -43,15 +44,18 @@ WORDINGS = 8  # of what stands on what
 
 
 def describe(scene: Scene, rng: np.random.Generator) -> str:
-    """Everything that can be read off a scene's picture, in one of many wordings."""
-    return say(facts(scene), rng) + "."
+    """Everything that can be read off a scene's picture, in one of many wordings.
+
+    Things are named in reading order, so that what comes next can be seen.
+    """
+    return say(facts(scene), rng, order=scene.names) + "."
 
 
 def mention(scene: Scene, rng: np.random.Generator) -> str:
     """A short caption: the things, their numbers and colours, sometimes sizes or a relation."""
     sizes, relations = rng.random() < 0.2, rng.random() < 0.4
     said = thin(facts(scene), sizes=sizes, relations=relations, background=False, pattern=False)
-    return say(said, rng) + "."
+    return say(said, rng, order=scene.names) + "."
 
 
 def prompt(scene: Scene, rng: np.random.Generator, *, full: bool | None = None) -> str:
@@ -99,24 +103,35 @@ def thin(
     )
 
 
-def say(said: Facts, rng: np.random.Generator, *, synonyms: float = 0.0) -> str:
-    """Exactly these facts, without the last full stop."""
+def say(
+    said: Facts,
+    rng: np.random.Generator,
+    *,
+    synonyms: float = 0.0,
+    order: Sequence[str] | None = None,
+) -> str:
+    """Exactly these facts, without the last full stop; groups in an `order` of names, or in any."""
     if not said.groups:
         return _nothing(said, rng)
     groups = sorted(said.groups)
     groups = [groups[n] for n in rng.permutation(len(groups))]
+    if order is not None:
+        groups.sort(key=lambda group: order.index(group.name))
+    at = [group.name for group in groups]
     names = {group.name: _word(group, rng, synonyms) for group in groups}
     relations = sorted(said.relations)
     relations = [relations[n] for n in rng.permutation(len(relations))]
+    if order is not None:
+        relations.sort(key=lambda one: sorted((at.index(one.first), at.index(one.second))))
     clauses: list[str] = []
     if len(groups) == 2 and relations and rng.random() < 0.6:
-        first, kind, second = related(relations[0], rng)
+        first, kind, second = related(relations[0], rng, order)
         a, b = said.group(first), said.group(second)
         things = f"{_group(a, names)} {place(kind, rng)} {_group(b, names)}"
     else:
         things = listed([_group(group, names) for group in groups])
         for relation in relations:
-            first, kind, second = related(relation, rng)
+            first, kind, second = related(relation, rng, order)
             verb = "is" if said.group(first).number == 1 else "are"
             clauses.append(f"the {names[first]} {verb} {place(kind, rng)} the {names[second]}")
     after = _sentences(clauses, rng)
@@ -161,9 +176,14 @@ def listed(items: list[str]) -> str:
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
-def related(relation: Relation, rng: np.random.Generator) -> tuple[str, str, str]:
-    """A relation as (name, kind in words, name), put from either end."""
-    if rng.random() < 0.5:
+def related(
+    relation: Relation, rng: np.random.Generator, order: Sequence[str] | None = None
+) -> tuple[str, str, str]:
+    """A relation as (name, kind in words, name), put from the earlier end, or else from either."""
+    forward = rng.random() < 0.5
+    if order is not None:
+        forward = order.index(relation.first) < order.index(relation.second)
+    if forward:
         return relation.first, relation.kind, relation.second
     return relation.second, OPPOSITE[relation.kind], relation.first
 

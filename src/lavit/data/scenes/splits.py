@@ -44,7 +44,8 @@ from lavit.data.scenes.world import (
 )
 
 SPLITS = (
-    "train", "valid", "valid_pairs", "test", "pairs", "binding", "number", "style", "noto", "ladder",
+    "train", "valid", "valid_pairs",
+    "test", "pairs", "binding", "number", "style", "noto", "ladder",
 )  # fmt: skip
 CHOOSING = ("train", "valid", "valid_pairs")  # splits that a user's seed moves
 MEASURING_SEED = 0x5CE7E5  # of the other splits
@@ -168,7 +169,7 @@ def valid_world(scene: Scene) -> str | None:
 
 
 def generator(split: str, index: int, seed: int) -> np.random.Generator:
-    """Randomness of picture `index` of a split; an unknown split or negative number raises `InputError`."""
+    """Randomness of picture `index` of a split; an unknown split raises `InputError`."""
     if split not in SPLITS:
         raise InputError(f"there is no split {split!r} of scenes: choose from {', '.join(SPLITS)}")
     if index < 0 or seed < 0:
