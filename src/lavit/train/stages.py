@@ -136,7 +136,8 @@ class TokenizerStage:
         if train_selector:
             loss = loss + config.rate_weight * self._rate_loss(out.mask)
             undecided = (out.keep_probability * (1 - out.keep_probability)).mean()
-            loss = loss + config.decided_weight * min(1.0, 2 * step / max(1, config.steps_a)) * undecided
+            late = max(0.0, min(1.0, 2 * step / max(1, config.steps_a) - 1))
+            loss = loss + config.decided_weight * late * undecided
         # the part's share of all tokens of the step, times the number of parts and ranks over which losses are meant
         share = len(out.vectors) * accelerator.num_processes * self.accumulate / int(self.kept.sum())
         figures = {"reconstruction": reconstruction, "vector_norm": out.norm * share}
