@@ -2,7 +2,7 @@
 
 Command   python recipes/text_replay.py DATA RUN OUT [--texts data/prose.jsonl] [--steps 150] [--weights 0 0.03]
           (RUN: a run of nano on DATA, whose tokenizer and cached encoder features are used; nothing in it is changed)
-Data      lavit data starter --out DATA --families 400 --tones dark; lavit data prose --out data/prose.jsonl
+Data      DATA is any source of pictures; python recipes/prose.py data/prose.jsonl
 Cost      about 8 minutes a row at 150 steps of 512 tokens on two idle CPU cores
 Score     LOG.md has the table
 
@@ -17,11 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import tyro
+from prose import held_out_texts
 from rich.console import Console
 from rich.table import Table
 
 import lavit
-from lavit.data.prose import held_out_texts
 from lavit.evaluate.text import perplexity
 from lavit.presets import mini
 from lavit.storage import load_base

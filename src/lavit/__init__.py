@@ -1,7 +1,7 @@
 """LaVIT: images as a foreign language for any causal LM (arXiv 2309.04669), trained, used, measured and served.
 
 import lavit
-lv = lavit.load("mini")
+lv = lavit.load("nano")
 lv.caption("cat.png"); lv.ask("cat.png", "what is this?"); lv.draw("a red bicycle", seed=0)
 """
 
@@ -27,7 +27,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 
 def load(
-    model: str | Path,
+    model: str | Path = "nano",
     *,
     device: str = "auto",
     dtype: str | None = None,
@@ -38,7 +38,7 @@ def load(
     watermark: str | None = None,
     base: str | None = None,
 ) -> Pipeline:
-    """Open a model folder, a training run or the model of this package ("mini"); parts are read when they are first used.
+    """Open a model folder, a training run or the model of this package ("nano"); parts are read when they are first used.
 
     device: "auto" is a CUDA GPU where there is one, else the CPU; dtype: bf16 there, fp32 here, or "float32", "bfloat16",
     "float16". One line is logged. quantization: "int8" or "nf4" weights for the language model, and device_map ("auto"
@@ -60,7 +60,6 @@ def load(
     return Pipeline(
         loaded,
         protocol=protocol,
-        quantization=None if place_language else quantization,
         safety=safety,
         watermark=watermark,
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import itertools
 import json
 import types
 import typing
@@ -48,16 +47,9 @@ class VisionConfig:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     layer: int = -1  # hidden state to read (before the final norm); block index for convolutional encoders
-    described: tuple[int, ...] = ()  # earlier ones that a memory compares pictures by, beside it (modules/memory.py)
     absolute_positions: bool = True  # False: a fixed 2-D sine-cosine code is added for selector and merger
     architecture: dict[str, Any] = field(default_factory=dict)  # transformers config, with "model_type"
     sha256: str | None = None  # of the referenced weights; checked when they are loaded
-
-    def __post_init__(self) -> None:
-        if any(a >= b for a, b in itertools.pairwise((-1, *self.described))):
-            raise InputError(
-                f"described is {list(self.described)}: give numbers of layers, from 0, each once, in their order"
-            )
 
     @property
     def patches(self) -> int:
@@ -104,19 +96,7 @@ class LanguageConfig:
     )
     # read images enter as continuous merger features (the paper) or as the rows of their codes (an ablation)
     read_as: Literal["features", "codes"] = "features"
-    # texts of the most similar training pictures that are told with a picture that is read (modules/memory.py)
-    recall: int = 0
-    # remembered pictures that stand, as codes with their texts, before words or an edit to draw from (modules/memory.py)
-    shown: int = 0
     sha256: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.recall < 0 or (self.recall and self.read_as != "features"):
-            raise InputError(f"recall is {self.recall} with read_as={self.read_as!r}: give 0, or read features")
-        if self.shown < 0 or (self.shown and not self.recall):
-            raise InputError(
-                f"shown is {self.shown} with recall={self.recall}: a memory is kept where recall is 1 or more"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,9 +114,6 @@ class PixelsConfig:
     pool_heads: int = 16  # "pooled": heads of the attention pool
     # features enter by their direction alone: Eq. 4 is a cosine, so nothing trains the length of a reconstructed feature
     direction: bool = False
-    # "grid": beside the map stands the remembered picture whose codes are most alike (modules/memory.py); one more channel
-    # of the denoiser says, place by place, how much of it to take as it is
-    shown: bool = False
     # how the null condition is made: "learned", "zeros" (SDXL), "text" (stored null-text embedding, SD 1.5)
     unconditional: Literal["learned", "zeros", "text"] = "learned"
     null_tokens: int = 77  # "text": rows of the stored embedding
@@ -181,8 +158,6 @@ class ModelConfig:
         ):
             if found != self.vision.patches:
                 raise InputError(f"{part} is {found} but the encoder gives {self.vision.patches} patches")
-        if self.pixels.shown and not self.language.recall:
-            raise InputError("pixels.shown needs a memory, which is kept where language.recall is 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,35 +207,14 @@ class LanguageTraining:
     warmup: float = 0.05
     accumulate: int = 1  # parts that the rows of a step go through the model in: the same gradient, less memory
     recompute: bool = False  # activation checkpointing: keep each block's input only, and compute the block again
-    # steps in which the reader learns the words said of pictures before the LM reads (train/reader.py), of `reader_batch`
-    reader_steps: int = 0
-    reader_batch: int = 64
     train_merger: bool = True  # the second merger; False leaves it as stage 1 made it, which LoRA on a small card needs
-    # of the warm-up's losses, on as many pictures of their own, beside the LM's in every step: through the LM alone the
-    # reader learns training pictures by heart and forgets what it knew of others
-    reader_weight: float = 0.0
-    # share of the kept patches of a picture that a reading of it leaves out, at most: it is drawn evenly from 0 to this;
-    # what is left reads them as dropped ones, so that a row holds more pictures and each is seen in many ways
-    thinned: float = 0.0
     supervise_read_images: bool = True
     unconditional_fraction: float = 0.1  # of [text, image] documents lose their prompt
-    # share of read pictures that are moved towards another hand: the difference between the two pictures of a random
-    # edit "in the … style" is added to their features, `style_strength` times
-    style_shift: float = 0.0
-    style_strength: float = 1.5
     stream: bool = False  # read the data as it comes, shard by shard, and encode pictures on the fly (data/stream.py)
     # folder of `lavit tokenize-corpus` whose codes are used: then nothing is read, which needs features (data/pretokenised.py)
     token_corpus: str = ""
     # relative number of documents of each kind: reading, writing, questions, edits, text alone
     mixture: tuple[float, float, float, float, float] = (1.0, 1.0, 0.5, 0.5, 0.25)
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.thinned < 1:
-            raise InputError(f"thinned is {self.thinned}, expected a share from 0 to below 1")
-        if self.thinned and self.supervise_read_images:
-            raise InputError(
-                "thinned pictures have no codes of their own to predict: set supervise_read_images to False"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,7 +232,6 @@ class PixelsTraining:
     # share of a picture's codes that are another's, at most; it is drawn evenly from 0 to this: a LM that writes codes errs,
     # and a decoder that only knows true ones does worse on its (conditioning augmentation, arXiv 2106.15282)
     code_noise: float = 0.0
-    plain_share: float = 0.0  # of the pictures of a step that are taken as they are, whatever views there are
     # of the distance in the encoder's early layers between the picture that the denoiser's answer stands for and the true
     # one (modules/perceptual.py); for decoders trained from scratch in minutes
     perceptual_weight: float = 0.0
@@ -289,9 +242,6 @@ class TrainConfig:
     """A whole run: three stages on one data set."""
 
     seed: int = 0
-    views: int = 1  # cached views of each training picture: the plain one and small shifts, zooms and turns of it
-    # every second view mirrors the one before: for data in which left and right mean nothing (no letters, arrows, clocks)
-    mirrored: bool = False
     text_vocabulary: int = 2048  # of the text tokenizer that is trained where the LM is random
     checkpoint_every: int = 200  # steps
     keep_last: int = 2  # checkpoints

@@ -26,7 +26,6 @@ from transformers import PreTrainedTokenizerBase
 from lavit.config import InputError, ModelConfig, from_json, read_json, to_json
 from lavit.images import pixels as to_pixels
 from lavit.modules.language import Language
-from lavit.modules.memory import Memory
 from lavit.modules.selector import KeepPolicy
 from lavit.modules.tokenizer import VisualTokenizer
 from lavit.modules.vision import Vision, load_vision, save_vision
@@ -45,8 +44,7 @@ if TYPE_CHECKING:  # diffusers takes seconds to import, and only pixels need it
     from lavit.modules.pixels import Pixels
 
 log = logging.getLogger(__name__)
-PARTS = ("vision", "tokenizer", "memory", "language", "pixels")
-EXACT = ("tokenizer", "memory")  # always fp32, so that rounding elsewhere does not flip their choices
+PARTS = ("vision", "tokenizer", "language", "pixels")
 
 
 class LaVIT(nn.Module):
@@ -91,11 +89,6 @@ class LaVIT(nn.Module):
         return self._part("language")
 
     @property
-    def memory(self) -> Memory:
-        """Texts of the training pictures, told with a picture that is read (`LanguageConfig.recall`)."""
-        return self._part("memory")
-
-    @property
     def pixels(self) -> Pixels:
         """The diffusion decoder."""
         return self._part("pixels")
@@ -114,8 +107,8 @@ class LaVIT(nn.Module):
             part = self._load(name)
             if name == "language" and self._place_language is not None:
                 part = self._place_language(part)
-            else:
-                part = part.to(self.device, torch.float32 if name in EXACT else self.dtype)
+            else:  # the tokenizer stays exact, so that rounding elsewhere does not flip its choices
+                part = part.to(self.device, torch.float32 if name == "tokenizer" else self.dtype)
             self.parts[name] = part.eval()
         return self.parts[name]
 
@@ -128,9 +121,6 @@ class LaVIT(nn.Module):
             where = folder / "tokenizer" / "model.safetensors"
             load_strictly(tokenizer, load_tensors(where), where)
             return tokenizer
-        if name == "memory":
-            tensors = load_tensors(folder / "memory" / "model.safetensors")
-            return Memory(read_json(folder / "memory" / "config.json")["texts"], tensors)
         if name == "language":
             if (folder / "language").is_dir() and not (folder / "reader").is_dir():
                 raise InputError(
@@ -148,14 +138,9 @@ class LaVIT(nn.Module):
     @torch.inference_mode()
     def patches(self, images: Sequence[Image]) -> Float[Tensor, "images patches dim"]:
         """Encoder features of pictures (RGB, any size; squashed to the encoder's)."""
-        return self.looks(images)[-1]
-
-    @torch.inference_mode()
-    def looks(self, images: Sequence[Image]) -> list[Float[Tensor, "images _places _channels"]]:
-        """What the layers of the encoder see that a memory compares, and last the features: `Vision.looks`."""
         vision = self.config.vision
         batch = to_pixels(images, vision.image_size, vision.mean, vision.std)
-        return [look.float() for look in self.vision.looks(batch.to(self.device, self.dtype))]
+        return self.vision(batch.to(self.device, self.dtype)).float()
 
     @torch.inference_mode()
     def encode(
@@ -179,15 +164,6 @@ class LaVIT(nn.Module):
         lengths = torch.tensor([len(c) for c in codes], device=self.device)
         return self.tokenizer.decode(torch.cat(list(codes)).to(self.device), lengths)
 
-    @torch.inference_mode()
-    def shown(self, codes: Sequence[Tensor]) -> Float[Tensor, "images 3 size size"] | None:
-        """The remembered pictures most like images given as codes, -1..1, which a pixel decoder may be shown; else None."""
-        if not self.config.pixels.shown:
-            return None
-        pictures = [self.memory.picture(self.memory.likest(one.tolist())) for one in codes]
-        half = (0.5, 0.5, 0.5)
-        return to_pixels(pictures, self.config.pixels.size, half, half).to(self.device)
-
     @classmethod
     def from_pretrained(
         cls,
@@ -197,7 +173,7 @@ class LaVIT(nn.Module):
         dtype: torch.dtype = torch.float32,
         place_language: Callable[[Language], Language] | None = None,
     ) -> LaVIT:
-        """Open a model folder, a training run or a model of this package ("mini"); parts load at first use."""
+        """Open a model folder, a training run or a model of this package ("nano"); parts load at first use."""
         folder = model_folder(folder)
         config = from_json(ModelConfig, read_json(folder / "config.json"))
         return cls(config, folder=folder, device=device, dtype=dtype, place_language=place_language)
@@ -223,10 +199,6 @@ class LaVIT(nn.Module):
         if "tokenizer" in parts:
             with replacing(folder / "tokenizer") as new:
                 save_tensors(self.tokenizer.state_dict(), new / "model.safetensors")
-        if "memory" in parts and config.language.recall:
-            with replacing(folder / "memory") as new:
-                save_tensors(self.memory.state_dict(), new / "model.safetensors")
-                (new / "config.json").write_text(json.dumps({"texts": self.memory.texts}, indent=0) + "\n")
         if "language" in parts:
             saved = save_language(self.language, self.text, config.language, folder)
             config = dataclasses.replace(config, language=saved)

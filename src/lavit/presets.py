@@ -46,7 +46,7 @@ def efficientnet_lite0(*, image_size: int) -> VisionConfig:
     )
 
 
-def folded_pixels(vision: VisionConfig, *, channels: tuple[int, ...], shown: bool = False) -> PixelsConfig:
+def folded_pixels(vision: VisionConfig, *, channels: tuple[int, ...]) -> PixelsConfig:
     """64 px, folded 4×4 to 16×16×48; the features stand as a map beside the noise, and the network answers the picture.
 
     Answering ε leaves its error as grain in every picture until training is long, and weighting as Eq. 5 does gives the
@@ -61,7 +61,6 @@ def folded_pixels(vision: VisionConfig, *, channels: tuple[int, ...], shown: boo
         condition="grid",
         condition_dim=condition,
         direction=True,
-        shown=shown,
         sees="estimate",
         patch=patch,
         guidance=1.0,
@@ -79,8 +78,8 @@ def folded_pixels(vision: VisionConfig, *, channels: tuple[int, ...], shown: boo
         unet={
             "_class_name": "UNet2DModel",
             "sample_size": 64 // patch,
-            "in_channels": folded + condition + folded * shown,
-            "out_channels": folded + shown,
+            "in_channels": folded + condition,
+            "out_channels": folded,
             "block_out_channels": list(channels),
             "down_block_types": ["DownBlock2D"] * len(channels),
             "up_block_types": ["UpBlock2D"] * len(channels),
@@ -125,7 +124,6 @@ def nano() -> Preset:
         pixels=folded_pixels(vision, channels=(64, 128)),
     )
     training = TrainConfig(
-        views=3,
         tokenizer=TokenizerTraining(
             steps_a=180, steps_b=200, batch=16, learning_rate=1e-3, selector_gradient="ragged", decided_weight=1.0
         ),
@@ -138,7 +136,6 @@ def nano() -> Preset:
             reader_rate=1e-3,
             weight_decay=0.01,
             supervise_read_images=False,  # a name is 3 targets of 40 otherwise, and is learnt that much later
-            style_shift=0.7,
             mixture=(3.0, 1.5, 0.3, 0.4, 0.0),  # a document of questions is twice as long as one of the others
         ),
         pixels=PixelsTraining(
@@ -148,7 +145,6 @@ def nano() -> Preset:
             batch=16,
             learning_rate=2e-3,
             ema=0.99,
-            plain_share=0.5,
             perceptual_weight=1.0,
         ),
     )
@@ -156,16 +152,11 @@ def nano() -> Preset:
 
 
 def mini() -> Preset:
-    """The model that comes with the package: frozen EfficientNet-Lite0, SmolLM2-135M with LoRA, 64 px; for a laptop's two
-    cores. The shipped one had fewer steps of stages 2 and 3 (its training.json says how many).
-    """
+    """SmolLM2-135M with LoRA as the language model, else as `nano`: for a laptop's two cores."""
     small = nano()
-    vision = replace(small.model.vision, described=(7, 10, 14))  # where EfficientNet's stages end
-    language = LanguageConfig(source="smollm2-135m", lora_rank=16, recall=4, shown=2)
-    pixels = folded_pixels(vision, channels=(64, 128), shown=True)
-    model = replace(small.model, name="mini", vision=vision, language=language, pixels=pixels)
+    language = LanguageConfig(source="smollm2-135m", lora_rank=16)
+    model = replace(small.model, name="mini", language=language)
     training = TrainConfig(
-        views=3,
         tokenizer=replace(small.training.tokenizer, steps_a=900, steps_b=1500),
         language=replace(
             small.training.language,
@@ -174,15 +165,11 @@ def mini() -> Preset:
             learning_rate=1e-3,
             rows_rate=2e-3,
             reader_rate=5e-4,
-            reader_steps=5000,
-            reader_batch=32,
-            reader_weight=1.0,
-            thinned=0.8,
             mixture=(4.0, 1.0, 0.8, 0.9, 0.0),
         ),
         pixels=replace(small.training.pixels, steps=6000, ema=0.998, code_noise=0.5),
     )
-    return Preset(model, training, minutes=265)
+    return Preset(model, training, minutes=240)
 
 
 def lavit_7b() -> Preset:
@@ -280,6 +267,6 @@ def scaled(training: TrainConfig, factor: float) -> TrainConfig:
     return replace(
         training,
         tokenizer=replace(tokenizer, steps_a=times(tokenizer.steps_a), steps_b=times(tokenizer.steps_b)),
-        language=replace(language, steps=times(language.steps), reader_steps=times(language.reader_steps)),
+        language=replace(language, steps=times(language.steps)),
         pixels=replace(pixels, autoencoder_steps=times(pixels.autoencoder_steps), steps=times(pixels.steps)),
     )

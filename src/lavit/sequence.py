@@ -147,31 +147,6 @@ def lay_out(document: Document, vocabulary: Vocabulary, *, supervise_read_images
     return Sequence(tuple(ids), tuple(labels), tuple(slots), tuple(images))
 
 
-def first_fit(lengths: Sequence_[int], capacity: int) -> list[list[int]]:
-    """Pack items of the given lengths into rows of `capacity`, each into the first row with room.
-
-    Returns the item numbers of each row. Raises `InputError` for an item longer than a row.
-    """
-    rows: list[list[int]] = []
-    room: list[int] = []
-    first_open = 0
-    for number, length in enumerate(lengths):
-        if length > capacity:
-            raise InputError(f"document {number} has {length} tokens, more than a row of {capacity}: use longer rows")
-        for row in range(first_open, len(rows)):
-            if room[row] >= length:
-                break
-        else:
-            rows.append([])
-            room.append(capacity)
-            row = len(rows) - 1
-        rows[row].append(number)
-        room[row] -= length
-        while first_open < len(rows) and room[first_open] == 0:
-            first_open += 1
-    return rows
-
-
 def exact_choice(lengths: Sequence_[int], room: int) -> list[int]:
     """Numbers of items whose lengths add up to as much of `room` as any choice does (a knapsack, on bits of an integer)."""
     numbers: dict[int, list[int]] = {}

@@ -5,7 +5,6 @@ tokenizer/       model.safetensors: selector, merger, codebook, reconstructor
 vision/          a transformers vision checkpoint, where the encoder is not a reference
 language/        a plain transformers causal LM with the joint vocabulary and its text tokenizer;
                  or, over a referenced base, a PEFT adapter, rows.safetensors and the text tokenizer
-memory/          config.json: texts of training pictures; model.safetensors: their keys, codes and small copies
 reader/          model.safetensors: the second merger and the projection that let pictures into the LM
 pixels/          a diffusers folder
 """
@@ -43,7 +42,7 @@ READER = ("merger.", "to_language.")
 
 
 def model_folder(model: str | Path) -> Path:
-    """A model's folder: the one given, or that of a model that comes with this package ("mini").
+    """A model's folder: the one given, or that of a model that comes with this package ("nano").
 
     Raises `InputError` where there is neither.
     """

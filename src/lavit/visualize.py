@@ -2,7 +2,6 @@
 
     kept_over, merge_map     over one picture: which patches stay, and which kept token took most of each dropped one
     write_gallery            over a data set: patches of the most used codes, use of all codes, lengths
-    curves                   over a run: every figure of metrics.jsonl against the steps
 
 All of it is drawn with Pillow, so that nothing more has to be installed to see what a tokenizer does.
 """
@@ -10,7 +9,6 @@ All of it is drawn with Pillow, so that nothing more has to be installed to see 
 from __future__ import annotations
 
 import colorsys
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -232,88 +230,6 @@ def write_gallery(
         "mean_length": mean,
         "length_spread": float(lengths.double().std(correction=0)) / mean,
     }
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Lines of a run's metrics.jsonl; one that is being written is left out, and no file at all raises `InputError`."""
-    try:
-        lines = (run / "metrics.jsonl").read_text().splitlines()
-    except OSError as error:
-        raise InputError(f"{run / 'metrics.jsonl'} cannot be read ({error.strerror}): give a training run") from error
-    found = []
-    for number, line in enumerate(lines):
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number + 1 < len(lines):
-                raise InputError(f"{run / 'metrics.jsonl'}, line {number + 1}, is no JSON: {error}") from error
-    return found
-
-
-def curves(lines: Sequence[Mapping[str, Any]], *, columns: int = 4, size: Place = (300, 150)) -> Image.Image:
-    """Every figure of a run's metrics.jsonl against the step, stage after stage.
-
-    Figures named "group/part" are drawn together as shades, a row a part (the kept-count histogram). Lines as the loop
-    writes them: {"stage", "step", figure: value, …}; none at all raises `InputError`.
-    """
-    panels: list[list[Image.Image]] = []
-    for stage in dict.fromkeys(line["stage"] for line in lines):
-        mine = [line for line in lines if line["stage"] == stage]
-        names = list(dict.fromkeys(name for line in mine for name in line if name not in ("stage", "step")))
-        groups = dict.fromkeys(name.split("/")[0] for name in names)
-        drawn = []
-        for group in groups:
-            parts = [name for name in names if name.split("/")[0] == group]
-            title = f"{stage}: {group}"
-            drawn.append(_curve(mine, group, title, size) if parts == [group] else _shades(mine, parts, title, size))
-        panels += [drawn[start : start + columns] for start in range(0, len(drawn), columns)]
-    if not panels:
-        raise InputError("this run has no metrics yet: train it first")
-    page = Image.new("RGB", (columns * size[0], len(panels) * size[1]), "white")
-    for row, drawn in enumerate(panels):
-        for column, panel in enumerate(drawn):
-            page.paste(panel, (column * size[0], row * size[1]))
-    return page
-
-
-def _frame(title: str, size: Place) -> tuple[Image.Image, ImageDraw.ImageDraw, tuple[int, int, int, int]]:
-    page = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(page)
-    box = (58, 22, size[0] - 12, size[1] - 22)
-    draw.text((box[0], 6), title, fill=INK)
-    draw.rectangle(box, outline=PALE)
-    return page, draw, box
-
-
-def _curve(lines: Sequence[Mapping[str, Any]], name: str, title: str, size: Place) -> Image.Image:
-    page, draw, (left, top, right, bottom) = _frame(title, size)
-    points = [(line["step"], line[name]) for line in lines if np.isfinite(line.get(name, np.nan))]
-    if not points:
-        return page
-    steps, values = np.array(points, dtype=float).T
-    low, high = values.min(), values.max()
-    x = left + (right - left) * (steps - steps[0]) / max(1.0, steps[-1] - steps[0])
-    y = bottom - (bottom - top) * (values - low) / (high - low) if high > low else np.full_like(x, (top + bottom) / 2)
-    draw.line([(float(a), float(b)) for a, b in zip(x, y, strict=True)], fill=BLUE, width=2)
-    for value, at in ((high, top - 2), (low, bottom - 10)):
-        draw.text((4, at), f"{value:.4g}", fill=INK)
-    last = f"step {steps[-1]:.0f}: {values[-1]:.4g}"
-    draw.text((left, bottom + 4), f"{steps[0]:.0f}", fill=INK)
-    draw.text((right - draw.textlength(last), bottom + 4), last, fill=INK)
-    return page
-
-
-def _shades(lines: Sequence[Mapping[str, Any]], names: Sequence[str], title: str, size: Place) -> Image.Image:
-    """Columns are steps, rows are parts (the last one on top), darker is more."""
-    page, draw, (left, top, right, bottom) = _frame(title, size)
-    rows = [[line.get(name, 0.0) for line in lines if names[0] in line] for name in reversed(names)]
-    values = np.array(rows, dtype=float)
-    shade = (255 - 215 * values / max(values.max(), 1e-12)).round().astype(np.uint8)
-    block = Image.fromarray(shade).resize((right - left, bottom - top), Image.Resampling.NEAREST)
-    page.paste(block.convert("RGB"), (left, top))
-    for name, at in ((names[-1], top - 2), (names[0], bottom - 10)):
-        draw.text((4, at), name.split("/")[1], fill=INK)
-    return page
 
 
 def sheet(rows: Sequence[Sequence[Image.Image | str]], *, cell: int = 128) -> Image.Image:

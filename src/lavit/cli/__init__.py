@@ -29,30 +29,19 @@ VERBS: dict[str, Callable[..., Any]] = {
     "tokenize": use.tokenize,
     "tokenize-corpus": use.tokenize_corpus,
     "inspect": use.inspect,
-    "remember": use.remember,
     "gallery": use.gallery,
-    "plot": use.plot,
     "train": make.train,
     "train-finetune": make.finetune,
-    "eval": make.evaluate,
-    "demo": make.demo,
     "export": make.export,
 }
 GROUPS: dict[str, dict[str, Callable[..., Any]]] = {
-    "data": {
-        "starter": make.data_starter,
-        "mini": sets.mini,
-        "easy-vqa": sets.easy_vqa,
-        "prose": sets.prose,
-        "third": sets.third,
-        "check": sets.check,
-    },
+    "data": {"check": sets.check},
     "convert": {"check": foreign.check, "published": foreign.published, "reverse": foreign.reverse},
 }
 
 
 def data() -> None:
-    """Build data sets from what is installed, or check any (lavit data starter, mini, easy-vqa, prose, third, check)."""
+    """Check any data set (lavit data check)."""
     _group("data")
 
 

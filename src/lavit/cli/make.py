@@ -1,4 +1,4 @@
-"""Verbs that make and measure: data, train, eval, demo."""
+"""Verbs that make models: train, train finetune, export."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lavit.cli.output import DEFAULT_MODEL, Model, ProgressBar, Words, answer_with
+from lavit.cli.output import DEFAULT_MODEL, Model, ProgressBar, Words
 from lavit.config import InputError
 
 Data = Annotated[
@@ -99,33 +99,6 @@ def finetune(
     print(f"fine-tuned: {out}")
 
 
-def evaluate(
-    run: Words[str] = DEFAULT_MODEL,
-    /,
-    data: str | None = None,
-    json: bool = False,
-    limit: int | None = None,
-    study: Literal["steps", "attribution"] | None = None,
-) -> None:
-    """Measure a trained run, or mini: every figure with its count, interval, floor and ceiling.
-
-    --study measures the pixel decoder instead: few steps against many, or what the tokens contribute to a picture.
-    """
-    from lavit.evaluate.pixels import run_study
-    from lavit.evaluate.report import evaluate_run
-    from lavit.train.card import record_figures
-
-    with ProgressBar() as progress:
-        if study is None:
-            figures = evaluate_run(run, data=data, limit=limit, progress=progress.count)
-        else:
-            figures = run_study(study, run, data=data, limit=limit, progress=progress.count)
-    for figure in figures:
-        answer_with(json, figure.line(), **figure.to_json())
-    if study is None and Path(run).is_dir():  # what the package holds stays as it was shipped
-        record_figures(Path(run), [figure.to_json() for figure in figures])
-
-
 def export(run: Words[str], /, out: Path, merge: bool = False) -> None:
     """Write a run's language model as a plain transformers folder; --merge joins a LoRA adapter to its base."""
     from lavit.config import ModelConfig, from_json, read_json
@@ -134,28 +107,3 @@ def export(run: Words[str], /, out: Path, merge: bool = False) -> None:
     folder = model_folder(run)
     export_language(from_json(ModelConfig, read_json(folder / "config.json")), folder, out, merge=merge)
     print(out)
-
-
-def data_starter(out: Path, families: int | None = None, tones: tuple[str, ...] | None = None, seed: int = 0) -> None:
-    """Build the starter data: emoji of two artists with names, questions and edits."""
-    from lavit.data.starter import build_starter
-
-    with ProgressBar() as progress:
-        counts = build_starter(
-            out,
-            families=families,
-            tones=tones,
-            seed=seed,
-            progress=lambda done, of: progress.count("pictures", done, of),
-        )
-    for name, count in counts.items():
-        print(f"{name:>24} {count}")
-
-
-def demo(run: Words[str] = DEFAULT_MODEL, /, out: Path = Path("demo"), data: str | None = None) -> None:
-    """Write OUT/index.html and OUT/sheet.png: what a trained run reads, draws, edits and answers."""
-    from lavit.evaluate.demo import write_demo
-
-    with ProgressBar() as progress:
-        write_demo(run, out, data=data, progress=progress.count)
-    print(f"wrote {out / 'index.html'} and {out / 'sheet.png'}")

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from lavit.train.loop import Report
 
 Words = tyro.conf.Positional
-Model = Annotated[str, tyro.conf.arg(help="a trained run or model folder, or mini")]
+Model = Annotated[str, tyro.conf.arg(help="a trained run or model folder, or nano")]
 Size = Annotated[str | None, tyro.conf.arg(help="aspect ratio: 1:1, 4:3, 3:2, 16:9, 2:3, 3:4 (default: the model's)")]
 Safety = Annotated[bool, tyro.conf.arg(help="check written pictures where the model asks for it")]
 Watermark = Annotated[str | None, tyro.conf.arg(help="text to hide in the pictures (needs invisible-watermark)")]
 Protocol = Annotated[
     Literal["default", "paper", "published"], tyro.conf.arg(help="how to sample: the paper's beams and best of four, …")
 ]
-DEFAULT_MODEL = "mini"  # comes with the package
+DEFAULT_MODEL = "nano"  # comes with the package
 
 
 def load_model(

@@ -1,6 +1,4 @@
-"""Verbs that use a model: caption, choose, ask, chat, draw, edit, reconstruct, tokenize, tokenize-corpus, inspect, gallery,
-remember.
-"""
+"""Verbs that use a model: caption, choose, ask, chat, draw, edit, reconstruct, tokenize, tokenize-corpus, inspect, gallery."""
 
 from __future__ import annotations
 
@@ -45,8 +43,7 @@ def caption(
         seconds = round((time.perf_counter() - started) / len(answers), 3)
         for image, answer in zip(images[at : at + BATCH], answers, strict=True):
             tokens = int(lavit.tokenize(image).lengths[0]) if json else 0
-            told = lavit.recall(image) if json else []
-            answer_with(json, answer, image=image, caption=answer, told=told, tokens=tokens, seconds=seconds)
+            answer_with(json, answer, image=image, caption=answer, tokens=tokens, seconds=seconds)
 
 
 def choose(
@@ -202,7 +199,6 @@ def tokenize_corpus(
     out: Path,
     model: Model = DEFAULT_MODEL,
     workers: int = 2,
-    views: int = 1,
     split: str = "train",
     keep: str = "auto",
     seed: int = 0,
@@ -223,7 +219,6 @@ def tokenize_corpus(
         out=out,
         model=model,
         split=split,
-        views=views,
         keep=keep,
         seed=seed,
         shard_size=shard_size,
@@ -279,31 +274,3 @@ def gallery(
         )
     text = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
     answer_with(json, f"{out}: {text}", **figures)
-
-
-def plot(run: Words[Path], /, out: Path) -> None:
-    """Draw the curves of a run: losses and health of every stage against the steps."""
-    from lavit.visualize import curves, read_metrics
-
-    write_pictures([curves(read_metrics(run))], out)
-
-
-def remember(data: Words[str], /, out: Path, model: Model = DEFAULT_MODEL, split: str = "train") -> None:
-    """Show a model pictures with texts, any source that training takes, and write it to OUT as one that knows them.
-
-    Nothing is trained: what is said of the most similar pictures is told to the language model when it reads.
-    """
-    from lavit.data.corpus import load_corpus
-    from lavit.generate.remember import check_new, save_remembering
-
-    lavit = load_model(model)
-    check_new(lavit.model, out)
-    shown = [picture for picture in load_corpus(data, (split,)).pictures if picture.captions]
-    if not shown:
-        raise InputError(f"{data} says nothing of its pictures: give a column text, caption or name")
-    with ProgressBar() as progress:
-        for number, picture in enumerate(shown, 1):
-            lavit.remember([picture.record.open()], picture.captions[0])
-            progress.count("pictures", number, len(shown))
-    save_remembering(lavit.model, out)
-    print(f"{out}: {len(shown)} more pictures, {len(lavit.model.memory.texts)} texts in all")

@@ -1,6 +1,6 @@
 """Published weights and fixtures ⇄ ours: the only room that knows foreign names (names.py)."""
 
-from lavit.convert.fixture import Result, check_fixture, smoothing_effect, table
+from lavit.convert.fixture import Result, check_fixture, smoothing_effect
 from lavit.convert.published import Converted, convert_published, convert_reverse
 
 __all__ = [
@@ -10,5 +10,4 @@ __all__ = [
     "convert_published",
     "convert_reverse",
     "smoothing_effect",
-    "table",
 ]

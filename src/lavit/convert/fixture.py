@@ -285,11 +285,6 @@ def _compare(name: str, ours: Tensor, theirs: Tensor) -> Result:
     return Result(name, error, error <= TOLERANCE)
 
 
-def table(results: Sequence[Result]) -> list[tuple[str, str, str]]:
-    """Rows for printing: output, relative error, verdict."""
-    return [(result.name, f"{result.error:.2e}", "ok" if result.ok else "differs") for result in results]
-
-
 @torch.no_grad()
 def smoothing_effect(
     tokenizer: VisualTokenizer,

@@ -1,1 +1,1 @@
-"""Data: sources, the starter set, corpora, documents, cached features."""
+"""Data: sources, corpora, documents, cached features."""

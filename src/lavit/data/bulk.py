@@ -1,12 +1,12 @@
 """A whole data set as visual tokens on disk: parquet shards written by Ray Data workers, and the reader of them.
 
     DIR/manifest.json         what was tokenised, by which tokenizer (a hash of weights and sizes), counts, broken pictures
-    DIR/shard-00000.parquet   a row a picture and view: index, view, name, codes, keep, length
+    DIR/shard-00000.parquet   a row a picture: index, name, codes, keep, length
 
 Every picture is encoded alone, as `lavit tokenize` does, so the tokens are the same to the last code; a worker
 runs on one thread. A shard appears under its name when it is complete, so a killed run goes on with the shards that
 are missing; another tokenizer, data set or policy in the same folder is refused.
-Broken pictures are left out, counted and named. View v of record i is `features.view_of(picture, v, seed + i)`.
+Broken pictures are left out, counted and named.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lavit.config import InputError, read_json, require, to_json
-from lavit.data.features import VIEWS, view_of
 from lavit.data.sources import Pictures, load_records
 from lavit.model import LaVIT
 from lavit.modules.selector import KeepPolicy
@@ -43,12 +42,11 @@ KEY = b"lavit"  # of our JSON in a shard's schema
 
 @dataclass(frozen=True)
 class TokenCorpus:
-    """Tokens read back: row r is view `views[r]` of record `records[r]` of the source, which `names[r]` names."""
+    """Tokens read back: row r is record `records[r]` of the source, which `names[r]` names."""
 
     tokens: VisualTokens
     names: tuple[str, ...]
     records: Int[Tensor, "rows"]
-    views: Int[Tensor, "rows"]
     tokenizer: str  # hash of the tokenizer that made them
     broken: tuple[tuple[str, str], ...]  # (name, reason) of pictures left out
 
@@ -64,17 +62,15 @@ class Job:
     out: str | Path
     model: str | Path  # a trained run or model folder
     split: str = "train"
-    views: int = 1  # of each picture
     keep: str = "auto"
-    seed: int = 0  # of the views, and of policies that draw
+    seed: int = 0  # of policies that draw
     shard_size: int = 256  # records
     device: str = "cpu"
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        for name in ("views", "shard_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.shard_size < 1:
+            raise InputError(f"shard_size must be at least 1, not {self.shard_size}")
         KeepPolicy.parse(self.keep)
 
     def absolute(self) -> Job:
@@ -150,16 +146,14 @@ class ShardWriter:
             except InputError as error:
                 broken.append((name, str(error)))
                 continue
-            for view in range(job.views):
-                generator = torch.Generator().manual_seed(job.seed)
-                tokens = self.model.encode([view_of(image, view, job.seed + index)], self.policy, generator=generator)
-                rows.append(_row(index, view, name, tokens))
+            generator = torch.Generator().manual_seed(job.seed)
+            rows.append(_row(index, name, self.model.encode([image], self.policy, generator=generator)))
         _write(job.shard(shard), rows, broken, tokenizer=self.tokenizer)
         return shard
 
 
 def load_tokens(folder: str | Path, *, tokenizer: str | None = None) -> TokenCorpus:
-    """Read what `tokenize_corpus` wrote, in the order of the source, views of a picture side by side.
+    """Read what `tokenize_corpus` wrote, in the order of the source.
 
     Give the `tokenizer_hash` of the model that is to be trained on them to be sure that they are its own. An unfinished
     folder, a missing or damaged shard and tokens of another tokenizer raise `InputError`.
@@ -189,7 +183,6 @@ def load_tokens(folder: str | Path, *, tokenizer: str | None = None) -> TokenCor
         tokens,
         tuple(table["name"].to_pylist()),
         torch.from_numpy(table["record"].to_numpy().copy()),
-        torch.from_numpy(table["view"].to_numpy().astype(np.int64)),
         manifest["tokenizer"],
         tuple((line["name"], line["reason"]) for line in manifest["broken"]),
     )
@@ -204,8 +197,6 @@ def _settle(job: Job, records: Pictures, lavit: LaVIT) -> dict[str, Any]:
         "dtype": job.dtype,
         "keep": job.keep,
         "seed": job.seed,
-        "views": job.views,
-        "view version": VIEWS,
         "split": job.split,
         "records": len(records),
         "order": hashlib.sha256(json.dumps([_name(edge, job.data) for edge in edges]).encode()).hexdigest()[:16],
@@ -232,18 +223,16 @@ def _settle(job: Job, records: Pictures, lavit: LaVIT) -> dict[str, Any]:
 
 def _finish(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Count what the shards say of themselves and close the manifest."""
-    pictures = rows = tokens = 0
+    pictures = tokens = 0
     broken: list[tuple[str, str]] = []
     for shard in range(settings["shards"]):
         said = _read(_shard(folder, shard), settings["tokenizer"], columns=())[1]
-        rows, tokens = rows + said["rows"], tokens + said["tokens"]
+        pictures, tokens = pictures + said["rows"], tokens + said["tokens"]
         broken += [tuple(line) for line in said["broken"]]
-    pictures = rows // settings["views"]
     manifest = {
         **settings,
         "complete": True,
         "pictures": pictures,
-        "rows": rows,
         "tokens": tokens,
         "broken": [{"name": name, "reason": reason} for name, reason in broken],
     }
@@ -332,10 +321,9 @@ def _shard(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.parquet"
 
 
-def _row(record: int, view: int, name: str, tokens: VisualTokens) -> dict[str, Any]:
+def _row(record: int, name: str, tokens: VisualTokens) -> dict[str, Any]:
     return {
         "record": record,
-        "view": view,
         "name": name,
         "codes": tokens.codes.tolist(),
         "keep": tokens.keep[0].tolist(),
@@ -351,7 +339,6 @@ def _write(path: Path, rows: list[dict[str, Any]], broken: list[tuple[str, str]]
     schema = pa.schema(
         {
             "record": pa.int64(),
-            "view": pa.int16(),
             "name": pa.string(),
             "codes": pa.list_(pa.int32()),
             "keep": pa.list_(pa.bool_()),

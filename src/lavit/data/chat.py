@@ -94,19 +94,6 @@ def render_chat(
     return _parts(spans, pictures)
 
 
-def last_turn(messages: Sequence[Mapping[str, Any]]) -> list[ChatText | ChatPicture]:
-    """What the user says last, pictures as codes; the messages are those of `render_chat`."""
-    turns = _joined([_turn(message, number) for number, message in enumerate(messages)])
-    pieces = next(turn.pieces for turn in reversed(turns) if turn.role == "user")
-    return [ChatText(piece) if isinstance(piece, str) else piece for piece in pieces]
-
-
-def words_and_pictures(parts: Sequence[ChatText | ChatPicture]) -> tuple[str, list[ChatPicture]]:
-    """What parts say in words, and what they show."""
-    words = " ".join(part.text for part in parts if isinstance(part, ChatText))
-    return words, [part for part in parts if isinstance(part, ChatPicture)]
-
-
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> str:
     """The text that closes an assistant's turn."""
     if not tokenizer.chat_template:

@@ -19,16 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lavit.config import InputError, LanguageTraining
-from lavit.data.chat import ChatText, last_turn, render_chat, words_and_pictures
+from lavit.data.chat import ChatText, render_chat
 from lavit.data.corpus import Corpus
-from lavit.data.documents import recalled_text, shown_segments
 from lavit.data.sources import Record, readable
-from lavit.modules.memory import Memory
-from lavit.sequence import IGNORE, Batch, Document, Image, Segment, Sequence, Text, fill_rows, lay_out, pack
+from lavit.sequence import IGNORE, Batch, Document, Image, Sequence, Text, fill_rows, lay_out, pack
 from lavit.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -159,12 +156,7 @@ def _numbered(message: Mapping[str, Any], numbers: Mapping[str, int]) -> dict[st
 
 
 class ConversationDocuments:
-    """Conversations as packed rows; a batch is a function of (seed, step).
-
-    `codes[picture]` are the stage-1 codes, `told[picture]` what a memory tells with it where it is read. Where the last
-    reply is a picture alone, up to `shown` remembered ones stand before the conversation, as where such a reply is asked for;
-    `described[picture]` is what the memory compares.
-    """
+    """Conversations as packed rows; a batch is a function of (seed, step). `codes[picture]` are the stage-1 codes."""
 
     corpus = Corpus(())  # fine-tuning knows no other data
 
@@ -177,13 +169,8 @@ class ConversationDocuments:
         vocabulary: Vocabulary,
         config: LanguageTraining,
         seed: int,
-        told: list[list[str]] | None = None,
-        memory: Memory | None = None,
-        described: list[Tensor] | None = None,
-        shown: int = 0,
     ) -> None:
-        self.memory, self.described, self.shown = memory, described or [], shown
-        self.codes, self.tokenizer, self.vocabulary, self.told = codes, text, vocabulary, told
+        self.codes, self.tokenizer, self.vocabulary = codes, text, vocabulary
         self.config, self.seed = config, seed
         self.sequences: list[Sequence] = []
         broken: list[tuple[str, str]] = []
@@ -199,7 +186,7 @@ class ConversationDocuments:
 
     def document(self, conversation: Conversation) -> Document:
         """Segments of one conversation: those of the assistant are targets."""
-        segments: list[Segment] = [*self._shown(conversation.messages)]
+        segments: list[Text | Image] = []
         closes = not self.tokenizer.chat_template  # a template has an end of turn of its own
         for part in render_chat(conversation.messages, self.tokenizer):
             if isinstance(part, ChatText):
@@ -207,19 +194,7 @@ class ConversationDocuments:
             else:
                 number = int(part.picture)
                 segments.append(Image(self.codes[number], read=part.read, index=number, target=part.target))
-                if part.read and self.told is not None:
-                    segments.append(Text(self._ids(recalled_text(self.told[number])), target=False))
         return tuple(segments)
-
-    def _shown(self, messages: tuple[Mapping[str, Any], ...]) -> Iterator[Segment]:
-        """What a memory shows of what is asked for last."""
-        reply = _parts(messages[-1])
-        asked = last_turn(messages) if self.shown and reply and all(map(_is_image, reply)) else []
-        prompt, pictures = words_and_pictures(asked)
-        if self.memory is None or not asked or len(pictures) > 1:
-            return
-        numbers = self.memory.shown(prompt, self.shown, *(self.described[int(part.picture)] for part in pictures))
-        yield from shown_segments(self.memory, numbers, self._ids)
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -1,8 +1,8 @@
 """Data as training sees it: readable pictures with what to say of them, questions, edits, and texts without pictures.
 
 Any source of data/sources.py gives pictures and texts, or texts alone. A folder may give more: questions.jsonl and
-edits.jsonl about its pictures, a starter folder also drawing prompts from its metadata. Several sources are one string,
-`emoji,shapes:0.5,prose.jsonl:0.2`: a document of training comes from each in proportion to the weight behind its colon
+edits.jsonl about its pictures, and a column `prompts` of texts that ask for a picture where its captions do not. Several
+sources are one string, `pictures,shapes:0.5,prose.jsonl:0.2`: a document of training comes from each in proportion to the weight behind its colon
 (1 where none stands). Broken pictures are left out, counted and named.
 """
 
@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lavit.config import InputError
-from lavit.data import starter
 from lavit.data.sources import Record, open_source, readable
 from lavit.data.text import Texts
 
@@ -31,11 +30,6 @@ class Picture:
     captions: tuple[str, ...]
     prompts: tuple[str, ...]
 
-    @property
-    def row(self) -> Mapping[str, Any]:
-        """All columns of the source."""
-        return self.record.columns
-
 
 @dataclass(frozen=True)
 class Question:
@@ -48,9 +42,9 @@ class Question:
 
 @dataclass(frozen=True)
 class Edit:
-    """Picture number `source` and an instruction that give picture number `target`."""
+    """Pictures of these numbers, in order, and an instruction that give picture number `target`."""
 
-    source: int
+    sources: tuple[int, ...]
     prompt: str
     target: int
     kind: str
@@ -158,9 +152,9 @@ def _load_source(name: str, weight: float, splits: Sequence[str]) -> Corpus:
         if line["image"] in places
     )
     edits = tuple(
-        Edit(places[line["source"]], line["prompt"], places[line["target"]], line["kind"])
+        Edit(tuple(places[file] for file in line["sources"]), line["prompt"], places[line["target"]], line["kind"])
         for line in _lines(folder / "edits.jsonl")
-        if line["source"] in places and line["target"] in places
+        if places.keys() >= {*line["sources"], line["target"]}
     )
     asked = {question.picture for question in questions}
     pictures = tuple(_picture(record, number in asked) for number, record in enumerate(records))
@@ -179,11 +173,16 @@ def _join(corpora: Sequence[Corpus]) -> Corpus:
         starts = (first, len(questions), len(edits))
         pictures += corpus.pictures
         questions += [replace(question, picture=question.picture + first) for question in corpus.questions]
-        edits += [replace(edit, source=edit.source + first, target=edit.target + first) for edit in corpus.edits]
+        edits += [_moved(edit, first) for edit in corpus.edits]
         ends = (len(pictures), len(questions), len(edits))
         parts += [replace(part, **_ranges(starts, ends)) for part in corpus.parts]
     broken = tuple(one for corpus in corpora for one in corpus.broken)
     return Corpus(tuple(pictures), tuple(questions), tuple(edits), broken, tuple(parts))
+
+
+def _moved(edit: Edit, first: int) -> Edit:
+    """The same edit where its source's pictures begin at number `first`."""
+    return replace(edit, sources=tuple(one + first for one in edit.sources), target=edit.target + first)
 
 
 def _ranges(starts: Sequence[int], ends: Sequence[int]) -> dict[str, range]:
@@ -201,13 +200,12 @@ def _is_number(text: str) -> bool:
 
 def _picture(record: Record, asked: bool) -> Picture:
     """What may be said of a picture; one without words must at least be asked about."""
-    row = record.columns
-    if {"name", "artist", "group", "keywords"} <= set(row):  # a starter folder
-        return Picture(record, tuple(starter.captions(row)), tuple(starter.prompts(row)))
     if not record.texts and not asked:
         raise InputError(f"{record.name} has no text: give a column text, caption or name")
-    prompts = tuple(text.removesuffix(".") for text in record.texts)  # who asks for a picture ends with no full stop
-    return Picture(record, record.texts, prompts)
+    asking = record.columns.get("prompts")
+    if asking is None:
+        asking = [text.removesuffix(".") for text in record.texts]  # who asks for a picture ends with no full stop
+    return Picture(record, record.texts, tuple(asking))
 
 
 def _place(record: Record, folder: Path) -> str:

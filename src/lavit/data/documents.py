@@ -1,12 +1,9 @@
 """Documents of stage 2, drawn from a corpus and packed into rows; a batch is a function of (seed, step).
 
     reading    [image read] caption .                     writing    prompt [image written]
-    question   [image read] Question: … Answer: | answer  edit       [image] instruction | [image written]
+    question   [image read] Question: … Answer: | answer  edit       [image] … instruction | [image written]
     text       prompt-like text .                         (what stands before | gives no loss)
 
-Behind a picture that is read stands what a memory tells of it, where the model has one (modules/memory.py), without loss; and
-before a prompt or an edit what the memory shows of it. Half of them are not shown the picture that is wanted: the model is to
-copy what is right, and to draw what is not there.
 A picture that has several questions is asked up to `ASKED` of them in one document, since reading it is most of the cost.
 
 Each document comes from one source of the corpus, chosen by the sources' weights, and is of a kind that this source has. A
@@ -20,24 +17,19 @@ full, each holds long documents and short ones, and no length is favoured (`fill
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
-import torch
-from jaxtyping import Bool
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lavit.config import InputError, LanguageTraining
 from lavit.data.corpus import Corpus, Part
 from lavit.data.text import TextPieces
-from lavit.modules.memory import Memory
-from lavit.sequence import Batch, Document, Image, Segment, Sequence, Text, fill_from_front, lay_out, pack
+from lavit.sequence import Batch, Document, Image, Sequence, Text, fill_from_front, lay_out, pack
 from lavit.vocabulary import Vocabulary
 
 KINDS = ("reading", "writing", "question", "edit", "text")
 ASKED = 4  # questions of one document
-HIDDEN = 0.5  # of the pictures that are written are not among those that the memory shows before their prompt
 WINDOW = 64  # rows that are filled together, at least
 
 
@@ -49,18 +41,6 @@ def question_text(question: str) -> str:
 def answer_text(answer: str) -> str:
     """An answer as it follows the prompt."""
     return f" {answer}"
-
-
-def recalled_text(texts: list[str]) -> str:
-    """What a memory tells with a picture, right behind it: a line for each text. A picture that it shows has one too."""
-    return "".join(f"{text}\n" for text in texts)
-
-
-def shown_segments(memory: Memory, numbers: Iterable[int], ids: Callable[[str], tuple[int, ...]]) -> Iterator[Segment]:
-    """Remembered pictures as they stand before what is drawn from: codes and text of each."""
-    for number in numbers:
-        yield Image(memory.codes_of(number), read=False, target=False)
-        yield Text(ids(recalled_text([memory.text_of(number)])), target=False)
 
 
 class Source:
@@ -83,27 +63,19 @@ class Source:
 
 
 class Documents:
-    """Draws documents of a corpus; `codes[picture * views + view]` are the stage-1 codes, `told` what a memory tells there."""
+    """Draws documents of a corpus; `codes[picture]` are the stage-1 codes."""
 
     def __init__(
         self,
         corpus: Corpus,
         codes: tuple[tuple[int, ...], ...],
         *,
-        views: int,
         text: PreTrainedTokenizerBase,
         vocabulary: Vocabulary,
         config: LanguageTraining,
         seed: int,
-        told: list[list[str]] | None = None,
-        memory: Memory | None = None,
-        remembered: list[int] | None = None,
-        shown: int = 0,
     ) -> None:
-        """`memory` holds the pictures that are `remembered`, in this order, and shows up to `shown` before a prompt."""
-        self.memory, self.shown = memory, shown
-        self.places = {number: place for place, number in enumerate(remembered or ())}
-        self.corpus, self.codes, self.views, self.told = corpus, codes, views, told
+        self.corpus, self.codes = corpus, codes
         self.vocabulary, self.config, self.seed = vocabulary, config, seed
         self.tokenizer = text
         self._ids: dict[str, tuple[int, ...]] = {}
@@ -136,55 +108,27 @@ class Documents:
         make: Callable[[Source, np.random.Generator], Document] = getattr(self, f"_{kind}")
         return make(source, rng)
 
-    def _image(self, picture: int, rng: np.random.Generator, *, read: bool, target: bool = True) -> Image:
-        row = picture * self.views + (int(rng.integers(self.views)) if read else 0)
-        codes = self.codes[row]
-        if read and self.config.thinned:  # how many are left; which ones is drawn with the patches (train/language.py)
-            codes = codes[: thinned_count(len(codes), self.config.thinned, rng)]
-        return Image(codes, read=read, index=row, target=target)
-
-    def _read(self, picture: int, rng: np.random.Generator, *, target: bool = True) -> Document:
-        """A picture that is read, and what a memory tells of it."""
-        image = self._image(picture, rng, read=True, target=target)
-        if self.told is None:
-            return (image,)
-        return image, Text(self.ids(recalled_text(self.told[image.index])), target=False)
+    def _image(self, picture: int, *, read: bool, target: bool = True) -> Image:
+        return Image(self.codes[picture], read=read, index=picture, target=target)
 
     def _reading(self, source: Source, rng: np.random.Generator) -> Document:
         number = _one(source.read, rng)
         captions = self.corpus.pictures[number].captions
-        return *self._read(number, rng), Text(self.ids(captions[rng.integers(len(captions))]))
+        return self._image(number, read=True), Text(self.ids(captions[rng.integers(len(captions))]))
 
     def _writing(self, source: Source, rng: np.random.Generator) -> Document:
         number = _one(source.written, rng)
         prompts = self.corpus.pictures[number].prompts
-        image = self._image(number, rng, read=False)
+        image = self._image(number, read=False)
         if rng.random() < self.config.unconditional_fraction:
             return (image,)
         plain = rng.random() < 0.5  # half of the prompts are the first, the plain one
-        prompt = prompts[0 if plain else rng.integers(len(prompts))]
-        return *self._shown(prompt, number, rng), Text(self.ids(prompt)), image
-
-    def _shown(
-        self, prompt: str, picture: int, rng: np.random.Generator, *, source: int | None = None
-    ) -> Iterator[Segment]:
-        """What a memory shows of a prompt for a picture, or for an edit of `source`: half of the time not itself."""
-        memory = self.memory
-        if memory is None or not self.shown or (source is not None and source not in self.places):
-            return
-        hidden = [self.places[picture]] if picture in self.places and rng.random() < HIDDEN else []
-        if source is None:
-            numbers = memory.mentioned(prompt, self.shown, without=hidden)
-        else:
-            place = self.places[source]
-            text, manner = memory.text_of(place), float(memory.manners[place])
-            numbers = memory.changed(text, manner, prompt, self.shown, without=[*hidden, place])
-        yield from shown_segments(memory, numbers, self.ids)
+        return Text(self.ids(prompts[0 if plain else rng.integers(len(prompts))])), image
 
     def _question(self, source: Source, rng: np.random.Generator) -> Document:
         picture = self.corpus.questions[_one(source.part.questions, rng)].picture
         asked = [self.corpus.questions[number] for number in rng.permutation(self._asked[picture])[:ASKED]]
-        segments: list[Text | Image] = [*self._read(picture, rng, target=False)]
+        segments: list[Text | Image] = [self._image(picture, read=True, target=False)]
         for one in asked:  # every answer ends as the only one does
             segments.append(Text(self.ids(question_text(one.question)), target=False))
             segments.append(Text((*self.ids(answer_text(one.answer)), self.vocabulary.end), closes=False))
@@ -193,10 +137,9 @@ class Documents:
     def _edit(self, source: Source, rng: np.random.Generator) -> Document:
         edit = self.corpus.edits[_one(source.part.edits, rng)]
         return (
-            *self._shown(edit.prompt, edit.target, rng, source=edit.source),
-            self._image(edit.source, rng, read=False, target=False),
+            *(self._image(picture, read=False, target=False) for picture in edit.sources),
             Text(self.ids(edit.prompt), target=False),
-            self._image(edit.target, rng, read=False),
+            self._image(edit.target, read=False),
         )
 
     def _text(self, source: Source, rng: np.random.Generator) -> Document:
@@ -228,19 +171,6 @@ class Documents:
         rows = self._rows(step // steps, steps * self.config.rows)
         first = step % steps * self.config.rows
         return pack(rows[first : first + self.config.rows], self.vocabulary, tokens=self.config.tokens)
-
-
-def thinned_count(count: int, most: float, rng: np.random.Generator) -> int:
-    """How many of `count` patches are left where a random share of at most `most` is left out: one at least."""
-    return max(1, round(count * (1 - most * rng.random())))
-
-
-def thin(keep: Bool[Tensor, "patches"], count: int, rng: np.random.Generator) -> Bool[Tensor, "patches"]:
-    """A mask of `count` of the kept patches."""
-    kept = keep.nonzero()[:, 0]
-    if count == len(kept):
-        return keep
-    return torch.zeros_like(keep).index_fill(0, kept[torch.from_numpy(rng.permutation(len(kept))[:count])], True)
 
 
 def _one(numbers: list[int] | range, rng: np.random.Generator) -> int:

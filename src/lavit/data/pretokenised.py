@@ -24,26 +24,26 @@ def corpus_codes(
     """Codes of every picture of a corpus, in its order, from a folder of tokens of the source `data`.
 
     `tokenizer` is the `tokenizer_hash` of the run. Tokens of another tokenizer, and pictures that have none, raise
-    `InputError`. Views other than the plain one are not used.
+    `InputError`.
     """
     found = load_tokens(folder, tokenizer=tokenizer)
     parts = found.tokens.split()
-    plain = {found.names[row]: parts[row] for row in range(len(found)) if int(found.views[row]) == 0}
+    codes = dict(zip(found.names, parts, strict=True))
     root = Path(data).resolve()
     names = [_below(picture.record.name, root) for picture in corpus.pictures]
-    missing = [name for name in names if name not in plain]
+    missing = [name for name in names if name not in codes]
     if missing:
         raise InputError(
             f"{folder} has no tokens of {len(missing)} of {len(names)} pictures of {data} ({missing[0]}): "
             f"tokenise that source, lavit tokenize-corpus {data} --out {folder}"
         )
-    return tuple(tuple(plain[name].tolist()) for name in names)
+    return tuple(tuple(codes[name].tolist()) for name in names)
 
 
 def nothing_read(vision: VisionConfig) -> tuple[Features, VisualTokens]:
     """Features and tokens of no picture, for trainings that read none."""
     nothing = torch.zeros(0, dtype=torch.long)
-    features = Features(np.zeros((0, vision.patches, vision.dim), dtype=np.float16), 1)
+    features = Features(np.zeros((0, vision.patches, vision.dim), dtype=np.float16))
     return features, VisualTokens(nothing, nothing, torch.zeros(0, vision.patches, dtype=torch.bool))
 
 

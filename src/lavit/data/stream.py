@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lavit.config import InputError, LanguageTraining, require
 from lavit.data.corpus import Corpus, Part, parse_mixture
-from lavit.data.documents import WINDOW, thinned_count
+from lavit.data.documents import WINDOW
 from lavit.data.sources import Record, stream_source
 from lavit.data.text import cut
 from lavit.sequence import Batch, Image, Text, VisualTokens, fill_from_front, lay_out, pack
@@ -211,7 +211,6 @@ class StreamingDocuments:
         if not text or (not reads and drops):
             document: tuple[Any, ...] = (Image(codes, read=False),)
         elif reads:
-            codes = codes[: thinned_count(len(codes), self.config.thinned, rng)] if self.config.thinned else codes
             document = (Image(codes, read=True, index=number), words)
         else:
             document = (words, Image(codes, read=False))

@@ -1,6 +1,6 @@
 """How good written pictures are: which real picture is nearest to them in the frozen encoder's features.
 
-Retrieval is over the pooled (mean) features of every real picture of the data set, both hands, all names. No FID here:
+Retrieval is over the pooled (mean) features of every real picture of the data set, all names. No FID here:
 its Inception weights are not to be had without a hub, and another encoder's distance must not be called FID.
 """
 

@@ -4,7 +4,7 @@ Each step ranks the continuations of all beams by summed log-probability. Those 
 `beams`, become answers with score log-probability / length ** penalty (the end counts as a token); the best `beams` of
 those that go on are the next beams. It stops at max_tokens, or with `beams` answers as `early_stopping` says:
 True at once; False when the best beam, scored at its present length, does not beat the worst answer; "never" when it
-could not at max_tokens either (a positive penalty favours length). Among given texts, beams follow these alone.
+could not at max_tokens either (a positive penalty favours length).
 """
 
 from __future__ import annotations
@@ -47,11 +47,6 @@ class Beams:
         self.ids: list[tuple[int, ...]] = [()] * self.width
         self.answers: list[Answer] = []
         self.moves: list[tuple[int, int]] = []
-        self.after: dict[tuple[int, ...], set[int]] = {}  # where the choice is among given texts: what may follow
-        for text in request.among:
-            for place, id in enumerate(text):
-                self.after.setdefault(text[:place], set()).add(id)
-            self.after.setdefault(text, set()).update(self.stops)
 
     @property
     def lanes(self) -> int:
@@ -64,8 +59,6 @@ class Beams:
         log_p = logits.float().log_softmax(-1)
         if steps < self.sampling.min_tokens:
             log_p[:, self.stops] = -torch.inf
-        if self.after:
-            log_p = log_p + self._ways(log_p)
         total = log_p + self.scores.to(log_p.device)[:, None]
         count = min(max(2, 1 + len(self.stops)) * self.width, total.numel())
         best, flat = total.flatten().topk(count)
@@ -85,20 +78,13 @@ class Beams:
     def _answer(self, candidates: list[tuple[float, int, int]], length: int) -> None:
         for score, parent, id in candidates:
             ends = id in self.stops
-            if score < UNLIKELY / 2:  # the beam stands for nothing, or no given text goes this way
+            if score < UNLIKELY / 2:  # the beam stands for nothing
                 continue
-            if ends or (length == self.limit and not self.after):
+            if ends or length == self.limit:
                 ids = self.ids[parent] if ends else (*self.ids[parent], id)
                 reason: Reason = "end" if ends else self.cut
                 self.answers.append(Answer(score / length**self.sampling.length_penalty, ids, reason))
         self.answers = sorted(self.answers, key=lambda answer: -answer.score)[: self.width]
-
-    def _ways(self, log_p: Float[Tensor, "beams text"]) -> Float[Tensor, "beams text"]:
-        """0 where a beam may go on, so that one of the given texts comes of it, -inf elsewhere."""
-        ways = torch.full_like(log_p, -torch.inf)
-        for row, ids in enumerate(self.ids):
-            ways[row, sorted(self.after.get(ids, ()))] = 0.0
-        return ways
 
     def _settled(self, length: int) -> bool:
         if len(self.answers) < self.width:
@@ -114,6 +100,4 @@ class Beams:
         for sample, answer in enumerate(self.answers[: self.sampling.n]):
             events += [Event(self.number, sample, "text", id) for id in answer.ids]
             events.append(Event(self.number, sample, "finished", reason=answer.reason, score=answer.score))
-        for sample in range(len(self.answers), self.sampling.n):  # beams met fewer of the given texts: empty ones
-            events.append(Event(self.number, sample, "finished", reason="end", score=-torch.inf))
         return events

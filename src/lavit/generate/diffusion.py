@@ -2,7 +2,7 @@
 
     pipe = PixelsPipeline.of(lv.model.pixels)
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
-    pipe(lv.model.features([codes]), lv.model.shown([codes]), seeds=[0]).images[0]
+    pipe(lv.model.features([codes]), seeds=[0]).images[0]
 
 One loop paints for both: this class gives `Pixels.sample` its parts, and gives the same pictures. It is as bare as
 `Pixels.sample`: the safety check belongs to the `Pipeline` (generate/safety.py).
@@ -76,7 +76,6 @@ class PixelsPipeline(DiffusionPipeline):
     def __call__(
         self,
         features: Float[Tensor, "images patches dim"],
-        shown: Float[Tensor, "images 3 size size"] | None = None,
         *,
         seeds: Sequence[int] | None = None,
         num_inference_steps: int | None = None,
@@ -85,7 +84,7 @@ class PixelsPipeline(DiffusionPipeline):
         output_type: str = "pil",
         callback_on_step_end: Callable[..., dict[str, Tensor]] | None = None,
     ) -> ImagePipelineOutput:
-        """One picture per row of features; `seeds` defaults to 0, 1, … `shown` are remembered pictures (`LaVIT.shown`).
+        """One picture per row of features; `seeds` defaults to 0, 1, …
 
         size: (height, width) or an aspect ratio. output_type: "pil", or "pt" (float, 0..1). callback_on_step_end is
         diffusers': called with (pipeline, step, timestep, {"latents": latents}), and may return other latents.
@@ -104,7 +103,6 @@ class PixelsPipeline(DiffusionPipeline):
 
             pictures = decoder.sample(
                 features.to(self._execution_device),
-                shown,
                 seeds=range(len(features)) if seeds is None else seeds,
                 steps=num_inference_steps,
                 guidance=guidance_scale,

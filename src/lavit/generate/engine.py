@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -36,8 +35,7 @@ STATIC_COLUMNS = 256  # static caches are multiples of this
 class Engine:
     """Generation with one language model. Reads the weights when built: build a new one after training.
 
-    `quantization="int8"` rounds the weights of Llama-shaped LMs on a CPU; `compile` names a `torch.compile` backend for
-    the plain step (`decoder_for`). `decoder` overrides the choice.
+    `compile` names a `torch.compile` backend for the plain step (`decoder_for`). `decoder` overrides the choice.
     """
 
     def __init__(
@@ -45,14 +43,13 @@ class Engine:
         language: Language,
         *,
         lanes: int = LANES,
-        quantization: Literal["int8"] | None = None,
         compile: str | None = None,
         decoder: Decoder | None = None,
     ) -> None:
         self.language = language
         self.vocabulary = language.vocabulary
         self.lanes = lanes
-        self.decoder = decoder or decoder_for(language, quantization=quantization, compile=compile)
+        self.decoder = decoder or decoder_for(language, compile=compile)
 
     def session(self) -> Session:
         """An empty batch that takes requests at any time."""

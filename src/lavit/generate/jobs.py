@@ -10,7 +10,6 @@ from lavit.config import InputError
 from lavit.data.chat import ChatPicture, ChatText, Reply, turn_end
 from lavit.generate.prompts import lay_prompt
 from lavit.generate.protocols import Protocol, fitted
-from lavit.generate.remember import shown_before
 from lavit.generate.request import Request
 from lavit.generate.sampling import Sampling
 from lavit.generate.stream import Drawn, Job
@@ -29,16 +28,12 @@ def reading(
     n: int,
     seed: Seed,
     ends: tuple[str, ...],
-    among: tuple[tuple[int, ...], ...] = (),
 ) -> list[Job]:
-    """Jobs that write text about pictures that are read; `among` as in `Request`."""
+    """Jobs that write text about pictures that are read."""
     if n > 1 and sampling.temperature == 0 and sampling.beams == 1:
         raise InputError(f"n={n} samples at temperature 0 are all alike: give sampling=Sampling(temperature=1.0)")
     samplings = _seeded(sampling, n, seed, len(prompts))
-    return [
-        _job(model, prompt, each, "text", ends=ends, among=among)
-        for prompt, each in zip(prompts, samplings, strict=True)
-    ]
+    return [_job(model, prompt, each, "text", ends=ends) for prompt, each in zip(prompts, samplings, strict=True)]
 
 
 def writing(
@@ -52,12 +47,9 @@ def writing(
     sampling: Sampling | None,
     picture: Sampling | None,
     guidance: float | None,
-    asked: Sequence[Parts] | None = None,
+    chat: bool = False,
 ) -> list[Job]:
-    """Jobs that go on from prompts with text, a picture, or both.
-
-    In a chat each prompt is a conversation and `asked` what its last turn says; text ends where the turn does.
-    """
+    """Jobs that go on from prompts with text, a picture, or both. In a chat text ends where the turn does."""
     if out not in MODES:
         raise InputError(f"out {out!r} is not known: use 'text', 'image' or 'auto'")
     patches = model.config.tokenizer.patches
@@ -71,11 +63,8 @@ def writing(
         )
     # a reply that may hold pictures need not hold text
     text = sampling or replace(protocol.chat, min_tokens=0 if out == "auto" else protocol.chat.min_tokens)
-    ends, stop = _turn_end(model) if asked is not None and out != "image" else ((), ())
+    ends, stop = _turn_end(model) if chat and out != "image" else ((), ())
     samplings = _seeded(inside if out == "image" else text, n, seed, len(prompts))
-    if out == "image":
-        before = [shown_before(model, words) for words in (prompts if asked is None else asked)]
-        prompts = [[*shown, *prompt] for shown, prompt in zip(before, prompts, strict=True)]
     return [
         _job(model, prompt, each, MODES[out], picture=inside, ends=ends, stop=stop)
         for prompt, each in zip(prompts, samplings, strict=True)
@@ -119,7 +108,6 @@ def _job(
     picture: Sampling | None = None,
     ends: tuple[str, ...] = (),
     stop: tuple[int, ...] = (),
-    among: tuple[tuple[int, ...], ...] = (),
 ) -> Job:
     prompt = lay_prompt(model, parts)
     inside = {} if picture is None else {"picture": picture}
@@ -130,7 +118,6 @@ def _job(
         mode=mode,
         sampling=sampling,
         stop=stop,
-        among=among,
         **inside,
     )
     return Job(request, sampling.seeds(), ends)

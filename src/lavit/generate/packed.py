@@ -2,8 +2,7 @@
 
 A step reads every weight once, so its floor is bytes over memory bandwidth; products of 2 … 16 rows through `F.linear`
 stay far above it. Here the weights are packed for MKL, q-k-v and gate-up are one product each, LoRA is merged into the
-packed copy, and grouped queries enter attention as rows of one key head. `int8` weights go further, but round: weights
-to 8 bits with a scale per row, activations to 7 bits with a scale per token.
+packed copy, and grouped queries enter attention as rows of one key head.
 
 Prompts are read by the LM itself. `decoder_for` chooses between this and the plain way, and logs the choice.
 """
@@ -13,14 +12,12 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lavit.config import InputError
 from lavit.generate.cache import LaneCache
 from lavit.generate.decoder import Decoder
 from lavit.modules.language import Language
@@ -31,9 +28,6 @@ LLAMA_SHAPED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 # Rows that the packing is told to expect. Any number is computed right (`packing_works` tries it); up to this many are
 # fast: packed for 8, sixteen rows take 1.4 times what they take packed for 64, which costs fewer rows nothing.
 PACK_ROWS = 64
-LEVELS = (
-    63  # activations are rounded to -63 … 63 of their row's largest: two products fit 16 bits where there is no VNNI
-)
 
 
 class Packed:
@@ -48,28 +42,6 @@ class Packed:
     def __call__(self, x: Float[Tensor, "rows in"]) -> Float[Tensor, "rows out"]:
         """Rows times weight, plus bias."""
         return torch.ops.mkl._mkl_linear(x, self.packed, self.weight, self.bias, x.shape[0])
-
-
-class Quantized:
-    """The same with int8 weights. Activations have a scale per row, so a row's result depends on no other row."""
-
-    def __init__(self, weight: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None = None) -> None:
-        weight = weight.detach()
-        self.scales = (weight.abs().amax(1) / 127).clamp(min=1e-12)
-        self.zeros = torch.zeros(len(weight), dtype=torch.long)
-        whole = (weight / self.scales[:, None]).round().to(torch.int8)
-        self.packed = torch.ops.onednn.qlinear_prepack(whole, None)
-        self.bias = None if bias is None else bias.detach()
-
-    def __call__(self, x: Float[Tensor, "rows in"]) -> Float[Tensor, "rows out"]:
-        """Rows times weight, plus bias."""
-        largest = x.abs().amax(1, keepdim=True).clamp(min=1e-12)
-        whole = (x * (LEVELS / largest)).round_().add_(LEVELS + 1).to(torch.uint8)
-        out = torch.ops.onednn.qlinear_pointwise(
-            whole, 1 / LEVELS, LEVELS + 1, self.packed, self.scales, self.zeros,
-            None, 1.0, 0, torch.float32, "none", [], "",
-        )  # fmt: skip
-        return out * largest if self.bias is None else torch.addcmul(self.bias, out, largest)
 
 
 @cache
@@ -89,25 +61,24 @@ class Layer:
     """The packed weights of one block."""
 
     norm_attention: Tensor
-    qkv: Packed | Quantized
-    out: Packed | Quantized
+    qkv: Packed
+    out: Packed
     norm_mlp: Tensor
-    gate_up: Packed | Quantized
-    down: Packed | Quantized
+    gate_up: Packed
+    down: Packed
 
 
 class PackedDecoder(Decoder):
     """`Decoder` with packed weights for the step and the heads. The weights are copied: later changes do not count."""
 
-    def __init__(self, language: Language, *, int8: bool = False) -> None:
+    def __init__(self, language: Language) -> None:
         super().__init__(language)
         self.config = language.lm.config
         self.eps = self.config.rms_norm_eps
-        kind = Quantized if int8 else Packed
-        self.layers = [_pack(block, kind) for block in language.body.layers]
+        self.layers = [_pack(block) for block in language.body.layers]
         self.norm = language.body.norm.weight.detach()
-        self.text_head = kind(*_joined(language.lm.get_output_embeddings()))
-        self.visual_head = kind(self._head_rows[language.vocabulary.writing])
+        self.text_head = Packed(*_joined(language.lm.get_output_embeddings()))
+        self.visual_head = Packed(self._head_rows[language.vocabulary.writing])
 
     def step(self, ids: Int[Tensor, "lanes"], memory: LaneCache) -> Float[Tensor, "lanes width"]:
         """Read one joint id per lane; returns its hidden state."""
@@ -164,15 +135,15 @@ def _joined(*linears: nn.Module) -> tuple[Tensor, Tensor | None]:
     return torch.cat(weights), None if biases[0] is None else torch.cat(biases)
 
 
-def _pack(block: nn.Module, kind: type[Packed | Quantized]) -> Layer:
+def _pack(block: nn.Module) -> Layer:
     attention, mlp = block.self_attn, block.mlp
     return Layer(
         block.input_layernorm.weight.detach(),
-        kind(*_joined(attention.q_proj, attention.k_proj, attention.v_proj)),
-        kind(*_joined(attention.o_proj)),
+        Packed(*_joined(attention.q_proj, attention.k_proj, attention.v_proj)),
+        Packed(*_joined(attention.o_proj)),
         block.post_attention_layernorm.weight.detach(),
-        kind(*_joined(mlp.gate_proj, mlp.up_proj)),
-        kind(*_joined(mlp.down_proj)),
+        Packed(*_joined(mlp.gate_proj, mlp.up_proj)),
+        Packed(*_joined(mlp.down_proj)),
     )
 
 
@@ -210,23 +181,17 @@ def _is_lora(module: nn.Module) -> bool:
     return plain and not any(getattr(module, "use_dora", {}).values())
 
 
-def decoder_for(
-    language: Language, *, quantization: Literal["int8"] | None = None, compile: str | None = None
-) -> Decoder:
+def decoder_for(language: Language, *, compile: str | None = None) -> Decoder:
     """Choose the decoder of an LM: packed where it can be, with static shapes on CUDA, plain elsewhere.
 
     `compile` names a backend of `torch.compile` ("inductor", "cudagraphs") for the plain step; each number of lanes is
-    compiled once. Raises `InputError` where `quantization` is asked for and only the packed step could give it.
+    compiled once.
     """
     why = "it is to be compiled" if compile else obstacle(language)
     name = type(language.lm).__name__
-    if quantization not in (None, "int8"):
-        raise InputError(f"quantization {quantization!r} is not known to the engine: use 'int8' or None")
-    if quantization and why:
-        raise InputError(f"int8 decoding does not serve {name} here, because {why}: leave quantization out")
     if why is None:
-        log.info("%s: packed %s step on the CPU", name, quantization or "fp32")
-        return PackedDecoder(language, int8=quantization == "int8")
+        log.info("%s: packed step on the CPU", name)
+        return PackedDecoder(language)
     static = compile is not None or language.rows.device.type == "cuda"
     log.info("%s: step through transformers, %s, because %s", name, "static" if static else "growing", why)
     return Decoder(language, static=static, compile=compile)

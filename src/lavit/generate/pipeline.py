@@ -10,36 +10,31 @@ iterator of `Update`s (stream.py) instead, whose `input` and `sample` say what t
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from lavit.config import InputError
-from lavit.data.chat import ChatPicture, ChatText, Reply, last_turn, render_chat
+from lavit.data.chat import ChatPicture, ChatText, Reply, render_chat
 from lavit.data.documents import question_text
 from lavit.generate.engine import Engine
 from lavit.generate.jobs import Parts, Seed, message, reading, result, writing
-from lavit.generate.prompts import Picture, pictures_of, words_of, written_from
+from lavit.generate.prompts import Picture, lay_prompt, pictures_of, words_of, written_from
 from lavit.generate.protocols import UNANSWERABLE, Protocol, answerable, asked, protocol_of, refuses
-from lavit.generate.remember import recalled, remember
 from lavit.generate.safety import Release, release_of
 from lavit.generate.sampling import Sampling
-from lavit.generate.score import Scorer, best, scorer_of
+from lavit.generate.score import Scorer, best, choices, scorer_of
 from lavit.generate.stream import Job, Update, gathered, updates
 from lavit.images import open_image, to_image
 from lavit.model import LaVIT
 from lavit.modules.selector import KeepPolicy
 from lavit.sequence import VisualTokens
 
-log = logging.getLogger(__name__)
-
 Size = tuple[int, int] | str
-CHOICES = 10  # texts that beams follow at once where one is chosen, at least
 TOGETHER = 16  # pictures that are painted in one batch
 
 
@@ -47,9 +42,8 @@ class Pipeline:
     """A loaded LaVIT.
 
     `protocol` says how verbs sample and cut where a call does not: "default", "paper", "published", or a `Protocol`.
-    `quantization="int8"` rounds the weights that the engine's steps read on a CPU. Written pictures pass `release`: with
-    `safety` (default: on for published weights) the checker's refusal raises `Refused`; `watermark` is text to hide in
-    them. Their `size` is (height, width) in pixels or an aspect ratio such as "4:3".
+    Written pictures pass `release`: with `safety` (default: on for published weights) the checker's refusal raises
+    `Refused`; `watermark` is text to hide in them. Their `size` is (height, width) in pixels or an aspect ratio such as "4:3".
     """
 
     def __init__(
@@ -57,23 +51,17 @@ class Pipeline:
         model: LaVIT,
         *,
         protocol: str | Protocol = "default",
-        quantization: Literal["int8"] | None = None,
         safety: bool | None = None,
         watermark: str | None = None,
     ) -> None:
         self.model, self.safety, self.watermark = model, safety, watermark
-        self.quantization = quantization
         known = isinstance(protocol, Protocol)
         self.protocol = protocol if known else protocol_of(protocol, model.config.tokenizer.patches)
 
     @cached_property
     def engine(self) -> Engine:
         """The token engine over this model's language part."""
-        if self.quantization == "int8":
-            log.info(
-                "int8 on a CPU rounds the weights of each step; with two threads it was no faster than fp32 (LOG.md)"
-            )
-        return Engine(self.model.language, quantization=self.quantization)
+        return Engine(self.model.language)
 
     @cached_property
     def release(self) -> Release:
@@ -110,38 +98,21 @@ class Pipeline:
     ) -> Any:
         """The likeliest of the texts `among` as the caption of each picture; with `n`, the list of the n best.
 
-        Likelihoods are of whole texts, with or without a full stop, found by beam search along these texts
-        (exact where there are no more than `CHOICES` of them, or `n` if that is more).
+        Likelihoods are of whole texts, with or without a full stop.
         """
         pictures, one = pictures_of(images)
         texts = [text.strip().removesuffix(".") for text in among]
         if not texts or not all(texts) or len(set(texts)) < len(texts):
             raise InputError("choose among one text or more, none empty and none twice")
-        best = 1 if n is None else n
-        if not 1 <= best <= len(texts):
+        count = 1 if n is None else n
+        if not 1 <= count <= len(texts):
             raise InputError(f"n is {n}: choose from 1 to all {len(texts)} texts")
-        said = {form: text for text in texts for form in (text, f"{text}.")}
-        ids = tuple(tuple(self.model.text(form, add_special_tokens=False)["input_ids"]) for form in said)
-        wide = min(len(ids), 2 * max(best, CHOICES))  # each text has two forms
-        how = Sampling(temperature=0.0, beams=wide, length_penalty=0.0, max_tokens=max(map(len, ids)) + 1)
-        prompts = [[ChatPicture(open_image(picture), read=True, keep=keep)] for picture in pictures]
-        jobs = reading(self.model, prompts, how, wide, 0, (), ids)
-        found = self._texts(jobs, False, wide, False)
-        ranked = [list(dict.fromkeys(said[form] for form in forms if form))[:best] for forms in found]
+        ranked = []
+        for picture in pictures:
+            seen = lay_prompt(self.model, [ChatPicture(open_image(picture), read=True, keep=keep)])
+            ranked.append(best(texts, choices(self.model, seen, texts), count))
         results = ranked if n is not None else [texts[0] for texts in ranked]
         return results[0] if one else results
-
-    def remember(self, images: Picture | Sequence[Picture], texts: str | Sequence[str]) -> None:
-        """Show pictures and what they are called: from now on that is told with pictures like them (generate/remember.py)."""
-        pictures, _ = pictures_of(images)
-        said, _ = words_of(texts, "text")
-        remember(self.model, [open_image(picture) for picture in pictures], said)
-
-    def recall(self, images: Picture | Sequence[Picture]) -> Any:
-        """What the memory tells the LM with each picture: texts of the most similar pictures it knows, nearest first."""
-        pictures, one = pictures_of(images)
-        told = recalled(self.model, [open_image(picture) for picture in pictures])
-        return told[0] if one else told
 
     def ask(
         self,
@@ -264,7 +235,7 @@ class Pipeline:
         talks = list(messages) if many else [messages]
         prompts = [render_chat(talk, self.model.text, reply=out) for talk in talks]
         jobs = writing(
-            self.model, self.protocol, prompts, asked=[last_turn(talk) for talk in talks],
+            self.model, self.protocol, prompts, chat=True,
             out=out, n=1 if n is None else n, seed=seed, sampling=sampling, picture=picture, guidance=guidance,
         )  # fmt: skip
         found = self._run(jobs, out, stream, steps=steps, size=size, previews=previews)
@@ -294,7 +265,6 @@ class Pipeline:
             with torch.inference_mode():
                 pictures = self.model.pixels.sample(
                     self.model.features(codes[at : at + TOGETHER]),
-                    self.model.shown(codes[at : at + TOGETHER]),
                     steps=config.steps if steps is None else steps,
                     guidance=config.guidance if guidance is None else guidance,
                     seeds=list(seeds)[at : at + TOGETHER],

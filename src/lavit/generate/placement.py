@@ -1,6 +1,6 @@
 """Fit and place: which device and number type, how coarse the language model's weights, and over which devices they lie.
 
-int8   on a CPU the engine's own rounded step (packed.py), on CUDA LLM.int8() of bitsandbytes, or torchao's weights
+int8   LLM.int8() of bitsandbytes, or torchao's weights, on CUDA
 nf4    4-bit weights of bitsandbytes, on CUDA
 
 The language model alone is rounded, by transformers' own quantisers; the rows, the reader and the other parts stay as they
@@ -67,14 +67,11 @@ def placer(
 ) -> Callable[[Language], Language] | None:
     """What brings a loaded `Language` to its place; None where it just moves to the device.
 
-    Raises `InputError` at once where the platform has no such quantiser. On a CPU "int8" is not done here but by the
-    engine (`Pipeline(quantization="int8")`).
+    Raises `InputError` at once where the platform has no such quantiser.
     """
     if quantization not in (None, "int8", "nf4"):
         raise InputError(f"quantization {quantization!r} is not known: use 'int8', 'nf4' or None")
-    if quantization is None or (quantization == "int8" and device.type == "cpu"):
-        if quantization and device_map is not None:
-            raise InputError("int8 on the CPU is a step of one device: leave out device_map or quantization")
+    if quantization is None:
         return None if device_map is None else lambda language: dispatched(language, device, dtype, device_map)
     config = quantizer(quantization, device, dtype)
     log.info(
@@ -87,10 +84,7 @@ def placer(
 def quantizer(quantization: str, device: torch.device, dtype: torch.dtype) -> Any:
     """The configuration of transformers' quantiser for this platform; raises `InputError` where there is none."""
     if device.type != "cuda":
-        raise InputError(
-            f"{quantization} weights need a CUDA GPU, this runs on {device.type}: leave quantization out"
-            + (", or use 'int8'" if device.type == "cpu" else "")
-        )
+        raise InputError(f"{quantization} weights need a CUDA GPU, this runs on {device.type}: leave quantization out")
     if importlib.util.find_spec("bitsandbytes"):
         return bitsandbytes(quantization, dtype)
     if quantization == "int8" and importlib.util.find_spec("torchao"):

@@ -18,10 +18,8 @@ from torch import Tensor
 
 from lavit.config import InputError
 from lavit.data.chat import ChatPicture, ChatText
-from lavit.data.documents import recalled_text
 from lavit.images import open_image
 from lavit.model import LaVIT
-from lavit.modules.memory import describe
 from lavit.modules.selector import KeepPolicy
 
 Picture = str | Path | bytes | Image.Image
@@ -48,16 +46,11 @@ def lay_prompt(model: LaVIT, parts: Sequence[ChatText | ChatPicture]) -> Prompt:
             piece = model.text(part.text, add_special_tokens=False)["input_ids"]
             slot = [False] * len(piece)
         elif part.read and model.config.language.read_as == "features":
-            looks = model.looks([open_image(part.picture)])
-            rows = read(model, looks[-1], KeepPolicy.parse(part.keep))
+            rows = read(model, open_image(part.picture), KeepPolicy.parse(part.keep))
             # the slots' ids are never looked at: features stand there
             piece = [vocabulary.image_start, *[vocabulary.image_end] * len(rows), vocabulary.image_end]
             slot = [False, *[True] * len(rows), False]
             features.append(rows)
-            if recall := model.config.language.recall:
-                told = recalled_text(model.memory.recall(describe(looks), recall)[0])
-                piece += model.text(told, add_special_tokens=False)["input_ids"]
-                slot += [False] * (len(piece) - len(slot))
         else:
             codes = codes_of(model, part)
             piece = [vocabulary.image_start, *vocabulary.ids(codes).tolist(), vocabulary.image_end]
@@ -67,8 +60,9 @@ def lay_prompt(model: LaVIT, parts: Sequence[ChatText | ChatPicture]) -> Prompt:
     return Prompt(tuple(ids), tuple(slots) if features else (), torch.cat(features) if features else None)
 
 
-def read(model: LaVIT, patches: Float[Tensor, "1 patches dim"], policy: KeepPolicy) -> Float[Tensor, "kept width"]:
-    """Continuous features of a picture from its encoder's, as the LM reads them."""
+def read(model: LaVIT, image: Image.Image, policy: KeepPolicy) -> Float[Tensor, "kept width"]:
+    """Continuous features of a picture, as the LM reads them."""
+    patches = model.patches([image])
     keep = model.tokenizer.select(patches, policy)
     return model.language.read(model.tokenizer.prepare(patches).to(model.language.rows.dtype), keep)
 

@@ -43,7 +43,6 @@ class Request:
     picture: Sampling = field(default_factory=draw_published)  # inside images of mode "mixed" (not its n and seed)
     images: int = 4  # at most so many images in mode "mixed"
     stop: tuple[int, ...] = ()  # text ids that end the text, besides end of text
-    among: tuple[tuple[int, ...], ...] = ()  # where given, beams write one of these texts, and what ends it
 
     @property
     def inside(self) -> Sampling:
@@ -76,8 +75,6 @@ class Request:
             )
         if self.mode == "image" and self.ids and self.ids[-1] == vocabulary.image_start:
             raise InputError("the prompt ends with image start: leave it out, the engine opens the image")
-        if self.among and (self.sampling.beams < 2 or not all(self.among)):
-            raise InputError("a choice among texts needs beams (2 or more), and texts of one id or more")
         if self.mode != "text" and (self.sampling.beams > 1 or self.inside.beams > 1):
             raise InputError(f"beam search writes text only, not mode {self.mode!r}: set beams=1")
         if self.mode != "text" and self.inside.min_tokens < 1:

@@ -1,4 +1,4 @@
-"""Best of n: candidates are drawn, scored against their prompt, and the best are kept.
+"""How likely texts are as the caption of a picture: to choose one of them, and to keep the best of n drawings.
 
 The paper keeps the best of four by CLIP-L. Ours, without another model: the picture is read again, and scores the mean
 log-likelihood of the prompt as its caption. Any callable (prompt, picture) -> float may take its place.
@@ -10,12 +10,14 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
+from jaxtyping import Float
 from PIL import Image
+from torch import Tensor
 
 from lavit.config import InputError
 from lavit.data.chat import ChatPicture
 from lavit.generate.decoder import Decoder
-from lavit.generate.prompts import lay_prompt
+from lavit.generate.prompts import Prompt, lay_prompt
 from lavit.model import LaVIT
 
 T = TypeVar("T")
@@ -31,25 +33,35 @@ def scorer_of(model: LaVIT, scorer: Scorer | str) -> Scorer:
     return lambda prompt, picture: likelihood(model, prompt, picture)
 
 
-@torch.inference_mode()
 def likelihood(model: LaVIT, prompt: str, picture: Image.Image) -> float:
     """Mean log-likelihood, per token and end, of the prompt as the caption of a picture that the model reads."""
-    language, text = model.language, model.text
     seen = lay_prompt(model, [ChatPicture(picture, read=True)])
-    said = [*text(prompt, add_special_tokens=False)["input_ids"], language.vocabulary.end]
+    return float(_said(model, seen, prompt).mean())
+
+
+def choices(model: LaVIT, seen: Prompt, texts: Sequence[str]) -> list[float]:
+    """Log-likelihood of each whole text behind a prompt, the likelier of with and without a full stop."""
+    return [max(float(_said(model, seen, form).sum()) for form in (text, f"{text}.")) for text in texts]
+
+
+@torch.inference_mode()
+def _said(model: LaVIT, seen: Prompt, words: str) -> Float[Tensor, "tokens"]:
+    """Log-likelihood of each token of the words behind a prompt, and of the end."""
+    language, text = model.language, model.text
+    said = [*text(words, add_special_tokens=False)["input_ids"], language.vocabulary.end]
     ids = torch.tensor([[*seen.ids, *said]], device=model.device)
     context = Decoder(language).context
     if ids.shape[1] > context:
         raise InputError(
-            f"a drawing and its prompt have {ids.shape[1]} tokens but the language model attends to {context}: "
-            "shorten the prompt, or give a scorer of your own"
+            f"a picture and its text have {ids.shape[1]} tokens but the language model attends to {context}: "
+            "shorten the text, or give a scorer of your own"
         )
     slots = torch.zeros_like(ids, dtype=torch.bool)
     slots[0, : len(seen.slots)] = torch.tensor(seen.slots, device=model.device)
     embeddings = language.embed(ids, slots=slots, features=seen.features)
     hidden = language.body(inputs_embeds=embeddings, use_cache=False).last_hidden_state[0, -len(said) - 1 : -1]
     logits = torch.cat([language.text_logits(hidden), language.visual_logits(hidden)], -1).float()
-    return float(logits.log_softmax(-1).gather(-1, ids[0, -len(said) :, None]).mean())
+    return logits.log_softmax(-1).gather(-1, ids[0, -len(said) :, None])[:, 0]
 
 
 def best(candidates: Sequence[T], scores: Sequence[float], n: int) -> list[T]:

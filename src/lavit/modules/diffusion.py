@@ -142,19 +142,11 @@ def solver_of(sampler: str | SchedulerMixin, noise: SchedulerMixin) -> Scheduler
 def check_widths(
     config: PixelsConfig, unet: UNet2DModel | UNet2DConditionModel, noise: SchedulerMixin, latent: int
 ) -> None:
-    """Raise `InputError` unless a denoiser's channels are those of latents and of what it listens to and is shown."""
+    """Raise `InputError` unless a denoiser's channels are those of latents and of what it listens to."""
     widths = unet.config
     grid = config.condition_dim if config.condition == "grid" else 0
-    outputs = latent + config.shown
-    if config.shown and (not grid or noise.config.prediction_type != "sample"):
-        raise InputError(
-            'remembered pictures are shown beside a "grid" condition, to a denoiser that answers the "sample"'
-        )
-    grid += latent if config.shown else 0
     if widths.in_channels != latent + grid:
         raise InputError(f"the unet takes {widths.in_channels} channels, but latents have {latent} and the map {grid}")
-    if config.condition == "grid" and widths.out_channels != outputs:
-        raise InputError(f"the unet gives {widths.out_channels} channels, expected {outputs}")
     if (config.condition == "grid") != isinstance(unet, UNet2DModel):
         raise InputError('a "grid" condition goes with UNet2DModel, the others with UNet2DConditionModel')
     wide = config.condition_dim + (config.pooled_dim if config.condition == "pooled" else 0)

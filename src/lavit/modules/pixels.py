@@ -1,6 +1,6 @@
 """Pixels: a diffusion decoder paints the picture of the reconstructed features (paper Sec. 3.1, Eq. 5).
 
-    features ─ condition head ─┐   (beside it, where configured: a remembered picture, of which the answer may take)
+    features ─ condition head ─┐
     noise ──────────────────── denoiser (diffusers UNet) × steps ─ latents ─ autoencoder, or unfolded pixels ─ picture
 
 One class; the 512-px (SD 1.5), the 1024-px (SDXL) and our small decoders differ by configuration alone. Guidance is one
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +161,6 @@ class Pixels(nn.Module):
         self,
         latents: Float[Tensor, "images channels rows columns"],
         features: Float[Tensor, "images patches dim"],
-        shown: Float[Tensor, "images 3 size size"] | None = None,
         *,
         generator: torch.Generator | Sequence[torch.Generator],
         perceptual: Perceptual | None = None,
@@ -177,7 +175,7 @@ class Pixels(nn.Module):
         images = len(latents)
         noise, times, dropped = (drawn.to(latents.device) for drawn in self._draw(latents, generator))
         size = tuple(latents.shape[2:])
-        condition = self.told(features, size, shown).replaced(dropped, self.null(images, size))
+        condition = self.told(features, size).replaced(dropped, self.condition.null(images, size))
         noisy = self.scheduler.add_noise(latents, noise, times)
         kind = self.scheduler.config.prediction_type
         target = {"epsilon": noise, "sample": latents}.get(kind)
@@ -207,7 +205,6 @@ class Pixels(nn.Module):
     def sample(
         self,
         features: Float[Tensor, "images patches dim"],
-        shown: Float[Tensor, "images 3 size size"] | None = None,
         *,
         seeds: Sequence[int],
         steps: int | None = None,
@@ -216,7 +213,7 @@ class Pixels(nn.Module):
         size: tuple[int, int] | str | None = None,
         callback: Callable[[int, Tensor], Tensor | None] | None = None,
     ) -> Float[Tensor, "images 3 height width"]:
-        """Paint one picture per row of features, -1..1; what is None comes from the configuration, but `shown`: no picture is.
+        """Paint one picture per row of features, -1..1; what is None comes from the configuration.
 
         seeds: one per picture, its noise whatever the batch. sampler: "dpm", "ddim" or any diffusers scheduler.
         size: (height, width) in pixels, or an aspect ratio (`picture_size`). callback: called with the step's number and
@@ -228,9 +225,9 @@ class Pixels(nn.Module):
         solver = self.solver(sampler, steps, features.device)
         shape = (self.latent_channels, height // self.factor, width // self.factor)
         weight = self.unet.dtype
-        condition = self.told(features.to(weight), shape[1:], None if shown is None else shown.to(features))
+        condition = self.told(features.to(weight), shape[1:])
         if guidance != 1:
-            condition = condition.followed_by(self.null(len(features), shape[1:]))
+            condition = condition.followed_by(self.condition.null(len(features), shape[1:]))
         generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
         latents = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         latents = latents.to(features.device) * solver.init_noise_sigma
@@ -256,32 +253,12 @@ class Pixels(nn.Module):
         solver.set_timesteps(steps, device=device)
         return solver
 
-    def told(
-        self,
-        features: Float[Tensor, "images patches dim"],
-        size: tuple[int, int],
-        shown: Float[Tensor, "images 3 size size"] | None = None,
-    ) -> Condition:
-        """The condition that features and remembered pictures make, for latents of `size` (height, width)."""
+    def told(self, features: Float[Tensor, "images patches dim"], size: tuple[int, int]) -> Condition:
+        """The condition that features make, for latents of `size` (height, width)."""
         self._check_features(features)
         if self.config.direction:
             features = F.normalize(features, dim=-1) * features.shape[-1] ** 0.5
-        return self._beside(self.condition(features, size), shown, len(features), size)
-
-    def null(self, images: int, size: tuple[int, int]) -> Condition:
-        """The null condition of `images` pictures, for latents of `size`."""
-        return self._beside(self.condition.null(images, size), None, images, size)
-
-    def _beside(self, condition: Condition, shown: Tensor | None, images: int, size: tuple[int, int]) -> Condition:
-        """Remembered pictures as latents beside the map, if this decoder is shown any; without one a grey picture stands."""
-        if not self.config.shown:
-            return condition
-        height, width = (side * self.factor for side in size)
-        if shown is None:
-            shown = condition.grid.new_zeros(images, 3, height, width)
-        if shown.shape[2:] != (height, width):
-            shown = F.interpolate(shown, (height, width), mode="bilinear", align_corners=False)
-        return replace(condition, grid=torch.cat([condition.grid, self.encode(shown).to(condition.grid)], 1))
+        return self.condition(features, size)
 
     def save(self, folder: Path) -> None:
         """Write unet/, scheduler/, vae/ (each opens in diffusers) and condition/model.safetensors."""
@@ -339,20 +316,13 @@ class Pixels(nn.Module):
         if condition.grid is not None:
             latents = torch.cat([latents, condition.grid.to(latents.dtype)], dim=1)
         if condition.context is None:
-            return self._copied(self.unet(latents, times).sample, condition)
+            return self.unet(latents, times).sample
         extra: dict[str, Any] = {"encoder_attention_mask": condition.valid}
         if condition.pooled is not None:
             height, width = size or tuple(side * self.factor for side in latents.shape[2:])
             ids = latents.new_tensor([height, width, 0, 0, height, width]).expand(len(latents), -1)
             extra["added_cond_kwargs"] = {"text_embeds": condition.pooled, "time_ids": ids}
         return self.unet(latents, times, condition.context, **extra).sample
-
-    def _copied(self, answer: Tensor, condition: Condition) -> Tensor:
-        """The denoiser's clean latents; where it is shown a picture its last channel says how much of that to take instead."""
-        if not self.config.shown:
-            return answer
-        answer, share = answer[:, :-1], answer[:, -1:].sigmoid()
-        return answer.lerp(condition.grid[:, -self.latent_channels :].to(answer), share)
 
     def _steady_vae(self) -> AutoencoderKL:
         """The autoencoder, in fp32 where it would overflow in fp16 (SDXL's `force_upcast`)."""

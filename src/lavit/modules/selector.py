@@ -70,10 +70,6 @@ class KeepPolicy:
                 f"keep={keep!r} is not understood ({error}): try auto, all, 64, 0.25 or top_k:64"
             ) from error
 
-    def bounded(self, *, min_tokens: int, max_tokens: int | None) -> KeepPolicy:
-        """The same policy between these numbers of tokens."""
-        return replace(self, min_tokens=min_tokens, max_tokens=max_tokens)
-
 
 class Selector(nn.Module):
     """Two log-probabilities per patch: keep, drop. Computes in fp32 whatever the surroundings."""

@@ -32,11 +32,6 @@ class Vision(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = encoder.requires_grad_(False).eval()
-        if config.described and config.described[-1] >= config.layer % len(self._blocks(encoder)):
-            raise InputError(
-                f"described is {list(config.described)}: give layers before the one that is read, {config.layer} of "
-                f"{len(self._blocks(encoder))}"
-            )
 
     def train(self, mode: bool = True) -> Vision:
         """Stay in eval mode: batch norms and dropout of the encoder are frozen."""
@@ -45,31 +40,23 @@ class Vision(nn.Module):
     @torch.no_grad()
     def forward(self, pixels: Float[Tensor, "images 3 height width"]) -> Float[Tensor, "images patches dim"]:
         """Features of normalised pictures (`images.pixels`); raises `InputError` if the size is not the encoder's."""
-        return self.looks(pixels)[-1]
-
-    @torch.no_grad()
-    def looks(self, pixels: Float[Tensor, "images 3 height width"]) -> list[Float[Tensor, "images _places _channels"]]:
-        """Outputs of the layers `described`, each in raster order, and last the features that `forward` gives."""
         size = self.config.image_size
         if pixels.shape[2:] != (size, size):
             raise InputError(f"the encoder takes pictures of {size}x{size}, not {pixels.shape[3]}x{pixels.shape[2]}")
-        looks = self._hidden(pixels)
-        patches = looks[-1]
+        patches = self._hidden(pixels)
         if patches.shape[1:] != (self.config.patches, self.config.dim):
             raise InputError(
                 f"the encoder gives {patches.shape[1]} patches of {patches.shape[2]} channels, "
                 f"the configuration says {self.config.patches} of {self.config.dim}"
             )
-        return looks
+        return patches
 
-    def _hidden(self, pixels: Tensor) -> list[Tensor]:
-        layers = (*self.config.described, self.config.layer)
+    def _hidden(self, pixels: Tensor) -> Tensor:
         if self.config.source == EFFICIENTNET:
-            count = len(self._blocks(self.encoder))
-            states = self.early(pixels, tuple(layer % count for layer in layers))[1:]
-            return [state.flatten(2).transpose(1, 2) for state in states]
-        states, patches = self.states(pixels), self.config.patches
-        return [states[layer][:, -patches:] for layer in layers]  # class and register tokens stand in front
+            layer = self.config.layer % len(self._blocks(self.encoder))
+            return self.early(pixels, (layer,))[-1].flatten(2).transpose(1, 2)
+        hidden = self.states(pixels)[self.config.layer]
+        return hidden[:, -self.config.patches :]  # class and register tokens stand in front
 
     def early(
         self, pixels: Float[Tensor, "images 3 height width"], blocks: tuple[int, ...]

@@ -69,17 +69,12 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 def _parts(model: ModelConfig, started: dict[str, Any]) -> list[tuple[str, ...]]:
     tokenizer, vision, pixels = model.tokenizer, model.vision, model.pixels
-    recall = model.language.recall
-    memory = f", told {recall} texts of similar training pictures with one that is read" if recall else ""
-    if model.language.shown:
-        memory += f", shown {model.language.shown} pictures of its memory before what it draws from"
-    copies = ", shown the likest picture of its memory" if pixels.shown else ""
     adapter = f", LoRA of rank {model.language.lora_rank}" if model.language.lora_rank else ""
     return [
         ("encoder, frozen", f"{vision.source}, {vision.image_size} px, {vision.patches} patches of {vision.dim}"),
         ("tokenizer", f"{tokenizer.codes} codes of {tokenizer.code_dim}, merger of {tokenizer.merger_depth} blocks"),
-        ("language", f"{started['language']['source']}{adapter}{memory}"),
-        ("pixels", f"{pixels.size} px, condition {pixels.condition}, {pixels.steps} steps of {pixels.sampler}{copies}"),
+        ("language", f"{started['language']['source']}{adapter}"),
+        ("pixels", f"{pixels.size} px, condition {pixels.condition}, {pixels.steps} steps of {pixels.sampler}"),
     ]
 
 
@@ -92,7 +87,6 @@ def _stages(folder: Path, training: TrainConfig) -> list[tuple[str, ...]]:
         last[found["stage"]] = found
     wanted = {
         "tokenizer": training.tokenizer.steps,
-        "reader": training.language.reader_steps,
         "language": training.language.steps,
         "autoencoder": training.pixels.autoencoder_steps,
         "pixels": training.pixels.steps,

@@ -44,7 +44,7 @@ from lavit.train.loop import Report, Shard, train
 from lavit.train.spread import make_accelerator
 
 log = logging.getLogger(__name__)
-COPIED = ("vision", "tokenizer", "memory", "pixels", "base")
+COPIED = ("vision", "tokenizer", "pixels", "base")
 MEASURED = 3  # steps whose time says how many fit into some minutes
 
 
@@ -68,7 +68,7 @@ def finetune_training(
         share = 1.0 if lora_rank else 0.1
         rates = {"learning_rate": share * language.learning_rate}
         rates |= {"rows_rate": 0.1 * language.rows_rate, "reader_rate": 0.1 * language.reader_rate}
-        language = replace(language, **rates, style_shift=0.0, thinned=0.0, reader_weight=0.0)
+        language = replace(language, **rates)
     else:
         length = int(read_json(model / "language" / "config.json").get("max_position_embeddings", 2048))
         rates = {"learning_rate": 2e-4 if lora_rank else 2e-5, "rows_rate": 5e-5, "reader_rate": 5e-5}
@@ -144,12 +144,6 @@ class Finetune:
         features, tokens = self._pictures(model, conversations)
         codes = tuple(tuple(part.tolist()) for part in tokens.split())
         make = {"text": text, "vocabulary": language.vocabulary, "config": config, "seed": self.training.seed}
-        recall = model.config.language.recall
-        rows = [torch.from_numpy(one[None].astype("float32")) for one in features.described] if recall else []
-        if recall:
-            memory = model.memory.cpu()
-            told = [memory.recall(row, recall)[0] for row in rows] or None
-            make |= {"told": told, "memory": memory, "described": rows, "shown": model.config.language.shown}
         documents = ConversationDocuments(conversations, codes, **make)
         return FinetuneStage(language, model.tokenizer, documents, features, tokens, config)
 
@@ -164,7 +158,6 @@ class Finetune:
                 conversations.pictures,
                 model.vision,
                 self.folder / "cache",
-                seed=self.training.seed,
                 progress=progress and (lambda done, of: progress("encoder features", done, of)),
             )
         return features, tokenize_features(model.tokenizer, features)

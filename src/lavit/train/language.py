@@ -6,11 +6,9 @@ encoder and stage-1 merger are frozen, the latter because it makes the ids.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -21,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from lavit.config import InputError, LanguageTraining
 from lavit.data.conversations import ConversationDocuments
 from lavit.data.corpus import Corpus
-from lavit.data.documents import Documents, answer_text, question_text, thin
+from lavit.data.documents import Documents, answer_text, question_text
 from lavit.data.features import Features
 from lavit.data.stream import StreamingDocuments
 from lavit.modules.language import Language, LanguageLoss
@@ -30,7 +28,6 @@ from lavit.sequence import IGNORE, Batch, VisualTokens, slot_lengths
 from lavit.train.loop import Figure, Shard
 
 END = "<|endoftext|>"
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,45 +38,6 @@ class LanguageBatch:
     patches: Float[Tensor, "images patches dim"]
     keep: Bool[Tensor, "images patches"]
     targets: int
-    lesson: Any = None  # the reader's own batch (train/reader.py)
-
-
-class StyleShift:
-    """Moves features of a read picture towards another hand, so that a name is not learnt together with the hand that drew it.
-
-    The move is the difference of the mean patches of a random edit "in the … style" whose source is in the picture's own
-    hand. (Ours: the paper's data has no hands. LOG.md has what it is worth.)
-    """
-
-    def __init__(self, corpus: Corpus, features: Features, config: LanguageTraining, *, seed: int) -> None:
-        self.share, self.strength, self.seed, self.views = (
-            config.style_shift,
-            config.style_strength,
-            seed,
-            features.views,
-        )
-        self.hands = [picture.row.get("artist") for picture in corpus.pictures]
-        self.edits: dict[Any, list[tuple[int, int]]] = {}
-        for edit in corpus.edits:
-            if edit.kind == "artist":
-                self.edits.setdefault(self.hands[edit.source], []).append((edit.source, edit.target))
-        if self.share and not self.edits:
-            log.warning("style_shift: the data has no edit from one artist's hand to another's, no features are moved")
-        elif self.share:
-            every = torch.arange(len(features))
-            self.means = torch.cat([features.rows(part).mean(1) for part in every.split(64)])
-
-    def __call__(self, patches: Tensor, rows: Tensor, step: int, first: int) -> Tensor:
-        """Patches [images, patches, dim] of feature rows, some of them moved; `first` is their place in the global batch."""
-        moved = []
-        for place, (picture, row) in enumerate(zip(patches, rows.tolist(), strict=True), first):
-            rng = np.random.default_rng([self.seed, 8, step, place])
-            known = self.edits.get(self.hands[row // self.views])
-            if known and rng.random() < self.share:
-                source, target = known[rng.integers(len(known))]
-                picture = picture + self.strength * (self.means[target] - self.means[source])
-            moved.append(picture)
-        return torch.stack(moved) if moved else patches
 
 
 class LanguageStage:
@@ -102,11 +60,8 @@ class LanguageStage:
         self.steps, self.accumulate = config.steps, config.accumulate
         language.train().recompute(config.recompute)
         language.merger.requires_grad_(config.train_merger)
-        self.lesson: Any = None  # the reader's own stage, whose losses go beside the LM's (`reader_weight`)
         self._drawn: tuple[int, Batch] | None = None  # the batch of a step, whose parts come one after the other
         self.streams = documents if isinstance(documents, StreamingDocuments) else None
-        if self.streams is None:
-            self.shift = StyleShift(documents.corpus, features, config, seed=documents.seed)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """LM, visual rows, reader."""
@@ -147,16 +102,8 @@ class LanguageStage:
         if self.streams is not None:
             patches, keep = self.streams.pictures(images)
         else:
-            patches = torch.from_numpy(self.features.array[images.numpy()].astype("float32"))
-            keep = self.tokens.keep[images]
-            if self.shift.share:
-                patches = self.shift(patches, images, step, images_before)
-        if self.config.thinned and len(images):
-            seeds = ([self.documents.seed, 12, step, images_before + place] for place in range(len(images)))
-            parts = zip(keep, slot_lengths(rows.slots), map(np.random.default_rng, seeds), strict=True)
-            keep = torch.stack([thin(mask, length, rng) for mask, length, rng in parts])
-        lesson = self.lesson.batch(step, shard) if self.lesson else None
-        return LanguageBatch(rows, patches, keep, targets, lesson)
+            patches, keep = self.features.rows(images), self.tokens.keep[images]
+        return LanguageBatch(rows, patches, keep, targets)
 
     @staticmethod
     def _images(batch: Batch, rows: Any) -> int:
@@ -170,13 +117,8 @@ class LanguageStage:
         patches = self.tokenizer.prepare(batch.patches).to(device)
         out: LanguageLoss = module(rows, patches, batch.keep.to(device))
         loss = out.total / batch.targets * accelerator.num_processes
-        beside: dict[str, Figure] = {}
-        if batch.lesson is not None:
-            beside = self.lesson.losses(self.lesson.module, batch.lesson, step, accelerator)
-            loss = loss + self.config.reader_weight / self.accumulate * beside.pop("loss")
         return {
             "loss": loss,
-            **beside,
             "text_loss": (out.text, out.text_tokens),
             "code_loss": (out.visual, out.visual_tokens),
             "text_accuracy": (out.text_correct, out.text_tokens),

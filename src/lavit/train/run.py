@@ -18,20 +18,19 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from PIL.Image import Image
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lavit.config import InputError, LanguageConfig, ModelConfig, TrainConfig, from_json, read_json, to_json
 from lavit.data.bulk import tokenizer_hash
 from lavit.data.corpus import Corpus, load_corpus
 from lavit.data.documents import Documents
-from lavit.data.features import Features, compute_features, tokenize_features, view_of
+from lavit.data.features import Features, compute_features, tokenize_features
 from lavit.data.pretokenised import corpus_codes, nothing_read
 from lavit.data.stream import StreamingDocuments, stream_texts
 from lavit.images import pixels as to_pixels
 from lavit.model import LaVIT
 from lavit.modules.language import Language
-from lavit.modules.memory import Memory
 from lavit.modules.pixels import Pixels
 from lavit.modules.tokenizer import VisualTokenizer
 from lavit.modules.vision import Vision, load_vision
@@ -42,9 +41,7 @@ from lavit.train.checkpoint import latest_checkpoint, load_weights
 from lavit.train.health import parameter_lines
 from lavit.train.language import LanguageStage, train_text_tokenizer
 from lavit.train.loop import Report, Stage, train
-from lavit.train.memory import remember, remember_pictures, remembered_pictures
 from lavit.train.metrics import check_trackers
-from lavit.train.reader import ReaderStage
 from lavit.train.samples import Samples
 from lavit.train.spread import halve_frozen, make_accelerator
 from lavit.train.stages import AutoencoderStage, PixelsStage, TokenizerStage
@@ -128,27 +125,19 @@ class Run:
 
     @cached_property
     def features(self) -> Features:
-        """Encoder features of every picture and view, computed once; other ranks wait for the first."""
+        """Encoder features of every picture, computed once; other ranks wait for the first."""
         with self.accelerator.main_process_first():
             return compute_features(
                 [picture.record for picture in self.corpus.pictures],
                 self.vision,
                 self.folder / "cache",
-                views=self.training.views,
-                seed=self.training.seed,
-                mirrored=self.training.mirrored,
                 progress=self._progress("encoder features"),
             )
 
     @cached_property
     def tokens(self) -> VisualTokens:
-        """Stage-1 tokens of every picture and view."""
+        """Stage-1 tokens of every picture."""
         return tokenize_features(self.tokenizer, self.features)
-
-    @cached_property
-    def remembered(self) -> tuple[Memory, list[list[str]]]:
-        """The memory of the training split, and what it tells with each picture and view."""
-        return remember(self.corpus, self.features, self.tokens, self.config.language.recall)
 
     @cached_property
     def tokenizer(self) -> VisualTokenizer:
@@ -156,15 +145,10 @@ class Run:
         return self._model().tokenizer
 
     @cached_property
-    def pictures(self) -> Float[Tensor, "rows 3 size size"]:
-        """Pictures and their views at the pixel decoder's size, in -1..1."""
-        size, views = self.config.pixels.size, self.training.views
-        half = (0.5, 0.5, 0.5)
-        images = (
-            view_of(picture.record.open(), view, self.training.seed + number, mirrored=self.training.mirrored)
-            for number, picture in enumerate(self.corpus.pictures)
-            for view in range(views)
-        )
+    def pictures(self) -> Float[Tensor, "pictures 3 size size"]:
+        """Pictures at the pixel decoder's size, in -1..1."""
+        size, half = self.config.pixels.size, (0.5, 0.5, 0.5)
+        images = (picture.record.open() for picture in self.corpus.pictures)
         return torch.cat([to_pixels([image], size, half, half) for image in images])
 
     def train(self, stages: Sequence[str] = STAGES) -> None:
@@ -236,8 +220,6 @@ class Run:
         language, text, base = self._first_language()
         model_config = replace(self.config, language=base)
         stage = self._language_stage(language, text)
-        if config.reader_steps or config.reader_weight:
-            self._train_reader(stage, text)
         if base.lora_rank and not self.accelerator.is_fsdp2 and self.accelerator.mixed_precision == "bf16":
             halve_frozen(language)
         origins = {"merger.": "copied from the tokenizer", "lm.": f"loaded from {base.source}"}
@@ -258,26 +240,8 @@ class Run:
                     load_base(base, self.folder / "base")[0], self.tokenizer.merger, model_config, text
                 )
             load_weights(latest_checkpoint(self.folder / "checkpoints" / "language"), language)
-        memory = {"memory": self.remembered[0]} if base.recall else {}
-        parts = {**memory, "language": language}
-        self._save(LaVIT(model_config, parts, text=text, folder=self.folder), *parts)
-
-    def _train_reader(self, stage: LanguageStage, text: PreTrainedTokenizerBase) -> None:
-        """Warm the reader of a language stage up, before the LM reads, and leave it its lesson beside the LM's."""
-        if not stage.features:
-            raise InputError(
-                "reader_steps and reader_weight need pictures that are read and encoded beforehand: set them to 0"
-            )
-        if self.accelerator.is_fsdp2:
-            raise InputError(
-                "FSDP2 shards the reader: train without --fsdp (DDP), or set reader_steps and reader_weight to 0"
-            )
-        reader = ReaderStage(stage, text, self.corpus, seed=self.training.seed)
-        if self.training.language.reader_steps:
-            self._loop(reader, warmup=self.training.language.warmup)
-        if self.training.language.reader_weight:
-            reader.module.to(self.accelerator.device)
-            stage.lesson = reader
+        model = LaVIT(model_config, {"language": language}, text=text, folder=self.folder)
+        self._save(model, "language")
 
     def _first_language(self) -> tuple[Language, PreTrainedTokenizerBase, LanguageConfig]:
         """The language part before its first step: around its base LM, or as `start` left it."""
@@ -299,10 +263,6 @@ class Run:
     def _language_stage(self, language: Language, text: PreTrainedTokenizerBase) -> LanguageStage:
         """Stage 2 on the corpus; on codes made beforehand; or on a stream."""
         config, device = self.training.language, self.accelerator.device
-        if self.config.language.recall and (config.stream or config.token_corpus):
-            raise InputError(
-                "recall needs pictures encoded beforehand: leave stream and token_corpus out, or set it to 0"
-            )
         make = {"text": text, "vocabulary": language.vocabulary, "config": config, "seed": self.training.seed}
         vision = self.config.vision
         if config.stream:
@@ -314,15 +274,11 @@ class Run:
             hashed = tokenizer_hash(LaVIT(self.config, folder=self.folder))
             codes = corpus_codes(config.token_corpus, self.corpus, self.data, tokenizer=hashed)
             make["config"] = replace(config, mixture=(0.0, config.mixture[1], 0.0, *config.mixture[3:]))
-            documents = Documents(self.corpus, codes, views=1, **make)
+            documents = Documents(self.corpus, codes, **make)
             features, tokens = nothing_read(vision)
         else:
             codes = tuple(tuple(part.tolist()) for part in self.tokens.split())
-            base = self.config.language
-            memory, told = self.remembered if base.recall else (None, None)
-            make |= {"told": told, "memory": memory, "shown": base.shown}
-            remembered = remembered_pictures(self.corpus)
-            documents = Documents(self.corpus, codes, views=self.training.views, remembered=remembered, **make)
+            documents = Documents(self.corpus, codes, **make)
             features, tokens = self.features, self.tokens
         self.__dict__.pop("vision", None)  # features and tokens are made: nothing of stage 1 need stay on a GPU
         self.tokenizer.cpu()
@@ -351,11 +307,6 @@ class Run:
         if config.autoencoder_steps:
             self._loop(AutoencoderStage(pixels, self.pictures, config, seed=seed), warmup=config.warmup)
             pixels.calibrate(self.pictures[:512])
-        parts: dict[str, nn.Module] = {"pixels": pixels}
-        shown = None
-        if self.config.pixels.shown:
-            parts = {"memory": self._model().memory, **parts}
-            shown = remember_pictures(parts["memory"], self.corpus, self.tokens, self.pictures)
         self.tokenizer.to(self.accelerator.device)
         stage = PixelsStage(
             pixels,
@@ -364,13 +315,11 @@ class Run:
             self.tokens,
             config,
             seed=seed,
-            views=self.training.views,
             vision=self.vision if config.perceptual_weight else None,
-            shown=shown,
         )
         self._loop(stage, warmup=config.warmup)
         pixels.load_state_dict(stage.averaged.module.state_dict())
-        self._save(LaVIT(self.config, parts, folder=self.folder), *parts)
+        self._save(LaVIT(self.config, {"pixels": pixels}, folder=self.folder), "pixels")
 
 
 def _same_run(saved: dict[str, Any], mine: dict[str, Any]) -> bool:

@@ -11,7 +11,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lavit.data.corpus import Corpus
-from lavit.data.documents import recalled_text
 from lavit.generate.engine import Engine
 from lavit.generate.request import Request
 from lavit.generate.sampling import Sampling
@@ -58,16 +57,13 @@ class Samples:
         stage = self.stage
         language, vocabulary = stage.module, stage.module.vocabulary
         device = language.rows.device
-        row = torch.tensor([number * stage.features.views])
-        patches = torch.from_numpy(stage.features.array[row.numpy()].astype("float32"))
-        keep = stage.tokens.keep[row].to(device)
+        at = torch.tensor([number])
+        patches, keep = stage.features.rows(at), stage.tokens.keep[at].to(device)
         features = language.read(stage.tokenizer.prepare(patches).to(device), keep)
         start, end = vocabulary.image_start, vocabulary.image_end
-        told = stage.documents.told
-        words = self.text(recalled_text(told[int(row)]), add_special_tokens=False)["input_ids"] if told else []
         reading = Request(
-            ids=(start, *[end] * len(features), end, *words),  # ids of slots are never looked at
-            slots=(False, *[True] * len(features), False, *[False] * len(words)),
+            ids=(start, *[end] * len(features), end),  # ids of slots are never looked at
+            slots=(False, *[True] * len(features), False),
             features=features,
             sampling=Sampling(temperature=0.0, max_tokens=WORDS),
         )

@@ -33,8 +33,6 @@ from lavit.train.health import CodeUse, check_codes, check_features, check_finit
 from lavit.train.loop import Shard
 
 WINDOW = 100  # steps over which live codes are counted
-# of the pictures of a step in stage 3 these are shown another remembered picture than their own, or none
-OTHER, NOTHING = 0.4, 0.1
 
 
 def seeded(*numbers: int) -> torch.Generator:
@@ -92,16 +90,15 @@ class TokenizerStage:
         ]
 
     def batch(self, step: int, shard: Shard) -> FeatureBatch:
-        """Pictures in random views."""
+        """Pictures of a step."""
         batch = self.config.batch
         if batch % shard.ranks:
             raise InputError(
                 f"a batch of {batch} pictures cannot be shared by {shard.ranks} ranks (or parts of a step): give a multiple"
             )
         pictures = draw_pictures(len(self.features), batch, seed=self.seed, step=step)
-        views = torch.randint(self.features.views, (batch,), generator=seeded(self.seed, 2, step))
         mine = shard.of(torch.arange(batch))
-        return FeatureBatch(self.features.rows(pictures[mine], views[mine]), mine)
+        return FeatureBatch(self.features.rows(pictures[mine]), mine)
 
     def temperature(self, step: int) -> float:
         """Geometric from `temperature` to `final_temperature` over phase a."""
@@ -221,16 +218,18 @@ class TokenizerStage:
 
 @dataclass(frozen=True)
 class PictureBatch:
-    """Rows (picture and view) of this rank, and their places in the global batch, which seed their noise."""
+    """Pictures of this rank, and their places in the global batch, which seed their noise."""
 
-    rows: Int[Tensor, "images"]
+    pictures: Int[Tensor, "images"]
     places: Int[Tensor, "images"]
 
 
-def _share(rows: Int[Tensor, "batch"], shard: Shard) -> PictureBatch:
-    if len(rows) % shard.ranks:
-        raise InputError(f"a batch of {len(rows)} pictures cannot be shared by {shard.ranks} ranks: give a multiple")
-    return PictureBatch(shard.of(rows), shard.of(torch.arange(len(rows))))
+def _share(pictures: Int[Tensor, "batch"], shard: Shard) -> PictureBatch:
+    if len(pictures) % shard.ranks:
+        raise InputError(
+            f"a batch of {len(pictures)} pictures cannot be shared by {shard.ranks} ranks: give a multiple"
+        )
+    return PictureBatch(shard.of(pictures), shard.of(torch.arange(len(pictures))))
 
 
 class PixelsStage:
@@ -242,21 +241,14 @@ class PixelsStage:
         self,
         pixels: Pixels,
         tokenizer: VisualTokenizer,
-        pictures: Float[Tensor, "rows 3 size size"],
+        pictures: Float[Tensor, "pictures 3 size size"],
         tokens: VisualTokens,
         config: PixelsTraining,
         *,
         seed: int,
-        views: int = 1,
         vision: Vision | None = None,
-        shown: Int[Tensor, "rows 2"] | None = None,
     ) -> None:
-        """`pictures` and `tokens` are rows (picture and view); `vision` is needed where the loss has a perceptual part.
-
-        `shown` are, for a decoder that is shown remembered pictures, the rows of those most like each row: of all
-        pictures, and of all others.
-        """
-        self.views, self.shown = views, shown
+        """`pictures` and `tokens` are in one order; `vision` is needed where the loss has a perceptual part."""
         self.perceptual = Perceptual(vision) if vision is not None and config.perceptual_weight else None
         self.module, self.config, self.seed = pixels, config, seed
         self.steps = config.steps
@@ -265,7 +257,6 @@ class PixelsStage:
             pixels.vae.requires_grad_(False)
         with torch.no_grad():
             self.latents = torch.cat([pixels.encode(part) for part in pictures.split(64)])
-        self.pictures = None if shown is None else pictures
         self.averaged = AveragedModel(pixels, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=False)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -280,39 +271,30 @@ class PixelsStage:
         ]
 
     def batch(self, step: int, shard: Shard) -> PictureBatch:
-        """Rows (picture and view) of a step."""
-        return _share(self._rows(step), shard)
-
-    def _rows(self, step: int) -> Int[Tensor, "batch"]:
-        """Pictures of a step in random views, a share of them plain."""
-        count, generator = self.config.batch, seeded(self.seed, 9, step)
-        pictures = draw_pictures(len(self.latents) // self.views, count, seed=self.seed, step=step)
-        view = torch.randint(self.views, (count,), generator=generator)
-        plain = torch.rand(count, generator=generator) < self.config.plain_share
-        return pictures * self.views + view.masked_fill(plain, 0)
+        """Pictures of a step."""
+        return _share(draw_pictures(len(self.latents), self.config.batch, seed=self.seed, step=step), shard)
 
     def losses(self, module: nn.Module, batch: PictureBatch, step: int, accelerator: Accelerator) -> dict[str, Tensor]:
         """Mean squared error of the predicted noise."""
         device = accelerator.device
-        rows = batch.rows
-        codes = [self._erring(place, row, step).to(device) for place, row in zip(batch.places, rows, strict=True)]
+        drawn = zip(batch.places, batch.pictures, strict=True)
+        codes = [self._erring(place, picture, step).to(device) for place, picture in drawn]
         with torch.no_grad():
             lengths = torch.tensor([len(c) for c in codes], device=device)
             features = self.tokenizer.decode(torch.cat(codes), lengths)
         generators = [seeded(self.seed, 6, step, int(place)) for place in batch.places]
         loss = module(
-            self.latents[rows].to(device),
+            self.latents[batch.pictures].to(device),
             features,
-            self._remembered(batch, step).to(device) if self.shown is not None else None,
             generator=generators,
             perceptual=self.perceptual,
             perceptual_weight=self.config.perceptual_weight,
         )
         return {"loss": loss}
 
-    def _erring(self, place: Tensor, row: Tensor, step: int) -> Int[Tensor, "kept"]:
+    def _erring(self, place: Tensor, picture: Tensor, step: int) -> Int[Tensor, "kept"]:
         """Codes of a picture, a random share of them from another one, as a LM errs."""
-        codes = self.codes[int(row)]
+        codes = self.codes[int(picture)]
         if not self.config.code_noise:
             return codes
         generator = seeded(self.seed, 11, step, int(place))
@@ -320,12 +302,6 @@ class PixelsStage:
         drawn = other[torch.randint(len(other), codes.shape, generator=generator)]
         share = self.config.code_noise * torch.rand((), generator=generator)
         return torch.where(torch.rand(codes.shape, generator=generator) < share, drawn, codes)
-
-    def _remembered(self, batch: PictureBatch, step: int) -> Float[Tensor, "images 3 size size"]:
-        """What each picture is shown: the likest, itself as a rule; another one; or none (grey)."""
-        luck = torch.cat([torch.rand(1, generator=seeded(self.seed, 10, step, int(place))) for place in batch.places])
-        rows = self.shown[batch.rows].gather(1, (luck < OTHER + NOTHING).long()[:, None])[:, 0]
-        return self.pictures[rows] * (luck >= NOTHING)[:, None, None, None]
 
     def after_step(self, step: int) -> dict[str, float]:
         """Move the averaged weights."""
@@ -361,7 +337,7 @@ class AutoencoderStage:
     def __init__(
         self,
         pixels: Pixels,
-        pictures: Float[Tensor, "rows 3 size size"],
+        pictures: Float[Tensor, "pictures 3 size size"],
         config: PixelsTraining,
         *,
         seed: int,
@@ -380,13 +356,13 @@ class AutoencoderStage:
         ]
 
     def batch(self, step: int, shard: Shard) -> PictureBatch:
-        """Rows (picture and view) of a step."""
+        """Pictures of a step."""
         return _share(draw_pictures(len(self.pictures), self.config.batch, seed=self.seed, step=step), shard)
 
     def losses(self, module: nn.Module, batch: PictureBatch, step: int, accelerator: Accelerator) -> dict[str, Tensor]:
         """Reconstruction plus a little KL."""
         generators = [seeded(self.seed, 7, step, int(place)) for place in batch.places]
-        return {"loss": module(self.pictures[batch.rows].to(accelerator.device), generators)}
+        return {"loss": module(self.pictures[batch.pictures].to(accelerator.device), generators)}
 
     def after_step(self, step: int) -> dict[str, float]:
         """Nothing follows."""

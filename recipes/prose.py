@@ -3,6 +3,8 @@
 Of every installed distribution: its long description (README) and the docstrings at the head of its modules, read as files,
 never imported. Markup is taken out, and only paragraphs that read as English sentences stay. Packages, never texts, are
 split into train and held out, by a hash of their names. (The paper mixes RedPajama in; this stands for it on a laptop.)
+
+Command   python recipes/prose.py OUT.jsonl
 """
 
 from __future__ import annotations
@@ -11,10 +13,13 @@ import ast
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from lavit.config import InputError
 
@@ -134,3 +139,8 @@ def is_english(line: str) -> bool:
         return False
     letters = sum(character.isalpha() or character == " " for character in line) / len(line)
     return letters > 0.9 and len(COMMON.findall(line)) / len(words) > 0.2
+
+
+if __name__ == "__main__":
+    for name, count in build_prose(Path(sys.argv[1])).items():
+        Console().print(f"{name:>28} {count}")
