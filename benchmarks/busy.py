@@ -1,6 +1,6 @@
 """Two processes at once on the same cores: seconds of their captions over those of one alone.
 
-    python benchmarks/busy.py [--model FOLDER] [--pictures 4] [--rounds 3] [--json FILE]
+    python benchmarks/busy.py PICTURE... [--model FOLDER] [--rounds 3] [--json FILE]
 
 Each process loads the model, says that it is ready, and captions the same pictures one by one when all are. Sharing the
 machine fairly gives 2 at most. Beside it the same where threads spin 300,000 times while they wait, as libgomp does by
@@ -20,7 +20,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-PICTURES = Path("data/starter/other_hand/twemoji")
 SPINS = ("1000", "300000")
 MOST = 2.2
 CHILD = """
@@ -58,15 +57,12 @@ def seconds(processes: int, spins: str, arguments: list[str]) -> float:
 def main() -> None:
     """Print the ratios beside their aim."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="mini")
-    parser.add_argument("--pictures", type=int, default=4)
+    parser.add_argument("--model", default="nano")
+    parser.add_argument("pictures", nargs="+")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    pictures = sorted(PICTURES.glob("*.png"))[: options.pictures]
-    if not pictures:
-        raise SystemExit(f"no pictures in {PICTURES}: run lavit data starter --out data/starter first")
-    arguments = [options.model, *map(str, pictures)]
+    arguments = [options.model, *options.pictures]
     rounds = [
         {(count, spins): seconds(count, spins, arguments) for count in (1, 2) for spins in SPINS}
         for _ in range(options.rounds)

@@ -1,6 +1,6 @@
 """Generation speed of SmolLM2-135M with 1,024 codes against transformers.generate, same weights, same run.
 
-    python benchmarks/generate.py [--json FILE] [--rounds 5] [--tokens 32] [--agreement 1000]
+    python benchmarks/generate.py [--json FILE] [--rounds 5] [--tokens 32]
 
 Peer: the same LM as a plain transformers model over the joint vocabulary (embedding and head resized), which writes
 images through `generate(guidance_scale=3)`; all ids but the codes are masked in place, which costs it next to nothing.
@@ -111,21 +111,6 @@ def text(engine: Engine, tokens: int) -> list[int]:
     return list(engine.complete([Request(ids=PROMPT, sampling=how)])[0][0].text)
 
 
-def agreement(exact: Engine, rounded: Engine, tokens: int) -> float:
-    """Share of `tokens` greedy text ids on which both engines agree, given the same past."""
-    how = Sampling(temperature=0, min_tokens=tokens, max_tokens=tokens)
-    ids = [*PROMPT, *exact.complete([Request(ids=PROMPT, sampling=how)])[0][0].text]
-    same = 0
-    with torch.inference_mode():
-        embeddings = exact.language.embed(torch.tensor([PROMPT[:-1]]))
-        memory, _ = rounded.decoder.prefill(embeddings, [len(PROMPT) - 1], len(ids) + 1)
-        for past, expected in zip(ids[len(PROMPT) - 1 : -1], ids[len(PROMPT) :], strict=True):
-            logits = rounded.decoder.text_logits(rounded.decoder.step(torch.tensor([past]), memory))
-            logits[:, exact.vocabulary.end] = -torch.inf
-            same += int(logits.argmax()) == expected
-    return same / tokens
-
-
 def seconds(run: Callable[[], object]) -> float:
     """Wall time of one run."""
     start = time.perf_counter()
@@ -156,7 +141,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--agreement", type=int, default=1000, help="greedy tokens on which int8 is compared")
     options = parser.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -165,17 +149,14 @@ def main() -> None:
     language = Language(lm, Merger(32, 2, 1, 2.0), dim=32, codes=CODES, end=2).eval()
     peer = joint(lm, language)
     packed, plain = Engine(language), Engine(language, decoder=Decoder(language))
-    int8 = Engine(language, quantization="int8")
     n = options.tokens
     runs: dict[str, Callable[[], object]] = {
         "transformers, image": lambda: peer_image(peer, language, n),
         "plain step, image": lambda: image(plain, n),
         "packed step, image": lambda: image(packed, n),
-        "int8 step, image": lambda: image(int8, n),
         f"packed step, {BATCH} images": lambda: image(packed, n, BATCH),
         "transformers, text": lambda: peer_text(lm, n),
         "packed step, text": lambda: text(packed, n),
-        "int8 step, text": lambda: text(int8, n),
     }
     same_codes = peer_image(peer, language, n) == image(packed, n)
     same_text = peer_text(lm, n) == text(packed, n)
@@ -188,7 +169,6 @@ def main() -> None:
         n,
         options,
         (same_codes, same_text),
-        agreement(packed, int8, options.agreement),
     )
 
 
@@ -199,23 +179,19 @@ def report(
     tokens: int,
     options: argparse.Namespace,
     same: tuple[bool, bool],
-    agreed: float,
 ) -> None:
     """Ratios of medians with their spread, printed as a table."""
     batch = f"packed step, {BATCH} images"
     ratios = {
         "guided_batch1": ("transformers, image", "packed step, image", 1),
         "guided_batch1_plain": ("transformers, image", "plain step, image", 1),
-        "guided_batch1_int8": ("transformers, image", "int8 step, image", 1),
         "batch8_per_picture": ("packed step, image", batch, BATCH),
         "text_fp32": ("transformers, text", "packed step, text", 1),
-        "text_int8": ("transformers, text", "int8 step, text", 1),
     }
     weights = sum(p.numel() for name, p in language.body.named_parameters() if "embed" not in name)
     step_bytes = {"image": 4 * (weights + language.rows[language.vocabulary.writing].numel()),
                   "text": 4 * (weights + language.lm.get_output_embeddings().weight.numel())}  # fmt: skip
     figures: dict[str, float] = {
-        "int8_greedy_agreement": agreed,
         "read_gigabytes_per_second": rate / 1e9,
     }
     table = Table("run", "ms/token", "tokens/s", "of bandwidth limit")
@@ -227,7 +203,7 @@ def report(
             name,
             f"{step * 1e3:.1f}",
             f"{pictures / step:.1f}",
-            "" if "int8" in name else f"{limit / step:.0%}",
+            f"{limit / step:.0%}",
         )
         if name in ("packed step, image", "packed step, text"):
             figures[f"{name.split()[-1]}_of_bandwidth_limit"] = limit / step
@@ -238,9 +214,7 @@ def report(
         against.add_row(f"{name}_ratio", f"{statistics.median(each):.2f}", f"{min(each):.2f} … {max(each):.2f}")
     console = Console()
     console.print(table, against)
-    console.print(
-        f"codes equal to those of transformers: {same[0]}; text: {same[1]}; greedy agreement of int8: {agreed:.1%}"
-    )
+    console.print(f"codes equal to those of transformers: {same[0]}; text: {same[1]}")
     console.print(
         f"read rate {rate / 1e9:.1f} GB/s, {torch.get_num_threads()} threads, {tokens} tokens, {options.rounds} rounds"
     )

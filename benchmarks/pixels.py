@@ -19,11 +19,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from lavit.evaluate.pixels import run_study
 from rich.console import Console
 from rich.table import Table
 
 import lavit
-from lavit.evaluate.pixels import run_study
 from lavit.modules.pixels import Pixels
 from lavit.presets import preset
 

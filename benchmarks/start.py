@@ -1,6 +1,6 @@
 """Cold start and memory of `lavit caption` in a fresh process, and where the time of its imports goes.
 
-    python benchmarks/start.py [PICTURE] [--model FOLDER] [--rounds 3] [--profile] [--json FILE]
+    python benchmarks/start.py PICTURE [--model FOLDER] [--rounds 3] [--profile] [--json FILE]
 
 Each round starts the command line anew and waits for its caption: wall seconds, CPU seconds and peak resident memory of
 that process, beside a process that only imports torch (the floor). The medians count; `lavit --help` is timed too. The
@@ -24,7 +24,6 @@ from rich.console import Console
 from rich.table import Table
 
 MAIN = "from lavit.cli import main; main()"
-PICTURES = Path("data/starter/other_hand/twemoji")  # the first of them is the default
 MOST_SECONDS, MOST_MEGABYTES = 15.0, 3000.0
 SLOWEST = 15  # imports that --profile lists
 
@@ -61,16 +60,13 @@ def imports(arguments: list[str]) -> list[tuple[float, str]]:
 def main() -> None:
     """Measure, print, and write --json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("picture", type=Path, nargs="?")
-    parser.add_argument("--model", default="mini")
+    parser.add_argument("picture", type=Path)
+    parser.add_argument("--model", default="nano")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    picture = options.picture or next(iter(sorted(PICTURES.glob("*.png"))), None)
-    if picture is None:
-        raise SystemExit(f"give a PICTURE: there is none in {PICTURES}")
-    caption = ["-c", MAIN, "caption", str(picture), "--model", options.model]
+    caption = ["-c", MAIN, "caption", str(options.picture), "--model", options.model]
     runs = {"import torch": ["-c", "import torch"], "lavit --help": ["-c", MAIN, "--help"], "lavit caption": caption}
     table = Table("run", "wall s", "spread", "CPU s", "peak MB")
     figures: dict[str, float] = {}

@@ -1,9 +1,9 @@
 """Training at mini width: how much of the machine's matmul rate a step reaches, and how it compares with transformers.
 
-    python benchmarks/train.py --data data/starter [--threads 2] [--rows 8] [--tokens 512] [--runs 4] [--json FILE]
+    python benchmarks/train.py --data FOLDER [--threads 2] [--rows 8] [--tokens 512] [--runs 4] [--json FILE]
 
 The model has SmolLM2-135M's shape (30 blocks of 576, 9 heads of which 3 for keys and values, 49,152 text ids) and the
-visual rows of `codes`, random weights, fp32, everything trains. The documents are the starter data's, with a code drawn
+visual rows of `codes`, random weights, fp32, everything trains. The documents are those of --data, with a code drawn
 for each kept patch (a third of 100) in place of a trained tokenizer's: lengths are what matters here.
 
 mfu_ratio            (6 · parameters · useful tokens + attention inside documents, causal) / seconds of a whole step with
@@ -71,14 +71,14 @@ def matmul_rate(runs: int = 4) -> float:
 
 
 def make_documents(data: str, config: LanguageTraining) -> Documents:
-    """Documents of the starter data with drawn codes, about a third of the patches each."""
+    """Documents of a data set with drawn codes, about a third of the patches each."""
     corpus = load_corpus(data)
     generator = torch.Generator().manual_seed(0)
     lengths = (KEPT + torch.randn(len(corpus), generator=generator)).round().long().clamp(1, PATCHES)
     codes = tuple(tuple(torch.randint(CODES, (int(n),), generator=generator).tolist()) for n in lengths)
     text = train_text_tokenizer(corpus, 8192)
     vocabulary = Vocabulary(text_size=SHAPE["vocab_size"], codes=CODES, end=0)
-    return Documents(corpus, codes, views=1, text=text, vocabulary=vocabulary, config=config, seed=0)
+    return Documents(corpus, codes, text=text, vocabulary=vocabulary, config=config, seed=0)
 
 
 def make_language(layers: int) -> Language:
@@ -197,7 +197,7 @@ class Peer:
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="data/starter")
+    parser.add_argument("--data", required=True)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])

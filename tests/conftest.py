@@ -11,7 +11,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_D
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from lavit.config import (
     LanguageConfig,
@@ -64,6 +64,66 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         toy_picture(name).save(folder / "train" / f"{number}.png")
         lines.append(json.dumps({"file_name": f"{number}.png", "text": f"{name}."}))
     (folder / "train" / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+SHAPES = ("square", "disc", "triangle", "ring")
+HUES = {**COLOURS, "yellow": (230, 200, 20), "purple": (140, 40, 170), "black": (20, 20, 20)}
+
+
+def draw_shapes(*names: str, size: int = 96) -> Image.Image:
+    """Coloured shapes side by side on white, each as its name says: "red disc"."""
+    page = Image.new("RGB", (size, size), "white")
+    draw = ImageDraw.Draw(page)
+    side = size // (2 * len(names))
+    for number, name in enumerate(names):
+        colour, shape = HUES[name.split()[0]], name.split()[1]
+        left = size * (2 * number + 1) // (2 * len(names)) - side // 2
+        top = (size - side) // 2
+        box = (left, top, left + side, top + side)
+        if shape == "square":
+            draw.rectangle(box, fill=colour)
+        elif shape == "triangle":
+            draw.polygon([(box[0], box[3]), (box[2], box[3]), (left + side // 2, top)], fill=colour)
+        else:
+            draw.ellipse(box, fill=colour if shape == "disc" else None, outline=colour, width=side // 6)
+    return page
+
+
+@pytest.fixture(scope="session")
+def shapes_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty named pictures of one or two coloured shapes, with prompts, questions and edits of one and two sources."""
+    folder = tmp_path_factory.mktemp("shapes")
+    (folder / "train").mkdir()
+    single = [f"{colour} {shape}" for colour in HUES for shape in SHAPES]
+    pairs = [*zip(single[:-4:4], single[5::4], strict=True), (single[1], single[0])]
+    rows, edits, questions = [], [], []
+
+    def file(name: str) -> str:
+        return f"train/{name.replace(' ', '-')}.png"
+
+    for shown in [*((name,) for name in single), *pairs]:
+        name = " and ".join(shown)
+        draw_shapes(*shown).save(folder / file(name))
+        prompts = [name, f"draw {name}"]
+        rows.append({"file_name": Path(file(name)).name, "text": f"{name}.", "prompts": prompts})
+        if len(shown) == 1:
+            colour, shape = name.split()
+            questions += [("which colour is it?", colour, name), (f"is it a {shape}?", "yes", name)]
+            target = f"{'blue' if colour == 'red' else 'red'} {shape}"
+            edits.append(([name], f"make it {target.split()[0]}", target, "colour"))
+        else:
+            edits.append((list(shown), "both together", name, "both"))
+    lines = {
+        "train/metadata.jsonl": rows,
+        "questions.jsonl": [{"image": file(n), "question": q, "answer": a} for q, a, n in questions],
+        "edits.jsonl": [
+            {"sources": [file(name) for name in sources], "prompt": prompt, "target": file(target), "kind": kind}
+            for sources, prompt, target, kind in edits
+        ],
+    }
+    for name, items in lines.items():
+        (folder / name).write_text("".join(json.dumps(item) + "\n" for item in items))
     return folder
 
 
@@ -136,7 +196,6 @@ def toy_config() -> ModelConfig:
 def toy_training(steps: int = 6) -> TrainConfig:
     """A few steps of every stage."""
     return TrainConfig(
-        views=1,
         text_vocabulary=300,
         checkpoint_every=4,
         log_every=2,

@@ -84,7 +84,7 @@ def train_stage(folder: Path, *, cpu: bool = True, accumulate: int = 1) -> dict[
         patience=2,
         train_selector=True,
     )
-    stage = TokenizerStage(tokenizer, Features(features, 2), config, seed=1)
+    stage = TokenizerStage(tokenizer, Features(features), config, seed=1)
     reports: list[Report] = []
     watch = {"log_every": 1, "watch": reports.append}
     train(stage, folder, accelerator=accelerator, clip=1.0, warmup=0.05, checkpoint_every=100, **watch)

@@ -14,7 +14,6 @@ from lavit.cli import main
 from lavit.config import InputError
 from lavit.data import bulk
 from lavit.data.bulk import Job, TokenCorpus, load_tokens, tokenize_corpus, tokenizer_hash
-from lavit.data.features import view_of
 from lavit.data.sources import load_records
 from lavit.images import open_image
 from lavit.model import LaVIT
@@ -40,22 +39,20 @@ def other_tokenizer(run: Path, folder: Path) -> Path:
     return folder
 
 
-def assert_one_by_one(corpus: TokenCorpus, run: Path, data: Path, *, views: int) -> None:
-    """Every row is what the model says of that view of that picture alone."""
+def assert_one_by_one(corpus: TokenCorpus, run: Path, data: Path) -> None:
+    """Every row is what the model says of that picture alone."""
     model, records = LaVIT.from_pretrained(run), load_records(data)
     codes = corpus.tokens.split()
-    for row, (record, view) in enumerate(zip(corpus.records.tolist(), corpus.views.tolist(), strict=True)):
-        image = open_image(records[record].image)
-        alone = model.encode([view_of(image, view, record)])
+    for row, record in enumerate(corpus.records.tolist()):
+        alone = model.encode([open_image(records[record].image)])
         assert torch.equal(codes[row], alone.codes)
         assert torch.equal(corpus.tokens.keep[row], alone.keep[0])
         assert Path(records[record].name).resolve() == (data / corpus.names[row]).resolve()
-    assert corpus.views.tolist() == list(range(views)) * (len(corpus) // views)
 
 
 def test_shards_hold_the_tokens_of_each_picture_alone(toy_data: Path, toy_tokenizer: Path, tmp_path: Path) -> None:
     heard: list[tuple[int, int]] = []
-    job = Job(data=toy_data, out=tmp_path / "out", model=toy_tokenizer, views=2, shard_size=3)
+    job = Job(data=toy_data, out=tmp_path / "out", model=toy_tokenizer, shard_size=3)
     manifest = tokenize_corpus(job, workers=0, progress=lambda done, of: heard.append((done, of)))
     assert heard == [(3, 8), (6, 8), (8, 8)]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
@@ -63,9 +60,9 @@ def test_shards_hold_the_tokens_of_each_picture_alone(toy_data: Path, toy_tokeni
         *(f"shard-0000{n}.parquet" for n in range(3)),
     ]
     corpus = load_tokens(tmp_path / "out", tokenizer=tokenizer_hash(LaVIT.from_pretrained(toy_tokenizer)))
-    assert len(corpus) == manifest["rows"] == 16 and manifest["pictures"] == 8
+    assert len(corpus) == manifest["pictures"] == 8
     assert manifest["tokens"] == len(corpus.tokens.codes) and manifest["broken"] == []
-    assert_one_by_one(corpus, toy_tokenizer, toy_data, views=2)
+    assert_one_by_one(corpus, toy_tokenizer, toy_data)
 
 
 @pytest.mark.filterwarnings("ignore:::ray")  # its own deprecations
@@ -86,7 +83,7 @@ def test_ray_workers_write_what_one_process_writes(
     main([*words, "--out", str(tmp_path / "one"), "--workers", "0"])
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "many" / path.name).read_bytes(), path.name
-    assert_one_by_one(load_tokens(tmp_path / "many"), toy_tokenizer, damaged, views=1)
+    assert_one_by_one(load_tokens(tmp_path / "many"), toy_tokenizer, damaged)
 
 
 def test_a_killed_run_goes_on_with_the_missing_shards(
@@ -130,8 +127,8 @@ def test_other_tokenizers_settings_and_damage_are_refused(toy_data: Path, toy_to
         load_tokens(out, tokenizer=tokenizer_hash(LaVIT.from_pretrained(other)))
     with pytest.raises(InputError, match="another keep"):
         tokenize_corpus(replace(job, keep="4"), workers=0)
-    with pytest.raises(InputError, match="views"):
-        tokenize_corpus(replace(job, views=2), workers=0)
+    with pytest.raises(InputError, match="another seed"):
+        tokenize_corpus(replace(job, seed=2), workers=0)
     with pytest.raises(InputError, match="workers must be"):
         tokenize_corpus(job, workers=-1)
     with pytest.raises(SystemExit) as stop:

@@ -22,8 +22,8 @@ from lavit.train.language import train_text_tokenizer
 from lavit.vocabulary import Vocabulary
 
 PROSE = "The tokenizer keeps the patches that matter. "
-# lengths of 2,000 documents of the starter data under a trained nano: length -> how many
-STARTER = Path(__file__).parent / "data" / "starter_lengths.json"
+# lengths of 2,000 documents of captions, prompts, questions and edits under a trained nano: length -> how many
+LENGTHS = Path(__file__).parent / "data" / "document_lengths.json"
 
 
 def documents_of(corpus: Corpus, **changes) -> Documents:
@@ -31,7 +31,7 @@ def documents_of(corpus: Corpus, **changes) -> Documents:
     text = train_text_tokenizer(corpus, 300)
     vocabulary = Vocabulary(text_size=len(text), codes=32, end=text.eos_token_id)
     codes = tuple(tuple(range(1 + n % 5)) for n in range(len(corpus)))
-    return Documents(corpus, codes, views=1, text=text, vocabulary=vocabulary, config=config, seed=0)
+    return Documents(corpus, codes, text=text, vocabulary=vocabulary, config=config, seed=0)
 
 
 @pytest.fixture
@@ -126,6 +126,34 @@ def test_a_picture_is_asked_several_questions_at_once(toy_data: Path, tmp_path: 
     assert len(seen) == 5
 
 
+def test_an_edit_shows_all_its_sources_as_codes_before_the_words(shapes_data: Path) -> None:
+    corpus = load_corpus(f"{shapes_data},{shapes_data}:0.5")
+    assert [len(part.edits) for part in corpus.parts] == [30, 30]
+    names = [picture.captions[0].removesuffix(".") for picture in corpus.pictures]
+    for edit in corpus.edits:
+        if edit.kind == "both":
+            assert " and ".join(names[number] for number in edit.sources) == names[edit.target]
+        else:
+            assert len(edit.sources) == 1 and edit.prompt.split()[-1] in names[edit.target]
+    documents = documents_of(corpus, mixture=(0.0, 0.0, 0.0, 1.0, 0.0))
+    seen: set[int] = set()
+    for seed in range(60):
+        *sources, words, target = documents.draw(np.random.default_rng(seed))
+        found = (tuple(image.index for image in sources), documents.tokenizer.decode(words.ids), target.index)
+        assert found in {(edit.sources, edit.prompt, edit.target) for edit in corpus.edits}
+        assert not words.target and target.target and not target.read
+        for image in sources:
+            assert (image.codes, image.read, image.target) == (documents.codes[image.index], False, False)
+        seen.add(len(sources))
+    assert seen == {1, 2}
+
+
+def test_prompts_of_a_source_take_the_place_of_its_captions(shapes_data: Path, toy_data: Path) -> None:
+    corpus = load_corpus(f"{shapes_data},{toy_data}")
+    assert all(p.prompts == (p.captions[0][:-1], f"draw {p.captions[0][:-1]}") for p in corpus.pictures[:30])
+    assert all(p.prompts == (p.captions[0][:-1],) for p in corpus.pictures[30:])
+
+
 def test_a_source_that_gives_nothing_is_named(toy_data: Path) -> None:
     with pytest.raises(InputError, match="gives no document"):
         documents_of(load_corpus(toy_data), mixture=(0.0, 0.0, 1.0, 0.0, 0.0))
@@ -171,7 +199,7 @@ def test_the_best_choice_of_a_few_is_exact() -> None:
 
 
 def test_rows_are_full_and_take_the_documents_as_they_come() -> None:
-    table = json.loads(STARTER.read_text())
+    table = json.loads(LENGTHS.read_text())
     lengths = np.repeat([int(length) for length in table], list(table.values()))
     lengths = np.random.default_rng(0).permutation(lengths).tolist()
     rows = fill_from_front(lengths, 64, 512)  # what two rows a step share

@@ -23,7 +23,7 @@ from lavit.config import InputError
 from lavit.generate import sampling as S
 from lavit.generate.decoder import Decoder
 from lavit.generate.engine import Engine
-from lavit.generate.packed import Packed, PackedDecoder, Quantized, decoder_for
+from lavit.generate.packed import PackedDecoder, decoder_for
 from lavit.generate.request import Completion, Request, collect
 from lavit.generate.sampling import Sampling
 from lavit.modules.language import Language
@@ -219,29 +219,6 @@ def test_beams_equal_transformers(beams: int, penalty: float, stopping: bool | s
             lengths.add(len(theirs))
     if penalty <= 0:
         assert len(lengths) > 1  # some answers ended by themselves
-
-
-def test_beams_among_texts_rank_them_as_their_likelihoods_do() -> None:
-    model = language(llama(text=11, initializer_range=0.08))
-    texts = ((3,), (3, 4), (3, 4, 5), (6, 1), (9, 9, 9, 1), (8,))
-    prompt = (5, 3)
-
-    def likelihood(text: tuple[int, ...]) -> float:
-        ids = torch.tensor([[*prompt, *text, 2]])
-        log_p = model.lm(input_ids=ids).logits[0].log_softmax(-1)
-        return float(log_p[len(prompt) - 1 : -1].gather(-1, ids[0, len(prompt) :, None]).sum())
-
-    expected = sorted(texts, key=likelihood, reverse=True)
-    how = Sampling(temperature=0, beams=8, n=8, length_penalty=0, max_tokens=5)
-    (found,) = Engine(model).complete([Request(ids=prompt, sampling=how, among=texts)])
-    assert [one.text for one in found[:6]] == expected and [one.text for one in found[6:]] == [(), ()]
-    assert [one.score for one in found[:6]] == pytest.approx([likelihood(text) for text in expected], abs=1e-4)
-
-    narrow = replace(how, beams=2, n=2)
-    (some,) = Engine(model).complete([Request(ids=prompt, sampling=narrow, among=texts)])
-    assert {one.text for one in some} <= {*texts, ()} and some[0].text in texts
-    with pytest.raises(InputError, match="needs beams"):
-        Engine(model).complete([Request(ids=prompt, sampling=replace(how, beams=1, n=1), among=texts)])
 
 
 # ---------------------------------------------------------------- bounds and modes
@@ -460,28 +437,6 @@ def test_a_compiled_step_gives_the_same(toy: Language) -> None:
     assert compiled.decoder.static
     requests = many()[:1]
     assert compiled.complete(requests) == Engine(toy).complete(requests)
-
-
-def test_int8_rows_are_close_and_independent() -> None:
-    generator = torch.Generator().manual_seed(0)
-    weight, bias = torch.randn(48, 64, generator=generator), torch.randn(48, generator=generator)
-    x = torch.randn(5, 64, generator=generator) * torch.tensor([1, 10, 0.1, 1, 0])[:, None]
-    expected = Packed(weight, bias)(x)
-    found = Quantized(weight, bias)(x)
-    assert (found - expected).norm() < 0.02 * expected.norm()
-    for row in range(5):
-        torch.testing.assert_close(Quantized(weight, bias)(x[row : row + 1])[0], found[row], rtol=1e-6, atol=1e-6)
-
-
-def test_int8_engine_writes(toy: Language) -> None:
-    requests = many()[:3]
-    found = Engine(toy, quantization="int8").complete(requests)
-    assert [len(row) for row in found] == [request.sampling.n for request in requests]
-    with pytest.raises(InputError, match="GPT2LMHeadModel is not Llama-shaped"):
-        Engine(
-            language(GPT2Config(vocab_size=61, n_embd=64, n_layer=1, n_head=4, bos_token_id=2, eos_token_id=2)),
-            quantization="int8",
-        )
 
 
 # ---------------------------------------------------------------- sampling

@@ -1,137 +1,98 @@
-"""`lavit eval` prints every figure of a mixture, each as its definition by hand says."""
+"""Figures are what their definitions by hand say."""
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import lavit
 from conftest import NAMES, toy_picture
-from lavit.cli import main
-from lavit.data.third import MARK
-from lavit.evaluate.evaluation import Evaluation
-from lavit.evaluate.reading import caption_figures, choice_figures
+from lavit.config import InputError
+from lavit.evaluate.image import Gallery, cosines, embed, hits, kernel_distances, pooled, shrink
 from lavit.evaluate.text import WINDOW, perplexity
-from lavit.evaluate.words import content, without_template
-from lavit.generate.sampling import Sampling
+from lavit.evaluate.tokenizer import code_use, encode_all, lengths, reconstruction
 
-PATCHES = 16
 TEXTS = ["the red square is beside the green bar.", "a blue dot and a red bar are on the paper. " * 30, "x"]
 
 
-@pytest.fixture(scope="module")
-def mixture(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """Pictures with held-out and unseen splits, a source with test questions, and prose with a held-out file."""
-    folder = tmp_path_factory.mktemp("mixture")
-    for split in ("train", "other_hand", "unseen"):
-        shutil.copytree(toy_data / "train", folder / "emoji" / split)
-    for split in ("train", "test"):
-        shutil.copytree(toy_data / "train", folder / "shapes" / split)
-    lines = [
-        {"split": "test", "image": f"test/{n}.png", "question": question, "answer": answer}
-        for n, name in enumerate(NAMES)
-        for question, answer in (("what is it?", name), ("is it a dot?", "yes" if "dot" in name else "no"))
-    ]
-    (folder / "shapes" / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    for name in ("prose.jsonl", "prose.held_out.jsonl"):
-        (folder / name).write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
-    return f"{folder / 'emoji'},{folder / 'shapes'}:0.5,{folder / 'prose.jsonl'}:0.1", folder
+def by_hand(written: Tensor, real: Tensor) -> float:
+    """The unbiased squared distance, pair by pair."""
+
+    def kernel(a: Tensor, b: Tensor) -> float:
+        return (float(a @ b) / len(a) + 1) ** 3
+
+    n = len(written)
+    pairs = [(i, j) for i in range(n) for j in range(n) if i != j]
+    inside = sum(kernel(written[i], written[j]) + kernel(real[i], real[j]) for i, j in pairs)
+    across = sum(kernel(written[i], real[j]) for i, j in pairs)
+    return (inside - 2 * across) / len(pairs)
 
 
-def test_every_figure_of_a_mixture(
-    toy_run: Path, mixture: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data, folder = mixture
-    run = tmp_path / "run"
-    shutil.copytree(toy_run, run)
-    main(["eval", str(run), "--data", data, "--json"])
-    found = {line["name"]: line for line in map(json.loads, capsys.readouterr().out.splitlines())}
-    model = lavit.load(run)
-    said = model.caption([folder / "emoji" / "other_hand" / f"{n}.png" for n in range(len(NAMES))])
-    exact = [without_template(text) == name for text, name in zip(said, NAMES, strict=True)]
-    assert found["caption: exact name, held out"]["value"] == pytest.approx(sum(exact) / 8)
-    shared = [bool(content(text) & content(name)) for text, name in zip(said, NAMES, strict=True)]
-    assert found["caption: a word, unseen"]["value"] == pytest.approx(sum(shared) / 8)
-    assert found["caption: a word, unseen"]["floor"] == ["best constant", 5 / 8]  # "red square": 3 red, 2 squares more
-    assert found["question: yes or no, shapes, test"]["count"] == found["question: open, shapes, test"]["count"] == 8
-    assert found["question: yes or no, shapes, test"]["floor"] == ["best constant", 6 / 8]
-    assert found["drawing of a trained name: nearest real picture, top-1"]["count"] == 8
-    both = found["drawing of two names: both among the 20 nearest names"]
-    assert both["count"] == 4 and both["value"] == both["floor"][1] == 1  # there are eight names in all
-    alike = found["caption: exact name, train, dynamic tokens"]
-    assert alike["value"] == pytest.approx(found["caption: exact name, train"]["value"])
-    every = model.caption([folder / "emoji" / "train" / f"{n}.png" for n in range(len(NAMES))], keep="all")
-    exact = [without_template(text) == name for text, name in zip(every, NAMES, strict=True)]
-    assert alike["ceiling"] == ["all patches kept", sum(exact) / 8] and f"of {PATCHES} tokens" in alike["note"]
-    assert found["caption: seconds, dynamic over all patches"]["value"] > 0
-    text = found["perplexity of text, prose.jsonl"]
-    assert text["count"] == 2 and text["floor"] is None and text["low"] < text["value"] < text["high"]
-    assert not [name for name in found if "third" in name]  # nobody has drawn one beside this data
+def test_kernel_distance_is_the_one_by_hand_and_its_values_are_the_jackknifes():
+    generator = torch.Generator().manual_seed(0)
+    written, real = torch.randn(2, 7, 5, generator=generator)
+    values = kernel_distances(written, real)
+    assert float(values.mean()) == pytest.approx(by_hand(written, real), rel=1e-4)
+    for out in range(7):
+        rest = [i for i in range(7) if i != out]
+        expected = 7 * by_hand(written, real) - 6 * by_hand(written[rest], real[rest])
+        assert float(values[out]) == pytest.approx(expected, rel=1e-4)
+    assert float(kernel_distances(real, real).abs().max()) < 1e-6
+    with pytest.raises(InputError, match="3 pictures or more"):
+        kernel_distances(written[:2], real[:2])
 
 
-def write_pictures(folder: Path, drawn: list[str], names: list[str]) -> list[Path]:
-    """Toy pictures, each under a name of its own choice."""
-    folder.mkdir(parents=True)
-    paths = [folder / f"{n}.png" for n in range(len(drawn))]
-    for path, what in zip(paths, drawn, strict=True):
-        toy_picture(what).save(path)
-    lines = [json.dumps({"file_name": f"{n}.png", "text": f"{name}."}) for n, name in enumerate(names)]
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
-    return paths
+def test_kernel_distance_tells_a_shift_from_chance():
+    generator = torch.Generator().manual_seed(1)
+    found = {}
+    for shift in (0.0, 0.5):
+        trials = []
+        for _ in range(40):
+            written, real = torch.randn(2, 60, 8, generator=generator)
+            values = kernel_distances(written + shift, real)
+            trials.append((float(values.mean()), float(values.std()) / 60**0.5))
+        found[shift] = torch.tensor(trials)
+    chance, moved = found[0.0], found[0.5]
+    assert abs(float(chance[:, 0].mean())) < 4 * float(chance[:, 0].std()) / 40**0.5  # unbiased
+    assert float(moved[:, 0].min()) > float(chance[:, 0].max())
+    # the jackknife's error is the one that trials show
+    assert float(moved[:, 1].mean()) == pytest.approx(float(moved[:, 0].std()), rel=0.35)
 
 
-def test_a_third_artist_beside_the_data_is_read(toy_run: Path, tmp_path: Path) -> None:
-    """Each figure as counted by hand, of the names that training knows; the toy model says words at random."""
-    model = lavit.load(toy_run)
-    said_how = Sampling(temperature=2.0, min_tokens=16, max_tokens=16)
-    model.protocol = replace(model.protocol, caption=said_how, caption_ends=())
-    drawn = ["red square", "red square", "red dot", "blue bar"]
-    word = without_template(model.caption(toy_picture(drawn[0])))
-    assert content(word) and word not in drawn
-    # the first is named as the model says, the next two as their like in training, the last as nothing in training
-    names = [word, "red square", "red dot"]
-    paths = write_pictures(tmp_path / "third" / "test", drawn, [*names, "purple cow"])
-    (tmp_path / "third" / MARK).write_text("{}")
-    for split in ("train", "other_hand", "unseen"):
-        write_pictures(tmp_path / "emoji" / split, [*NAMES, "blue dot"], [*NAMES, word])
-    data = str(tmp_path / "emoji")
-    found = {figure.name: figure for figure in caption_figures(Evaluation(model, data, None, None))}
-
-    def sharing(texts: list[str]) -> float:
-        return sum(bool(content(text) & content(name)) for text, name in zip(texts, names, strict=True)) / 3
-
-    exact, shared = (found[f"caption: {what}, third artist"] for what in ("exact name", "a word"))
-    said = [without_template(text) for text in model.caption(paths[:3])]
-    assert said[0] == names[0] and not set(said[1:]) & set(names[1:])
-    assert exact.count == 3 and exact.low < exact.value < exact.high
-    assert exact.value == pytest.approx(1 / 3) and shared.value == pytest.approx(sharing(said))
-    assert exact.floor == ("best constant", pytest.approx(1 / 3))  # "red square"
-    assert exact.note == "9 names; nearest training picture by pooled features: 0.667"  # not the one named anew
-    assert shared.floor == ("best constant", pytest.approx(max(sharing([name] * 3) for name in [*NAMES, word])))
-    assert shared.note.endswith(f": {sharing(drawn[:3]):.3f}")
-    chosen = {figure.name: figure for figure in choice_figures(Evaluation(model, data, None, None))}
-    likely = model.choose(paths[:3], [*NAMES, word], n=5)
-    for top in (1, 5):
-        among = chosen[f"caption among all names, third artist: top-{top}"]
-        right = [name in texts[:top] for name, texts in zip(names, likely, strict=True)]
-        assert among.value == pytest.approx(sum(right) / 3) and among.floor == ("chance", top / 9)
-    assert chosen["caption among all names, third artist: top-1"].note.endswith("features: 0.667")
-    fewer = Evaluation(model, data, 2, None).third
-    assert fewer is not None and len(fewer) == 2
-    (tmp_path / "third" / MARK).unlink()  # some other folder of that name
-    assert Evaluation(model, data, None, None).third is None
+def test_cosine_is_one_on_itself() -> None:
+    rows = torch.randn(4, 6, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(cosines(rows, 3 * rows), torch.ones(4))
 
 
-def test_words_are_those_of_the_first_twelve() -> None:
-    assert content("The red square, on a blue bar.") == {"red", "square", "blue", "bar"}
-    assert content("one " * 12 + "thirteen") == {"one"}
+def test_the_nearest_picture_of_a_picture_is_itself(toy_run: Path) -> None:
+    model = lavit.load(toy_run).model
+    images = [toy_picture(name) for name in NAMES]
+    gallery = Gallery(embed(model, images), NAMES)
+    assert hits(gallery.nearest(embed(model, images)), NAMES) == [True] * len(NAMES)
+    others = gallery.nearest(gallery.features, exclude=range(len(NAMES)))
+    assert not any(hits(others, NAMES)) and all(hits(others, NAMES, top=len(NAMES)))
+    assert shrink(images[0], 16).size == (16, 16)
+    assert torch.allclose(pooled(model.patches(images)), gallery.features, atol=1e-5)
+
+
+def test_figures_of_a_tokenizer(toy_run: Path) -> None:
+    model = lavit.load(toy_run).model
+    images = [toy_picture(name) for name in NAMES]
+    patches = model.patches(images)
+    tokens = encode_all(model.tokenizer, patches)
+    assert torch.equal(tokens.codes, model.encode(images).codes)
+    found = reconstruction(model.tokenizer, patches, patches.mean(0), where="here")
+    constant = (1 - F.cosine_similarity(patches.mean(0).expand_as(patches), patches, dim=-1)).mean()
+    assert found.count == len(NAMES) and found.floor[1] == pytest.approx(float(constant), rel=1e-4)
+    live, _ = code_use(tokens, model.config.tokenizer.codes, where="here")
+    assert live.value == pytest.approx(len(tokens.codes.unique()) / model.config.tokenizer.codes)
+    kept, _, follows = lengths(tokens, images, where="here")
+    assert kept.value == pytest.approx(float(tokens.keep.float().mean())) and -1 <= follows.value <= 1
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ def seeded(seed: int) -> torch.Generator:
 
 def stage(config: TokenizerTraining = CONFIG) -> TokenizerStage:
     torch.manual_seed(0)
-    features = Features(torch.randn(12, 16, 32, generator=seeded(0)).numpy(), 1)
+    features = Features(torch.randn(12, 16, 32, generator=seeded(0)).numpy())
     return TokenizerStage(VisualTokenizer(toy_config().tokenizer), features, config, seed=0)
 
 

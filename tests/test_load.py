@@ -18,7 +18,7 @@ from conftest import toy_picture
 from lavit.config import InputError
 from lavit.generate import placement
 from lavit.generate.decoder import Decoder
-from lavit.generate.packed import PackedDecoder, Quantized, obstacle
+from lavit.generate.packed import obstacle
 
 
 def test_a_caption_reads_no_pixels_and_no_diffusers(toy_run: Path, tmp_path: Path) -> None:
@@ -60,8 +60,8 @@ def test_one_line_says_where(caplog: pytest.LogCaptureFixture, monkeypatch: pyte
         ({"device": "mps"}, "no Apple GPU can be used here"),
         ({"dtype": "int4"}, "dtype 'int4' is not known"),
         ({"quantization": "int3"}, "quantization 'int3' is not known"),
-        ({"quantization": "nf4"}, "nf4 weights need a CUDA GPU, this runs on cpu: .* use 'int8'"),
-        ({"quantization": "int8", "device_map": "auto"}, "leave out device_map or quantization"),
+        ({"quantization": "nf4"}, "nf4 weights need a CUDA GPU, this runs on cpu: leave quantization out"),
+        ({"quantization": "int8"}, "int8 weights need a CUDA GPU, this runs on cpu"),
         ({"protocol": "mine"}, "protocol 'mine' is not known"),
     ],
 )
@@ -81,15 +81,6 @@ def test_quantisers_that_are_not_installed(quantization: str, names: str, monkey
     monkeypatch.setattr(placement.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=f"{quantization} weights need the package {names}"):
         placement.quantizer(quantization, torch.device("cuda"), torch.bfloat16)
-
-
-def test_int8_on_a_cpu_is_allowed_and_said(toy_run: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "lavit")
-    pipeline = lavit.load(toy_run, device="cpu", quantization="int8")
-    assert isinstance(pipeline.caption(toy_picture("red bar")), str)
-    assert isinstance(pipeline.engine.decoder, PackedDecoder)
-    assert isinstance(pipeline.engine.decoder.text_head, Quantized)
-    assert any("no faster than fp32" in message for message in caplog.messages)
 
 
 def test_other_number_types_speak_too(toy_run: Path) -> None:

@@ -12,7 +12,6 @@ from lavit.sequence import (
     Text,
     attention_mask,
     fill_slots,
-    first_fit,
     lay_out,
     pack,
     slot_lengths,
@@ -61,17 +60,11 @@ def test_unsupervised_images_and_prompts_give_no_loss() -> None:
 
 def test_unpack_inverts_pack() -> None:
     documents = [lay_out(d, VOCABULARY) for d in (READING, WRITING, (Text((5,)),), READING)]
-    rows = [[documents[i] for i in row] for row in first_fit([len(d) for d in documents], 16)]
+    rows = [[documents[i] for i in row] for row in ((0, 1), (2, 3))]
     batch = pack(rows, VOCABULARY, tokens=16)
     assert unpack(batch, VOCABULARY) == rows
     assert batch.images.tolist() == [7, 7]
     assert slot_lengths(batch.slots) == [len(READING[0].codes)] * 2
-
-
-def test_first_fit_fills_rows_and_refuses_giants() -> None:
-    assert first_fit([5, 6, 3, 2], 8) == [[0, 2], [1, 3]]
-    with pytest.raises(InputError, match="9 tokens"):
-        first_fit([9], 8)
 
 
 def test_attention_stays_inside_documents() -> None:

@@ -5,17 +5,13 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from lavit.config import InputError
-from lavit.data.corpus import load_corpus
-from lavit.data.easy_vqa import build_easy_vqa, text_of
 from lavit.data.inspect import inspect_data
-from lavit.data.prose import build_prose, prose
 from lavit.data.sources import Record, check, load_records, readable
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
@@ -193,75 +189,6 @@ def test_a_folder_made_anew_is_not_served_from_an_old_cache(folder: Path) -> Non
     write_lines(folder / "train" / "metadata.jsonl", [{"file_name": "red.png", "name": "crimson", "licence": "CC0"}])
     (only,) = load_records(folder)
     assert only.texts == ("crimson",)
-
-
-def test_easy_vqa_is_a_source_with_its_own_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import easy_vqa
-
-    for split in ("train", "test"):  # twelve pictures of each are enough here
-        paths = dict(sorted(getattr(easy_vqa, f"get_{split}_image_paths")().items())[:12])
-        asked = [line for line in zip(*getattr(easy_vqa, f"get_{split}_questions")(), strict=True) if line[2] in paths]
-        monkeypatch.setattr(easy_vqa, f"get_{split}_image_paths", lambda paths=paths: paths)
-        monkeypatch.setattr(easy_vqa, f"get_{split}_questions", lambda asked=asked: tuple(zip(*asked, strict=True)))
-    counts = build_easy_vqa(tmp_path / "shapes")
-    assert counts["train pictures"] == counts["test pictures"] == 12
-    assert (tmp_path / "shapes" / "LICENSE").read_text().startswith("MIT License")
-    for split in ("train", "test"):
-        corpus = load_corpus(tmp_path / "shapes", (split,))
-        assert len(corpus) == 12 and len(corpus.questions) == counts[f"{split} questions"] > 60
-        told = [picture.captions[0] for picture in corpus.pictures if picture.captions]
-        assert len(told) == counts[f"{split} pictures with a text"] > 6
-    fewer = build_easy_vqa(tmp_path / "shapes", pictures=5)
-    assert (fewer["train pictures"], fewer["test pictures"]) == (5, 12)
-    assert fewer["train questions"] < counts["train questions"] and fewer["test questions"] == counts["test questions"]
-    assert len(load_corpus(tmp_path / "shapes", ("train",)).questions) == fewer["train questions"]
-    with pytest.raises(InputError, match="at least one picture"):
-        build_easy_vqa(tmp_path / "shapes", pictures=0)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "a").touch()
-    with pytest.raises(InputError, match="holds no easy-VQA"):
-        build_easy_vqa(tmp_path / "mine")
-
-
-def test_what_a_shape_is_follows_from_its_questions() -> None:
-    assert text_of([("what color is the triangle?", "blue")]) == "blue triangle."
-    assert text_of([("is there not a red shape?", "no"), ("is a circle present?", "yes")]) == "red circle."
-    assert text_of([("is there a red shape?", "no"), ("is a circle present?", "yes")]) == ""
-
-
-def test_prose_keeps_english_sentences_and_takes_markup_out() -> None:
-    text = """# Title
-
-    This is code, and it is not for the reader of this text.
-
-[![badge](https://a.b/c.svg)](https://a.b) ![](x.png)
-
-The [merger](https://a.b/c) of the **package** is a part of `the model`, and it reads
-what the selector keeps for it.
-
-short one.
-
-Dies ist kein englischer Satz, er hat aber viele Worte und endet mit einem Punkt.
-"""
-    seen: set[str] = set()
-    kept = "The merger of the package is a part of the model, and it reads what the selector keeps for it."
-    assert prose(text, seen) == kept
-    assert prose(text, seen) == ""  # once is enough
-
-
-def test_prose_is_split_by_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = [
-        distribution(name) for name in ("attrs", "efficientnet-lite-pytorch", "peft", "accelerate", "tqdm", "rich")
-    ]
-    monkeypatch.setattr("lavit.data.prose.distributions", lambda: iter(chosen))
-    counts = build_prose(tmp_path / "prose.jsonl")
-    packages = json.loads((tmp_path / "prose.packages.json").read_text())
-    assert {"attrs", "efficientnet-lite-pytorch"} <= set(packages["held out"]) and "peft" in packages["train"]
-    for split, file in (("train", "prose.jsonl"), ("held out", "prose.held_out.jsonl")):
-        lines = [json.loads(line) for line in (tmp_path / file).read_text().splitlines()]
-        assert len(lines) == counts[f"{split} texts"] > 0
-        assert {line["package"] for line in lines} == set(packages[split])
-    assert packages["train"]["peft"]["licence"].startswith("Apache")
 
 
 def test_check_looks_into_mixtures_conversations_and_shards(folder: Path, tmp_path: Path) -> None:

@@ -216,7 +216,7 @@ def test_threshold_and_bounds(log_probs):
     mask = select(log_probs, KeepPolicy("threshold", 0.5))
     assert torch.equal(mask[:3], above[:3])
     assert mask[3:].sum(1).tolist() == [1, 1]  # nothing above, one kept all the same
-    bounded = select(log_probs, KeepPolicy("threshold", 0.5).bounded(min_tokens=3, max_tokens=5))
+    bounded = select(log_probs, KeepPolicy("threshold", 0.5, min_tokens=3, max_tokens=5))
     assert bounded.sum(1).tolist() == [min(max(int(n), 3), 5) for n in above.sum(1)]
     assert select(log_probs, KeepPolicy("top_k", 99)).all()
 

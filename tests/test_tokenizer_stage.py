@@ -75,7 +75,7 @@ def toy_features() -> TokenizerStage:
     from lavit.data.features import Features
     from lavit.modules.tokenizer import VisualTokenizer
 
-    features = Features(torch.randn(6, 16, 32, generator=ranks.seeded(0)).numpy(), 1)
+    features = Features(torch.randn(6, 16, 32, generator=ranks.seeded(0)).numpy())
     return TokenizerStage(VisualTokenizer(toy_config().tokenizer), features, toy_training().tokenizer, seed=0)
 
 

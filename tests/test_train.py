@@ -8,21 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import ImageOps
 
 from conftest import NAMES, toy_config, toy_training
 from lavit.config import InputError
 from lavit.data.corpus import load_corpus
 from lavit.data.documents import Documents
-from lavit.data.features import compute_features, view_of
+from lavit.data.features import compute_features
 from lavit.images import pixels
 from lavit.model import LaVIT
 from lavit.modules.tokenizer import cosine_distance
 from lavit.modules.vision import Vision
-from lavit.sequence import slot_lengths
 from lavit.train.health import Alarm, CodeUse, check_codes, check_selector
 from lavit.train.language import train_text_tokenizer
-from lavit.train.loop import Report, Shard, schedule
+from lavit.train.loop import Report, schedule
 from lavit.train.run import Run
 from lavit.train.stages import draw_pictures
 from lavit.vocabulary import Vocabulary
@@ -78,26 +76,6 @@ def test_a_run_goes_on_from_a_model(toy_run: Path, toy_data: Path, tmp_path: Pat
         Run(tmp_path / "run", toy_data, config, toy_training())
 
 
-def test_pictures_are_read_from_a_share_of_their_patches(toy_run: Path, toy_data: Path, tmp_path: Path) -> None:
-    config, toy = LaVIT.from_pretrained(toy_run).config, toy_training()
-    language = replace(toy.language, supervise_read_images=False, thinned=0.8)
-    run = Run(tmp_path / "run", toy_data, config, replace(toy, language=language), start=toy_run)
-    module, text, _ = run._first_language()
-    stage = run._language_stage(module, text)
-    whole, halves = stage.batch(3, Shard()), [stage.batch(3, Shard(rank, 2)) for rank in (0, 1)]
-    kept = run.tokens.keep[whole.rows.images]
-    assert whole.keep.sum(1).tolist() == slot_lengths(whole.rows.slots)
-    assert bool((whole.keep <= kept).all()) and int(whole.keep.sum()) < int(kept.sum())
-    assert torch.equal(torch.cat([half.keep for half in halves]), whole.keep)
-
-
-def test_thinned_pictures_have_no_codes_to_predict() -> None:
-    with pytest.raises(InputError, match="set supervise_read_images to False"):
-        replace(toy_training().language, thinned=0.5)
-    with pytest.raises(InputError, match="from 0 to below 1"):
-        replace(toy_training().language, thinned=1.0)
-
-
 def test_other_settings_on_the_same_folder_are_refused(toy_run: Path, toy_data: Path) -> None:
     with pytest.raises(InputError, match="other settings"):
         Run(toy_run, toy_data, toy_config(), toy_training(7))
@@ -133,7 +111,7 @@ def test_documents_fill_their_rows_and_are_functions_of_the_step(toy_data: Path)
     text = train_text_tokenizer(corpus, 300)
     config = replace(toy_training().language, rows=4, tokens=256)
     vocabulary = Vocabulary(text_size=len(text), codes=32, end=text.eos_token_id)
-    make = {"views": 1, "text": text, "vocabulary": vocabulary, "config": config}
+    make = {"text": text, "vocabulary": vocabulary, "config": config}
     first, second = (Documents(corpus, codes, seed=3, **make) for _ in range(2))
     assert first.batch(5).useful >= 0.98
     assert first.batch(5).ids.equal(second.batch(5).ids)
@@ -145,21 +123,17 @@ def test_every_picture_comes_once_an_epoch() -> None:
     assert drawn[:10].sort().values.tolist() == drawn[10:].sort().values.tolist() == list(range(10))
 
 
-def test_mirrored_views_follow_what_they_mirror(toy_run: Path, toy_data: Path, tmp_path: Path) -> None:
+def test_features_are_computed_once(toy_run: Path, toy_data: Path, tmp_path: Path) -> None:
     vision = LaVIT.from_pretrained(toy_run).vision
     records = [picture.record for picture in load_corpus(toy_data).pictures]
-    views = compute_features(records, vision, tmp_path, views=4, mirrored=True)
-    images = [record.open() for record in records]
-    expected = [ImageOps.mirror(image) for image in images]
+    first = compute_features(records, vision, tmp_path)
     config = vision.config
-    found = views.rows(torch.arange(8), torch.ones(8, dtype=torch.long))
-    assert torch.allclose(found, vision(pixels(expected, config.image_size, config.mean, config.std)), atol=1e-2)
-    moved = [view_of(image, 1, number) for number, image in enumerate(images)]
-    assert [ImageOps.mirror(view_of(image, 3, n, mirrored=True)) for n, image in enumerate(images)] == moved
-    plain = compute_features(records, vision, tmp_path, views=4)
+    images = [record.open() for record in records]
+    expected = vision(pixels(images, config.image_size, config.mean, config.std))
+    assert torch.allclose(first.rows(torch.arange(8)), expected, atol=1e-2)
     pinned = Vision(replace(config, sha256="0"), vision.encoder)  # the same file once its hash is known
-    assert compute_features(records, pinned, tmp_path, views=4).array.filename == plain.array.filename
-    assert plain.array.filename != views.array.filename
+    assert compute_features(records, pinned, tmp_path).array.filename == first.array.filename
+    assert compute_features(records[1:], vision, tmp_path).array.filename != first.array.filename
 
 
 def test_schedule_warms_up_and_ends_at_nothing() -> None:

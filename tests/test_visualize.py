@@ -13,9 +13,8 @@ from torch import Tensor
 
 from conftest import toy_picture
 from lavit.cli import main
-from lavit.config import InputError
 from lavit.modules.merger import Merger
-from lavit.visualize import bars, code_gallery, curves, merge_map, occurrences
+from lavit.visualize import bars, code_gallery, merge_map, occurrences
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -83,16 +82,11 @@ def test_gallery_shows_the_patch_itself() -> None:
     assert red > 200 and black > 400
 
 
-def test_charts_show_high_bars_and_moving_curves() -> None:
+def test_charts_show_high_bars() -> None:
     page = np.asarray(bars([1.0, 4.0, 2.0], title="three", low="0", high="2"))
     ink = (page.sum(-1) < 600).sum(0)
     third = len(ink) // 3
     assert ink[third : 2 * third].sum() > ink[2 * third :].sum() > ink[:third].sum()
-    lines = [{"stage": "tokenizer", "step": step, "loss": 1 / (step + 1)} for step in range(20)]
-    flat = [{**line, "loss": 0.5} for line in lines]
-    assert not np.array_equal(np.asarray(curves(lines)), np.asarray(curves(flat)))
-    with pytest.raises(InputError, match="no metrics"):
-        curves([])
 
 
 def test_verbs_write_pictures(
@@ -102,19 +96,9 @@ def test_verbs_write_pictures(
     model = ("--model", str(toy_tokenizer))
     main(["inspect", str(tmp_path / "in.png"), "--out", str(tmp_path / "seen.png"), *model])
     main(["gallery", str(toy_data), "--out", str(tmp_path / "all"), "--codes", "5", "--patches", "3", "--json", *model])
-    lines = [{"stage": "tokenizer", "step": n, "loss": 1 / n, "kept/0.0": 0.2, "kept/0.1": 0.8} for n in range(1, 9)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"stage": "tok')
-    main(["plot", str(tmp_path), "--out", str(tmp_path / "curves.png")])
     said = json.loads(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("{")))
     assert said["pictures"] == 8 and 0 < said["live_codes"] <= 1 and said["tokens"] >= 8
-    for name in ("seen.png", "all/codes.png", "all/use.png", "all/lengths.png", "curves.png"):
+    for name in ("seen.png", "all/codes.png", "all/use.png", "all/lengths.png"):
         with Image.open(tmp_path / name) as picture:
             assert min(picture.size) > 50
             assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 2, name
-
-
-def test_a_folder_without_metrics_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["plot", str(tmp_path), "--out", str(tmp_path / "x.png")])
-    assert stop.value.code == 2
-    assert "metrics.jsonl" in capsys.readouterr().err

@@ -1,9 +1,9 @@
 """Data as training sees it: readable pictures with what to say of them, questions, edits, and texts without pictures.
 
-Any source of data/sources.py gives pictures and texts, or texts alone. A folder may give more: questions.jsonl and
-edits.jsonl about its pictures, and a column `prompts` of texts that ask for a picture where its captions do not. Several
-sources are one string, `pictures,shapes:0.5,prose.jsonl:0.2`: a document of training comes from each in proportion to the weight behind its colon
-(1 where none stands). Broken pictures are left out, counted and named.
+Any source of data/sources.py gives pictures and texts, or texts alone. A column `prompts` holds texts that ask for a picture
+where its captions do not. A folder may give more: questions.jsonl and edits.jsonl about its pictures. Several sources are one
+string, `pictures,shapes:0.5,prose.jsonl:0.2`: a document of training comes from each in proportion to the weight behind its
+colon (1 where none stands). Broken pictures are left out, counted and named.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """How good written pictures are: which real picture is nearest to them in the frozen encoder's features.
 
-Retrieval is over the pooled (mean) features of every real picture of the data set, all names. No FID here:
+The kernel distance is KID's (arXiv 1801.01401: polynomial kernel, unbiased) on the encoder's mean patch; it must bear the
+encoder's name. Retrieval is over the pooled (mean) features of every real picture of the data set, all names. No FID here:
 its Inception weights are not to be had without a hub, and another encoder's distance must not be called FID.
 """
 
@@ -15,6 +16,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from lavit.config import InputError
 from lavit.model import LaVIT
 
 
@@ -56,3 +58,28 @@ def shrink(image: Image.Image, size: int) -> Image.Image:
 def hits(ranked: Sequence[Sequence[str]], names: Sequence[str], *, top: int = 1) -> list[bool]:
     """Whether the right name is among the first `top`."""
     return [name in order[:top] for order, name in zip(ranked, names, strict=True)]
+
+
+def kernel_distances(
+    written: Float[Tensor, "pictures dim"], real: Float[Tensor, "pictures dim"]
+) -> Float[Tensor, "pictures"]:
+    """Jackknife values of the squared kernel distance, one per picture; their mean is the unbiased estimate.
+
+    Row i of both is the same picture: the pairs (i, i) stay out of all three sums (Gretton et al. 2012, Lemma 6).
+    """
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a.double() @ b.double().T / a.shape[1] + 1) ** 3
+
+    pairs = kernel(written, written) + kernel(real, real) - kernel(written, real) - kernel(real, written)
+    rows, n = pairs.fill_diagonal_(0).sum(1), len(pairs)
+    if n < 3:
+        raise InputError(f"a kernel distance needs 3 pictures or more, not {n}: raise the limit")
+    return (rows.sum() / (n - 1) - (rows.sum() - 2 * rows) / (n - 2)).float()
+
+
+def cosines(
+    written: Float[Tensor, "pictures patches dim"], real: Float[Tensor, "pictures patches dim"]
+) -> Float[Tensor, "pictures"]:
+    """Mean cosine over the patches of each picture."""
+    return F.cosine_similarity(written.float(), real.float(), dim=-1).mean(1)

@@ -10,7 +10,7 @@ deterministic (`KeepPolicy`), and `sample` is there for who wants it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
