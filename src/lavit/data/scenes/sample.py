@@ -209,7 +209,7 @@ def placements(
         named = {str(number): group for number, group in enumerate(groups)}
         if not apart([box for group in groups for box in group]) or murky(named):
             continue
-        if len(counts) == 1 or relations(named):
+        if len(counts) <= 1 or relations(named):
             found.append(cells)
     return tuple(found)
 
