@@ -27,15 +27,21 @@ PLACES = {
 HARD = ("unicorn",)  # words with a vowel that is not one by ear
 SILENT = ("hour",)
 GRAMMAR = frozenset(
-    """a an the of on in with and is are there to left right background nothing it empty picture
-    draw paint show me make create please that no stripes dots""".split()
+    re.findall(
+        r"\w+",
+        """a an the of on in with and is are there to left right background nothing it empty picture
+    draw paint show me make create please that no stripes dots""",
+    )
 )
 TALK = frozenset(
-    """add remove take away replace by move swap exchange places put bigger smaller larger instead
-    change into turn colour recolour pattern style flat outlined drawn become so number them be
+    re.findall(
+        r"\w+",
+        """add remove take away replace by move swap exchange places put bigger smaller larger
+    instead change into turn colour recolour pattern style flat outlined drawn become so number them be
     should what which how many any more than fewer or where do you see this describe short caption
     everything full together both things thing from first second pictures combine now one for
-    please delete erase get rid give its""".split()
+    please delete erase get rid give its yes""",
+    )
 )
 
 

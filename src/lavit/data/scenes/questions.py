@@ -1,0 +1,318 @@
+"""Questions about a scene whose answers are clear from its picture.
+
+They are balanced per string: the words of a question say as little as can be about its answer. So
+names that are asked for in vain come as often as they stand in pictures, and small numbers are
+asked for less often than they occur.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from lavit.data.scenes.language import mention, parse
+from lavit.data.scenes.leaks import Document
+from lavit.data.scenes.lexicon import NUMBERS, OPPOSITE, Noun, article, noun, split, tokens
+from lavit.data.scenes.render import stands_out
+from lavit.data.scenes.sample import SHAPE_SHARE
+from lavit.data.scenes.splits import HELD_OUT_COLOURS, Rules
+from lavit.data.scenes.world import (
+    BACKGROUNDS,
+    COLOURS,
+    SHAPES,
+    STYLES,
+    Facts,
+    Group,
+    Scene,
+    facts,
+)
+
+KINDS = {  # how often each is tried
+    "exists": 1.0, "how many": 1.6, "colour": 0.9, "background": 0.5, "pattern": 0.4,
+    "where": 1.2, "bigger": 1.6, "compare": 1.6, "contents": 0.6,
+}  # fmt: skip
+ASKED = {1: 0.16, 2: 0.5, 3: 1.0, 4: 1.0}  # groups of so many things, when numbers are asked
+ABSENT = 0.16  # of the questions of how many: none
+CONTENTS = ("what is in the picture?", "what do you see?")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, of which kind, and one right answer."""
+
+    kind: str
+    question: str
+    answer: str
+
+
+def questions(
+    scene: Scene,
+    rng: np.random.Generator,
+    rules: Rules,
+    count: int,
+    *,
+    document: Document | None = None,
+) -> list[Question]:
+    """Up to `count` questions about a scene, no two alike.
+
+    They ask for nothing that the rules keep away from the scene in training, unless the scene is
+    itself held out. A `document` is what else stands beside them.
+    """
+    if document is None:
+        document = Document(rules, training=rules.forbids(scene) is None)
+        document.admits(scenes=[scene])
+    all_facts = facts(scene)
+    found: dict[str, Question] = {}
+    kinds = tuple(KINDS)
+    shares = np.array(list(KINDS.values()))
+    for _ in range(6 * count + 6):
+        if len(found) >= count:
+            break
+        kind = kinds[int(rng.choice(len(kinds), p=shares / shares.sum()))]
+        pair = ASKING[kind](all_facts, rng, document)
+        if kind == "contents" and not any(one.kind == kind for one in found.values()):
+            text = CONTENTS[int(rng.integers(len(CONTENTS)))]
+            pair = text, mention(scene, rng).removesuffix(".")
+        if pair and pair[0] not in found and document.admits(pair):
+            found[pair[0]] = Question(kind, *pair)
+    return list(found.values())
+
+
+Pair = tuple[str, str] | None
+
+
+def _exists(said: Facts, rng: np.random.Generator, document: Document) -> Pair:
+    if not said.groups:
+        return None
+    yes = bool(rng.random() < 0.5)
+    with_colour = bool(rng.random() < 0.5)
+    here = _one(said, rng)
+    if yes:
+        name, colour = here.name, here.colour if with_colour else None
+    else:
+        name, colour = _stranger(said, rng, document), None
+        if with_colour and ((here.name in SHAPES and rng.random() < 0.5) or name in SHAPES):
+            name = here.name if here.name in SHAPES and rng.random() < 0.7 else name
+            if name not in SHAPES:
+                return None
+            colour = _other_colour(said, name, rng)
+        if name is None or (colour is None and said.group(name)):
+            return None
+    several = "any" if rng.random() < 0.3 else ""
+    words = f"{colour} {noun(name, 2)}" if several and colour else noun(name, 2)
+    if several:
+        text = f"are there any {words}?"
+    else:
+        text = f"is there {article(f'{colour} {name}' if colour else name)}?"
+    return text, "yes" if yes else "no"
+
+
+def _other_colour(said: Facts, name: str, rng: np.random.Generator) -> str | None:
+    """A colour that a shape does not have here, and could have."""
+    group = said.group(name)
+    open_ = [
+        colour
+        for colour in COLOURS
+        if colour != said.background
+        and (name, colour) not in HELD_OUT_COLOURS
+        and (group is None or group.colour != colour)
+    ]
+    return open_[int(rng.integers(len(open_)))]
+
+
+def _how_many(said: Facts, rng: np.random.Generator, document: Document) -> Pair:
+    if rng.random() < ABSENT:
+        name = _stranger(said, rng, document) if said.groups else None
+        if name is None or said.group(name):
+            return None
+        answer = "none"
+    else:
+        group = _one(said, rng)
+        if group is None or rng.random() > ASKED.get(group.number, 1.0):
+            return None
+        name, answer = group.name, NUMBERS[group.number]
+    verb = "are there" if rng.random() < 0.7 else "do you see"
+    return f"how many {noun(name, 2)} {verb}?", answer
+
+
+def _colour(said: Facts, rng: np.random.Generator, document: Document) -> Pair:
+    shapes = sorted(group for group in said.groups if group.colour)
+    if not shapes:
+        return None
+    group = shapes[int(rng.integers(len(shapes)))]
+    return f"what colour {_verb(group)} the {_noun(group)}?", group.colour
+
+
+def _background(said: Facts, rng: np.random.Generator, document: Document) -> Pair:
+    return "what colour is the background?", said.background
+
+
+def _pattern(said: Facts, rng: np.random.Generator, document: Document) -> Pair:
+    if rng.random() < 0.5:
+        return "what pattern is the background?", said.pattern
+    return "is the background plain, striped or dotted?", said.pattern
+
+
+def _where(said: Facts, rng: np.random.Generator, document: Document) -> Pair:
+    single = {g.name: r for g in said.groups if len(r := around(said, g.name)) == 1}
+    if not single:
+        return None
+    names = sorted(single)
+    group = said.group(names[int(rng.integers(len(names)))])
+    kind, other = single[group.name][0]
+    return f"where {_verb(group)} the {_noun(group)}?", f"{kind} the {_noun(said.group(other))}"
+
+
+def _bigger(said: Facts, rng: np.random.Generator, document: Document) -> Pair:
+    pair = sorted(said.groups)
+    if len(pair) != 2 or pair[0].size == pair[1].size or any(g.number > 1 for g in pair):
+        return None
+    a, b = (pair[n] for n in rng.permutation(2))
+    big = a if a.size == "big" else b
+    return f"which is bigger, the {a.name} or the {b.name}?", f"the {big.name}"
+
+
+def _compare(said: Facts, rng: np.random.Generator, document: Document) -> Pair:
+    groups = sorted(said.groups)
+    if len(groups) < 2:
+        return None
+    a, b = (groups[n] for n in rng.permutation(len(groups))[:2])
+    if a.number == b.number:
+        return None
+    answer = "yes" if a.number > b.number else "no"
+    return f"are there more {noun(a.name, 2)} than {noun(b.name, 2)}?", answer
+
+
+def _contents(said: Facts, rng: np.random.Generator, document: Document) -> Pair:
+    return None  # a short caption, which is drawn from the scene
+
+
+ASKING: dict[str, Callable[[Facts, np.random.Generator, Document], Pair]] = {
+    "exists": _exists, "how many": _how_many, "colour": _colour, "background": _background,
+    "pattern": _pattern, "where": _where, "bigger": _bigger, "compare": _compare,
+    "contents": _contents,
+}  # fmt: skip
+
+
+def around(said: Facts, name: str) -> list[tuple[str, str]]:
+    """Where a group stands: (kind in words, other name) for each relation it is in."""
+    found = [(r.kind, r.second) for r in said.relations if r.first == name]
+    return found + [(OPPOSITE[r.kind], r.first) for r in said.relations if r.second == name]
+
+
+def _one(said: Facts, rng: np.random.Generator) -> Group | None:
+    groups = sorted(said.groups)
+    return groups[int(rng.integers(len(groups)))] if groups else None
+
+
+def _noun(group: Group) -> str:
+    return noun(group.name, group.number)
+
+
+def _verb(group: Group) -> str:
+    return "is" if group.number == 1 else "are"
+
+
+def _stranger(said: Facts, rng: np.random.Generator, document: Document) -> str | None:
+    """A name that is not here but could be, as often as it stands in pictures."""
+    names, shares = frequencies(document.rules)
+    for _ in range(12):
+        name = names[int(np.searchsorted(shares, rng.random()))]
+        if said.group(name) is None and document.admits_name(name):
+            return name
+    return None
+
+
+@cache
+def frequencies(rules: Rules) -> tuple[tuple[str, ...], np.ndarray]:
+    """All names, and the running sum of how often each stands in pictures of training."""
+    shares = {}
+    for name in (*rules.objects_named, *SHAPES):
+        seen = [
+            stands_out(name, colour, style, ground)
+            for style in STYLES
+            for ground in BACKGROUNDS
+            for colour in ((None,) if name not in SHAPES else COLOURS)
+            if rules.style_of(name) in (None, style)
+            and (name, colour) not in HELD_OUT_COLOURS
+            and colour != ground
+        ]
+        every = len(STYLES) * len(BACKGROUNDS) * (len(COLOURS) if name in SHAPES else 1)
+        of_kind = SHAPE_SHARE / len(SHAPES) if name in SHAPES else (1 - SHAPE_SHARE) / rules.objects
+        shares[name] = of_kind * sum(seen) / every
+    running = np.cumsum(list(shares.values()))
+    return tuple(shares), running / running[-1]
+
+
+def normal(answer: str) -> str:
+    """An answer without case, articles and marks; synonyms as their names, digits as words."""
+    words = split(answer.strip().rstrip(".!")) or []
+    found = [token.name if isinstance(token, Noun) else token for token in tokens(words)]
+    found = [NUMBERS[int(word)] if word.isdigit() and len(word) == 1 else word for word in found]
+    found = ["none" if word == "zero" else word for word in found]
+    text = " ".join(word for word in found if word not in ("a", "an", "the"))
+    return re.sub(r"^(to|on) (?=(left|right) of)", "", text)
+
+
+def answers(scene: Scene | Facts, question: str) -> frozenset[str]:
+    """All right answers to a question, in normal form; empty if it cannot be answered."""
+    said = scene if isinstance(scene, Facts) else facts(scene)
+    words = split(question) or []
+    if question.strip().lower() in CONTENTS:
+        names = sorted(group.name for group in said.groups)
+        return frozenset(names or ("nothing",))
+    found = tokens(words)
+    names = [token for token in found if isinstance(token, Noun)]
+    text = " ".join("#" if isinstance(token, Noun) else token for token in found)
+    first = said.group(names[0].name) if names else None
+    if match := re.fullmatch(r"(?:is there an?|are there any) (?:(\w+) )?# \?", text):
+        yes = first is not None and match[1] in (None, first.colour)
+        return frozenset({"yes" if yes else "no"})
+    if re.fullmatch(r"how many # (are there|do you see) \?", text):
+        return frozenset({NUMBERS[first.number if first else 0]})
+    if text == "what colour is the background ?":
+        return frozenset({said.background})
+    if text in (
+        "what pattern is the background ?",
+        "is the background plain , striped or dotted ?",
+    ):
+        return frozenset({said.pattern})
+    if re.fullmatch(r"what colour (is|are) the # \?", text) and first and first.colour:
+        return frozenset({first.colour})
+    if re.fullmatch(r"where (is|are) the # \?", text) and first:
+        return frozenset(f"{kind} {other}" for kind, other in around(said, first.name))
+    if len(names) != 2 or first is None or not (second := said.group(names[1].name)):
+        return frozenset()
+    if text == "which is bigger , the # or the # ?" and first.size != second.size:
+        return frozenset({first.name if first.size == "big" else second.name})
+    if text == "are there more # than # ?":
+        return frozenset({"yes" if first.number > second.number else "no"})
+    return frozenset()
+
+
+def right(answer: str, question: str, scene: Scene | Facts) -> bool:
+    """Is an answer right? What the picture shows may be said in part, if all of it is true."""
+    if question.strip().lower() in CONTENTS:
+        said = parse(answer)
+        return said is not None and true_of(said, scene)
+    return normal(answer) in answers(scene, question)
+
+
+def true_of(said: Facts, scene: Scene | Facts) -> bool:
+    """Is everything that a text says so in a scene?"""
+    so = scene if isinstance(scene, Facts) else facts(scene)
+    if said.background not in (None, so.background) or said.pattern not in (None, so.pattern):
+        return False
+    if bool(said.groups) != bool(so.groups) or not said.relations <= so.relations:
+        return False
+    for group in said.groups:
+        one = so.group(group.name)
+        if one is None or group.number != one.number:
+            return False
+        if group.size not in (None, one.size) or group.colour not in (None, one.colour):
+            return False
+    return True
