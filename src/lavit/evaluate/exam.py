@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 COUNT = 500  # items of a figure, where a user does not say
 BATCH = 16  # pictures that are encoded together
 WORDS = 0x5CE7E6  # moves wording and questions, and nothing else
+WHOLE = 128  # tokens of a caption: a full description has several sentences, and is not cut at the first
 SEED_STEP = 1_000_003  # between the user's seeds, so that no two items of two seeds share one
 
 Progress = Callable[[str, int, int], None]
@@ -63,13 +65,16 @@ class Exam:
             raise InputError(f"count is {count}: give the number of items of a figure, 1 or more")
         self.folder = model_folder(model)
         self.pipe: Pipeline = lavit.load(model)
-        self.model = self.pipe.model
+        self.model, usual = self.pipe.model, self.pipe.protocol
+        whole = replace(usual.caption, max_tokens=max(WHOLE, usual.caption.max_tokens))
+        self.pipe.protocol = replace(usual, caption=whole, caption_ends=("\n",))
         self.seed, self.asked, self.rules = seed, count, rules or Rules()
         self.progress = progress
         self.weights = weights_hash(self.folder)
         said = f"{self.weights} {config_hash(self.folder)} {world_hash()} {seed} {self.rules}"
         self.kept = Kept(kept, hashlib.sha256(said.encode()).hexdigest()[:16])
         self.cache: dict[Any, Any] = {}  # what several figures need, in memory
+        self.items: list[Any] | None = None  # a user's own (evaluate/own.py)
 
     def scaled(self, default: int) -> int:
         """`default` items, or as many fewer or more as the user asks beside 500."""

@@ -15,6 +15,7 @@ chat that has facts is answered by a picture, one with answers by words.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -139,8 +140,6 @@ def _shown(exam: Exam, turn: Turn) -> list[Image]:
 
 def _task(items: list[Item], name: str) -> str:
     """The name under which answers are kept: those of other items are none of these."""
-    import hashlib
-
     return f"own {name} {hashlib.sha256(repr(items).encode()).hexdigest()[:12]}"
 
 
@@ -183,8 +182,6 @@ def _chosen(exam: Exam, *kinds: str) -> list[Item]:
 
 def own_read(exam: Exam) -> Figure:
     """Share of the items' pictures of which the caption states all facts that the item states, and no wrong ones."""
-    from lavit.evaluate.judge import text_exact
-
     items = _chosen(exam, "read")
     exam.needs("language")
 
@@ -193,7 +190,21 @@ def own_read(exam: Exam) -> Figure:
 
     texts = exam.made(_task(items, "read"), range(len(items)), make)
     said = [item.turns[0].facts for item in items]
-    return share("own_read", [text_exact(text, one) for text, one in zip(texts, said, strict=True)])
+    return share("own_read", [covers(text, one) for text, one in zip(texts, said, strict=True)])
+
+
+def covers(text: str, wanted: Facts) -> bool:
+    """Does a text state all wanted facts, of just these things? What they leave open it may say as it likes."""
+    said = parse(text)
+    if said is None or {group.name for group in said.groups} != {group.name for group in wanted.groups}:
+        return False
+    if wanted.background not in (None, said.background) or wanted.pattern not in (None, said.pattern):
+        return False
+    for group in wanted.groups:
+        own = said.group(group.name)
+        if own.number != group.number or group.size not in (None, own.size) or group.colour not in (None, own.colour):
+            return False
+    return wanted.relations <= said.relations
 
 
 def own_answer(exam: Exam) -> Figure:
