@@ -1,12 +1,11 @@
 """The pixel decoder against its limit, the UNet's forwards alone, and 12 steps of DPM-Solver++ against 50 of DDIM.
 
-    python benchmarks/pixels.py [--run RUN] [--json FILE] [--rounds 7] [--batch 1] [--pictures 64]
+    python benchmarks/pixels.py [--run RUN] [--json FILE] [--rounds 7] [--batch 1]
 
 The limit is the time of the UNet on the very inputs of one step, times the number of steps; what sampling takes beyond it
 is overhead (condition, guidance, solver, decoding): the target is a ratio of at most 1.10. Runs are interleaved, round
 after round; a figure is the median of the rounds' ratios, its spread the smallest and the largest. Without --run the
-decoder is nano's with random weights, which are as fast as trained ones; with a trained run the quality of few steps is
-measured too, on its held-out pictures (`lavit eval RUN --study steps`). Measure idle, or with OMP_NUM_THREADS=1.
+decoder is nano's with random weights, which are as fast as trained ones. Measure idle, or with OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from lavit.evaluate.pixels import run_study
 from rich.console import Console
 from rich.table import Table
 
@@ -77,11 +75,10 @@ def measure(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, lis
 def main() -> None:
     """Measure, print, and write --json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=Path, help="a trained run, for the quality of few steps")
+    parser.add_argument("--run", type=Path, help="a trained run")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch", type=int, default=1, help="pictures painted together")
-    parser.add_argument("--pictures", type=int, default=64, help="held-out pictures on which quality is measured")
     options = parser.parse_args()
     pixels, batch = decoder(options.run), options.batch
     config = pixels.config
@@ -118,10 +115,6 @@ def main() -> None:
     console.print(table, against)
     size = f"{config.size} px, {sum(p.numel() for p in pixels.unet.parameters()) / 1e6:.1f} M weights"
     console.print(f"{size}, batch {batch}, {torch.get_num_threads()} threads, {options.rounds} rounds")
-    if options.run is not None:
-        for figure in run_study("steps", options.run, limit=options.pictures):
-            console.print(figure.line(), soft_wrap=True, highlight=False)
-            figures[figure.name] = figure.value
     if options.json:
         options.json.write_text(json.dumps({"figures": figures}, indent=1) + "\n")
 

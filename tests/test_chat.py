@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 import lavit
 from conftest import toy_picture
 from lavit.config import InputError
-from lavit.data.chat import ChatPicture, ChatText, last_turn, render_chat, turn_end
+from lavit.data.chat import ChatPicture, ChatText, render_chat, turn_end
 from lavit.generate.jobs import writing
 from lavit.generate.pipeline import Pipeline
 from lavit.generate.prompts import lay_prompt
@@ -234,7 +234,7 @@ def test_a_template_ends_the_turn(toy_run: Path) -> None:
 def pipeline_jobs(pipeline: Pipeline, talk: list) -> list:
     return writing(
         pipeline.model, pipeline.protocol, [render_chat(talk, pipeline.model.text, reply="text")],
-        out="text", n=1, seed=0, sampling=None, picture=None, guidance=None, asked=[last_turn(talk)],
+        out="text", n=1, seed=0, sampling=None, picture=None, guidance=None, chat=True,
     )  # fmt: skip
 
 

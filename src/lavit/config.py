@@ -47,7 +47,6 @@ class VisionConfig:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     layer: int = -1  # hidden state to read (before the final norm); block index for convolutional encoders
-    absolute_positions: bool = True  # False: a fixed 2-D sine-cosine code is added for selector and merger
     architecture: dict[str, Any] = field(default_factory=dict)  # transformers config, with "model_type"
     sha256: str | None = None  # of the referenced weights; checked when they are loaded
 

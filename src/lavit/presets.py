@@ -42,7 +42,6 @@ def efficientnet_lite0(*, image_size: int) -> VisionConfig:
         mean=(127 / 255,) * 3,
         std=(128 / 255,) * 3,
         layer=-1,
-        absolute_positions=False,
     )
 
 

@@ -190,7 +190,7 @@ def decoder_for(language: Language, *, compile: str | None = None) -> Decoder:
     why = "it is to be compiled" if compile else obstacle(language)
     name = type(language.lm).__name__
     if why is None:
-        log.info("%s: packed step on the CPU", name)
+        log.info("%s: packed fp32 step on the CPU", name)
         return PackedDecoder(language)
     static = compile is not None or language.rows.device.type == "cuda"
     log.info("%s: step through transformers, %s, because %s", name, "static" if static else "growing", why)

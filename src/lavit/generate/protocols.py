@@ -26,7 +26,6 @@ DRAW = replace(draw_paper(), n=1)
 PUBLISHED = draw_published()
 BEST_OF = 4  # of DRAW
 CHAT = Sampling(temperature=0.0, max_tokens=200)
-PUBLISHED_MULTIMODAL_GUIDANCE = 5.0
 
 CAPTION_ENDS = (".", "\n")
 ANSWER_ENDS = ("\n", "question:", "Question:", "Long answer:", ",", ".")

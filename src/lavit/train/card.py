@@ -1,6 +1,6 @@
 """The model card of a run, written from the run itself: README.md in its folder, in the form that model hubs read.
 
-Data, parts, steps and their last figures, the evaluation where `lavit eval` left one (eval.jsonl), and the licences of
+Data, parts, steps and their last figures, the evaluation where there is one (eval.jsonl), and the licences of
 code, weights, data and base models apart, because they differ. Nothing in it is written by hand.
 """
 
@@ -114,10 +114,10 @@ def _licence_of_data(data: str) -> str:
 
 
 def _figures(folder: Path) -> str:
-    """What `lavit eval` left in the folder."""
+    """What an evaluation left in the folder."""
     path = folder / "eval.jsonl"
     if not path.exists():
-        return "Not evaluated yet: `lavit eval FOLDER`."
+        return "Not evaluated yet."
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     cells = [
         (r["name"], f"{r['value']:.3f} [{r['low']:.3f}, {r['high']:.3f}]", str(r["count"]), _pair(r["floor"]))

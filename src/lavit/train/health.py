@@ -3,7 +3,7 @@
 Quiet failures cost the users of such tokenizers the most (dead codes seen only after days), so each step's figures
 carry them and `Alarm` stops a run that is failing, naming what to change. Live codes are counted by *use* over a window
 of tokens, not by averaged mass, which stays above zero for codes that nobody uses. Checks run after every step, before
-a checkpoint is written: the last checkpoint is of a healthy step. `lavit plot RUN` draws the figures.
+a checkpoint is written: the last checkpoint is of a healthy step.
 """
 
 from __future__ import annotations
