@@ -23,7 +23,7 @@ from lavit.evaluate.conversing import chat_all
 from lavit.evaluate.copies import draw_copies
 from lavit.evaluate.drawing import draw_all, draw_atoms, draw_swaps, reconstruct_all
 from lavit.evaluate.edits import compose_all, edit_all, edit_blind, edit_oracle, source_copies
-from lavit.evaluate.exam import Exam, Missing, Progress, config_hash
+from lavit.evaluate.exam import Exam, Missing, config_hash
 from lavit.evaluate.figures import Figure, nothing
 from lavit.evaluate.judging import false_accepts, judge_test
 from lavit.evaluate.ladder import ladder_blank, ladder_spearman

@@ -11,7 +11,6 @@ import io
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 

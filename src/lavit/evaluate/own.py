@@ -90,7 +90,7 @@ def _item(row: Any, folder: Path) -> Item:
     turn = _turn(row, row[words] if words else "", folder)
     if kind != "draw" and not turn.pictures:
         raise InputError(f"an item of kind {kind!r} needs pictures or a scene")
-    if kind == "ask" and not turn.answers or kind != "ask" and turn.facts is None:
+    if (kind == "ask" and not turn.answers) or (kind != "ask" and turn.facts is None):
         raise InputError(f"an item of kind {kind!r} needs {'answers' if kind == 'ask' else 'facts'}")
     if kind == "edit" and "facts" not in row:
         raise InputError("an edit needs the facts of what it should give")
