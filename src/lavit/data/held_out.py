@@ -1,9 +1,11 @@
-"""A share of any user's pictures that training leaves out, so that there is something to measure a model on.
+"""A share of any user's pictures that training leaves out, so that there is something to measure a
+model on.
 
-A source without splits of its own (a folder of pictures, one table, shards that name no other split) is divided by a hash of
-each record's name: below 0.05 it is in the split "held_out", else in "train". The name is the picture's path below the
-source, the key of a WebDataset record, or, for a picture inside a table, its bytes; so neither order nor shards matter, and
-more pictures move none. A source of fewer than 40 pictures is all training; streams are always divided.
+A source without splits of its own (a folder of pictures, one table, shards that name no other
+split) is divided by a hash of each record's name: below 0.05 it is in the split "held_out", else in
+"train". The name is the picture's path below the source, the key of a WebDataset record, or, for a
+picture inside a table, its bytes; so neither order nor shards matter, and more pictures move none.
+A source of fewer than 40 pictures is all training; streams are always divided.
 """
 
 from __future__ import annotations
@@ -32,7 +34,11 @@ def divides(path: Path) -> bool:
         return False
     folders = [sub for sub in path.iterdir() if sub.is_dir()]
     if (path / "train").is_dir():
-        others = [sub for sub in folders if sub.name != "train" and any(file.is_file() for file in sub.rglob("*"))]
+        others = [
+            sub
+            for sub in folders
+            if sub.name != "train" and any(file.is_file() for file in sub.rglob("*"))
+        ]
         return not others
     stems = {word for file in path.rglob("*") for word in (file.parent.name, *_words(file.stem))}
     return not stems & set(OTHERS)
@@ -71,14 +77,16 @@ def part_of(rows: Any, split: str, *, image: str, folder: Path, data: str, strea
         if split == "train":
             return rows
         raise InputError(
-            f"{data!r} has no split {split!r}: of fewer than {FEWEST} pictures ({len(rows)}) none is held out, and "
-            "all are in the split train"
+            f"{data!r} has no split {split!r}: of fewer than {FEWEST} pictures ({len(rows)}) "
+            "none is held out, and all are in the split train"
         )
     held = [is_held_out(row, image, folder) for row in rows.select_columns(columns)]
     if not any(held):
         if split == "train":
             return rows
-        raise InputError(f"{data!r} has no split {split!r}: by chance none of its {len(rows)} pictures is held out")
+        raise InputError(
+            f"{data!r} has no split {split!r}: by chance none of {len(rows)} pictures is held out"
+        )
     return rows.select([number for number, out in enumerate(held) if out == (split == HELD_OUT)])
 
 

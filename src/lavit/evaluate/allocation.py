@@ -1,13 +1,14 @@
 """Allocation gain: is it worth something that a picture decides how many tokens it gets?
 
-d(i, L) is the distortion of picture i from its L best patches (by the selector's probability) through the codebook. The
-gain is how much worse pictures become when their lengths are dealt out anew among them, as a share of the distortion
-at the mean length:
+d(i, L) is the distortion of picture i from its L best patches (by the selector's probability)
+through the codebook. The gain is how much worse pictures become when their lengths are dealt out
+anew among them, as a share of the distortion at the mean length:
 
     gain = mean over i and permutations of [d(i, L_perm(i)) - d(i, L_i)] / mean d(i, mean L)
 
-The same number of tokens is spent either way. It is 0 where all lengths are equal, and below 0 where lengths are dealt out
-worse than by chance. Only a model trained on permuted lengths could say what allocation is worth in training.
+The same number of tokens is spent either way. It is 0 where all lengths are equal, and below 0
+where lengths are dealt out worse than by chance. Only a model trained on permuted lengths could say
+what allocation is worth in training.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ Distortion = Callable[[int, int], float]
 
 
 def dealt(lengths: Sequence[int], groups: Sequence[int] | None = None) -> np.ndarray:
-    """The lengths in 20 other orders, [permutations, pictures]; with `groups` only among pictures of one group."""
+    """The lengths in 20 other orders, [permutations, pictures]; with `groups` only among pictures
+    of one group.
+    """
     rng = np.random.default_rng(0)
     given = np.asarray(lengths)
     found = np.empty((PERMUTATIONS, len(given)), dtype=np.int64)
@@ -41,11 +44,15 @@ def dealt(lengths: Sequence[int], groups: Sequence[int] | None = None) -> np.nda
     return found
 
 
-def gains(distortion: Distortion, lengths: Sequence[int], orders: np.ndarray) -> tuple[list[float], list[float]]:
-    """What each picture loses by other lengths (mean over orders), and its distortion at the mean length."""
+def gains(
+    distortion: Distortion, lengths: Sequence[int], orders: np.ndarray
+) -> tuple[list[float], list[float]]:
+    """What each picture loses by other lengths (mean over orders), and its distortion at the mean
+    length.
+    """
     middle = mean_length(lengths)
     lost = [
-        float(np.mean([distortion(i, int(other)) for other in orders[:, i]])) - distortion(i, int(own))
+        float(np.mean([distortion(i, int(other)) - distortion(i, own) for other in orders[:, i]]))
         for i, own in enumerate(lengths)
     ]
     return lost, [distortion(i, middle) for i in range(len(lengths))]
@@ -64,7 +71,10 @@ def allocation_gain(exam: Exam) -> Figure:
     things = [len(exam.scene("ladder", n).things) for n in range(count)]
     orders, inside = dealt(lengths), dealt(lengths, things)
     middle = mean_length(lengths)
-    wanted = [sorted({lengths[i], middle, *orders[:, i].tolist(), *inside[:, i].tolist()}) for i in range(count)]
+    wanted = [
+        sorted({lengths[i], middle, *orders[:, i].tolist(), *inside[:, i].tolist()})
+        for i in range(count)
+    ]
 
     def make(numbers: list[int]) -> list[dict[str, float]]:
         pairs = [(i, length) for i in numbers for length in wanted[i]]
@@ -84,7 +94,9 @@ def allocation_gain(exam: Exam) -> Figure:
         "mean_tokens": float(np.mean(lengths)),
     }
     floor = ("lengths dealt out by chance", 0.0)
-    return ratio("allocation_gain", *gains(distortion, lengths, orders), floor=floor, details=details)
+    return ratio(
+        "allocation_gain", *gains(distortion, lengths, orders), floor=floor, details=details
+    )
 
 
 @torch.no_grad()

@@ -1,4 +1,6 @@
-"""Conversations of four turns about test scenes: the model's own replies stand in the talk, and each must be right."""
+"""Conversations of four turns about test scenes: the model's own replies stand in the talk, and
+each must be right.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ def talks_of(exam: Exam) -> list[Conversation]:
     """The conversations."""
     if "talks" not in exam.cache:
         exam.cache["talks"] = [
-            conversation(exam.rng(n, 70), exam.rules, TURNS, split="test") for n in range(exam.count)
+            conversation(exam.rng(n, 70), exam.rules, TURNS, split="test")
+            for n in range(exam.count)
         ]
     return exam.cache["talks"]
 
@@ -43,7 +46,9 @@ def chat_all(exam: Exam) -> Figure:
     wrong = [all(judged(exam, talk, found)) for talk, found in zip(talks, others, strict=True)]
     details = {f"turn_{n + 1}": float(np.mean([one[n] for one in verdicts])) for n in range(TURNS)}
     hits = [all(one) for one in verdicts]
-    return share("chat4_all", hits, floor=("another talk's replies", float(np.mean(wrong))), details=details)
+    return share(
+        "chat4_all", hits, floor=("another talk's replies", float(np.mean(wrong))), details=details
+    )
 
 
 def replies(exam: Exam, talks: list[Conversation], seeds: list[int]) -> list[list[dict[str, str]]]:
@@ -69,7 +74,9 @@ def replies(exam: Exam, talks: list[Conversation], seeds: list[int]) -> list[lis
 
 def _content(exam: Exam, message: Message) -> list[dict[str, Any]]:
     return [
-        {"type": "image", "image": exam.picture(part)} if isinstance(part, Scene) else {"type": "text", "text": part}
+        {"type": "image", "image": exam.picture(part)}
+        if isinstance(part, Scene)
+        else {"type": "text", "text": part}
         for part in message.parts
     ]
 
@@ -92,7 +99,9 @@ def judged(exam: Exam, talk: Conversation, said: list[dict[str, str]]) -> list[b
         asked, true = str(user.parts[-1]), wanted.parts[0]
         if isinstance(true, Scene):
             last = true
-            verdicts.append("picture" in reply and _drawn(exam, all_right, asked, true, reply["picture"]))
+            verdicts.append(
+                "picture" in reply and _drawn(exam, all_right, asked, true, reply["picture"])
+            )
         elif "text" not in reply or last is None:
             verdicts.append(False)
         elif asked in FULL:

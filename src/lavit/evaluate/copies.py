@@ -1,9 +1,10 @@
 """Does the model paint training pictures again?
 
-The prompts are those of the training's own scenes, so that what was learnt by heart would show. A drawing is a copy if it is
-nearer, in pixels, to one of the first 2,000 training pictures that have the same facts (its own scene at least) than
-95 % of other renders of such a scene are: renders with the same things in the same cells and the same style, with fresh
-jitter, sizes and turns. So of fresh renders about 5 % count as copies (the floor), and of training pictures all.
+The prompts are those of the training's own scenes, so that what was learnt by heart would show. A
+drawing is a copy if it is nearer, in pixels, to one of the first 2,000 training pictures that have
+the same facts (its own scene at least) than 95 % of other renders of such a scene are: renders with
+the same things in the same cells and the same style, with fresh jitter, sizes and turns. So of
+fresh renders about 5 % count as copies (the floor), and of training pictures all.
 """
 
 from __future__ import annotations
@@ -66,8 +67,12 @@ def jittered(scene: Scene, number: int) -> Scene:
     return build(scene.background, scene.pattern, scene.style, wanted, rng) or scene
 
 
-def is_copy(picture: Image.Image, training: Sequence[Image.Image], renders: Sequence[Image.Image]) -> bool:
-    """Is a picture nearer to one of training than the 5th percentile of two renders of the same facts?"""
+def is_copy(
+    picture: Image.Image, training: Sequence[Image.Image], renders: Sequence[Image.Image]
+) -> bool:
+    """Is a picture nearer to one of training than the 5th percentile of two renders of the same
+    facts?
+    """
     near = [nearest(render, training) for render in renders]
     return nearest(picture, training) < float(np.percentile(near, NEAR))
 

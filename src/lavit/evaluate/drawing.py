@@ -1,7 +1,9 @@
-"""Does the model draw what it is told? One sample a prompt, as the pipeline draws, nothing chosen among several.
+"""Does the model draw what it is told? One sample a prompt, as the pipeline draws, nothing chosen
+among several.
 
-Codes are written first (kept by item) and painted after, as `Pipeline.draw` does with the same seeds. Full prompts state
-every fact, so the judge's verdict is over all facts of the scene, and of a drawing over none else.
+Codes are written first (kept by item) and painted after, as `Pipeline.draw` does with the same
+seeds. Full prompts state every fact, so the judge's verdict is over all facts of the scene, and of
+a drawing over none else.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ def prompts(exam: Exam, split: str, items: Iterable[int]) -> list[str]:
 
 
 def codes_for(exam: Exam, inputs: Sequence[Sequence[Any]], seeds: list[int]) -> list[list[int]]:
-    """Codes that are written after words and pictures, one image each, as `Pipeline.generate` samples them."""
+    """Codes that are written after words and pictures, one image each, as `Pipeline.generate`
+    samples them.
+    """
     jobs = writing(
         exam.model,
         exam.pipe.protocol,
@@ -53,12 +57,16 @@ def written(exam: Exam, split: str, items: Sequence[int]) -> list[list[int]]:
     exam.needs("language")
 
     def make(numbers: list[int]) -> list[list[int]]:
-        return codes_for(exam, [[words] for words in prompts(exam, split, numbers)], exam.seeds(numbers))
+        return codes_for(
+            exam, [[words] for words in prompts(exam, split, numbers)], exam.seeds(numbers)
+        )
 
     return exam.made(f"write {split}", items, make)
 
 
-def painted(exam: Exam, task: str, items: Sequence[int], codes: Sequence[Sequence[int]]) -> list[Image.Image]:
+def painted(
+    exam: Exam, task: str, items: Sequence[int], codes: Sequence[Sequence[int]]
+) -> list[Image.Image]:
     """Pictures of codes, kept by item."""
     exam.needs("pixels")
     place = {item: number for number, item in enumerate(items)}
@@ -125,7 +133,8 @@ def atoms_of(said: Sequence[Facts], looks: Sequence[Any]) -> list[float]:
 
 
 def turned(items: Sequence[T], by: int = APART) -> list[T]:
-    """The same items, each in another's place."""
+    """The same items, each in another's place (one alone stays)."""
+    by = by if len(items) > by else 1
     return [items[(n + by) % len(items)] for n in range(len(items))]
 
 
@@ -133,7 +142,9 @@ def by_number(said: Sequence[Facts], values: Sequence[float]) -> dict[str, float
     """The mean of values for each number of things."""
     numbers = sorted({one.number for one in said})
     return {
-        f"of_{n}": float(np.mean([v for v, one in zip(values, said, strict=True) if one.number == n]))
+        f"of_{n}": float(
+            np.mean([v for v, one in zip(values, said, strict=True) if one.number == n])
+        )
         for n in numbers
     }
 
@@ -158,13 +169,16 @@ def draw_atoms(exam: Exam, split: str) -> Figure:
     said, looks = wanted(exam, split), seen(exam, f"draw {split}", drawings(exam, split))
     values = atoms_of(said, looks)
     floor = float(np.mean(atoms_of(said, turned(looks))))
-    ceiling = float(np.mean(atoms_of(said, seen(exam, f"reconstruct {split}", rebuilt(exam, split)))))
+    ceiling = float(
+        np.mean(atoms_of(said, seen(exam, f"reconstruct {split}", rebuilt(exam, split))))
+    )
     return mean(
         f"draw_{split}_atoms",
         values,
         floor=("another prompt's drawing", floor),
         ceiling=("true tokens", ceiling),
         details=by_number(said, values),
+        within=(0.0, 1.0),
     )
 
 
@@ -195,11 +209,16 @@ def draw_swaps(exam: Exam) -> Figure:
 
 
 def reconstruct_all(exam: Exam) -> Figure:
-    """Share of test pictures in which every fact is right after tokens and decoder, without the language model."""
+    """Share of test pictures in which every fact is right after tokens and decoder, without the
+    language model.
+    """
     said = wanted(exam, "test")
     looks = seen(exam, "reconstruct test", rebuilt(exam, "test"))
     hits = all_of(said, looks)
-    real = all_of(said, seen(exam, "true test", [exam.small(exam.scene("test", n)) for n in range(exam.count)]))
+    real = all_of(
+        said,
+        seen(exam, "true test", [exam.small(exam.scene("test", n)) for n in range(exam.count)]),
+    )
     return share(
         "reconstruct_test_all",
         hits,

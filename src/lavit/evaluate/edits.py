@@ -1,7 +1,9 @@
-"""Does the model edit what it is shown, and put several pictures together? One sample each, judged by the target's facts.
+"""Does the model edit what it is shown, and put several pictures together? One sample each, judged
+by the target's facts.
 
-Edits come in all kinds in turn, on test scenes; the target is a test scene too where such an edit is found, else one of
-training's world. Style is no fact, so of an edit of style the judge must also see every thing in the style asked for.
+Edits come in all kinds in turn, on test scenes; the target is a test scene too where such an edit
+is found, else one of training's world. Style is no fact, so of an edit of style the judge must also
+see every thing in the style asked for.
 """
 
 from __future__ import annotations
@@ -76,7 +78,9 @@ def compositions(exam: Exam) -> list[Asked]:
     return exam.cache["compositions"]
 
 
-def drawn(exam: Exam, task: str, asked: list[Asked], shown: list[Asked] | None = None) -> list[Image.Image]:
+def drawn(
+    exam: Exam, task: str, asked: list[Asked], shown: list[Asked] | None = None
+) -> list[Image.Image]:
     """What the model draws; with `shown` the pictures of those stand in place of an edit's own."""
     exam.needs("language", "pixels")
     by_item = {one.item: (one, other) for one, other in zip(asked, shown or asked, strict=True)}
@@ -105,7 +109,11 @@ def done(asked: Sequence[Asked], looks: Sequence[Any]) -> list[bool]:
     """Is the change made and everything else as it was?"""
     hits = all_of(targets(list(asked)), looks)
     return [
-        hit and (one.kind != "style" or all(thing.style == STYLES[one.target.style] for thing in look.things))
+        hit
+        and (
+            one.kind != "style"
+            or all(thing.style == STYLES[one.target.style] for thing in look.things)
+        )
         for one, look, hit in zip(asked, looks, hits, strict=True)
     ]
 

@@ -1,8 +1,8 @@
 """`lavit eval`: every figure of a model by its stable name, as plain data.
 
-A figure that the model cannot have (a part is missing, or a font) has no value and says why; one that was asked for by name
-raises `InputError` instead. The same arguments give the same bytes. What the model said and drew is kept item by item, so
-a stopped evaluation goes on to the same figures.
+A figure that the model cannot have (a part is missing, or a font) has no value and says why; one
+that was asked for by name raises `InputError` instead. The same arguments give the same bytes. What
+the model said and drew is kept item by item, so a stopped evaluation goes on to the same figures.
 """
 
 from __future__ import annotations
@@ -38,19 +38,34 @@ PASSAGES = 40  # of prose, for the perplexity of text
 
 
 def text_ratio(exam: Exam) -> Figure:
-    """Perplexity of English prose (the topics of Python's manual) over that of the base language model."""
+    """Perplexity of English prose (the topics of Python's manual) over that of the base language
+    model.
+    """
     from pydoc_data.topics import topics
 
     exam.needs("language")
     began = exam.trained.get("model", {}).get("language")
     if began is None:
-        began = {"source": exam.model.config.language.source} if exam.model.config.language.lora_rank else None
-    if began is None or began["source"] in ("random", "folder"):
-        raise Missing("its language model was trained from scratch, or its base is not known")
+        began = (
+            {"source": exam.model.config.language.source}
+            if exam.model.config.language.lora_rank
+            else None
+        )
+    if began is not None and began["source"] == "random":
+        raise Missing(
+            "its language model was trained from scratch: there is no base to compare with"
+        )
+    if began is None or began["source"] == "folder":
+        raise Missing("the base of its language model is not known")
     base, _ = load_base(from_json(LanguageConfig, began), exam.folder / "base")
     texts = [topics[name] for name in sorted(topics)][: min(PASSAGES, exam.count)]
     found = perplexity(
-        texts, exam.model.text, exam.model.language, base, where="Python's manual", progress=exam.progress
+        texts,
+        exam.model.text,
+        exam.model.language,
+        base,
+        where="Python's manual",
+        progress=exam.progress,
     )
     under = found.floor[1]
     return Figure(
@@ -111,7 +126,9 @@ def is_scenes(data: str) -> bool:
 
 
 def rules_of(folder: Path, objects: int | None, held_out_pairs: float | None) -> Rules:
-    """The rules that are asked for; what is not said is as the model's training had it, else as nano has it."""
+    """The rules that are asked for; what is not said is as the model's training had it, else as
+    nano has it.
+    """
     usual = Rules()
     known: dict[str, Any] = {}
     places = [folder / "origin.json"]
@@ -131,7 +148,9 @@ def rules_of(folder: Path, objects: int | None, held_out_pairs: float | None) ->
 
 
 def chosen(names: Sequence[str], known: Mapping[str, Any]) -> list[str]:
-    """The figures that are asked for, in their usual order; none asked for: all. Unknown names raise `InputError`."""
+    """The figures that are asked for, in their usual order; none asked for: all. Unknown names
+    raise `InputError`.
+    """
     wrong = [name for name in names if name not in known]
     if wrong:
         raise InputError(f"there is no figure {wrong[0]!r}: choose from {', '.join(known)}")
@@ -151,20 +170,16 @@ def evaluate(
     wanted = chosen(names, known)
     exam.items = None if items is None else load_items(items)
     found: dict[str, Any] = {}
-    try:
-        for name in wanted:
-            figure = _figure(exam, name, known[name], named=name in names)
-            found[name] = figure.entry()
-            if watch:
-                watch(figure)
-        hashes = test_hash(exam)
-    finally:
-        exam.kept.close()
+    for name in wanted:
+        figure = _figure(exam, name, known[name], named=name in names)
+        found[name] = figure.entry()
+        if watch:
+            watch(figure)
     return {
         "figures": found,
         "config_hash": config_hash(exam.folder),
         "weights_hash": exam.weights,
-        **hashes,
+        **test_hash(exam),
         "seed": exam.seed,
         "items": exam.count,
         "objects": exam.rules.objects,
@@ -182,7 +197,9 @@ def _figure(exam: Exam, name: str, make: Callable[[Exam], Figure], *, named: boo
 
 
 def test_hash(exam: Exam) -> dict[str, Any]:
-    """The hash of the test sets, the versions that drew them, and whether figures compare with published ones."""
+    """The hash of the test sets, the versions that drew them, and whether figures compare with
+    published ones.
+    """
     made_by = frozen.versions()
     task = "hash " + hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:12]
 
@@ -190,7 +207,11 @@ def test_hash(exam: Exam) -> dict[str, Any]:
         return [frozen.split_hash(frozen.MEASURING[number], exam.rules) for number in numbers]
 
     hashes = dict(
-        zip(frozen.MEASURING, exam.made(task, range(len(frozen.MEASURING)), make, together=1), strict=True)
+        zip(
+            frozen.MEASURING,
+            exam.made(task, range(len(frozen.MEASURING)), make, together=1),
+            strict=True,
+        )
     )
     known = frozen.frozen(exam.rules)
     return {
@@ -202,7 +223,11 @@ def test_hash(exam: Exam) -> dict[str, Any]:
 
 def predictions_path(folder: Path, out: Path | None) -> Path:
     """Where predictions are kept: beside the JSON file, or in the model's folder."""
-    return folder / "evaluation" / "predictions.jsonl" if out is None else out.with_suffix(".predictions.jsonl")
+    return (
+        folder / "evaluation" / "predictions.jsonl"
+        if out is None
+        else out.with_suffix(".predictions.jsonl")
+    )
 
 
 def write_json(found: Mapping[str, Any], out: Path) -> None:

@@ -1,7 +1,8 @@
 """What all figures share: the model, the scenes they ask about, and what was said and drawn so far.
 
-Pictures are rendered at the encoder's size where they are read and at the decoder's where they are judged. Wording and
-questions of item n are a function of n alone; the user's seed moves sampling only.
+Pictures are rendered at the encoder's size where they are read and at the decoder's where they are
+judged. Wording and questions of item n are a function of n alone; the user's seed moves sampling
+only.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 COUNT = 500  # items of a figure, where a user does not say
 BATCH = 16  # pictures that are encoded together
 WORDS = 0x5CE7E6  # moves wording and questions, and nothing else
-WHOLE = 128  # tokens of a caption: a full description has several sentences, and is not cut at the first
+WHOLE = 128  # tokens of a caption: a description has sentences, and is not cut after the first
 SEED_STEP = 1_000_003  # between the user's seeds, so that no two items of two seeds share one
 
 Progress = Callable[[str, int, int], None]
@@ -47,7 +48,9 @@ class Missing(InputError):
 
 
 class Exam:
-    """One model, examined on scenes under `rules`; `count` items a figure, sampling moved by `seed`."""
+    """One model, examined on scenes under `rules`; `count` items a figure, sampling moved by
+    `seed`.
+    """
 
     def __init__(
         self,
@@ -141,17 +144,26 @@ class Exam:
         return render(scene, self.drawn_size)
 
     def made(
-        self, task: str, items: Sequence[int], make: Callable[[list[int]], list[Any]], *, together: int = 32
+        self,
+        task: str,
+        items: Sequence[int],
+        make: Callable[[list[int]], list[Any]],
+        *,
+        together: int = 32,
     ) -> list[Any]:
         """What the model made of items, each made once and kept: see `Kept.made`."""
         return self.kept.made(task, items, make, together=together, progress=self.progress)
 
     def features(self, pictures: Sequence[Image]) -> Float[Tensor, "images patches dim"]:
         """Encoder features of pictures."""
-        parts = [self.model.patches(pictures[at : at + BATCH]) for at in range(0, len(pictures), BATCH)]
+        parts = [
+            self.model.patches(pictures[at : at + BATCH]) for at in range(0, len(pictures), BATCH)
+        ]
         return torch.cat(parts)
 
-    def encoded(self, split: str, count: int) -> tuple[Float[Tensor, "images patches dim"], VisualTokens]:
+    def encoded(
+        self, split: str, count: int
+    ) -> tuple[Float[Tensor, "images patches dim"], VisualTokens]:
         """Encoder features and visual tokens of the first pictures of a split, kept in memory."""
         at_hand = ("encoded", split, count)
         if at_hand not in self.cache:
@@ -172,15 +184,21 @@ def _scene(split: str, item: int, rules: Rules) -> Scene:
 
 
 @torch.no_grad()
-def tokens_of(tokenizer: VisualTokenizer, features: Float[Tensor, "images patches dim"]) -> VisualTokens:
+def tokens_of(
+    tokenizer: VisualTokenizer, features: Float[Tensor, "images patches dim"]
+) -> VisualTokens:
     """Visual tokens of features, under the default policy."""
     parts = [tokenizer.encode(part) for part in features.split(BATCH)]
-    codes, lengths, keep = ([getattr(part, name) for part in parts] for name in ("codes", "lengths", "keep"))
+    codes, lengths, keep = (
+        [getattr(part, name) for part in parts] for name in ("codes", "lengths", "keep")
+    )
     return VisualTokens(torch.cat(codes), torch.cat(lengths), torch.cat(keep))
 
 
 @torch.no_grad()
-def decoded(tokenizer: VisualTokenizer, tokens: VisualTokens) -> Float[Tensor, "images patches dim"]:
+def decoded(
+    tokenizer: VisualTokenizer, tokens: VisualTokens
+) -> Float[Tensor, "images patches dim"]:
     """Features from true codes, in the tokenizer's own space."""
     parts, first = [], 0
     for lengths, keep in zip(tokens.lengths.split(BATCH), tokens.keep.split(BATCH), strict=True):
@@ -193,7 +211,9 @@ def decoded(tokenizer: VisualTokenizer, tokens: VisualTokens) -> Float[Tensor, "
 def target_of(
     tokenizer: VisualTokenizer, features: Float[Tensor, "images patches dim"]
 ) -> Float[Tensor, "images patches dim"]:
-    """What the tokenizer reconstructs: the encoder's features, standardised where it standardises them."""
+    """What the tokenizer reconstructs: the encoder's features, standardised where it standardises
+    them.
+    """
     standard = getattr(tokenizer, "standard", None)
     return features if standard is None else standard(features)
 
@@ -226,7 +246,9 @@ def config_hash(folder: Path) -> str:
 
 
 def world_hash() -> str:
-    """A hash of the code that makes scenes and words of them: what was kept under another is made anew."""
+    """A hash of the code that makes scenes and words of them: what was kept under another is made
+    anew.
+    """
     folder = Path(lavit.__file__).parent / "data" / "scenes"
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("*.py"), *folder.glob("*.tsv")]):

@@ -1,7 +1,9 @@
-"""A judged figure: its value with count and 95 % interval, between what a trivial answer and the best possible one get.
+"""A judged figure: its value with count and 95 % interval, between what a trivial answer and the
+best possible one get.
 
-Shares have Wilson's interval, means a normal one; what is no mean (ratios, rank correlations) is bootstrapped over items,
-with draws that are always the same. A figure that a model cannot have has no value, and says why.
+Shares have Wilson's interval, means a normal one; what is no mean (ratios, rank correlations) is
+bootstrapped over items, with draws that are always the same. A figure that a model cannot have has
+no value, and says why.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ Z = 1.959964  # of a 95 % interval
 DRAWS = 1000  # of a bootstrap
 
 Level = tuple[str, float]  # what it is, and its value
+Values = Sequence[float] | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,9 @@ class Figure:
         """The figure as one line of a report."""
         if self.value is None:
             return f"{self.name:<44}    none  {self.note}"
-        text = f"{self.name:<44} {self.value:7.3f}  [{self.low:.3f}, {self.high:.3f}]  n={self.count}"
+        text = (
+            f"{self.name:<44} {self.value:7.3f}  [{self.low:.3f}, {self.high:.3f}]  n={self.count}"
+        )
         if self.floor:
             text += f"  floor {self.floor[1]:.3f} ({self.floor[0]})"
         if self.ceiling:
@@ -100,12 +105,13 @@ def mean(
     ceiling: Level | None = None,
     note: str = "",
     details: Mapping[str, Any] | None = None,
+    within: tuple[float, float] = (-math.inf, math.inf),
 ) -> Figure:
-    """Mean with a normal interval."""
+    """Mean with a normal interval, cut where values cannot lie."""
     array = np.asarray(values, dtype=np.float64)
     half = Z * array.std(ddof=1) / math.sqrt(len(array)) if len(array) > 1 else 0.0
     centre = float(array.mean())
-    low, high = float(centre - half), float(centre + half)
+    low, high = max(within[0], float(centre - half)), min(within[1], float(centre + half))
     return Figure(name, centre, low, high, len(array), floor, ceiling, note, details or {})
 
 
@@ -129,7 +135,9 @@ def bootstrapped(
     note: str = "",
     details: Mapping[str, Any] | None = None,
 ) -> Figure:
-    """A statistic of items, given as a function of their numbers, with the percentiles of resamplings."""
+    """A statistic of items, given as a function of their numbers, with the percentiles of
+    resamplings.
+    """
     rng = np.random.default_rng(0)
     drawn = [statistic(rng.integers(count, size=count)) for _ in range(DRAWS)]
     low, high = (float(x) for x in np.percentile(drawn, (2.5, 97.5)))
@@ -137,7 +145,7 @@ def bootstrapped(
     return Figure(name, value, low, high, count, floor, ceiling, note, details or {})
 
 
-def ratio(name: str, over: Sequence[float], under: Sequence[float], **options: Any) -> Figure:
+def ratio(name: str, over: Values, under: Values, **options: Any) -> Figure:
     """Mean of one thing over the mean of another, item by item; 0 where the second is 0."""
     a, b = np.asarray(over, dtype=np.float64), np.asarray(under, dtype=np.float64)
 
@@ -148,7 +156,7 @@ def ratio(name: str, over: Sequence[float], under: Sequence[float], **options: A
     return bootstrapped(name, quotient, len(a), **options)
 
 
-def ranks(values: Sequence[float]) -> np.ndarray:
+def ranks(values: Values) -> np.ndarray:
     """Ranks from 1, equal values sharing their mean rank."""
     array = np.asarray(values, dtype=np.float64)
     _, place, count = np.unique(array, return_inverse=True, return_counts=True)
@@ -156,14 +164,16 @@ def ranks(values: Sequence[float]) -> np.ndarray:
     return (last - (count - 1) / 2)[place]
 
 
-def spearman(a: Sequence[float], b: Sequence[float], given: Sequence[float] | None = None) -> float:
-    """Rank correlation; with `given`, the part of it that is left when that is held constant. What is constant
-    follows nothing: 0.
+def spearman(a: Values, b: Values, given: Values | None = None) -> float:
+    """Rank correlation; with `given`, the part of it that is left when that is held constant. What
+    is constant follows nothing: 0.
     """
     columns = [ranks(a), ranks(b)]
     if given is not None:
         held = np.stack([np.ones(len(columns[0])), ranks(given)], 1)
-        columns = [column - held @ np.linalg.lstsq(held, column, rcond=None)[0] for column in columns]
+        columns = [
+            column - held @ np.linalg.lstsq(held, column, rcond=None)[0] for column in columns
+        ]
     x, y = (column - column.mean() for column in columns)
     size = float(np.sqrt((x @ x) * (y @ y)))
     return float(x @ y) / size if size > 1e-9 else 0.0

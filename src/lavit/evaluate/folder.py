@@ -1,8 +1,8 @@
 """Figures that any pictures have: on data of a user's own, on the share that training left out.
 
-A source with a split of its own for this (test, validation, valid) is measured on that; else on its records held out by hash
-(data/held_out.py). A source of fewer than 40 pictures has neither, and is measured on what it was trained on, which is
-said.
+A source with a split of its own for this (test, validation, valid) is measured on that; else on its
+records held out by hash (data/held_out.py). A source of fewer than 40 pictures has neither, and is
+measured on what it was trained on, which is said.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ class Material:
 
 
 def training_data(folder: Path) -> str | None:
-    """The data of a user's own that a model was trained on, if its folder says and they are still there."""
+    """The data of a user's own that a model was trained on, if its folder says and they are still
+    there.
+    """
     path = folder / "training.json"
     data = read_json(path).get("data") if path.is_file() else None
     pieces = [] if not data else [name for name, _ in parse_mixture(data)]
@@ -78,7 +80,11 @@ def held_out(data: str) -> tuple[Corpus, str]:
     except InputError:
         raise reasons[0] from None
     count = len(corpus.pictures)
-    return corpus, f"NOT held out: all {count} pictures of {data}, which training may have seen ({reasons[0]})"
+    return (
+        corpus,
+        f"NOT held out: all {count} pictures of {data}, which training may have seen "
+        f"({reasons[0]})",
+    )
 
 
 def distance(material: Material) -> Figure:
@@ -88,14 +94,24 @@ def distance(material: Material) -> Figure:
     floor = constant_distance(tokenizer, features, features[:half])
     best = float(np.mean(distances(tokenizer, features, keep, quantise=False)))
     values = distances(tokenizer, features, keep)
-    return mean("", values, floor=("mean feature of each place", floor), ceiling=("without the look-up", best))
+    return mean(
+        "",
+        values,
+        floor=("mean feature of each place", floor),
+        ceiling=("without the look-up", best),
+    )
 
 
 def codes_used(material: Material) -> Figure:
     """Share of the codebook that these pictures use at least once."""
     codes, size = material.tokens.codes.cpu().numpy(), material.exam.tokenizer.config.codes
     used = int((np.bincount(codes, minlength=size) > 0).sum())
-    return plain("", used / size, len(material.pictures), note=f"{used} of {size} codes in {len(codes)} tokens")
+    return plain(
+        "",
+        used / size,
+        len(material.pictures),
+        note=f"{used} of {size} codes in {len(codes)} tokens",
+    )
 
 
 def kept(material: Material) -> Figure:
@@ -115,22 +131,31 @@ def token_spread(material: Material) -> Figure:
 
 
 def token_rank(material: Material) -> Figure:
-    """Rank correlation of the number of tokens with the bytes of the picture as a JPEG of the encoder's size."""
+    """Rank correlation of the number of tokens with the bytes of the picture as a JPEG of the
+    encoder's size.
+    """
     side = material.exam.model.config.vision.image_size
     sizes = np.array([jpeg_bytes(image.resize((side, side))) for image in material.images])
     lengths = material.lengths
-    return bootstrapped("", lambda at: spearman(lengths[at], sizes[at]), len(lengths), floor=("chance", 0.0))
+    return bootstrapped(
+        "", lambda at: spearman(lengths[at], sizes[at]), len(lengths), floor=("chance", 0.0)
+    )
 
 
 def caption_loss(material: Material) -> Figure:
-    """Mean loss of a token of the pictures' texts, and of their end; the floor is that beside another picture."""
+    """Mean loss of a token of the pictures' texts, and of their end; the floor is that beside
+    another picture.
+    """
     exam, numbers = material.exam, material.told()
 
     def losses(task: str, other: int) -> list[float]:
         def make(chosen: list[int]) -> list[float]:
             images = [material.images[numbers[(place + other) % len(numbers)]] for place in chosen]
             texts = [material.pictures[numbers[place]].captions[0] for place in chosen]
-            return [-likelihood(exam.model, text, image) for text, image in zip(texts, images, strict=True)]
+            return [
+                -likelihood(exam.model, text, image)
+                for text, image in zip(texts, images, strict=True)
+            ]
 
         return exam.made(f"{task} {_name(material)}", range(len(numbers)), make)
 
@@ -143,7 +168,9 @@ def caption_exact(material: Material) -> Figure:
     exam, numbers = material.exam, material.told()
 
     def make(chosen: list[int]) -> list[str]:
-        return exam.pipe.caption([material.images[numbers[place]] for place in chosen], seed=exam.seed)
+        return exam.pipe.caption(
+            [material.images[numbers[place]] for place in chosen], seed=exam.seed
+        )
 
     said = exam.made(f"caption {_name(material)}", range(len(numbers)), make)
     texts = [{_plain(text) for text in material.pictures[number].captions} for number in numbers]
@@ -181,14 +208,11 @@ def own_data(exam: Exam, data: str, names: Sequence[str]) -> dict[str, Any]:
     wanted = chosen(names, FIGURES)
     corpus, said = held_out(data)
     material = Material(exam, corpus)
-    found: dict[str, Any] = {}
-    try:
-        for name in wanted:
-            found[name] = _figure(partial(FIGURES[name], material), name, named=name in names).entry()
-    finally:
-        exam.kept.close()
     return {
-        "figures": found,
+        "figures": {
+            name: _figure(partial(FIGURES[name], material), name, named=name in names).entry()
+            for name in wanted
+        },
         "config_hash": config_hash(exam.folder),
         "weights_hash": exam.weights,
         "held_out": said,

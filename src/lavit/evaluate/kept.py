@@ -1,8 +1,9 @@
-"""What a model said and drew, item by item, in a file: an evaluation that was stopped goes on where it was.
+"""What a model said and drew, item by item, in a file: an evaluation that was stopped goes on where
+it was.
 
-A line is one item: {"key", "task", "item", "chunk", "made"}. The key is a hash of the weights, the configuration, the
-seed and the world; lines of another key are left alone. Items are made in chunks of fixed borders, so that an item is
-always computed beside the same others, stopped or not.
+A line is one item: {"key", "task", "item", "chunk", "made"}. The key is a hash of the weights, the
+configuration, the seed and the world; lines of another key are left alone. Items are made in chunks
+of fixed borders, so that an item is always computed beside the same others, stopped or not.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from lavit.config import InputError
 
@@ -23,7 +24,6 @@ class Kept:
     def __init__(self, path: Path | None, key: str) -> None:
         self.path, self.key = path, key
         self.found: dict[tuple[str, int, str], Any] = {}
-        self.file: TextIO | None = None
         if path is not None and path.exists():
             self._read(path)
 
@@ -45,7 +45,7 @@ class Kept:
         together: int = TOGETHER,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> list[Any]:
-        """What `make` answers for items (plain data), those that are kept already not made again."""
+        """What `make` answers for items (plain data); those that are kept are not made again."""
         answers: list[Any] = []
         for at in range(0, len(items), together):
             chunk = list(items[at : at + together])
@@ -69,25 +69,13 @@ class Kept:
             for item, one in zip(chunk, made, strict=True)
         ]
         try:
-            file = self._open(self.path)
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
-            file.flush()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            torn = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("\n" * torn + "".join(json.dumps(row) + "\n" for row in rows))
+                file.flush()
         except OSError as error:
             raise InputError(
-                f"{self.path} cannot be written ({error.strerror}): give --json FILE where predictions may be kept"
+                f"{self.path} cannot be written ({error.strerror}): "
+                "give --json FILE where predictions may be kept"
             ) from error
-
-    def _open(self, path: Path) -> TextIO:
-        if self.file is None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-            self.file = path.open("a", encoding="utf-8")
-            if torn:
-                self.file.write("\n")
-        return self.file
-
-    def close(self) -> None:
-        """Let go of the file."""
-        if self.file is not None:
-            self.file.close()
-            self.file = None

@@ -1,8 +1,9 @@
 """Are tokens where the content is? 500 pictures with 0 to 9 things, and pictures without any.
 
-Beside the model's selection stand four that know nothing of the tokenizer, at the same mean number of tokens: random
-patches, every so-manieth patch, patches whose features are long, patches with many edges. The last two keep what exceeds
-one threshold for all pictures, so that their numbers follow the picture too.
+Beside the model's selection stand four that know nothing of the tokenizer, at the same mean number
+of tokens: random patches, every so-manieth patch, patches whose features are long, patches with
+many edges. The last two keep what exceeds one threshold for all pictures, so that their numbers
+follow the picture too.
 """
 
 from __future__ import annotations
@@ -59,7 +60,10 @@ def ladder_blank(exam: Exam) -> Figure:
     plain = [background(colour, "plain", size) for colour in BACKGROUNDS]
     while len(plain) < BLANKS:
         plain.append(Image.new("RGB", (size, size), tuple(int(x) for x in rng.integers(0, 256, 3))))
-    noise = [Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)) for _ in range(BLANKS)]
+    noise = [
+        Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8))
+        for _ in range(BLANKS)
+    ]
     whole = [exam.picture(exam.scene("ladder", 10 * n + 5)) for n in range(BLANKS)]
     kinds = {
         "blank": plain,
@@ -72,7 +76,8 @@ def ladder_blank(exam: Exam) -> Figure:
     shares = {name: _shares(exam, pictures) for name, pictures in kinds.items()}
     patches = grid * grid
     details = {name: float(np.mean(found)) for name, found in shares.items() if name != "blank"}
-    return mean("ladder_blank", shares["blank"], floor=("one patch", 1 / patches), details=details)
+    floor = ("one patch", 1 / patches)
+    return mean("ladder_blank", shares["blank"], floor=floor, details=details, within=(0.0, 1.0))
 
 
 def _shares(exam: Exam, pictures: Sequence[Image.Image]) -> list[float]:
@@ -90,13 +95,17 @@ def covered(scene: Scene) -> float:
 def other_lengths(
     features: Tensor, pictures: Sequence[Image.Image], grid: int, kept: float
 ) -> Mapping[str, np.ndarray]:
-    """Numbers of tokens under selections that know nothing of the tokenizer, at the same mean number of tokens."""
+    """Numbers of tokens under selections that know nothing of the tokenizer, at the same mean
+    number of tokens.
+    """
     patches = grid * grid
     rng = np.random.default_rng(0)
     norms = features.float().norm(dim=-1).cpu().numpy()
     edges = np.stack([edge_energy(picture, grid) for picture in pictures])
     return {
-        "random": rng.binomial(patches, min(1.0, kept / patches), size=len(pictures)).astype(np.float64),
+        "random": rng.binomial(patches, min(1.0, kept / patches), size=len(pictures)).astype(
+            np.float64
+        ),
         "strided": np.full(len(pictures), round(kept), dtype=np.float64),
         "feature_norm": above(norms, kept),
         "edge_energy": above(edges, kept),
@@ -124,13 +133,17 @@ def shuffled(picture: Image.Image, grid: int, rng: np.random.Generator) -> Image
     """The picture with its patches in another order."""
     side = picture.width // grid
     pixels = np.asarray(picture)[: side * grid, : side * grid]
-    blocks = pixels.reshape(grid, side, grid, side, 3).swapaxes(1, 2).reshape(grid * grid, side, side, 3)
+    blocks = (
+        pixels.reshape(grid, side, grid, side, 3).swapaxes(1, 2).reshape(grid * grid, side, side, 3)
+    )
     mixed = blocks[rng.permutation(len(blocks))].reshape(grid, grid, side, side, 3).swapaxes(1, 2)
     return Image.fromarray(np.ascontiguousarray(mixed.reshape(side * grid, side * grid, 3)))
 
 
 def outside(exam: Exam) -> dict[str, float]:
-    """Single drawings that no scene holds, large on white: does their number of tokens follow their bytes?"""
+    """Single drawings that no scene holds, large on white: does their number of tokens follow their
+    bytes?
+    """
     size = exam.model.config.vision.image_size
     pictures = []
     for kind in objects()[exam.rules.objects :][: exam.scaled(OUTSIDE)]:

@@ -1,16 +1,17 @@
 """A user's own items, one JSON object a line, judged as the scenes are.
 
     {"kind": "read", "pictures": ["a.png"], "facts": "two owls on a plain blue background"}
-    {"kind": "ask", "pictures": ["a.png"], "question": "how many owls are there?", "answers": ["two"]}
+    {"kind": "ask", "pictures": ["a.png"], "question": "how many owls?", "answers": ["two"]}
     {"kind": "draw", "prompt": "an owl above a red star", "facts": "an owl above a red star"}
     {"kind": "edit", "pictures": ["a.png"], "prompt": "remove the star", "facts": "an owl"}
-    {"kind": "chat", "turns": [{"text": "what is this?", "pictures": ["a.png"], "answers": ["an owl"]},
+    {"kind": "chat", "turns": [{"text": "what is it?", "pictures": ["a.png"], "answers": ["owl"]},
                                {"text": "draw it twice", "facts": "two owls"}]}
 
-Pictures are paths beside the file. In place of pictures a "scene" may stand: {"background", "pattern", "style", "things":
-[{"name", "size", "cell", "colour"}]}, which is rendered; of a scene that is read, the facts are its own unless given.
-"facts" are a sentence in the language of scenes; what it does not say is free. "answers" are all right answers. A turn of a
-chat that has facts is answered by a picture, one with answers by words.
+Pictures are paths beside the file. In place of pictures a "scene" may stand: {"background",
+"pattern", "style", "things": [{"name", "size", "cell", "colour"}]}, which is rendered; of a scene
+that is read, the facts are its own unless given. "facts" are a sentence in the language of scenes;
+what it does not say is free. "answers" are all right answers. A turn of a chat that has facts is
+answered by a picture, one with answers by words.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ def load_items(path: Path) -> list[Item]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise InputError(
+            f"{path} cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from error
     items = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -91,7 +94,9 @@ def _item(row: Any, folder: Path) -> Item:
     if kind != "draw" and not turn.pictures:
         raise InputError(f"an item of kind {kind!r} needs pictures or a scene")
     if (kind == "ask" and not turn.answers) or (kind != "ask" and turn.facts is None):
-        raise InputError(f"an item of kind {kind!r} needs {'answers' if kind == 'ask' else 'facts'}")
+        raise InputError(
+            f"an item of kind {kind!r} needs {'answers' if kind == 'ask' else 'facts'}"
+        )
     if kind == "edit" and "facts" not in row:
         raise InputError("an edit needs the facts of what it should give")
     return Item(kind, (turn,))
@@ -129,13 +134,17 @@ def scene_of(row: Mapping[str, Any]) -> Scene:
     for one in sorted(row["things"], key=lambda thing: tuple(thing["cell"])):
         size, cell = one.get("size", "small"), tuple(one["cell"])
         if size not in ("small", "big") or cell not in [(r, c) for r in range(3) for c in range(3)]:
-            raise InputError(f"a thing has size small or big and a cell from [0, 0] to [2, 2], not {size!r}, {cell}")
+            raise InputError(
+                f"a thing has size small or big and a cell from [0, 0] to [2, 2]: {size!r}, {cell}"
+            )
         things.append(Thing(one["name"], one.get("colour"), size, cell, nominal(cell, size), 0.0))
     return Scene(row["background"], row["pattern"], row["style"], tuple(things))
 
 
 def _shown(exam: Exam, turn: Turn) -> list[Image]:
-    return [exam.picture(one) if isinstance(one, Scene) else open_image(one) for one in turn.pictures]
+    return [
+        exam.picture(one) if isinstance(one, Scene) else open_image(one) for one in turn.pictures
+    ]
 
 
 def _task(items: list[Item], name: str) -> str:
@@ -157,8 +166,12 @@ def _talk(exam: Exam, item: Item, number: int) -> list[dict[str, str]]:
     messages: list[Any] = []
     replies: list[dict[str, str]] = []
     for turn in item.turns:
-        content: list[dict[str, Any]] = [{"type": "image", "image": one} for one in _shown(exam, turn)]
-        messages.append({"role": "user", "content": [*content, {"type": "text", "text": turn.text}]})
+        content: list[dict[str, Any]] = [
+            {"type": "image", "image": one} for one in _shown(exam, turn)
+        ]
+        messages.append(
+            {"role": "user", "content": [*content, {"type": "text", "text": turn.text}]}
+        )
         out = "text" if turn.facts is None else "image"
         if out == "image":
             exam.needs("pixels")
@@ -181,12 +194,16 @@ def _chosen(exam: Exam, *kinds: str) -> list[Item]:
 
 
 def own_read(exam: Exam) -> Figure:
-    """Share of the items' pictures of which the caption states all facts that the item states, and no wrong ones."""
+    """Share of the items' pictures of which the caption states all facts that the item states, and
+    no wrong ones.
+    """
     items = _chosen(exam, "read")
     exam.needs("language")
 
     def make(numbers: list[int]) -> list[str]:
-        return exam.pipe.caption([_shown(exam, items[n].turns[0])[0] for n in numbers], seed=exam.seed)
+        return exam.pipe.caption(
+            [_shown(exam, items[n].turns[0])[0] for n in numbers], seed=exam.seed
+        )
 
     texts = exam.made(_task(items, "read"), range(len(items)), make)
     said = [item.turns[0].facts for item in items]
@@ -194,15 +211,26 @@ def own_read(exam: Exam) -> Figure:
 
 
 def covers(text: str, wanted: Facts) -> bool:
-    """Does a text state all wanted facts, of just these things? What they leave open it may say as it likes."""
+    """Does a text state all wanted facts, of just these things? What they leave open it may say as
+    it likes.
+    """
     said = parse(text)
-    if said is None or {group.name for group in said.groups} != {group.name for group in wanted.groups}:
+    if said is None or {group.name for group in said.groups} != {
+        group.name for group in wanted.groups
+    }:
         return False
-    if wanted.background not in (None, said.background) or wanted.pattern not in (None, said.pattern):
+    if wanted.background not in (None, said.background) or wanted.pattern not in (
+        None,
+        said.pattern,
+    ):
         return False
     for group in wanted.groups:
         own = said.group(group.name)
-        if own.number != group.number or group.size not in (None, own.size) or group.colour not in (None, own.colour):
+        if (
+            own.number != group.number
+            or group.size not in (None, own.size)
+            or group.colour not in (None, own.colour)
+        ):
             return False
     return wanted.relations <= said.relations
 
@@ -241,7 +269,9 @@ def own_draw(exam: Exam) -> Figure:
 
     def make(numbers: list[int]) -> list[list[int]]:
         turns = [drawn[n].turns[0] for n in numbers]
-        return codes_for(exam, [[*_shown(exam, turn), turn.text] for turn in turns], exam.seeds(numbers))
+        return codes_for(
+            exam, [[*_shown(exam, turn), turn.text] for turn in turns], exam.seeds(numbers)
+        )
 
     codes = exam.made(_task(drawn, "write"), range(len(drawn)), make)
     pictures = painted(exam, _task(drawn, "draw"), range(len(drawn)), codes)
@@ -254,7 +284,8 @@ def own_draw(exam: Exam) -> Figure:
                 pictures.append(unpacked(reply["picture"]))
     if not said:
         raise Missing("the items ask for no picture")
-    return mean("own_draw_atoms", atoms_of(said, exam.judge.look(pictures)))
+    values = atoms_of(said, exam.judge.look(pictures))
+    return mean("own_draw_atoms", values, within=(0.0, 1.0))
 
 
 OWN: dict[str, Callable[[Exam], Figure]] = {

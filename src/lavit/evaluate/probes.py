@@ -1,15 +1,17 @@
-"""What survives in features: a logistic probe names the thing in a box, or the background around the things.
+"""What survives in features: a logistic probe names the thing in a box, or the background around
+the things.
 
-A probe is fitted on 6,000 things of scenes like training's (which no training is likely to have seen), each the mean
-feature of the patches whose centres lie in its box, and asked about test scenes. Encoder features have a probe of their own
-and features rebuilt from codes another. A figure is the ratio of their accuracies: what the tokens keep of what the encoder
-sees.
+A probe is fitted on 6,000 things of scenes like training's (which no training is likely to have
+seen), each the mean feature of the patches whose centres lie in its box, and asked about test
+scenes. Encoder features have a probe of their own and features rebuilt from codes another. A figure
+is the ratio of their accuracies: what the tokens keep of what the encoder sees.
 
-`write_identity` asks about features rebuilt from codes that were written freely from a prompt. Where the things of a
-prompt stand is not known, so the probe (fitted on rebuilt features, and also on boxes that hold nothing) looks at the nine
-cells of the grid in the sizes that the prompt names; a name's score is its highest probability anywhere. As many names as
-the prompt has are taken from the top, and the figure is the share of the prompt's names among them, over the same
-for encoder features of the true pictures.
+`write_identity` asks about features rebuilt from codes that were written freely from a prompt.
+Where the things of a prompt stand is not known, so the probe (fitted on rebuilt features, and also
+on boxes that hold nothing) looks at the nine cells of the grid in the sizes that the prompt names;
+a name's score is its highest probability anywhere. As many names as the prompt has are taken from
+the top, and the figure is the share of the prompt's names among them, over the same for encoder
+features of the true pictures.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from torch import Tensor
 
 from lavit.data.scenes.sample import nominal, scene_at
 from lavit.data.scenes.world import BACKGROUNDS, CELLS, PATTERNS, SHAPES, Box, Facts, Scene, facts
-from lavit.evaluate.drawing import written
+from lavit.evaluate.drawing import turned, written
 from lavit.evaluate.exam import BATCH, Exam, decoded, target_of, tokens_of
 from lavit.evaluate.figures import Figure, ratio
 from lavit.evaluate.tokens import OTHER_SEED
@@ -77,7 +79,7 @@ def fit(rows: Float[Tensor, "rows dim"], labels: Int[Tensor, "rows"], classes: i
 
 
 def patches_in(box: Box, grid: int) -> list[int]:
-    """Raster numbers of the patches whose centres lie in a box; the nearest one if there is none."""
+    """Raster numbers of the patches whose centres lie in a box; the nearest if there is none."""
     centres = (np.arange(grid) + 0.5) / grid
     x, y = np.meshgrid(centres, centres)
     far = np.maximum(abs(x - box.x), abs(y - box.y)).ravel()
@@ -87,7 +89,9 @@ def patches_in(box: Box, grid: int) -> list[int]:
 
 @dataclass
 class Rows:
-    """Mean features of boxes and grounds, as the encoder sees them and as they are rebuilt, with what they are."""
+    """Mean features of boxes and grounds, as the encoder sees them and as they are rebuilt, with
+    what they are.
+    """
 
     names: tuple[str, ...]
     seen: list[Tensor] = field(default_factory=list)
@@ -95,7 +99,9 @@ class Rows:
     labels: list[int] = field(default_factory=list)
     pictures: list[int] = field(default_factory=list)  # number of the picture of each row
 
-    def add(self, patches: Sequence[int], label: int, picture: int, seen: Tensor, rebuilt: Tensor) -> None:
+    def add(
+        self, patches: Sequence[int], label: int, picture: int, seen: Tensor, rebuilt: Tensor
+    ) -> None:
         """One box of a picture."""
         self.seen.append(seen[patches].mean(0))
         self.rebuilt.append(rebuilt[patches].mean(0))
@@ -136,7 +142,9 @@ def names_of(exam: Exam) -> tuple[str, ...]:
     return (*exam.rules.objects_named, *SHAPES)
 
 
-def material(exam: Exam, scenes: Sequence[Scene], seen: Tensor, rebuilt: Tensor, into: Material, first: int) -> None:
+def material(
+    exam: Exam, scenes: Sequence[Scene], seen: Tensor, rebuilt: Tensor, into: Material, first: int
+) -> None:
     """Add the rows of pictures, whose numbers begin with `first`."""
     grid = exam.model.config.vision.grid
     names = names_of(exam)
@@ -200,7 +208,9 @@ def _material(exam: Exam) -> Material:
     return Material(Rows(names), Rows(grounds), Rows((*names, NOTHING)))
 
 
-def _both(exam: Exam, scenes: Sequence[Scene], features: Tensor, into: Material, first: int) -> None:
+def _both(
+    exam: Exam, scenes: Sequence[Scene], features: Tensor, into: Material, first: int
+) -> None:
     tokenizer = exam.tokenizer
     rebuilt = decoded(tokenizer, tokens_of(tokenizer, features))
     material(exam, scenes, target_of(tokenizer, features), rebuilt, into, first)
@@ -212,8 +222,14 @@ def _kept(name: str, known: Rows, test: Rows) -> Figure:
     rebuilt = test.right(known.probe(rebuilt=True), rebuilt=True)
     best = float(np.mean(seen))
     floor = ("the commonest", test.commonest(known) / best if best else 0.0)
-    details = {"encoder": best, "rebuilt": float(np.mean(rebuilt)), "rows_fitted": len(known.labels)}
-    return ratio(name, rebuilt, seen, floor=floor, ceiling=("the encoder's features", 1.0), details=details)
+    details = {
+        "encoder": best,
+        "rebuilt": float(np.mean(rebuilt)),
+        "rows_fitted": len(known.labels),
+    }
+    return ratio(
+        name, rebuilt, seen, floor=floor, ceiling=("the encoder's features", 1.0), details=details
+    )
 
 
 def identity_kept(exam: Exam) -> Figure:
@@ -227,9 +243,13 @@ def background_kept(exam: Exam) -> Figure:
 
 
 def found_names(
-    probe: Probe, features: Float[Tensor, "patches dim"], wanted: Facts, names: Sequence[str], grid: int
+    probe: Probe,
+    features: Float[Tensor, "patches dim"],
+    wanted: Facts,
+    names: Sequence[str],
+    grid: int,
 ) -> float:
-    """Share of the names of a prompt among the likeliest names anywhere, as many as the prompt has."""
+    """Share of a prompt's names among the likeliest names anywhere, as many as the prompt has."""
     asked_for = {group.name for group in wanted.groups}
     sizes = sorted({group.size or "small" for group in wanted.groups})
     boxes = [patches_in(nominal(cell, size), grid) for size in sizes for cell in CELLS]
@@ -243,7 +263,7 @@ def write_identity(exam: Exam) -> Figure:
     """How well the things of a prompt are named in features rebuilt from freely written codes."""
     exam.needs("language")
     codes = written(exam, "test", range(exam.count))
-    features, tokens = exam.encoded("test", exam.count)
+    features, _ = exam.encoded("test", exam.count)
     known, names, grid = fitted(exam).cells, names_of(exam), exam.model.config.vision.grid
     sees, rebuilds = known.probe(rebuilt=False), known.probe(rebuilt=True)
     wanted = [facts(exam.scene("test", n)) for n in range(exam.count)]
@@ -259,8 +279,7 @@ def write_identity(exam: Exam) -> Figure:
         for kind, (probe, rows) in kinds.items():
             pairs = zip(rows, wanted[at : at + BATCH], strict=True)
             scores[kind] += [found_names(probe, one, said, names, grid) for one, said in pairs]
-        others = [wanted[(at + n + 4) % exam.count] for n in range(len(from_codes))]
-        pairs = zip(from_codes, others, strict=True)
+        pairs = zip(from_codes, turned(wanted)[at : at + BATCH], strict=True)
         scores["another"] += [found_names(rebuilds, one, said, names, grid) for one, said in pairs]
     best = float(np.mean(scores["seen"])) or 1.0
     return ratio(

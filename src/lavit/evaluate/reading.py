@@ -1,4 +1,6 @@
-"""Does the model read what a picture shows? Free greedy captions and answers, judged by their facts."""
+"""Does the model read what a picture shows? Free greedy captions and answers, judged by their
+facts.
+"""
 
 from __future__ import annotations
 
@@ -120,7 +122,9 @@ def answers(exam: Exam, task: str, pictures: Any) -> list[bool]:
 
 
 def text_only(exam: Exam) -> list[bool]:
-    """Is the commonest right answer to a question's words right, or to its kind where the words are new?"""
+    """Is the commonest right answer to a question's words right, or to its kind where the words are
+    new?
+    """
     if "text only" not in exam.cache:
         words: dict[str, Counter[str]] = {}
         for number in range(min(KNOWN, exam.scaled(KNOWN) * 4)):
@@ -153,7 +157,9 @@ def answer_test(exam: Exam) -> Figure:
         hits,
         floor=("best answer from the words alone", float(np.mean(text_only(exam)))),
         ceiling=("true answers", float(np.mean(own))),
-        details={kind.replace(" ", "_"): float(np.mean(found)) for kind, found in sorted(kinds.items())},
+        details={
+            kind.replace(" ", "_"): float(np.mean(found)) for kind, found in sorted(kinds.items())
+        },
     )
 
 
@@ -164,7 +170,11 @@ def answer_blind(exam: Exam) -> Figure:
         return exam.picture(exam.scene("test", (item + 4) % exam.count))
 
     hits = answers(exam, "answer blind", other)
-    return share("answer_blind", hits, floor=("best answer from the words alone", float(np.mean(text_only(exam)))))
+    return share(
+        "answer_blind",
+        hits,
+        floor=("best answer from the words alone", float(np.mean(text_only(exam)))),
+    )
 
 
 def cycle_text(exam: Exam) -> Figure:
@@ -172,7 +182,9 @@ def cycle_text(exam: Exam) -> Figure:
     said = wanted(exam, "test")
     drawn = drawings(exam, "test")
     texts = captions(exam, "cycle", range(exam.count), lambda item: drawn[item])
-    real = captions(exam, "cycle ceiling", range(exam.count), lambda item: exam.small(exam.scene("test", item)))
+    real = captions(
+        exam, "cycle ceiling", range(exam.count), lambda item: exam.small(exam.scene("test", item))
+    )
     hits = exact(texts, said)
     return share(
         "cycle_text_exact",

@@ -27,8 +27,8 @@ def distances(
     *,
     quantise: bool = True,
 ) -> list[float]:
-    """1 - cos between each picture's features and those rebuilt from its tokens, mean over patches, in the
-    tokenizer's own space; with `quantise` False without the look-up.
+    """1 - cos between each picture's features and those rebuilt from its tokens, mean over patches,
+    in the tokenizer's own space; with `quantise` False without the look-up.
     """
     found = []
     for part, mask in zip(features.split(BATCH), keep.split(BATCH), strict=True):
@@ -71,11 +71,13 @@ def kept_share(exam: Exam) -> Figure:
     patches = tokens.keep.shape[1]
     kept = tokens.lengths.double()
     spread = float(kept.std() / kept.mean()) if len(kept) > 1 else 0.0
-    return mean("kept_share", (kept / patches).tolist(), details={"patches": patches, "spread": spread})
+    details = {"patches": patches, "spread": spread}
+    return mean("kept_share", (kept / patches).tolist(), details=details, within=(0.0, 1.0))
 
 
 def live_codes(exam: Exam) -> Figure:
-    """Share of the codebook that is used at least once in 20,000 pictures like training's, which training did not see.
+    """Share of the codebook that is used at least once in 20,000 pictures like training's, which
+    training did not see.
 
     With fewer pictures (`--count`) the figure is lower; `count` says how many there were.
     """
@@ -84,18 +86,24 @@ def live_codes(exam: Exam) -> Figure:
     blocks = range(-(-pictures // BLOCK))
 
     def make(numbers: list[int]) -> list[str]:
-        return [_used(exam, range(b * BLOCK, min((b + 1) * BLOCK, pictures)), size) for b in numbers]
+        return [
+            _used(exam, range(b * BLOCK, min((b + 1) * BLOCK, pictures)), size) for b in numbers
+        ]
 
     used = np.zeros(size, dtype=bool)
     for bits in exam.made(f"codes of {pictures}", blocks, make, together=1):
         used |= unpacked(bits, size)
-    return plain("live_codes", float(used.mean()), pictures, note=f"{int(used.sum())} of {size} codes")
+    return plain(
+        "live_codes", float(used.mean()), pictures, note=f"{int(used.sum())} of {size} codes"
+    )
 
 
 def _used(exam: Exam, numbers: Sequence[int], size: int) -> str:
     """Codes that pictures of these numbers use, as bits in hex."""
     scenes = [scene_at("train", number, seed=OTHER_SEED, rules=exam.rules) for number in numbers]
-    codes = tokens_of(exam.tokenizer, exam.features([exam.picture(scene) for scene in scenes])).codes
+    codes = tokens_of(
+        exam.tokenizer, exam.features([exam.picture(scene) for scene in scenes])
+    ).codes
     return np.packbits(np.bincount(codes.cpu().numpy(), minlength=size) > 0).tobytes().hex()
 
 

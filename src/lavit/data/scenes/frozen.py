@@ -1,8 +1,9 @@
-"""Are the test sets still those that figures were published for? A hash of what is asked and what is shown.
+"""Are the test sets still those that figures were published for? A hash of what is asked and what
+is shown.
 
-The hash of a split is over the facts and the raw pixels of its first 500 scenes at 96 pixels; frozen ones stand in
-frozen.json, with the versions of the packages that drew them. Figures of another hash are not comparable. The split `noto`
-is left out: its font is the user's own.
+The hash of a split is over the facts and the raw pixels of its first 500 scenes at 96 pixels;
+frozen ones stand in frozen.json, with the versions of the packages that drew them. Figures of
+another hash are not comparable. The split `noto` is left out: its font is the user's own.
 """
 
 from __future__ import annotations
