@@ -19,7 +19,7 @@ from lavit.data.scenes.sample import build, scene_at
 from lavit.data.scenes.splits import facts_key
 from lavit.data.scenes.world import Scene, facts
 from lavit.evaluate.drawing import codes_for, painted
-from lavit.evaluate.exam import Exam
+from lavit.evaluate.exam import Exam, origin_of
 from lavit.evaluate.figures import Figure, share
 
 POOL = 2_000  # training pictures
@@ -30,7 +30,7 @@ NEAR = 5.0  # percentile
 def draw_copies(exam: Exam) -> Figure:
     """Share of drawings that are copies of training pictures."""
     exam.needs("language", "pixels")
-    seed = int(exam.trained.get("training", {}).get("seed", 0))
+    seed = int(origin_of(exam.folder).get("seed", 0))
     pool = [scene_at("train", number, seed=seed, rules=exam.rules) for number in range(POOL)]
     items = [number for number, scene in enumerate(pool) if scene.things][: exam.count]
 

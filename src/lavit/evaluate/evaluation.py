@@ -129,16 +129,7 @@ def rules_of(folder: Path, objects: int | None, held_out_pairs: float | None) ->
     """The rules that are asked for; what is not said is as the model's training had it, else as
     nano has it.
     """
-    usual = Rules()
-    known: dict[str, Any] = {}
-    places = [folder / "origin.json"]
-    if (folder / "training.json").is_file():
-        data = str(read_json(folder / "training.json").get("data", ""))
-        places += [Path(piece.strip()) / "origin.json" for piece in data.split(",")]
-    for place in places:
-        if place.is_file():
-            known = read_json(place).get("scenes") or {}
-            break
+    usual, known = Rules(), origin_of(folder)
     return Rules(
         objects=objects if objects is not None else known.get("objects", usual.objects),
         held_out_pairs=held_out_pairs
