@@ -158,6 +158,7 @@ def test_a_model_is_measured_on_what_is_held_out(
     ]  # fmt: skip
     assert all(figure["count"] == held for figure in found["figures"].values())
     assert found["figures"]["caption_loss"]["value"] > 0
+    assert "caption_loss" in (run / "README.md").read_text()
     first = out.read_bytes()
     main(["eval", str(run), "--data", str(folder), "--json", str(out)])
     assert out.read_bytes() == first

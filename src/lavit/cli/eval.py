@@ -43,14 +43,22 @@ def evaluate(
     interval, floor and ceiling.
 
     --count items a figure (default 500); --json FILE writes the figures as they are named. A
-    stopped evaluation goes on with the same command. On --data of your own, or of a model trained
-    on such, the figures are those that any pictures have, on a share that training left out.
+    stopped evaluation goes on with the same command; all figures of a run go into its card. On
+    --data of your own, or of a model trained on such, the figures are those that any pictures have,
+    on a share that training left out.
     """
     from lavit.evaluate.evaluation import evaluate as measure
-    from lavit.evaluate.evaluation import is_scenes, predictions_path, rules_of, write_json
+    from lavit.evaluate.evaluation import (
+        card_rows,
+        is_scenes,
+        predictions_path,
+        rules_of,
+        write_json,
+    )
     from lavit.evaluate.exam import Exam
     from lavit.evaluate.folder import own_data, training_data
     from lavit.storage import model_folder
+    from lavit.train.card import record_figures
 
     folder = model_folder(model)
     names = [name.strip() for name in (figures or "").split(",") if name.strip()]
@@ -77,6 +85,8 @@ def evaluate(
             found = measure(exam, names, items=items)
     if json is not None:
         write_json(found, json)
+    if not names and (folder / "training.json").is_file():
+        record_figures(folder, card_rows(found))
     _print(found)
 
 

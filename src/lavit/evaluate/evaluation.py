@@ -23,7 +23,7 @@ from lavit.evaluate.conversing import chat_all
 from lavit.evaluate.copies import draw_copies
 from lavit.evaluate.drawing import draw_all, draw_atoms, draw_swaps, reconstruct_all
 from lavit.evaluate.edits import compose_all, edit_all, edit_blind, edit_oracle, source_copies
-from lavit.evaluate.exam import Exam, Missing, config_hash
+from lavit.evaluate.exam import Exam, Missing, config_hash, origin_of
 from lavit.evaluate.figures import Figure, nothing
 from lavit.evaluate.judging import false_accepts, judge_test
 from lavit.evaluate.ladder import ladder_blank, ladder_spearman
@@ -115,14 +115,16 @@ FIGURES: dict[str, Callable[[Exam], Figure]] = {
 
 
 def is_scenes(data: str) -> bool:
-    """Is a source, or one of a mixture, a data set of `lavit data scenes`?"""
+    """Is a source, or one of a mixture, scenes: "scenes", or a data set of `lavit data scenes`?"""
     for piece in data.split(","):
         path = Path(piece.strip())
         for one in (path, Path(piece.strip().rpartition(":")[0] or piece)):
             origin = one / "origin.json"
             if origin.is_file() and "scenes" in read_json(origin):
                 return True
-    return data == "scenes"
+        if path.name.partition(":")[0] == "scenes" and not path.exists():
+            return True  # scenes without end
+    return False
 
 
 def rules_of(folder: Path, objects: int | None, held_out_pairs: float | None) -> Rules:
@@ -219,6 +221,19 @@ def predictions_path(folder: Path, out: Path | None) -> Path:
         if out is None
         else out.with_suffix(".predictions.jsonl")
     )
+
+
+def card_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The figures that have a value, as a model's card takes them."""
+    return [
+        {
+            "name": name,
+            **{key: figure[key] for key in ("value", "low", "high", "count")},
+            "floor": None if figure["floor"] is None else [figure["floor_is"], figure["floor"]],
+        }
+        for name, figure in found["figures"].items()
+        if figure["value"] is not None
+    ]
 
 
 def write_json(found: Mapping[str, Any], out: Path) -> None:
