@@ -47,7 +47,6 @@ def evaluate(
     --data of your own, or of a model trained on such, the figures are those that any pictures have,
     on a share that training left out.
     """
-    from lavit.evaluate.evaluation import evaluate as measure
     from lavit.evaluate.evaluation import (
         card_rows,
         is_scenes,
@@ -55,6 +54,7 @@ def evaluate(
         rules_of,
         write_json,
     )
+    from lavit.evaluate.evaluation import evaluate as measure
     from lavit.evaluate.exam import Exam
     from lavit.evaluate.folder import own_data, training_data
     from lavit.storage import model_folder
