@@ -10,7 +10,7 @@ import numpy as np
 
 from lavit.data.scenes.language import group_words, listed, the
 from lavit.data.scenes.leaks import Document
-from lavit.data.scenes.lexicon import NUMBERS, OPPOSITE, article, noun
+from lavit.data.scenes.lexicon import NUMBERS, article, noun
 from lavit.data.scenes.questions import around
 from lavit.data.scenes.sample import JITTER, SHAPE_SHARE, TURN, apart, nominal
 from lavit.data.scenes.splits import MOST_IN_TRAINING, Rules, valid_world
@@ -31,6 +31,8 @@ from lavit.data.scenes.world import (
     Scene,
     Thing,
     facts,
+    murky,
+    relations,
 )
 
 TRIES = 8  # at an edit of one kind; more if few scenes are allowed
@@ -67,19 +69,20 @@ def edit(
     """
     if document is None:
         document = Document(rules, training=allowed is None)
-        if not document.admits(scenes=[scene]):
+        if (document.training and rules.forbids(scene)) or not document.admits(scenes=[scene]):
             return None
-    kinds = tuple(EDITS) if kind is None else (kind,)
+    kinds = tuple(OFTEN) if kind is None else (kind,)
+    shares = np.array([OFTEN[one] for one in kinds])
     tries = TRIES if allowed is None else PATIENCE
-    for place_ in rng.permutation(len(kinds)):
+    for which in rng.choice(len(kinds), len(kinds), replace=False, p=shares / shares.sum()):
         for _ in range(tries):
-            change = EDITS[kinds[place_]](scene, rng, rules)
+            change = EDITS[kinds[which]](scene, rng, rules)
             if change is None or not sound(change[1]) or change[1] == scene:
                 continue
             text, target = change
             fine = rules.forbids(target) is None if allowed is None else allowed(target)
             if fine and document.admits([text], [target]):
-                return Edit(kinds[place_], text, scene, target)
+                return Edit(kinds[which], text, scene, target)
     return None
 
 
@@ -113,8 +116,21 @@ def _free(scene: Scene) -> list[tuple[int, int]]:
     return [cell for cell in CELLS if cell not in taken]
 
 
-def _cells(scene: Scene, rng: Rng, number: int, free: list) -> list[tuple[int, int]]:
-    return [free[n] for n in rng.permutation(len(free))[:number]]
+def _spots(
+    scene: Scene, rng: Rng, group: Group, wanted: Callable[[frozenset[Relation]], bool]
+) -> tuple[tuple[int, int], ...] | None:
+    """Free cells for so many more things of a group, in which the relations are as wanted."""
+    choices = list(itertools.combinations(_free(scene), group.number))
+    boxes: dict[str, list[Box]] = {}
+    for thing in scene.things:
+        boxes.setdefault(thing.name, []).append(thing.box)
+    for which in rng.permutation(len(choices)):
+        cells = choices[which]
+        new = [nominal(cell, group.size) for cell in cells]
+        then = {**boxes, group.name: boxes.get(group.name, []) + new}
+        if wanted(relations(then)) and not murky(then):
+            return cells
+    return None
 
 
 def _set(thing: Thing, cell: tuple[int, int], rng: Rng) -> Thing:
@@ -159,7 +175,14 @@ def _add(scene: Scene, rng: Rng, rules: Rules) -> Change:
     name, colour = _fresh(scene, rng, rules)
     may_be_big = len(scene.things) + number <= MOST_BIG
     size = "big" if may_be_big and rng.random() < 0.5 else "small"
-    cells = _cells(scene, rng, number, _free(scene))
+    cells = _spots(
+        scene,
+        rng,
+        Group(name, number, size),
+        lambda found: not scene.things or any(name in (r.first, r.second) for r in found),
+    )
+    if cells is None:
+        return None
     target = _with(scene, [*scene.things, *(_new(name, colour, size, c, rng) for c in cells)])
     where = _places(target, name, rng)
     if scene.things and not where:
@@ -198,24 +221,27 @@ def _move(scene: Scene, rng: Rng, rules: Rules) -> Change:
     group = _any_group(scene, rng)
     if group is None:
         return None
-    before = dict(_turned(around(facts(scene), group.name)))
+    before = frozenset(r for r in facts(scene).relations if group.name in (r.first, r.second))
     if not before:
         return None
+    across = {Relation(r.kind, r.second, r.first) for r in before}
     members = _members(scene, group.name)
-    rest = [thing for thing in scene.things if thing.name != group.name]
-    cells = _cells(scene, rng, len(members), _free(_with(scene, rest)))
+    rest = _with(scene, [thing for thing in scene.things if thing.name != group.name])
+    other_side = rng.random() < 0.7
+
+    def wanted(found: frozenset[Relation]) -> bool:
+        mine = {r for r in found if group.name in (r.first, r.second)}
+        return bool(mine & across if other_side else mine - before)
+
+    cells = _spots(rest, rng, group, wanted)
+    if cells is None:
+        return None
     moved = [_set(thing, cell, rng) for thing, cell in zip(members, cells, strict=True)]
-    target = _with(scene, rest + moved)
-    after = dict(_turned(around(facts(target), group.name)))
-    other_side = any(after.get(other) == OPPOSITE[kind] for other, kind in before.items())
-    if not other_side and (rng.random() < 0.7 or not set(after.items()) - set(before.items())):
+    target = _with(scene, [*rest.things, *moved])
+    if not wanted(facts(target).relations):
         return None
     verb = _choose(rng, ("move", "move", "put"))
     return f"{verb} {the(group)}{_places(target, group.name, rng)}", target
-
-
-def _turned(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    return [(second, first) for first, second in pairs]
 
 
 def _swap(scene: Scene, rng: Rng, rules: Rules) -> Change:
@@ -305,10 +331,15 @@ def _number(scene: Scene, rng: Rng, rules: Rules) -> Change:
     members = _members(scene, group.name)
     rest = [thing for thing in scene.things if thing.name != group.name]
     kept = [members[n] for n in rng.permutation(len(members))[:number]]
-    cells = _cells(scene, rng, number - len(kept), _free(scene))
+    so = facts(scene).relations
+    cells = _spots(
+        _with(scene, rest + kept), rng, replace(group, number=number - len(kept)), so.__eq__
+    )
+    if cells is None:
+        return None
     added = [_new(group.name, group.colour, group.size, cell, rng) for cell in cells]
     target = _with(scene, rest + kept + added)
-    if facts(target).relations != facts(scene).relations:
+    if facts(target).relations != so:
         return None
     words = f"{NUMBERS[number]} {noun(group.name, number)}"
     many = noun(group.name, 2)
@@ -355,3 +386,7 @@ EDITS: dict[str, Callable[[Scene, Rng, Rules], Change]] = {
     "pattern": _pattern, "style": _style,
 }  # fmt: skip
 KINDS = tuple(EDITS)
+OFTEN = {  # how often each is tried first
+    "add": 2.5, "remove": 0.7, "replace": 1.0, "move": 3.0, "swap": 3.0, "recolour": 1.5,
+    "resize": 1.0, "number": 1.0, "background": 0.6, "pattern": 0.5, "style": 0.5,
+}  # fmt: skip

@@ -37,10 +37,10 @@ TALK = frozenset(
     re.findall(
         r"\w+",
         """add remove take away replace by move swap exchange places put bigger smaller larger
-    instead change into turn colour recolour pattern style flat outlined drawn become so number them be
-    should what which how many any more than fewer or where do you see this describe short caption
-    everything full together both things thing from first second pictures combine now one for
-    please delete erase get rid give its yes""",
+        instead change into turn colour recolour pattern style flat outlined drawn become
+        so number them be should what which how many any more than fewer or where do you
+        see this describe short caption everything full together both things thing from
+        first second pictures combine now one for please delete erase get rid give its yes""",
     )
 )
 

@@ -18,7 +18,6 @@ from lavit.data.scenes.language import mention, parse
 from lavit.data.scenes.leaks import Document
 from lavit.data.scenes.lexicon import NUMBERS, OPPOSITE, Noun, article, noun, split, tokens
 from lavit.data.scenes.render import stands_out
-from lavit.data.scenes.sample import SHAPE_SHARE
 from lavit.data.scenes.splits import HELD_OUT_COLOURS, Rules
 from lavit.data.scenes.world import (
     BACKGROUNDS,
@@ -32,11 +31,11 @@ from lavit.data.scenes.world import (
 )
 
 KINDS = {  # how often each is tried
-    "exists": 1.0, "how many": 1.6, "colour": 0.9, "background": 0.5, "pattern": 0.4,
-    "where": 1.2, "bigger": 1.6, "compare": 1.6, "contents": 0.6,
+    "exists": 1.0, "how many": 2.6, "colour": 0.9, "background": 0.35, "pattern": 0.3,
+    "where": 1.2, "bigger": 2.4, "compare": 2.0, "contents": 0.4,
 }  # fmt: skip
-ASKED = {1: 0.16, 2: 0.5, 3: 1.0, 4: 1.0}  # groups of so many things, when numbers are asked
-ABSENT = 0.16  # of the questions of how many: none
+ASKED = {1: 0.13, 2: 0.28, 3: 0.6, 4: 1.0}  # groups of so many things, when numbers are asked
+ABSENT = 0.07  # of the questions of how many: none
 CONTENTS = ("what is in the picture?", "what do you see?")
 
 
@@ -88,52 +87,51 @@ Pair = tuple[str, str] | None
 def _exists(said: Facts, rng: np.random.Generator, document: Document) -> Pair:
     if not said.groups:
         return None
-    yes = bool(rng.random() < 0.5)
-    with_colour = bool(rng.random() < 0.5)
     here = _one(said, rng)
-    if yes:
-        name, colour = here.name, here.colour if with_colour else None
-    else:
-        name, colour = _stranger(said, rng, document), None
-        if with_colour and ((here.name in SHAPES and rng.random() < 0.5) or name in SHAPES):
-            name = here.name if here.name in SHAPES and rng.random() < 0.7 else name
-            if name not in SHAPES:
-                return None
-            colour = _other_colour(said, name, rng)
-        if name is None or (colour is None and said.group(name)):
+    yes = bool(rng.random() < 0.5)
+    with_colour = bool(here.colour) and bool(rng.random() < 0.5)
+    name, colour = here.name, here.colour if with_colour else None
+    if not yes and with_colour:
+        if rng.random() < 0.5:
+            name = SHAPES[int(rng.integers(len(SHAPES)))]
+        colour = _other_colour(said, name, rng)
+        if not document.admits_name(name, colour):
             return None
-    several = "any" if rng.random() < 0.3 else ""
-    words = f"{colour} {noun(name, 2)}" if several and colour else noun(name, 2)
-    if several:
-        text = f"are there any {words}?"
-    else:
-        text = f"is there {article(f'{colour} {name}' if colour else name)}?"
+    elif not yes:
+        name = _stranger(said, here, rng, document)
+        if name is None:
+            return None
+    if rng.random() < 0.3:
+        words = f"{colour} {noun(name, 2)}" if colour else noun(name, 2)
+        return f"are there any {words}?", "yes" if yes else "no"
+    text = f"is there {article(f'{colour} {name}' if colour else name)}?"
     return text, "yes" if yes else "no"
 
 
-def _other_colour(said: Facts, name: str, rng: np.random.Generator) -> str | None:
+def _other_colour(said: Facts, name: str, rng: np.random.Generator) -> str:
     """A colour that a shape does not have here, and could have."""
     group = said.group(name)
-    open_ = [
+    could = [
         colour
         for colour in COLOURS
         if colour != said.background
         and (name, colour) not in HELD_OUT_COLOURS
         and (group is None or group.colour != colour)
     ]
-    return open_[int(rng.integers(len(open_)))]
+    return could[int(rng.integers(len(could)))]
 
 
 def _how_many(said: Facts, rng: np.random.Generator, document: Document) -> Pair:
+    group = _one(said, rng)
+    if group is None:
+        return None
     if rng.random() < ABSENT:
-        name = _stranger(said, rng, document) if said.groups else None
-        if name is None or said.group(name):
+        name, answer = _stranger(said, group, rng, document), "none"
+        if name is None:
             return None
-        answer = "none"
+    elif rng.random() > ASKED.get(group.number, 1.0):
+        return None
     else:
-        group = _one(said, rng)
-        if group is None or rng.random() > ASKED.get(group.number, 1.0):
-            return None
         name, answer = group.name, NUMBERS[group.number]
     verb = "are there" if rng.random() < 0.7 else "do you see"
     return f"how many {noun(name, 2)} {verb}?", answer
@@ -217,9 +215,12 @@ def _verb(group: Group) -> str:
     return "is" if group.number == 1 else "are"
 
 
-def _stranger(said: Facts, rng: np.random.Generator, document: Document) -> str | None:
-    """A name that is not here but could be, as often as it stands in pictures."""
-    names, shares = frequencies(document.rules)
+def _stranger(said: Facts, like: Group, rng: np.random.Generator, document: Document) -> str | None:
+    """A name that is not here but could be, as often as it stands in pictures.
+
+    It is a shape if `like` is one, so that shapes are asked for in vain as often as not.
+    """
+    names, shares = frequencies(document.rules, like.name in SHAPES)
     for _ in range(12):
         name = names[int(np.searchsorted(shares, rng.random()))]
         if said.group(name) is None and document.admits_name(name):
@@ -228,22 +229,20 @@ def _stranger(said: Facts, rng: np.random.Generator, document: Document) -> str 
 
 
 @cache
-def frequencies(rules: Rules) -> tuple[tuple[str, ...], np.ndarray]:
-    """All names, and the running sum of how often each stands in pictures of training."""
+def frequencies(rules: Rules, shapes: bool) -> tuple[tuple[str, ...], np.ndarray]:
+    """Shapes or objects, and the running sum of how often each stands in pictures of training."""
     shares = {}
-    for name in (*rules.objects_named, *SHAPES):
+    for name in SHAPES if shapes else rules.objects_named:
         seen = [
             stands_out(name, colour, style, ground)
             for style in STYLES
             for ground in BACKGROUNDS
-            for colour in ((None,) if name not in SHAPES else COLOURS)
+            for colour in (COLOURS if shapes else (None,))
             if rules.style_of(name) in (None, style)
             and (name, colour) not in HELD_OUT_COLOURS
             and colour != ground
         ]
-        every = len(STYLES) * len(BACKGROUNDS) * (len(COLOURS) if name in SHAPES else 1)
-        of_kind = SHAPE_SHARE / len(SHAPES) if name in SHAPES else (1 - SHAPE_SHARE) / rules.objects
-        shares[name] = of_kind * sum(seen) / every
+        shares[name] = sum(seen)
     running = np.cumsum(list(shares.values()))
     return tuple(shares), running / running[-1]
 
