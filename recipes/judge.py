@@ -2,6 +2,8 @@
 
 Command   python recipes/judge.py RUN [--minutes 25]
               trains, sets the thresholds on `valid`, writes RUN/judge
+          python recipes/judge.py RUN --start RUN/network.pt --minutes 0
+              only the thresholds, and the names that are in the list now
           python recipes/judge.py RUN --ship      copies RUN/judge into the package
           python recipes/judge.py --table         the errors of the shipped judge (LOG.md has them)
           python recipes/judge.py --confusions    which objects it takes for which, at 64 pixels
@@ -21,6 +23,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +51,7 @@ from lavit.evaluate.judge import FOLDER, UNKNOWN, Judge, sizes
 CANVASES = (64, 96, 128)
 MOST = 9  # things
 TURN = 15.0
-USES = 8  # of a drawing at one size and turn before it is drawn anew
+USES = 12  # of a drawing at one size and turn before it is drawn anew
 SPOILED = 0.22  # of the things
 BATCH = 32
 RATE = 3e-3
@@ -79,12 +82,19 @@ class Drawings:
         drawing, uses = self.kept.get(slot, (None, USES))
         if uses >= USES:
             side = self.rng.uniform(*((0.27, 0.36) if big else (0.175, 0.225))) * canvas
-            spun = turned(sprite(*kind, style), float(self.rng.uniform(-TURN, TURN)))
+            spun = turned(shrunk(*kind, style, big), float(self.rng.uniform(-TURN, TURN)))
             scale = side / max(spun.size)
             size = tuple(max(1, round(length * scale)) for length in spun.size)
             drawing, uses = spun.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0), 0
         self.kept[slot] = (drawing, uses + 1)
         return drawing
+
+
+@cache
+def shrunk(name: str, colour: str | None, style: str, big: bool) -> Image.Image:
+    """A drawing small enough to be turned quickly."""
+    drawing = sprite(name, colour, style)
+    return drawing if big else drawing.reduce(2)
 
 
 class Pictures(IterableDataset):
@@ -146,8 +156,14 @@ def one_picture(rng: np.random.Generator, drawings: Drawings) -> tuple:
 
 
 def layout(rng: np.random.Generator) -> Iterator[tuple[float, float, bool]]:
-    """Where things stand, and whether they are big: many small ones on a grid, or few anywhere."""
-    number = int(rng.choice(10, p=(0.03, 0.06, 0.12, 0.1, 0.14, 0.11, 0.11, 0.11, 0.11, 0.11)))
+    """Where things stand, and whether they are big: many on a grid, or few anywhere."""
+    if rng.random() < 0.35:
+        for cell in rng.permutation(4)[: int(rng.integers(2, 5))].tolist():
+            x, y = 0.5 + (cell % 2 - 0.5) * 0.46, 0.5 + (cell // 2 - 0.5) * 0.46
+            dx, dy = rng.uniform(-0.045, 0.045, 2)
+            yield x + dx, y + dy, True
+        return
+    number = int(rng.choice(10, p=(0.02, 0.06, 0.11, 0.07, 0.06, 0.06, 0.08, 0.14, 0.2, 0.2)))
     if number > 3 or (number and rng.random() < 0.3):
         for cell in rng.permutation(9)[:number].tolist():
             x, y = 0.5 + (cell % 3 - 1) * 0.305, 0.5 + (cell // 3 - 1) * 0.305
@@ -247,36 +263,76 @@ def losses(maps: Maps, things: Tensor, ground: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def train(names: tuple[str, ...], minutes: float, seed: int, start: Path | None) -> Detector:
+class Muon(torch.optim.Optimizer):
+    """Steps of equal size in all directions (https://kellerjordan.github.io/posts/muon/)."""
+
+    def __init__(self, weights: list[Tensor], rate: float) -> None:
+        super().__init__(weights, {"lr": rate})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        group = self.param_groups[0]
+        for weight in group["params"]:
+            mean = self.state[weight].setdefault("mean", torch.zeros_like(weight))
+            mean.lerp_(weight.grad, 0.05)
+            step = weight.grad.lerp(mean, 0.95).flatten(1)
+            rows, columns = step.shape
+            step = step / (step.norm() + 1e-7)
+            for _ in range(5):
+                square = step @ step.T
+                step = 3.4445 * step + (-4.7750 * square + 2.0315 * square @ square) @ step
+            weight.mul_(1 - group["lr"] * 0.05)
+            weight.add_(step.view_as(weight), alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
+
+
+def train(
+    names: tuple[str, ...], minutes: float, seed: int, start: Path | None, run: Path
+) -> Detector:
     """The detector after `minutes`; the rate falls with the clock."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     network = Detector(sizes(names), norm=True).to(memory_format=torch.channels_last)
     if start is not None:
-        network.load_state_dict(torch.load(start))
-    optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=0.01)
+        _begin_from(network, names, torch.load(start, weights_only=True))
+    heads = {*network.things.parameters(), *network.vote.parameters()}
+    convolutions = [w for w in network.parameters() if w.ndim == 4 and w not in heads]
+    others = [w for w in network.parameters() if w.ndim != 4 or w in heads]
+    optimizers = [Muon(convolutions, RATE), torch.optim.AdamW(others, RATE, weight_decay=0.01)]
     batches = iter(DataLoader(Pictures(names, seed), batch_size=None, num_workers=1))
     begin, step, mean = time.monotonic(), 0, {}
-    while (done := (time.monotonic() - begin) / 60 / minutes) < 1:
+    while minutes and (done := (time.monotonic() - begin) / 60 / minutes) < 1:
         rate = RATE * min(1.0, (step + 1) / 100) * (0.5 + 0.5 * np.cos(np.pi * done)) + 1e-6
-        optimizer.param_groups[0]["lr"] = rate
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = rate
         pixels, things, ground = next(batches)
         pixels = pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1)
         parts = losses(
             network(pixels.contiguous(memory_format=torch.channels_last)), things, ground
         )
         loss = sum(parts.values())
-        optimizer.zero_grad()
+        network.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         step += 1
         for key, value in parts.items():
             mean[key] = 0.98 * mean.get(key, value.item()) + 0.02 * value.item()
-        if step % 100 == 0:
+        if step % 50 == 0:
+            torch.save({"names": names, "weights": network.state_dict()}, run / "network.pt")
             said = " ".join(f"{key} {value:.3f}" for key, value in mean.items())
             print(f"{step} {done:.3f} {said}", flush=True)
     return network
+
+
+def _begin_from(network: Detector, names: tuple[str, ...], saved: dict) -> None:
+    """Take over what was trained, for the names that are still there."""
+    weights, known = saved["weights"], list(saved["names"])
+    rows = [0, *(1 + known.index(name) for name in names)]
+    rows += list(range(1 + len(known), len(weights["things.bias"])))
+    for key in ("things.weight", "things.bias"):
+        weights[key] = weights[key][rows]
+    network.load_state_dict(weights)
 
 
 def write(network: Detector, names: tuple[str, ...], folder: Path) -> Judge:
@@ -320,9 +376,9 @@ def main(
             print(line)
     else:
         names = (*(kind.name for kind in objects()), *SHAPES, UNKNOWN)
-        network = train(names, minutes, seed, start)
         run.mkdir(parents=True, exist_ok=True)
-        torch.save(network.state_dict(), run / "network.pt")
+        network = train(names, minutes, seed, start, run)
+        torch.save({"names": names, "weights": network.state_dict()}, run / "network.pt")
         write(network, names, run / "judge")
 
 

@@ -19,9 +19,9 @@ from torch.nn.utils import fusion
 SIDE = 96  # pixels of a picture that goes in
 STRIDE = 8
 CELLS = SIDE // STRIDE
-WIDTHS = (48, 48, 96)  # channels at strides 4, 4 and 8
-BLOCKS = 2
-HEAD = 128
+WIDTHS = (48, 96)  # channels at strides 4 and 8
+BLOCKS = 1
+HEAD = 160
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,9 @@ class Detector(nn.Module):
         super().__init__()
         self.sizes = sizes
         names, colours, styles, grounds, patterns = sizes
-        stem, fine, coarse = WIDTHS
+        stem, coarse = WIDTHS
         self.stem = conv(3, stem, 8, stride=4, padding=2, norm=norm)
-        self.fine = conv(stem, fine, 3, norm=norm)
-        self.coarse = conv(fine, coarse, 3, stride=2, norm=norm)
+        self.coarse = conv(stem, coarse, 3, stride=2, norm=norm)
         self.blocks = nn.Sequential(*(Residual(coarse, norm=norm) for _ in range(BLOCKS)))
         self.head = conv(coarse, HEAD, 1, norm=norm)
         self.things = nn.Conv2d(HEAD, 1 + names + colours + styles + 3, 1)
@@ -76,7 +75,7 @@ class Detector(nn.Module):
     def forward(self, pictures: Float[Tensor, "pictures 3 height width"]) -> Maps:
         """Maps of pictures whose pixels run from -1 to 1."""
         x = torch.relu(self.stem(pictures))
-        x = torch.relu(self.coarse(torch.relu(self.fine(x))))
+        x = torch.relu(self.coarse(x))
         x = self.blocks(x)
         names, colours, styles, grounds, patterns = self.sizes
         said = self.things(torch.relu(self.head(x))).split([1, names, colours, styles, 3], dim=1)
