@@ -62,7 +62,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         (frozen, "MEASURING", ("test", "binding")),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr(frozen.split_hash, "__kwdefaults__", {"count": 1})
     monkeypatch.setattr(judge.Judge, "load", classmethod(lambda cls: Blind()))
 
 

@@ -28,10 +28,10 @@ PATH = Path(__file__).with_name("frozen.json")
 SIZES = (48, 160)  # of the list of objects, that are frozen
 
 
-def split_hash(split: str, rules: Rules, *, count: int = COUNT) -> str:
-    """The hash of one split."""
+def split_hash(split: str, rules: Rules, *, count: int | None = None) -> str:
+    """The hash of one split; `count` scenes of it (default: 500)."""
     digest = hashlib.sha256()
-    for index in range(count):
+    for index in range(COUNT if count is None else count):
         scene = scene_at(split, index, rules=rules)
         digest.update(facts_key(facts(scene)).encode() + b"\0")
         digest.update(render(scene, SIZE).tobytes())
