@@ -31,6 +31,12 @@ from lavit.vocabulary import Vocabulary
 SHARDS, EACH = 4, 8
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every record is served, so that counts say what is missing."""
+    monkeypatch.setattr("lavit.data.held_out.SHARE", 0.0)
+
+
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
     """WebDataset shards of pictures whose grey says which record they are."""

@@ -15,6 +15,7 @@ import tyro
 
 from lavit.cli import convert as foreign
 from lavit.cli import data as sets
+from lavit.cli import eval as measure
 from lavit.cli import make, use
 from lavit.config import InputError
 
@@ -32,6 +33,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "gallery": use.gallery,
     "train": make.train,
     "train-finetune": make.finetune,
+    "eval": measure.evaluate,
     "export": make.export,
 }
 GROUPS: dict[str, dict[str, Callable[..., Any]]] = {

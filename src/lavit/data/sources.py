@@ -21,6 +21,7 @@ from typing import Any
 from PIL import Image
 
 from lavit.config import InputError, require
+from lavit.data.held_out import check_split, divides, part_of
 from lavit.data.text import Texts, text_files
 from lavit.images import open_image
 
@@ -116,13 +117,15 @@ def load_records(
     image_column: str | None = None,
     text_column: str | None = None,
     cache: Path | None = None,
+    whole: bool = False,
 ) -> Pictures:
     """Open one split of a source; columns are found by name unless given, `cache` is where
-    `datasets` writes.
+    `datasets` writes, `whole` takes a source without splits of its own whole.
 
     A missing or empty source, an unknown split and a source without pictures raise `InputError`.
     """
-    found = open_source(data, split, image_column=image_column, text_column=text_column, cache=cache)
+    columns = {"image_column": image_column, "text_column": text_column}
+    found = open_source(data, split, cache=cache, whole=whole, **columns)
     if isinstance(found, Texts):
         raise InputError(f"{str(data)!r} holds no pictures, only texts")
     return found
@@ -135,18 +138,26 @@ def open_source(
     image_column: str | None = None,
     text_column: str | None = None,
     cache: Path | None = None,
+    whole: bool = False,
 ) -> Pictures | Texts:
-    """Open one split of a source as `load_records` does; where there are no pictures, its texts."""
+    """Open one split of a source as `load_records` does; where there are no pictures, its texts.
+
+    A source without splits of its own has "train" and "held_out" (data/held_out.py); `whole`: both together, as "train".
+    """
     path = Path(data)
     if _is_text(path):
         return text_files(path)
     datasets = require("datasets", extra="train")
-    rows = _load(datasets, data, split, cache)
+    rows, divided = _load_split(datasets, data, split, cache)
     if len(rows) == 0:
         raise InputError(f"{str(data)!r} is empty: split {split!r} holds no records")
     rows, image, text = _columns(datasets, rows, data, image_column, text_column)
     if image is None:
+        if divided and split != "train":
+            raise InputError(f"{str(data)!r} holds texts alone and has no split {split!r}")
         return Texts(rows, column=text, name=str(data))
+    if divided and not whole:
+        rows = part_of(rows, split, image=image, folder=_folder(path), data=str(data), streaming=False)
     return Pictures(rows, image=image, text=text, folder=_folder(path), name=str(data))
 
 
@@ -162,9 +173,22 @@ def stream_source(data: str | Path, split: str = "train") -> Streamed:
 
         rows = stream_rows(int(seed or 0), split=split)
         return Streamed(rows, "image", "texts", Path(), str(data))
-    rows = _load(datasets, data, split, None, streaming=True)
+    rows, divided = _load_split(datasets, data, split, None, streaming=True)
     rows, image, text = _columns(datasets, rows, data, None, None)
-    return Streamed(rows, image, text, _folder(Path(data)), str(data))
+    folder = _folder(Path(data))
+    if divided and image is not None:
+        rows = part_of(rows, split, image=image, folder=folder, data=str(data), streaming=True)
+    return Streamed(rows, image, text, folder, str(data))
+
+
+def _load_split(
+    datasets: Any, data: str | Path, split: str, cache: Path | None, *, streaming: bool = False
+) -> tuple[Any, bool]:
+    """Rows of a split, or of all of a source that has none of its own, and whether it has none."""
+    divided = divides(Path(data))
+    if divided:
+        check_split(str(data), split)
+    return _load(datasets, data, "train" if divided else split, cache, streaming=streaming), divided
 
 
 def _folder(path: Path) -> Path:
@@ -219,8 +243,8 @@ def readable(records: Iterable[Record]) -> tuple[list[Record], list[tuple[str, s
 
 
 def check(data: str | Path, split: str = "train", **columns: Any) -> Report:
-    """Read all of a split and report on it; keyword arguments as `load_records`."""
-    records = load_records(data, split, **columns)
+    """Read all of a split and report on it, held-out records too; keyword arguments as `load_records`."""
+    records = load_records(data, split, whole=split == "train", **columns)
     sizes: Counter[str] = Counter()
     licences: Counter[str] = Counter()
     lengths: list[int] = []

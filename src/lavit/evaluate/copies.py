@@ -1,0 +1,88 @@
+"""Does the model paint training pictures again?
+
+The prompts are those of the training's own scenes, so that what was learnt by heart would show. A
+drawing is a copy if it is nearer, in pixels, to one of the first 2,000 training pictures that have
+the same facts (its own scene at least) than 95 % of other renders of such a scene are: renders with
+the same things in the same cells and the same style, with fresh jitter, sizes and turns. So of
+fresh renders about 5 % count as copies (the floor), and of training pictures all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from lavit.data.scenes.language import prompt
+from lavit.data.scenes.sample import build, scene_at
+from lavit.data.scenes.splits import facts_key
+from lavit.data.scenes.world import Scene, facts
+from lavit.evaluate.drawing import codes_for, painted
+from lavit.evaluate.exam import Exam, origin_of
+from lavit.evaluate.figures import Figure, share
+
+POOL = 2_000  # training pictures
+RENDERS = 40  # of each scene, to measure how near two of them are
+NEAR = 5.0  # percentile
+
+
+def draw_copies(exam: Exam) -> Figure:
+    """Share of drawings that are copies of training pictures."""
+    exam.needs("language", "pixels")
+    seed = int(origin_of(exam.folder).get("seed", 0))
+    pool = [scene_at("train", number, seed=seed, rules=exam.rules) for number in range(POOL)]
+    items = [number for number, scene in enumerate(pool) if scene.things][: exam.count]
+
+    def make(numbers: list[int]) -> list[list[int]]:
+        words = [[prompt(pool[number], exam.rng(number, 30), full=True)] for number in numbers]
+        return codes_for(exam, words, exam.seeds(numbers))
+
+    codes = exam.made(f"write train {seed}", items, make)
+    drawn = painted(exam, f"draw train {seed}", items, codes)
+    same: dict[str, list[int]] = {}
+    for number, scene in enumerate(pool):
+        same.setdefault(facts_key(facts(scene)), []).append(number)
+    hits, floor = [], []
+    for place, (item, picture) in enumerate(zip(items, drawn, strict=True)):
+        scenes = [pool[number] for number in same[facts_key(facts(pool[item]))]]
+        renders = [exam.small(jittered(pool[item], n)) for n in range(RENDERS)]
+        fresh = exam.small(jittered(pool[item], RENDERS))
+        true = [exam.small(scene) for scene in scenes]
+        hits.append(is_copy(picture, true, renders))
+        floor.append(is_copy(fresh, true, renders))
+        if exam.progress:
+            exam.progress("copies", place + 1, len(items))
+    return share("draw_copies", hits, floor=("fresh renders", float(np.mean(floor))))
+
+
+def jittered(scene: Scene, number: int) -> Scene:
+    """The same things in the same cells, with other jitter, sizes inside their band, and turns."""
+    rng = np.random.default_rng([7, number])
+    groups: dict[str, list[tuple[int, int]]] = {}
+    for thing in scene.things:
+        groups.setdefault(thing.name, []).append(thing.cell)
+    first = {thing.name: thing for thing in reversed(scene.things)}
+    wanted = [(name, first[name].colour, first[name].size, cells) for name, cells in groups.items()]
+    return build(scene.background, scene.pattern, scene.style, wanted, rng) or scene
+
+
+def is_copy(
+    picture: Image.Image, training: Sequence[Image.Image], renders: Sequence[Image.Image]
+) -> bool:
+    """Is a picture nearer to one of training than the 5th percentile of two renders of the same
+    facts?
+    """
+    near = [nearest(render, training) for render in renders]
+    return nearest(picture, training) < float(np.percentile(near, NEAR))
+
+
+def nearest(picture: Image.Image, others: Sequence[Image.Image]) -> float:
+    """The distance to the nearest of other pictures."""
+    return min(distance(picture, one) for one in others)
+
+
+def distance(a: Image.Image, b: Image.Image) -> float:
+    """Root of the mean squared difference of pixels, in levels of 0..255."""
+    difference = np.asarray(a, dtype=np.float32) - np.asarray(b, dtype=np.float32)
+    return float(np.sqrt(np.mean(difference**2)))

@@ -1,0 +1,245 @@
+"""`lavit eval`: every figure of a model by its stable name, as plain data.
+
+A figure that the model cannot have (a part is missing, or a font) has no value and says why; one
+that was asked for by name raises `InputError` instead. The same arguments give the same bytes. What
+the model said and drew is kept item by item, so a stopped evaluation goes on to the same figures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lavit.config import InputError, LanguageConfig, from_json, read_json
+from lavit.data.scenes import frozen
+from lavit.data.scenes.splits import Rules
+from lavit.evaluate.allocation import allocation_gain
+from lavit.evaluate.conversing import chat_all
+from lavit.evaluate.copies import draw_copies
+from lavit.evaluate.drawing import draw_all, draw_atoms, draw_swaps, reconstruct_all
+from lavit.evaluate.edits import compose_all, edit_all, edit_blind, edit_oracle, source_copies
+from lavit.evaluate.exam import Exam, Missing, config_hash, origin_of
+from lavit.evaluate.figures import Figure, nothing
+from lavit.evaluate.judging import false_accepts, judge_test
+from lavit.evaluate.ladder import ladder_blank, ladder_spearman
+from lavit.evaluate.own import OWN, load_items
+from lavit.evaluate.probes import background_kept, identity_kept, write_identity
+from lavit.evaluate.reading import READING, answer_blind, answer_test, cycle_text
+from lavit.evaluate.text import perplexity
+from lavit.evaluate.tokens import kept_share, live_codes, tokenizer_distance
+from lavit.storage import load_base
+
+PASSAGES = 40  # of prose, for the perplexity of text
+
+
+def text_ratio(exam: Exam) -> Figure:
+    """Perplexity of English prose (the topics of Python's manual) over that of the base language
+    model.
+    """
+    from pydoc_data.topics import topics
+
+    exam.needs("language")
+    began = exam.trained.get("model", {}).get("language")
+    if began is None:
+        began = (
+            {"source": exam.model.config.language.source}
+            if exam.model.config.language.lora_rank
+            else None
+        )
+    if began is not None and began["source"] == "random":
+        raise Missing(
+            "its language model was trained from scratch: there is no base to compare with"
+        )
+    if began is None or began["source"] == "folder":
+        raise Missing("the base of its language model is not known")
+    base, _ = load_base(from_json(LanguageConfig, began), exam.folder / "base")
+    texts = [topics[name] for name in sorted(topics)][: min(PASSAGES, exam.count)]
+    found = perplexity(
+        texts,
+        exam.model.text,
+        exam.model.language,
+        base,
+        where="Python's manual",
+        progress=exam.progress,
+    )
+    under = found.floor[1]
+    return Figure(
+        "text_perplexity_ratio",
+        found.value / under,
+        found.low / under,
+        found.high / under,
+        found.count,
+        ceiling=("the base itself", 1.0),
+        details={"perplexity": found.value, "base": under},
+    )
+
+
+FIGURES: dict[str, Callable[[Exam], Figure]] = {
+    **READING,
+    "answer_test": answer_test,
+    "answer_blind": answer_blind,
+    "draw_test_all": partial(draw_all, split="test"),
+    "draw_test_atoms": partial(draw_atoms, split="test"),
+    "draw_pairs_all": partial(draw_all, split="pairs"),
+    "draw_pairs_atoms": partial(draw_atoms, split="pairs"),
+    "draw_binding_all": partial(draw_all, split="binding"),
+    "draw_swaps": draw_swaps,
+    "draw_copies": draw_copies,
+    "edit_test_all": edit_all,
+    "edit_blind": edit_blind,
+    "edit_oracle_all": edit_oracle,
+    "edit_source_copies": source_copies,
+    "compose_test_all": compose_all,
+    "reconstruct_test_all": reconstruct_all,
+    "cycle_text_exact": cycle_text,
+    "chat4_all": chat_all,
+    **OWN,
+    "ladder_spearman": ladder_spearman,
+    "ladder_blank": ladder_blank,
+    "allocation_gain": allocation_gain,
+    "tokenizer_distance": tokenizer_distance,
+    "identity_kept": identity_kept,
+    "background_kept": background_kept,
+    "write_identity": write_identity,
+    "live_codes": live_codes,
+    "kept_share": kept_share,
+    "judge_test_all": judge_test,
+    "judge_false_accepts": false_accepts,
+    "text_perplexity_ratio": text_ratio,
+}
+
+
+def is_scenes(data: str) -> bool:
+    """Is a source, or one of a mixture, scenes: "scenes", or a data set of `lavit data scenes`?"""
+    for piece in data.split(","):
+        path = Path(piece.strip())
+        for one in (path, Path(piece.strip().rpartition(":")[0] or piece)):
+            origin = one / "origin.json"
+            if origin.is_file() and "scenes" in read_json(origin):
+                return True
+        if path.name.partition(":")[0] == "scenes" and not path.exists():
+            return True  # scenes without end
+    return False
+
+
+def rules_of(folder: Path, objects: int | None, held_out_pairs: float | None) -> Rules:
+    """The rules that are asked for; what is not said is as the model's training had it, else as
+    nano has it.
+    """
+    usual, known = Rules(), origin_of(folder)
+    return Rules(
+        objects=objects if objects is not None else known.get("objects", usual.objects),
+        held_out_pairs=held_out_pairs
+        if held_out_pairs is not None
+        else known.get("held_out_pairs", usual.held_out_pairs),
+    )
+
+
+def chosen(names: Sequence[str], known: Mapping[str, Any]) -> list[str]:
+    """The figures that are asked for, in their usual order; none asked for: all. Unknown names
+    raise `InputError`.
+    """
+    wrong = [name for name in names if name not in known]
+    if wrong:
+        raise InputError(f"there is no figure {wrong[0]!r}: choose from {', '.join(known)}")
+    return [name for name in known if name in names or not names]
+
+
+def evaluate(
+    exam: Exam,
+    names: Sequence[str] = (),
+    *,
+    items: Path | None = None,
+    watch: Callable[[Figure], None] | None = None,
+    figures: Mapping[str, Callable[[Exam], Figure]] | None = None,
+) -> dict[str, Any]:
+    """Figures of a model on scenes as plain data; `watch` hears of each as it comes."""
+    known = FIGURES if figures is None else figures
+    wanted = chosen(names, known)
+    exam.items = None if items is None else load_items(items)
+    found: dict[str, Any] = {}
+    for name in wanted:
+        figure = _figure(exam, name, known[name], named=name in names)
+        found[name] = figure.entry()
+        if watch:
+            watch(figure)
+    return {
+        "figures": found,
+        "config_hash": config_hash(exam.folder),
+        "weights_hash": exam.weights,
+        **test_hash(exam),
+        "seed": exam.seed,
+        "items": exam.count,
+        "objects": exam.rules.objects,
+        "held_out_pairs": exam.rules.held_out_pairs,
+    }
+
+
+def _figure(exam: Exam, name: str, make: Callable[[Exam], Figure], *, named: bool) -> Figure:
+    try:
+        return replace(make(exam), name=name)
+    except Missing as missing:
+        if named:
+            raise InputError(f"{name} cannot be had: {missing}") from missing
+        return nothing(name, str(missing))
+
+
+def test_hash(exam: Exam) -> dict[str, Any]:
+    """The hash of the test sets, the versions that drew them, and whether figures compare with
+    published ones.
+    """
+    made_by = frozen.versions()
+    task = "hash " + hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:12]
+
+    def make(numbers: list[int]) -> list[str]:
+        return [frozen.split_hash(frozen.MEASURING[number], exam.rules) for number in numbers]
+
+    hashes = dict(
+        zip(
+            frozen.MEASURING,
+            exam.made(task, range(len(frozen.MEASURING)), make, together=1),
+            strict=True,
+        )
+    )
+    known = frozen.frozen(exam.rules)
+    return {
+        "test_hash": frozen.joint_hash(hashes),
+        "comparable": known == hashes,
+        "packages": made_by,
+    }
+
+
+def predictions_path(folder: Path, out: Path | None) -> Path:
+    """Where predictions are kept: beside the JSON file, or in the model's folder."""
+    return (
+        folder / "evaluation" / "predictions.jsonl"
+        if out is None
+        else out.with_suffix(".predictions.jsonl")
+    )
+
+
+def card_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The figures that have a value, as a model's card takes them."""
+    return [
+        {
+            "name": name,
+            **{key: figure[key] for key in ("value", "low", "high", "count")},
+            "floor": None if figure["floor"] is None else [figure["floor_is"], figure["floor"]],
+        }
+        for name, figure in found["figures"].items()
+        if figure["value"] is not None
+    ]
+
+
+def write_json(found: Mapping[str, Any], out: Path) -> None:
+    """The figures as a file."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{out} cannot be written: {error.strerror}") from error

@@ -1,0 +1,267 @@
+"""What all figures share: the model, the scenes they ask about, and what was said and drawn so far.
+
+Pictures are rendered at the encoder's size where they are read and at the decoder's where they are
+judged. Wording and questions of item n are a function of n alone; the user's seed moves sampling
+only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL.Image import Image
+from torch import Tensor
+
+import lavit
+from lavit.config import InputError, read_json
+from lavit.data.corpus import parse_mixture
+from lavit.data.scenes.render import render
+from lavit.data.scenes.sample import scene_at
+from lavit.data.scenes.splits import Rules
+from lavit.data.scenes.world import Scene
+from lavit.evaluate.kept import Kept
+from lavit.modules.tokenizer import VisualTokenizer
+from lavit.sequence import VisualTokens
+from lavit.storage import model_folder
+
+if TYPE_CHECKING:
+    from lavit.generate.pipeline import Pipeline
+
+COUNT = 500  # items of a figure, where a user does not say
+BATCH = 16  # pictures that are encoded together
+WORDS = 0x5CE7E6  # moves wording and questions, and nothing else
+WHOLE = 128  # tokens of a caption: a description has sentences, and is not cut after the first
+SEED_STEP = 1_000_003  # between the user's seeds, so that no two items of two seeds share one
+
+Progress = Callable[[str, int, int], None]
+
+
+class Missing(InputError):
+    """A figure needs what this model or machine lacks."""
+
+
+class Exam:
+    """One model, examined on scenes under `rules`; `count` items a figure, sampling moved by
+    `seed`.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        seed: int = 0,
+        count: int | None = None,
+        rules: Rules | None = None,
+        kept: Path | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        if seed < 0:
+            raise InputError(f"seed is {seed}: give a number from 0")
+        if count is not None and count < 1:
+            raise InputError(f"count is {count}: give the number of items of a figure, 1 or more")
+        self.folder = model_folder(model)
+        self.pipe: Pipeline = lavit.load(model, safety=False)  # what is measured is not released
+        self.model, usual = self.pipe.model, self.pipe.protocol
+        whole = replace(usual.caption, max_tokens=max(WHOLE, usual.caption.max_tokens))
+        self.pipe.protocol = replace(usual, caption=whole, caption_ends=("\n",))
+        self.seed, self.asked, self.rules = seed, count, rules or Rules()
+        self.progress = progress
+        self.weights = weights_hash(self.folder)
+        said = f"{self.weights} {config_hash(self.folder)} {world_hash()} {seed} {self.rules}"
+        self.kept = Kept(kept, hashlib.sha256(said.encode()).hexdigest()[:16])
+        self.cache: dict[Any, Any] = {}  # what several figures need, in memory
+        self.items: list[Any] | None = None  # a user's own (evaluate/own.py)
+
+    def scaled(self, default: int) -> int:
+        """`default` items, or as many fewer or more as the user asks beside 500."""
+        return default if self.asked is None else max(1, round(default * self.asked / COUNT))
+
+    @property
+    def count(self) -> int:
+        """Items of a figure."""
+        return self.scaled(COUNT)
+
+    @property
+    def trained(self) -> dict[str, Any]:
+        """The training that made the model, if its folder says."""
+        path = self.folder / "training.json"
+        return read_json(path) if path.is_file() else {}
+
+    @cached_property
+    def tokenizer(self) -> VisualTokenizer:
+        """The visual tokenizer."""
+        self.needs("tokenizer")
+        return self.model.tokenizer
+
+    @cached_property
+    def judge(self) -> Any:
+        """Who looks at pictures."""
+        from lavit.evaluate.judge import Judge
+
+        return Judge.load()
+
+    @property
+    def drawn_size(self) -> int:
+        """Pixels of what the decoder paints."""
+        return self.model.config.pixels.size
+
+    def needs(self, *parts: str) -> None:
+        """Raise `Missing` unless the model has these parts."""
+        for part in parts:
+            if not (self.folder / part).is_dir() and part not in self.model.parts:
+                raise Missing(f"this model has no {part} yet")
+
+    def seeds(self, items: Sequence[int]) -> list[int]:
+        """Seeds that items are sampled with."""
+        return [self.seed * SEED_STEP + item for item in items]
+
+    def rng(self, item: int, what: int = 0) -> np.random.Generator:
+        """What words and questions of an item are chosen with."""
+        return np.random.default_rng([WORDS, what, item])
+
+    def scene(self, split: str, item: int) -> Scene:
+        """Picture `item` of a split."""
+        return _scene(split, item, self.rules)
+
+    def picture(self, scene: Scene) -> Image:
+        """A scene as the encoder sees it."""
+        try:
+            return render(scene, self.model.config.vision.image_size)
+        except InputError as error:
+            if scene.style == "noto":
+                raise Missing(str(error)) from error
+            raise
+
+    def small(self, scene: Scene) -> Image:
+        """A scene at the decoder's size."""
+        return render(scene, self.drawn_size)
+
+    def made(
+        self,
+        task: str,
+        items: Sequence[int],
+        make: Callable[[list[int]], list[Any]],
+        *,
+        together: int = 32,
+    ) -> list[Any]:
+        """What the model made of items, each made once and kept: see `Kept.made`."""
+        return self.kept.made(task, items, make, together=together, progress=self.progress)
+
+    def features(self, pictures: Sequence[Image]) -> Float[Tensor, "images patches dim"]:
+        """Encoder features of pictures."""
+        parts = [
+            self.model.patches(pictures[at : at + BATCH]) for at in range(0, len(pictures), BATCH)
+        ]
+        return torch.cat(parts)
+
+    def encoded(
+        self, split: str, count: int
+    ) -> tuple[Float[Tensor, "images patches dim"], VisualTokens]:
+        """Encoder features and visual tokens of the first pictures of a split, kept in memory."""
+        at_hand = ("encoded", split, count)
+        if at_hand not in self.cache:
+            parts = []
+            for at in range(0, count, BATCH):
+                numbers = range(at, min(at + BATCH, count))
+                parts.append(self.features([self.picture(self.scene(split, n)) for n in numbers]))
+                if self.progress:
+                    self.progress(f"encode {split}", numbers[-1] + 1, count)
+            features = torch.cat(parts)
+            self.cache[at_hand] = features, tokens_of(self.tokenizer, features)
+        return self.cache[at_hand]
+
+
+@lru_cache(maxsize=8192)
+def _scene(split: str, item: int, rules: Rules) -> Scene:
+    return scene_at(split, item, rules=rules)
+
+
+@torch.no_grad()
+def tokens_of(
+    tokenizer: VisualTokenizer, features: Float[Tensor, "images patches dim"]
+) -> VisualTokens:
+    """Visual tokens of features, under the default policy."""
+    parts = [tokenizer.encode(part) for part in features.split(BATCH)]
+    codes, lengths, keep = (
+        [getattr(part, name) for part in parts] for name in ("codes", "lengths", "keep")
+    )
+    return VisualTokens(torch.cat(codes), torch.cat(lengths), torch.cat(keep))
+
+
+@torch.no_grad()
+def decoded(
+    tokenizer: VisualTokenizer, tokens: VisualTokens
+) -> Float[Tensor, "images patches dim"]:
+    """Features from true codes, in the tokenizer's own space."""
+    parts, first = [], 0
+    for lengths, keep in zip(tokens.lengths.split(BATCH), tokens.keep.split(BATCH), strict=True):
+        codes = tokens.codes[first : first + int(lengths.sum())]
+        first += len(codes)
+        parts.append(tokenizer.decode(codes, lengths, keep=keep))
+    return torch.cat(parts)
+
+
+def target_of(
+    tokenizer: VisualTokenizer, features: Float[Tensor, "images patches dim"]
+) -> Float[Tensor, "images patches dim"]:
+    """What the tokenizer reconstructs: the encoder's features, standardised where it standardises
+    them.
+    """
+    standard = getattr(tokenizer, "standard", None)
+    return features if standard is None else standard(features)
+
+
+def origin_of(folder: Path) -> dict[str, Any]:
+    """How the scenes of a model's training were made: by the copy beside it, or beside the data."""
+    places = [folder / "origin.json"]
+    if (folder / "training.json").is_file():
+        data = str(read_json(folder / "training.json").get("data", ""))
+        places += [Path(name) / "origin.json" for name, _ in parse_mixture(data)] if data else []
+    found = next((place for place in places if place.is_file()), None)
+    return (read_json(found).get("scenes") or {}) if found else {}
+
+
+def weights_hash(folder: Path) -> str:
+    """A hash of all weights of a model folder (training's own files are left out)."""
+    digest = hashlib.sha256()
+    parts = ("vision", "tokenizer", "language", "reader", "pixels")
+    files = sorted(
+        path
+        for part in parts
+        for path in (folder / part).rglob("*")
+        if path.suffix in (".safetensors", ".bin", ".json", ".model")
+    )
+    for path in files:
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def config_hash(folder: Path) -> str:
+    """A hash of a model's configuration and, where it says, of its training's."""
+    digest = hashlib.sha256()
+    for name in ("config.json", "training.json"):
+        path = folder / name
+        if path.is_file():
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def world_hash() -> str:
+    """A hash of the code that makes scenes and words of them: what was kept under another is made
+    anew.
+    """
+    folder = Path(lavit.__file__).parent / "data" / "scenes"
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.py"), *folder.glob("*.tsv")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,81 @@
+"""What a model said and drew, item by item, in a file: an evaluation that was stopped goes on where
+it was.
+
+A line is one item: {"key", "task", "item", "chunk", "made"}. The key is a hash of the weights, the
+configuration, the seed and the world; lines of another key are left alone. Items are made in chunks
+of fixed borders, so that an item is always computed beside the same others, stopped or not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lavit.config import InputError
+
+TOGETHER = 32  # items of a chunk
+
+
+class Kept:
+    """Predictions under a key, in a file of JSON lines or (no path) in memory alone."""
+
+    def __init__(self, path: Path | None, key: str) -> None:
+        self.path, self.key = path, key
+        self.found: dict[tuple[str, int, str], Any] = {}
+        if path is not None and path.exists():
+            self._read(path)
+
+    def _read(self, path: Path) -> None:
+        for line in path.read_bytes().splitlines():
+            try:
+                row = json.loads(line)
+                if row["key"] == self.key:
+                    self.found[row["task"], row["item"], row["chunk"]] = row["made"]
+            except (ValueError, KeyError, TypeError):
+                continue  # cut off when the evaluation was stopped
+
+    def made(
+        self,
+        task: str,
+        items: Sequence[int],
+        make: Callable[[list[int]], list[Any]],
+        *,
+        together: int = TOGETHER,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> list[Any]:
+        """What `make` answers for items (plain data); those that are kept are not made again."""
+        answers: list[Any] = []
+        for at in range(0, len(items), together):
+            chunk = list(items[at : at + together])
+            name = f"{chunk[0]}-{chunk[-1]}:{len(chunk)}"
+            known = [self.found.get((task, item, name)) for item in chunk]
+            if any(one is None for one in known):
+                known = json.loads(json.dumps(make(chunk)))  # the same whether it was read or made
+                self._add(task, chunk, name, known)
+            answers += known
+            if progress:
+                progress(task, len(answers), len(items))
+        return answers
+
+    def _add(self, task: str, chunk: list[int], name: str, made: list[Any]) -> None:
+        for item, one in zip(chunk, made, strict=True):
+            self.found[task, item, name] = one
+        if self.path is None:
+            return
+        rows = [
+            {"key": self.key, "task": task, "item": item, "chunk": name, "made": one}
+            for item, one in zip(chunk, made, strict=True)
+        ]
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            torn = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("\n" * torn + "".join(json.dumps(row) + "\n" for row in rows))
+                file.flush()
+        except OSError as error:
+            raise InputError(
+                f"{self.path} cannot be written ({error.strerror}): "
+                "give --json FILE where predictions may be kept"
+            ) from error

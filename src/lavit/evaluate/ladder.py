@@ -1,0 +1,169 @@
+"""Are tokens where the content is? 500 pictures with 0 to 9 things, and pictures without any.
+
+Beside the model's selection stand four that know nothing of the tokenizer, at the same mean number
+of tokens: random patches, every so-manieth patch, patches whose features are long, patches with
+many edges. The last two keep what exceeds one threshold for all pictures, so that their numbers
+follow the picture too.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from lavit.data.scenes.render import background, render, sprite
+from lavit.data.scenes.world import BACKGROUNDS, Scene, objects
+from lavit.evaluate.exam import Exam, tokens_of
+from lavit.evaluate.figures import Figure, bootstrapped, mean, spearman
+
+AREA_SIZE = 64  # pixels at which the covered area is measured
+BLANKS = 16  # blank pictures: the world's backgrounds and as many other colours
+OUTSIDE = 100  # drawings that the world does not hold
+
+
+def ladder_spearman(exam: Exam) -> Figure:
+    """Rank correlation of the number of things with the number of tokens."""
+    count = exam.count
+    features, tokens = exam.encoded("ladder", count)
+    scenes = [exam.scene("ladder", n) for n in range(count)]
+    pictures = [exam.picture(scene) for scene in scenes]
+    things = np.array([len(scene.things) for scene in scenes])
+    area = np.array([covered(scene) for scene in scenes])
+    lengths = tokens.lengths.cpu().numpy().astype(np.float64)
+    grid = exam.model.config.vision.grid
+    others = other_lengths(features, pictures, grid, float(lengths.mean()))
+    details = {"same_area": spearman(lengths, things, area)}
+    for number in sorted(set(things.tolist())):
+        details[f"tokens_of_{number}"] = float(lengths[things == number].mean())
+    for name, own in others.items():
+        details[name] = spearman(own, things)
+        details[f"{name}_same_area"] = spearman(own, things, area)
+    details |= outside(exam)
+    return bootstrapped(
+        "ladder_spearman",
+        lambda at: spearman(lengths[at], things[at]),
+        count,
+        floor=("random patches", details["random"]),
+        ceiling=("tokens in the order of things", 1.0),
+        details=details,
+    )
+
+
+def ladder_blank(exam: Exam) -> Figure:
+    """Mean share of the patches that are kept of blank pictures."""
+    size, grid = exam.model.config.vision.image_size, exam.model.config.vision.grid
+    rng = np.random.default_rng(0)
+    plain = [background(colour, "plain", size) for colour in BACKGROUNDS]
+    while len(plain) < BLANKS:
+        plain.append(Image.new("RGB", (size, size), tuple(int(x) for x in rng.integers(0, 256, 3))))
+    noise = [
+        Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8))
+        for _ in range(BLANKS)
+    ]
+    whole = [exam.picture(exam.scene("ladder", 10 * n + 5)) for n in range(BLANKS)]
+    kinds = {
+        "blank": plain,
+        "striped": [background(colour, "striped", size) for colour in BACKGROUNDS],
+        "dotted": [background(colour, "dotted", size) for colour in BACKGROUNDS],
+        "noise": noise,
+        "five_things": whole,
+        "five_things_shuffled": [shuffled(picture, grid, rng) for picture in whole],
+    }
+    shares = {name: _shares(exam, pictures) for name, pictures in kinds.items()}
+    patches = grid * grid
+    details = {name: float(np.mean(found)) for name, found in shares.items() if name != "blank"}
+    floor = ("one patch", 1 / patches)
+    return mean("ladder_blank", shares["blank"], floor=floor, details=details, within=(0.0, 1.0))
+
+
+def _shares(exam: Exam, pictures: Sequence[Image.Image]) -> list[float]:
+    tokens = tokens_of(exam.tokenizer, exam.features(pictures))
+    return (tokens.lengths.double() / tokens.keep.shape[1]).tolist()
+
+
+def covered(scene: Scene) -> float:
+    """Share of a picture that its things cover."""
+    empty = np.asarray(background(scene.background, scene.pattern, AREA_SIZE), dtype=np.int16)
+    shown = np.asarray(render(scene, AREA_SIZE), dtype=np.int16)
+    return float((np.abs(shown - empty).max(-1) > 8).mean())
+
+
+def other_lengths(
+    features: Tensor, pictures: Sequence[Image.Image], grid: int, kept: float
+) -> Mapping[str, np.ndarray]:
+    """Numbers of tokens under selections that know nothing of the tokenizer, at the same mean
+    number of tokens.
+    """
+    patches = grid * grid
+    rng = np.random.default_rng(0)
+    norms = features.float().norm(dim=-1).cpu().numpy()
+    edges = np.stack([edge_energy(picture, grid) for picture in pictures])
+    return {
+        "random": rng.binomial(patches, min(1.0, kept / patches), size=len(pictures)).astype(
+            np.float64
+        ),
+        "strided": np.full(len(pictures), round(kept), dtype=np.float64),
+        "feature_norm": above(norms, kept),
+        "edge_energy": above(edges, kept),
+    }
+
+
+def above(values: np.ndarray, kept: float) -> np.ndarray:
+    """How many values of each row exceed the threshold at which `kept` do in the mean."""
+    ordered = np.sort(values.ravel())[::-1]
+    place = min(len(ordered) - 1, max(0, round(kept * len(values))))
+    return (values > ordered[place]).sum(1).astype(np.float64)
+
+
+def edge_energy(picture: Image.Image, grid: int) -> np.ndarray:
+    """Summed squared differences of neighbouring pixels in each patch, in raster order."""
+    side = 16 * grid
+    grey = np.asarray(picture.convert("L").resize((side, side)), dtype=np.float64)
+    energy = np.zeros_like(grey)
+    energy[:, 1:] += np.diff(grey, axis=1) ** 2
+    energy[1:, :] += np.diff(grey, axis=0) ** 2
+    return energy.reshape(grid, 16, grid, 16).sum((1, 3)).ravel()
+
+
+def shuffled(picture: Image.Image, grid: int, rng: np.random.Generator) -> Image.Image:
+    """The picture with its patches in another order."""
+    side = picture.width // grid
+    pixels = np.asarray(picture)[: side * grid, : side * grid]
+    blocks = (
+        pixels.reshape(grid, side, grid, side, 3).swapaxes(1, 2).reshape(grid * grid, side, side, 3)
+    )
+    mixed = blocks[rng.permutation(len(blocks))].reshape(grid, grid, side, side, 3).swapaxes(1, 2)
+    return Image.fromarray(np.ascontiguousarray(mixed.reshape(side * grid, side * grid, 3)))
+
+
+def outside(exam: Exam) -> dict[str, float]:
+    """Single drawings that no scene holds, large on white: does their number of tokens follow their
+    bytes?
+    """
+    size = exam.model.config.vision.image_size
+    pictures = []
+    for kind in objects()[exam.rules.objects :][: exam.scaled(OUTSIDE)]:
+        drawing = sprite(kind.name, None, "twemoji").resize((size * 3 // 4, size * 3 // 4))
+        picture = Image.new("RGBA", (size, size), "white")
+        picture.alpha_composite(drawing, (size // 8, size // 8))
+        pictures.append(picture.convert("RGB"))
+    if len(pictures) < 3:
+        return {}
+    lengths = tokens_of(exam.tokenizer, exam.features(pictures)).lengths.double().tolist()
+    sizes = [jpeg_bytes(picture) for picture in pictures]
+    return {
+        "outside_spearman_with_bytes": spearman(lengths, sizes),
+        "outside_tokens": float(np.mean(lengths)),
+        "outside_pictures": len(pictures),
+    }
+
+
+def jpeg_bytes(picture: Image.Image) -> int:
+    """Size of a picture as a JPEG file of quality 75."""
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", quality=75)
+    return len(stream.getvalue())

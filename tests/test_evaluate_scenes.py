@@ -1,0 +1,317 @@
+"""`lavit eval` on scenes: every figure has its name, what was stopped goes on, and what is wrong is
+said in a line.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from conftest import NAMES, toy_picture
+from lavit.cli import main
+from lavit.config import InputError
+from lavit.data.scenes import frozen
+from lavit.data.scenes.language import prompt
+from lavit.data.scenes.splits import Rules
+from lavit.data.scenes.world import Scene, facts
+from lavit.evaluate import copies, evaluation, exam, judge, probes, reading, tokens
+from lavit.evaluate.drawing import draw_all, drawings, prompts
+from lavit.evaluate.evaluation import FIGURES, chosen, evaluate, is_scenes, rules_of
+from lavit.evaluate.exam import Exam, Missing, weights_hash
+from lavit.evaluate.own import load_items
+
+COUNT = 3
+NAMED = [
+    "read_test_exact", "read_pairs_exact", "read_binding_exact", "read_number_exact",
+    "read_style_exact", "read_noto_exact", "answer_test", "answer_blind", "draw_test_all",
+    "draw_test_atoms", "draw_pairs_all", "draw_pairs_atoms", "draw_binding_all", "draw_swaps",
+    "draw_copies", "edit_test_all", "edit_blind", "edit_oracle_all", "edit_source_copies",
+    "compose_test_all", "reconstruct_test_all", "cycle_text_exact", "chat4_all", "own_read",
+    "own_answer", "own_draw_atoms", "ladder_spearman", "ladder_blank", "allocation_gain",
+    "tokenizer_distance", "identity_kept", "background_kept", "write_identity", "live_codes",
+    "kept_share", "judge_test_all", "judge_false_accepts", "text_perplexity_ratio",
+]  # fmt: skip
+SOME = (
+    "read_test_exact",
+    "answer_test",
+    "draw_test_all",
+    "edit_test_all",
+    "allocation_gain",
+    "live_codes",
+)
+
+
+class Blind:
+    """A judge that sees every picture as an empty white one."""
+
+    def look(self, pictures):
+        return [judge.Seen("white", "plain", ()) for _ in pictures]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little material for probes and the like, and a judge without weights."""
+    for module, name, value in (
+        (copies, "POOL", 12), (copies, "RENDERS", 3), (probes, "THINGS", 4000),
+        (reading, "KNOWN", 400), (tokens, "PICTURES", 2000), (frozen, "COUNT", 1),
+        (frozen, "MEASURING", ("test", "binding")),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(judge.Judge, "load", classmethod(lambda cls: Blind()))
+
+
+@pytest.fixture
+def run(toy_run: Path, tmp_path: Path) -> Path:
+    """A toy run of its own, so that nothing is kept for other tests."""
+    folder = tmp_path / "run"
+    shutil.copytree(
+        toy_run, folder, ignore=shutil.ignore_patterns("cache", "checkpoints", "tensorboard")
+    )
+    return folder
+
+
+def test_figures_have_their_stable_names() -> None:
+    assert list(FIGURES) == NAMED
+
+
+def test_every_figure_is_there_or_says_why(run: Path) -> None:
+    known = {name: make for name, make in FIGURES.items() if name != "read_number_exact"}
+    found = evaluate(Exam(run, count=COUNT), figures=known)
+    assert list(found["figures"]) == [name for name in NAMED if name != "read_number_exact"]
+    for name, figure in found["figures"].items():
+        assert {"value", "low", "high", "count", "floor", "ceiling"} <= set(figure), name
+        if figure["value"] is None:
+            assert figure["reason"], name
+        else:
+            assert figure["low"] <= figure["value"] <= figure["high"], name
+    missing = {name for name, figure in found["figures"].items() if figure["value"] is None}
+    assert missing <= {
+        "chat4_all", "own_read", "own_answer", "own_draw_atoms", "text_perplexity_ratio",
+        "read_noto_exact",
+    }  # fmt: skip
+    assert found["comparable"] is False and len(found["test_hash"]) == 64
+    json.dumps(found, allow_nan=False)
+
+
+def test_a_stopped_evaluation_goes_on_to_the_same_figures(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "kept.jsonl"
+    whole = json.dumps(evaluate(Exam(run, count=COUNT, kept=path), SOME))
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[: len(lines) // 2]) + lines[-1][:20])
+    assert json.dumps(evaluate(Exam(run, count=COUNT, kept=path), SOME)) == whole
+
+    def no_more(*_: object, **__: object) -> None:
+        raise AssertionError("nothing is left to make")
+
+    again = Exam(run, count=COUNT, kept=path)
+    monkeypatch.setattr(again.pipe, "caption", no_more)
+    monkeypatch.setattr(again.pipe, "paint", no_more)
+    assert json.dumps(evaluate(again, SOME)) == whole
+    assert Exam(run, count=COUNT, seed=1, kept=path).kept.found == {}
+
+
+def test_drawings_are_the_pipelines(run: Path) -> None:
+    one = Exam(run, count=2, seed=3)
+    words = prompts(one, "test", range(2))
+    assert words[0] == prompt(one.scene("test", 0), one.rng(0), full=True)
+    usual = [
+        one.pipe.draw(text, seed=seed)[0]
+        for text, seed in zip(words, one.seeds(range(2)), strict=True)
+    ]
+    assert [picture.tobytes() for picture in drawings(one, "test")] == [
+        picture.tobytes() for picture in usual
+    ]
+
+
+def test_a_drawing_that_shows_its_scene_is_right(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = Exam(run, count=4)
+
+    def look(scene: Scene) -> judge.Seen:
+        things = tuple(
+            judge.SeenThing(thing.name, thing.colour, thing.size, thing.box, "flat", 1.0)
+            for thing in scene.things
+        )
+        return judge.Seen(scene.background, scene.pattern, things)
+
+    seen = [look(one.scene("test", n)) for n in range(4)]
+    one.cache["seen", "draw test"] = seen
+    one.cache["seen", "reconstruct test"] = [replace(seen[0], things=()), *seen[1:]]
+    figure = draw_all(one, "test")
+    assert figure.value == 1 and figure.floor[1] == 0 and figure.ceiling[1] == 0.75
+    assert figure.details["of_1"] == 1 and figure.details["wrong_things"] == 0
+
+
+def test_a_part_that_is_missing_gives_no_figure_and_no_crash(run: Path) -> None:
+    shutil.rmtree(run / "pixels")
+    one = Exam(run, count=2)
+    found = evaluate(one, figures={name: FIGURES[name] for name in ("draw_test_all", "kept_share")})
+    assert found["figures"]["draw_test_all"] == {
+        "value": None, "low": None, "high": None, "count": 0, "floor": None, "ceiling": None,
+        "reason": "this model has no pixels yet",
+    }  # fmt: skip
+    assert found["figures"]["kept_share"]["value"] > 0
+    with pytest.raises(
+        InputError, match="draw_test_all cannot be had: this model has no pixels yet"
+    ):
+        evaluate(Exam(run, count=2), ["draw_test_all"])
+
+
+def test_other_weights_are_other_predictions(run: Path) -> None:
+    before = weights_hash(run)
+    assert before == weights_hash(run)
+    path = run / "pixels" / "condition" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    assert weights_hash(run) != before
+
+
+def test_the_rules_are_the_trainings_unless_they_are_given(run: Path) -> None:
+    assert rules_of(run, None, None) == Rules()
+    (run / "origin.json").write_text(
+        json.dumps({"scenes": {"objects": 96, "held_out_pairs": 0.2, "seed": 1}})
+    )
+    assert rules_of(run, None, None) == Rules(objects=96, held_out_pairs=0.2)
+    assert rules_of(run, 48, 0.1) == Rules()
+    assert is_scenes(str(run)) and is_scenes(f"{run}:0.5,other") and is_scenes("scenes")
+    assert not is_scenes("pictures,prose:0.2")
+
+
+def test_bad_input_is_one_line(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(run / "language")
+    for words, said in (
+        (["--figures", "nope"], "there is no figure 'nope': choose from read_test_exact"),
+        (["--count", "-1"], "count is -1"),
+        (["--count", "0"], "count is 0"),
+        (["--seed", "-1"], "seed is -1"),
+        (["--objects", "1"], "scenes have 2 to"),
+        (["--held-out-pairs", "2"], "held_out_pairs is 2"),
+        (["--figures", "own_read"], "own_read cannot be had: no items were given"),
+        (["--figures", "read_test_exact", "--count", "2"], "this model has no language yet"),
+        (["--items", str(tmp_path / "none.jsonl")], "none.jsonl cannot be read"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(["eval", str(run), "--data", "scenes", *words])
+        assert stopped.value.code == 2
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert last.startswith("lavit: ") and said in last
+
+
+def test_the_command_writes_what_it_prints(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "figures.json"
+    words = [
+        "eval",
+        str(run),
+        "--data",
+        "scenes",
+        "--count",
+        "2",
+        "--figures",
+        "kept_share,read_test_exact",
+    ]
+    main([*words, "--json", str(out)])
+    first = out.read_bytes()
+    found = json.loads(first)
+    assert list(found["figures"]) == ["read_test_exact", "kept_share"]
+    printed = capsys.readouterr().out
+    assert "kept_share" in printed and "NOT COMPARABLE" in printed
+    assert (tmp_path / "figures.predictions.jsonl").exists()
+    main([*words, "--json", str(out)])
+    assert out.read_bytes() == first
+
+
+@pytest.fixture
+def items(tmp_path: Path) -> Path:
+    """One item of each kind."""
+    toy_picture(NAMES[0]).save(tmp_path / "a.png")
+    scene = {
+        "background": "blue", "pattern": "plain", "style": "twemoji",
+        "things": [{"name": "star", "colour": "red", "size": "small", "cell": [0, 1]}],
+    }  # fmt: skip
+    lines = [
+        {"kind": "read", "pictures": ["a.png"], "facts": "a small red square"},
+        {"kind": "read", "scene": scene},
+        {"kind": "ask", "scene": scene, "question": "how many stars are there?",
+         "answers": ["one"]},
+        {"kind": "draw", "prompt": "a red star", "facts": "a red star"},
+        {"kind": "edit", "pictures": "a.png", "prompt": "remove the square",
+         "facts": "nothing on a white background"},
+        {"kind": "chat", "turns": [
+            {"text": "what is this?", "pictures": ["a.png"], "answers": "a square"},
+            {"text": "draw a red star", "facts": "a red star"},
+        ]},
+    ]  # fmt: skip
+    path = tmp_path / "items.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
+    return path
+
+
+def test_items_of_ones_own_are_judged(run: Path, items: Path) -> None:
+    found = evaluate(Exam(run, count=2), ["own_read", "own_answer", "own_draw_atoms"], items=items)
+    counts = {name: figure["count"] for name, figure in found["figures"].items()}
+    assert counts == {"own_read": 2, "own_answer": 2, "own_draw_atoms": 3}
+    drawn = found["figures"]["own_draw_atoms"]["value"]
+    assert drawn == pytest.approx(
+        1 / 3
+    )  # the judge sees an empty white picture, and one item asks for that
+
+
+def test_a_scene_that_is_written_out_has_its_facts(items: Path) -> None:
+    known = load_items(items)
+    (turn,) = known[1].turns
+    assert isinstance(turn.pictures[0], Scene) and turn.facts == facts(turn.pictures[0])
+    assert [item.kind for item in known] == ["read", "read", "ask", "draw", "edit", "chat"]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "Expecting"),
+        ("[]", "an item is an object"),
+        ('{"kind": "sing"}', "kind is 'sing'"),
+        ('{"kind": "ask", "pictures": ["a.png"], "answers": ["x"]}', "no 'question'"),
+        ('{"kind": "ask", "pictures": ["a.png"], "question": "what?"}', "needs answers"),
+        ('{"kind": "read", "pictures": ["b.png"], "facts": "an owl"}', "b.png does not exist"),
+        (
+            '{"kind": "draw", "prompt": "an owl", "facts": "something nice"}',
+            "is no sentence about a scene",
+        ),
+        ('{"kind": "draw", "prompt": 3, "facts": "an owl"}', "3 is no text"),
+        ('{"kind": "read", "scene": {"background": "mauve"}}', "background is 'mauve'"),
+        ('{"kind": "edit", "pictures": ["a.png"], "prompt": "remove it"}', "needs facts"),
+    ],
+)
+def test_a_bad_item_is_named_by_its_line(items: Path, line: str, said: str) -> None:
+    good = items.read_text().splitlines()[0]
+    items.write_text(f"{good}\n{line}\n")
+    with pytest.raises(InputError, match=f"line 2: .*{said}"):
+        load_items(items)
+
+
+def test_a_missing_font_is_a_reason(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def render(scene: Scene, size: int) -> Image.Image:
+        if scene.style == "noto":
+            raise InputError("no font")
+        return Image.new("RGB", (size, size))
+
+    monkeypatch.setattr(exam, "render", render)
+    one = Exam(run, count=1)
+    with pytest.raises(Missing, match="no font"):
+        FIGURES["read_noto_exact"](one)
+
+
+def test_figures_come_in_their_usual_order() -> None:
+    assert chosen(["kept_share", "answer_test"], FIGURES) == ["answer_test", "kept_share"]
+    assert chosen([], FIGURES) == NAMED
+    assert evaluation.predictions_path(Path("m"), None) == Path("m/evaluation/predictions.jsonl")

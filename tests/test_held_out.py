@@ -1,0 +1,178 @@
+"""What training leaves out of a user's own pictures, and `lavit eval` measures on."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lavit.cli import main
+from lavit.config import InputError
+from lavit.data.corpus import load_corpus
+from lavit.data.held_out import divides
+from lavit.data.sources import check, load_records, open_source, stream_source
+
+COUNT = 80
+
+
+def grey(number: int) -> Image.Image:
+    return Image.new("RGB", (6, 6), (number,) * 3)
+
+
+def write(folder: Path, count: int = COUNT, *, inside: str = "") -> Path:
+    """A folder of small pictures with texts."""
+    (folder / inside).mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number in range(count):
+        grey(number).save(folder / inside / f"{number:03d}.png")
+        rows.append(json.dumps({"file_name": f"{number:03d}.png", "text": f"grey {number}."}))
+    (folder / inside / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def texts(data: Path, split: str) -> set[str]:
+    return {record.texts[0] for record in load_records(data, split)}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write(tmp_path / "pics")
+
+
+def test_training_and_what_is_held_out_are_all_and_apart(folder: Path) -> None:
+    train, held = texts(folder, "train"), texts(folder, "held_out")
+    assert not train & held and len(train | held) == COUNT
+    assert 1 <= len(held) <= 0.15 * COUNT
+    corpus = load_corpus(folder)
+    assert {picture.captions[0] for picture in corpus.pictures} == train
+    assert check(folder).records == COUNT
+    with pytest.raises(InputError, match="no split 'test': it has train and held_out"):
+        load_records(folder, "test")
+
+
+def test_more_pictures_move_none(folder: Path, tmp_path: Path) -> None:
+    more = write(tmp_path / "more", 120)
+    assert texts(folder, "held_out") == {
+        text for text in texts(more, "held_out") if number(text) < COUNT
+    }
+
+
+def number(text: str) -> int:
+    return int(text.split()[1].rstrip("."))
+
+
+def test_few_pictures_are_all_training(tmp_path: Path) -> None:
+    few = write(tmp_path / "few", 39)
+    assert len(texts(few, "train")) == 39
+    with pytest.raises(InputError, match="of fewer than 40 pictures"):
+        load_records(few, "held_out")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_one_table_serves_no_training_record_under_another_name(
+    folder: Path, tmp_path: Path, kind: str
+) -> None:
+    path = table(folder, tmp_path, kind)
+    train, held = texts(path, "train"), texts(path, "held_out")
+    assert held and not train & held and len(train | held) == COUNT
+    with pytest.raises(InputError, match="no split 'other_hand': it has train and held_out"):
+        load_records(path, "other_hand")
+
+
+def table(folder: Path, tmp_path: Path, kind: str) -> Path:
+    """The pictures of a folder as one table."""
+    path = tmp_path / f"pics.{kind}"
+    names = sorted(file.name for file in folder.glob("*.png"))
+    if kind == "jsonl":
+        rows = [{"image": f"pics/{name}", "text": f"grey {int(name[:3])}."} for name in names]
+        path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    elif kind == "csv":
+        lines = [f"pics/{name},grey {int(name[:3])}." for name in names]
+        path.write_text("image,text\n" + "\n".join(lines) + "\n")
+    else:
+        import datasets
+
+        images = [{"bytes": png(int(name[:3])), "path": None} for name in names]
+        words = [f"grey {int(name[:3])}." for name in names]
+        kinds = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+        rows = datasets.Dataset.from_dict({"image": images, "text": words}, features=kinds)
+        rows.to_parquet(str(path))
+    return path
+
+
+def png(number: int) -> bytes:
+    stream = io.BytesIO()
+    grey(number).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def test_a_stream_leaves_out_the_same(folder: Path, tmp_path: Path) -> None:
+    path = table(folder, tmp_path, "parquet")
+    for split in ("train", "held_out"):
+        streamed = stream_source(path, split)
+        found = {streamed.record(row).texts[0] for row in streamed.rows}
+        assert found == texts(path, split)
+
+
+def test_a_source_with_splits_of_its_own_keeps_them(tmp_path: Path) -> None:
+    both = write(tmp_path / "both", inside="train")
+    assert divides(both) and len(texts(both, "held_out")) > 0
+    write(both, 3, inside="test")
+    assert not divides(both) and len(texts(both, "train")) == COUNT
+    assert len(texts(both, "test")) == 3
+    with pytest.raises(InputError, match="no split 'held_out'"):
+        load_records(both, "held_out")
+    card = write(tmp_path / "card")
+    (card / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n"
+        "    path: '*.png'\n---\n"
+    )
+    assert not divides(card)
+
+
+def test_texts_alone_are_not_divided(tmp_path: Path) -> None:
+    path = tmp_path / "prose.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"line {n}"}) for n in range(COUNT)) + "\n")
+    assert len(open_source(path)) == COUNT
+    with pytest.raises(InputError, match="texts alone"):
+        open_source(path, "held_out")
+
+
+def test_a_model_is_measured_on_what_is_held_out(
+    toy_run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(toy_run, run, ignore=shutil.ignore_patterns("cache", "checkpoints"))
+    out = tmp_path / "figures.json"
+    main(["eval", str(run), "--data", str(folder), "--json", str(out)])
+    found = json.loads(out.read_text())
+    held = len(texts(folder, "held_out"))
+    assert found["held_out"] == f"held out by hash: 5 % of {folder}, {held} pictures"
+    assert found["held_out"] in capsys.readouterr().out
+    assert list(found["figures"]) == [
+        "tokenizer_distance", "live_codes", "kept_share", "tokens_mean", "tokens_spread",
+        "tokens_spearman_bytes", "caption_loss", "caption_exact",
+    ]  # fmt: skip
+    assert all(figure["count"] == held for figure in found["figures"].values())
+    assert found["figures"]["caption_loss"]["value"] > 0
+    assert "caption_loss" in (run / "README.md").read_text()
+    first = out.read_bytes()
+    main(["eval", str(run), "--data", str(folder), "--json", str(out)])
+    assert out.read_bytes() == first
+    with pytest.raises(SystemExit) as stopped:
+        main(["eval", str(run), "--data", str(folder), "--figures", "read_test_exact"])
+    assert stopped.value.code == 2
+    assert "there is no figure 'read_test_exact'" in capsys.readouterr().err
+
+
+def test_few_pictures_are_measured_and_it_is_said(
+    toy_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = write(tmp_path / "few", 5)
+    words = ["--json", str(tmp_path / "f.json"), "--figures", "kept_share"]
+    main(["eval", str(toy_run), "--data", str(few), *words])
+    assert "NOT held out: all 5 pictures" in capsys.readouterr().out
