@@ -8,8 +8,9 @@ from collections import Counter
 from lavit.data.scenes.render import sprite
 from lavit.data.scenes.world import BACKGROUNDS, COLOURS, SHAPES, STYLES, objects
 
-ORDER = "0" * 64  # sha256 of names and code points in their order
-FIRST = "0" * 64  # of the first 48, which nano uses
+# sha256 of names and code points in their order; of all, and of the first 48, which nano uses
+ORDER = "d1dd6c40c193625b63883947352862dd4a01cb3d3aae62e2f41609f407be228c"
+FIRST = "d3a97f294bd9b2ecf4b3f627fe338a4669cdaa9832c4c97081aa12e1fa076866"
 WORDS = {"small", "big", "one", "two", "three", "four", "left", "right", "above", "below", "over"}
 
 
