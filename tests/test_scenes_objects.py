@@ -9,8 +9,8 @@ from lavit.data.scenes.render import sprite
 from lavit.data.scenes.world import BACKGROUNDS, COLOURS, SHAPES, STYLES, objects
 
 # sha256 of names and code points in their order; of all, and of the first 48, which nano uses
-ORDER = "d1dd6c40c193625b63883947352862dd4a01cb3d3aae62e2f41609f407be228c"
-FIRST = "d3a97f294bd9b2ecf4b3f627fe338a4669cdaa9832c4c97081aa12e1fa076866"
+ORDER = "27496220d5a7024d4cfe37902ba15d4d801179dfb8fa39246a146a7f3572bab4"
+FIRST = "5143adb5c8dbdbfe7631ddb6e7362296736d2682809d9b75273fb401e6ccc620"
 WORDS = {"small", "big", "one", "two", "three", "four", "left", "right", "above", "below", "over"}
 
 
