@@ -111,8 +111,8 @@ def nano() -> Preset:
             source="random",
             architecture={
                 "model_type": "llama",
-                "hidden_size": 256,
-                "intermediate_size": 768,
+                "hidden_size": 224,
+                "intermediate_size": 512,
                 "num_hidden_layers": 3,
                 "num_attention_heads": 4,
                 "num_key_value_heads": 4,
@@ -120,7 +120,7 @@ def nano() -> Preset:
                 "tie_word_embeddings": True,
             },
         ),
-        pixels=folded_pixels(vision, channels=(64, 128)),
+        pixels=folded_pixels(vision, channels=(32, 64)),
     )
     training = TrainConfig(
         tokenizer=TokenizerTraining(
