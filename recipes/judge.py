@@ -375,7 +375,7 @@ def main(
     if ship:
         shutil.copytree(run / "judge", FOLDER, dirs_exist_ok=True)
     elif table:
-        print(judge_errors.table(Judge.load(judge)))
+        print(judge_errors.table(Judge.load(judge), report=lambda line: print(line, flush=True)))
     elif confusions:
         for line in judge_errors.confusions(Judge.load(judge)):
             print(line)

@@ -133,7 +133,11 @@ def for_kind(kind: str, ordinary: Sequence[Scene], binding: Sequence[Scene]) -> 
 
 def right(judge: Judge, some: Sequence[Scene], size: int) -> float:
     """The share of scenes that are seen right in every fact, at one size of picture."""
-    seen = judge.look([render(scene, size) for scene in some])
+    return accepted(some, judge.look([render(scene, size) for scene in some]))
+
+
+def accepted(some: Sequence[Scene], seen: Sequence[Seen]) -> float:
+    """The share of scenes of which every fact is seen, and nothing more."""
     return float(np.mean([all_right(facts(one), saw) for one, saw in zip(some, seen, strict=True)]))
 
 
@@ -142,14 +146,12 @@ def false_accepts(
 ) -> float:
     """The share of pictures, each spoiled in one way, that pass for the scene as it was."""
     rng = np.random.default_rng([seed, tuple(WORDS | BEYOND).index(kind)])
-    seen = judge.look([spoiled(scene, kind, size, rng) for scene in some])
-    return float(np.mean([all_right(facts(one), saw) for one, saw in zip(some, seen, strict=True)]))
+    return accepted(some, judge.look([spoiled(scene, kind, size, rng) for scene in some]))
 
 
-def things_wrong(judge: Judge, some: Sequence[Scene], size: int) -> dict[str, tuple[float, ...]]:
+def things_wrong(some: Sequence[Scene], seen: Sequence[Seen]) -> dict[str, tuple[float, ...]]:
     """For each band: the share of things that are missed, unknown, and called something else."""
     counts: dict[str, Counter] = {band: Counter() for band in EXTENTS}
-    seen = judge.look([render(scene, size) for scene in some])
     for scene, saw in zip(some, seen, strict=True):
         for thing in scene.things:
             counts[thing.size][named(thing, saw)] += 1
@@ -225,14 +227,14 @@ def table(
     }
     for some, size in columns:
         ordinary, binding = made[some]
-        cells = {"right, `judge_test_all`": right(judge, ordinary, size)}
-        for band, shares in things_wrong(judge, ordinary, size).items():
-            pixels = f"{band} things"
+        seen = judge.look([render(scene, size) for scene in ordinary])
+        cells = {"right, `judge_test_all`": accepted(ordinary, seen)}
+        for band, shares in things_wrong(ordinary, seen).items():
             for word, share in zip(("missed", "unknown", "wrong"), shares, strict=True):
-                cells[f"{pixels}: {word}"] = share
+                cells[f"{band} things: {word}"] = share
         for kind, word in (WORDS | BEYOND).items():
-            accepted = false_accepts(judge, kind, for_kind(kind, ordinary, binding), size)
-            cells[f"accepted: {word}"] = accepted
+            spoilable = for_kind(kind, ordinary, binding)
+            cells[f"accepted: {word}"] = false_accepts(judge, kind, spoilable, size)
         for row, share in cells.items():
             rows.setdefault(row, []).append(f"{100 * share:.1f}")
         report(f"{some} objects at {size} px: {cells}")
