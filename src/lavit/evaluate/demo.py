@@ -228,7 +228,7 @@ class Show:
 
     def ladder(self) -> Section:
         """Tokens of pictures with 0 to 9 things."""
-        title = "Tokens go where the content is"
+        title = "Tokens and content"
         about = (
             f"The number of tokens of pictures with 0 to {LADDER - 1} things, {RUNGS} pictures of "
             "each number; the line joins the means. Training had at most four things in a picture."

@@ -213,7 +213,7 @@ class Sheet:
         if section.counts:
             self.plot(section.counts)
         if section.items:
-            widest = max(len(item.pictures) for item in section.items) * (CELL + GAP) + 16
+            widest = max(len(item.pictures) for item in section.items) * (CELL + GAP) + 12
             columns = max(1, min(inner // max(widest, 180), max(len(section.items), 3)))
             width = inner // columns
             for at in range(0, len(section.items), columns):
