@@ -242,7 +242,7 @@ def save_sheet(image: Image.Image, path: Path) -> None:
         for colours in (0, 256, 128, 64):
             stream = io.BytesIO()
             one = image.quantize(colours) if colours else image
-            one.save(stream, "PNG", optimize=True)
+            one.save(stream, "PNG")
             if stream.tell() <= LARGEST:
                 path.write_bytes(stream.getvalue())
                 return

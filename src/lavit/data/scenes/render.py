@@ -73,7 +73,7 @@ def background(colour: str, pattern: str, size: int) -> Image.Image:
     return Image.fromarray(pixels.round().astype(np.uint8))
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=2048)
 def sprite(name: str, colour: str | None, style: str, noto: Path = NOTO) -> Image.Image:
     """A drawing on nothing (RGBA), cut to what is drawn."""
     if style not in READ_STYLES:
