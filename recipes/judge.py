@@ -52,9 +52,9 @@ CANVASES = (64, 96, 128)
 MOST = 9  # things
 TURN = 15.0
 USES = 12  # of a drawing at one size and turn before it is drawn anew
-SPOILED = 0.22  # of the things
+SPOILED = 0.3  # of the things
 BATCH = 32
-RATE = 3e-3
+RATE = 3e-3  # at most; half of it for what was trained before
 NEAR = 0.95  # cells from a centre that learn its answer
 
 
@@ -70,9 +70,9 @@ class Drawings:
         colours = [(shape, colour) for shape in SHAPES for colour in COLOURS]
         self.kinds = [(kind.name, None) for kind in objects()] + colours
 
-    def some(self, style: str) -> tuple[str, str | None]:
+    def some(self, *, objects_only: bool = False) -> tuple[str, str | None]:
         """A thing at random, a shape in one of five."""
-        shapes = self.rng.random() < 0.2
+        shapes = not objects_only and self.rng.random() < 0.2
         first, last = (len(objects()), len(self.kinds)) if shapes else (0, len(objects()))
         return self.kinds[int(self.rng.integers(first, last))]
 
@@ -133,14 +133,16 @@ def one_picture(rng: np.random.Generator, drawings: Drawings) -> tuple:
     kind = None
     for number, (x, y, big) in enumerate(spots):
         if kind is None or rng.random() > 0.15:
-            kind = drawings.some(tuple(STYLES)[style])
+            kind = drawings.some()
         if kind[1] == on or not stands_out(*kind, tuple(STYLES)[style], on):
             kind = None
             continue
         drawing = drawings.draw(kind, tuple(STYLES)[style], canvas, big)
         name = drawings.names.index(kind[0])
         if rng.random() < SPOILED:
-            other = drawings.draw(drawings.some(""), tuple(STYLES)[style], canvas, big)
+            other = drawings.draw(
+                drawings.some(objects_only=True), tuple(STYLES)[style], canvas, big
+            )
             drawing = spoiled(drawing, other, kind, rng)
             name = len(drawings.names) - 1
             if drawing is None:
@@ -187,13 +189,15 @@ def spoiled(
 ) -> Image.Image | None:
     """A drawing that is to be called unknown; None where the spoiling might not show."""
     way = rng.random()
-    if way < 0.4:
+    if way < 0.3:
         if kind[0] in ("square", "diamond"):  # their halves are shapes too
             return None
         return spoil.half(drawing, rng, share=float(rng.uniform(0.38, 0.55)))
-    if way < 0.5:
+    if way < 0.4:
         return None if kind[1] else spoil.hue(drawing, rng)
-    return spoil.blob(drawing, other, rng)
+    if way < 0.55:
+        return spoil.joined(drawing, other, rng)
+    return spoil.blob(drawing, other, rng, "coarse" if way < 0.7 else None)
 
 
 def worn(picture: Image.Image, rng: np.random.Generator) -> np.ndarray:
@@ -300,8 +304,9 @@ def train(
     optimizers = [Muon(convolutions, RATE), torch.optim.AdamW(others, RATE, weight_decay=0.01)]
     batches = iter(DataLoader(Pictures(names, seed), batch_size=None, num_workers=1))
     begin, step, mean = time.monotonic(), 0, {}
+    top = RATE if start is None else RATE / 2
     while minutes and (done := (time.monotonic() - begin) / 60 / minutes) < 1:
-        rate = RATE * min(1.0, (step + 1) / 100) * (0.5 + 0.5 * np.cos(np.pi * done)) + 1e-6
+        rate = top * min(1.0, (step + 1) / 100) * (0.5 + 0.5 * np.cos(np.pi * done)) + 1e-6
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = rate
         pixels, things, ground = next(batches)

@@ -11,7 +11,8 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageFilter
 
-BLOBS = ("blurred", "coarse", "scrambled", "blended", "joined")
+BLOBS = ("blurred", "coarse", "scrambled", "blended")
+SHOWS = 0.3  # what differs less from the drawing as it was may still pass for it
 COLOURFUL = 40.0  # of 255: a drawing less colourful than this looks the same in other hues
 
 
@@ -48,33 +49,50 @@ def _rotation(degrees: int) -> np.ndarray:
 
 
 def blob(
-    drawing: Image.Image, other: Image.Image, rng: np.random.Generator, kind: str | None = None
-) -> Image.Image:
-    """A drawing as bad painters leave it; `other` is mixed in by some kinds of `BLOBS`."""
-    kind = kind or BLOBS[int(rng.integers(len(BLOBS)))]
-    size, side = drawing.size, max(drawing.size)
-    soft = drawing.convert("RGBa")  # premultiplied, so that nothing bleeds in
+    drawing: Image.Image, other: Image.Image, rng: np.random.Generator, first: str | None = None
+) -> Image.Image | None:
+    """A drawing as bad painters leave it: one of `BLOBS`, `first` if it shows; `other` is mixed in
+    by one kind. None if nothing shows, as a square stays a square."""
+    kinds = rng.permutation(BLOBS).tolist()
+    for kind in [first, *kinds] if first else kinds:
+        spoiled = _as(kind, drawing.convert("RGBa"), other, rng)
+        if difference(drawing.convert("RGBa"), spoiled) >= SHOWS:
+            return spoiled.convert("RGBA")
+    return None
+
+
+def _as(kind: str, soft: Image.Image, other: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """A blob of one kind. Drawings are premultiplied, so that nothing bleeds in."""
+    size, side = soft.size, max(soft.size)
     if kind == "blurred":
-        pad = Image.new("RGBa", size)
-        pad.paste(soft)
-        spoiled = pad.filter(ImageFilter.GaussianBlur(side * float(rng.uniform(0.13, 0.25))))
-    elif kind == "coarse":
+        return soft.filter(ImageFilter.GaussianBlur(side * float(rng.uniform(0.13, 0.25))))
+    if kind == "coarse":
         cells = int(rng.integers(2, 5))
-        spoiled = soft.resize((cells, cells), Image.Resampling.BOX)
-        spoiled = spoiled.resize(size, Image.Resampling.BICUBIC)
-    elif kind == "scrambled":
-        spoiled = _scrambled(soft, rng)
-    elif kind == "blended":
-        mixed = other.convert("RGBa").resize(size, Image.Resampling.BICUBIC)
-        spoiled = Image.blend(soft, mixed, float(rng.uniform(0.4, 0.6)))
-    else:
-        spoiled = soft.copy()
-        mixed = other.convert("RGBa").resize(size, Image.Resampling.BICUBIC)
-        if rng.random() < 0.5:
-            spoiled.paste(mixed.crop((0, size[1] // 2, *size)), (0, size[1] // 2))
-        else:
-            spoiled.paste(mixed.crop((size[0] // 2, 0, *size)), (size[0] // 2, 0))
-    return spoiled.convert("RGBA")
+        small = soft.resize((cells, cells), Image.Resampling.BOX)
+        return small.resize(size, Image.Resampling.BICUBIC)
+    if kind == "scrambled":
+        return _scrambled(soft, rng)
+    mixed = other.convert("RGBa").resize(size, Image.Resampling.BICUBIC)
+    return Image.blend(soft, mixed, float(rng.uniform(0.4, 0.6)))
+
+
+def joined(
+    drawing: Image.Image, other: Image.Image, rng: np.random.Generator
+) -> Image.Image | None:
+    """Half of one drawing joined to half of another; None if it does not show."""
+    soft = drawing.convert("RGBa")
+    mixed = other.convert("RGBa").resize(soft.size, Image.Resampling.BICUBIC)
+    spoiled, (width, height) = soft.copy(), soft.size
+    at = (0, height // 2) if rng.random() < 0.5 else (width // 2, 0)
+    spoiled.paste(mixed.crop((*at, width, height)), at)
+    return spoiled.convert("RGBA") if difference(soft, spoiled) >= SHOWS else None
+
+
+def difference(a: Image.Image, b: Image.Image) -> float:
+    """From 0 to 1, over what either of two premultiplied drawings covers."""
+    first, second = (np.asarray(one).astype(np.float32) for one in (a, b))
+    covered = np.maximum(first[..., 3], second[..., 3]).sum()
+    return float(np.abs(first - second).max(axis=-1).sum() / max(1.0, float(covered)))
 
 
 def _scrambled(drawing: Image.Image, rng: np.random.Generator) -> Image.Image:
