@@ -19,7 +19,16 @@ from lavit.data.scenes import frozen
 from lavit.data.scenes.language import prompt
 from lavit.data.scenes.splits import Rules
 from lavit.data.scenes.world import Scene, facts
-from lavit.evaluate import copies, evaluation, exam, judge, probes, reading, tokens
+from lavit.evaluate import (
+    conversing,
+    copies,
+    evaluation,
+    exam,
+    judge,
+    probes,
+    reading,
+    tokens,
+)  # fmt: skip
 from lavit.evaluate.drawing import draw_all, drawings, prompts
 from lavit.evaluate.evaluation import FIGURES, chosen, evaluate, is_scenes, rules_of
 from lavit.evaluate.exam import Exam, Missing, weights_hash
@@ -258,13 +267,23 @@ def items(tmp_path: Path) -> Path:
 
 
 def test_items_of_ones_own_are_judged(run: Path, items: Path) -> None:
-    found = evaluate(Exam(run, count=2), ["own_read", "own_answer", "own_draw_atoms"], items=items)
-    counts = {name: figure["count"] for name, figure in found["figures"].items()}
-    assert counts == {"own_read": 2, "own_answer": 2, "own_draw_atoms": 3}
-    drawn = found["figures"]["own_draw_atoms"]["value"]
-    assert drawn == pytest.approx(
-        1 / 3
-    )  # the judge sees an empty white picture, and one item asks for that
+    one, asked = Exam(run, count=2), []
+
+    def chat(messages: list[dict], *, out: str, seed: int) -> dict:
+        asked.append((len(messages), out))
+        part = {"type": "image", "image": Image.new("RGB", (16, 16))}
+        part = {"type": "text", "text": "The square."} if out == "text" else part
+        return {"role": "assistant", "content": [part]}
+
+    one.pipe.chat = chat  # the toy attends to fewer tokens than a talk has
+    found = evaluate(one, ["own_read", "own_answer", "own_draw_atoms"], items=items)["figures"]
+    assert {name: figure["count"] for name, figure in found.items()} == {
+        "own_read": 2, "own_answer": 2, "own_draw_atoms": 3,
+    }  # fmt: skip
+    assert asked == [(1, "text"), (3, "image")]
+    assert found["own_answer"]["value"] == 0.5  # "the square" is a square
+    # the judge sees an empty white picture, and one item of three asks for that
+    assert found["own_draw_atoms"]["value"] == pytest.approx(1 / 3)
 
 
 def test_a_scene_that_is_written_out_has_its_facts(items: Path) -> None:
@@ -282,7 +301,7 @@ def test_a_scene_that_is_written_out_has_its_facts(items: Path) -> None:
         ('{"kind": "sing"}', "kind is 'sing'"),
         ('{"kind": "ask", "pictures": ["a.png"], "answers": ["x"]}', "no 'question'"),
         ('{"kind": "ask", "pictures": ["a.png"], "question": "what?"}', "needs answers"),
-        ('{"kind": "read", "pictures": ["b.png"], "facts": "an owl"}', "b.png does not exist"),
+        ('{"kind": "read", "pictures": ["b.png"], "facts": "an owl"}', "b.png.* does not exist"),
         (
             '{"kind": "draw", "prompt": "an owl", "facts": "something nice"}',
             "is no sentence about a scene",
@@ -315,3 +334,32 @@ def test_figures_come_in_their_usual_order() -> None:
     assert chosen(["kept_share", "answer_test"], FIGURES) == ["answer_test", "kept_share"]
     assert chosen([], FIGURES) == NAMED
     assert evaluation.predictions_path(Path("m"), None) == Path("m/evaluation/predictions.jsonl")
+
+
+def test_all_replies_of_a_conversation_must_be_right(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = Exam(run, count=3)
+    with pytest.raises(Missing, match="was not trained on conversations"):
+        FIGURES["chat4_all"](one)
+    (run / "finetune.json").write_text("{}")
+    talks = conversing.talks_of(one)
+    turn = {}
+
+    def chat(messages: list[list[dict]], *, out: str, seed: list[int]) -> list[dict]:
+        given = []
+        for talk in messages:
+            number = turn.setdefault(id(talk), len(turn))
+            wanted = talks[number].messages[len(talk)].parts[0]
+            assert isinstance(wanted, Scene) == (out == "image")
+            picture = {"type": "image", "image": Image.new("RGB", (8, 8))}
+            part = {"type": "text", "text": wanted} if out == "text" else picture
+            given.append({"role": "assistant", "content": [part]})
+        return given
+
+    one.pipe.chat = chat
+    monkeypatch.setattr(judge, "all_right", lambda said, seen: True)
+    assert FIGURES["chat4_all"](one).value == 1
+    monkeypatch.setattr(judge, "all_right", lambda said, seen: False)
+    drawn = [any(isinstance(m.parts[0], Scene) for m in talk.messages[1::2]) for talk in talks]
+    assert FIGURES["chat4_all"](one).value == pytest.approx(1 - sum(drawn) / 3)
