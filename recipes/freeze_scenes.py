@@ -1,8 +1,8 @@
-"""Freeze the test sets of scenes as they are now: figures of before are then not comparable with
-those of after.
+"""Freeze the test sets of scenes as they are now; figures of before are then not comparable.
 
-Command   python recipes/freeze_scenes.py Cost      two minutes on one core Score
-src/lavit/data/scenes/frozen.json, and a hash of each split on the screen
+Command   python recipes/freeze_scenes.py
+Cost      two minutes on one core
+Score     src/lavit/data/scenes/frozen.json, and the hash of each split on the screen
 """
 
 from __future__ import annotations
