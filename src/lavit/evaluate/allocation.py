@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lavit.evaluate.exam import BATCH, Exam, target_of
+from lavit.evaluate.exam import BATCH, Exam
 from lavit.evaluate.figures import Figure, ratio
 from lavit.modules.tokenizer import VisualTokenizer, cosine_distance
 
@@ -116,5 +116,5 @@ def distortions(
         rank = torch.empty_like(order).scatter_(1, order, place)
         keep = rank < torch.tensor([length for _, length in part], device=rank.device)[:, None]
         rebuilt = tokenizer.reconstruct(patches, keep, quantise=True)
-        found += cosine_distance(rebuilt, target_of(tokenizer, patches)).tolist()
+        found += cosine_distance(rebuilt, tokenizer.standard(patches)).tolist()
     return found

@@ -7,7 +7,7 @@ it: free generation, one sample each, nothing is chosen among several.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,6 @@ COMPOSED = ("together", "background", "together")
 RUNGS = 4  # pictures for each number of things
 SHOWN = (0, 1, 3, 6, 9)  # rungs of which a picture is shown
 STRANGE = "a purplish wombat on a blue background"
-WHOLE = 120  # tokens of a caption that says everything
 APART = 1000  # pictures between those of two seeds
 TRIES = 200  # pictures that are looked at for one that allows an edit
 
@@ -100,9 +99,6 @@ class Show:
         self.size = said.get("size", 160)
         self.pipe = lavit.load(model)
         self.name = self.pipe.model.config.name
-        usual_way = self.pipe.protocol  # captions of scenes have several sentences
-        whole = replace(usual_way.caption, max_tokens=WHOLE)
-        self.pipe.protocol = replace(usual_way, caption=whole, caption_ends=("\n",))
 
     def reading(self) -> Section:
         """Captions, right where they say exactly what is so."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
 COUNT = 500  # items of a figure, where a user does not say
 BATCH = 16  # pictures that are encoded together
 WORDS = 0x5CE7E6  # moves wording and questions, and nothing else
-WHOLE = 128  # tokens of a caption: a description has sentences, and is not cut after the first
 SEED_STEP = 1_000_003  # between the user's seeds, so that no two items of two seeds share one
 
 Progress = Callable[[str, int, int], None]
@@ -69,9 +67,7 @@ class Exam:
             raise InputError(f"count is {count}: give the number of items of a figure, 1 or more")
         self.folder = model_folder(model)
         self.pipe: Pipeline = lavit.load(model, safety=False)  # what is measured is not released
-        self.model, usual = self.pipe.model, self.pipe.protocol
-        whole = replace(usual.caption, max_tokens=max(WHOLE, usual.caption.max_tokens))
-        self.pipe.protocol = replace(usual, caption=whole, caption_ends=("\n",))
+        self.model = self.pipe.model
         self.seed, self.asked, self.rules = seed, count, rules or Rules()
         self.progress = progress
         self.weights = weights_hash(self.folder)
@@ -207,16 +203,6 @@ def decoded(
         first += len(codes)
         parts.append(tokenizer.decode(codes, lengths, keep=keep))
     return torch.cat(parts)
-
-
-def target_of(
-    tokenizer: VisualTokenizer, features: Float[Tensor, "images patches dim"]
-) -> Float[Tensor, "images patches dim"]:
-    """What the tokenizer reconstructs: the encoder's features, standardised where it standardises
-    them.
-    """
-    standard = getattr(tokenizer, "standard", None)
-    return features if standard is None else standard(features)
 
 
 def origin_of(folder: Path) -> dict[str, Any]:

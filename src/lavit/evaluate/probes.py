@@ -29,7 +29,7 @@ from torch import Tensor
 from lavit.data.scenes.sample import nominal, scene_at
 from lavit.data.scenes.world import BACKGROUNDS, CELLS, PATTERNS, SHAPES, Box, Facts, Scene, facts
 from lavit.evaluate.drawing import turned, written
-from lavit.evaluate.exam import BATCH, Exam, decoded, target_of, tokens_of
+from lavit.evaluate.exam import BATCH, Exam, decoded, tokens_of
 from lavit.evaluate.figures import Figure, ratio
 from lavit.evaluate.tokens import OTHER_SEED
 
@@ -213,7 +213,7 @@ def _both(
 ) -> None:
     tokenizer = exam.tokenizer
     rebuilt = decoded(tokenizer, tokens_of(tokenizer, features))
-    material(exam, scenes, target_of(tokenizer, features), rebuilt, into, first)
+    material(exam, scenes, tokenizer.standard(features), rebuilt, into, first)
 
 
 def _kept(name: str, known: Rows, test: Rows) -> Figure:
@@ -274,7 +274,7 @@ def write_identity(exam: Exam) -> Figure:
         kinds = {
             "written": (rebuilds, from_codes),
             "true": (rebuilds, decoded(exam.tokenizer, tokens_of(exam.tokenizer, part))),
-            "seen": (sees, target_of(exam.tokenizer, part)),
+            "seen": (sees, exam.tokenizer.standard(part)),
         }
         for kind, (probe, rows) in kinds.items():
             pairs = zip(rows, wanted[at : at + BATCH], strict=True)

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lavit.data.scenes.sample import scene_at
-from lavit.evaluate.exam import BATCH, Exam, target_of, tokens_of
+from lavit.evaluate.exam import BATCH, Exam, tokens_of
 from lavit.evaluate.figures import Figure, mean, plain
 from lavit.modules.tokenizer import VisualTokenizer, cosine_distance
 
@@ -33,7 +33,7 @@ def distances(
     found = []
     for part, mask in zip(features.split(BATCH), keep.split(BATCH), strict=True):
         rebuilt = tokenizer.reconstruct(part, mask, quantise=quantise)
-        found += cosine_distance(rebuilt, target_of(tokenizer, part)).tolist()
+        found += cosine_distance(rebuilt, tokenizer.standard(part)).tolist()
     return found
 
 
@@ -43,8 +43,8 @@ def constant_distance(
     others: Float[Tensor, "others patches dim"],
 ) -> float:
     """The same for an answer that is always the mean of other pictures, place by place."""
-    answer = target_of(tokenizer, others).mean(0)
-    target = target_of(tokenizer, features)
+    answer = tokenizer.standard(others).mean(0)
+    target = tokenizer.standard(features)
     return float(cosine_distance(answer.expand_as(target), target).mean())
 
 

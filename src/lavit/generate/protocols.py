@@ -51,18 +51,31 @@ class Protocol:
 
 
 def protocol_of(name: str, patches: int) -> Protocol:
-    """The protocol "default" (greedy text, guidance 3), "paper" or "published", for pictures of at most `patches` codes."""
+    """The protocol "default" (greedy text to the end token, guidance 3), "paper" or "published".
+
+    Pictures have at most `patches` codes.
+    """
     greedy = Protocol(
         name="default",
-        caption=Sampling(temperature=0.0, max_tokens=36),
-        answer=Sampling(temperature=0.0, max_tokens=16),
+        caption=Sampling(temperature=0.0, max_tokens=96),
+        answer=Sampling(temperature=0.0, max_tokens=24),
+        caption_ends=(),
+        answer_ends=(),
         drawing=Sampling(top_k=50, guidance=3.0, min_tokens=1, max_tokens=patches),
     )
-    paper = Protocol(name="paper", caption=CAPTION, answer=QUESTION, drawing=fitted(DRAW, patches), best_of=BEST_OF)
+    paper = Protocol(
+        name="paper",
+        caption=CAPTION,
+        answer=QUESTION,
+        drawing=fitted(DRAW, patches),
+        best_of=BEST_OF,
+    )
     known = {
         "default": greedy,
         "paper": paper,
-        "published": replace(paper, name="published", drawing=fitted(PUBLISHED, patches), best_of=None),
+        "published": replace(
+            paper, name="published", drawing=fitted(PUBLISHED, patches), best_of=None
+        ),
     }
     if name not in known:
         raise InputError(f"protocol {name!r} is not known: use one of {', '.join(known)}")
