@@ -135,14 +135,15 @@ def nano() -> Preset:
             k_means_vectors=40_000,
         ),
         language=LanguageTraining(
-            steps=4800,
+            steps=4000,
             rows=2,
             tokens=512,
-            learning_rate=3e-3,
-            rows_rate=3e-3,
+            learning_rate=2e-3,
+            rows_rate=2e-3,
             reader_rate=2e-3,
             weight_decay=0.01,
-            mixture=(4.0, 1.0, 0.4, 0.4, 0.0),  # a document of questions is twice as long as one of the others
+            read_weight=0.1,
+            mixture=(4.0, 1.0, 0.8, 0.4, 0.0),  # a document of questions is twice as long as one of the others
         ),
         pixels=PixelsTraining(
             autoencoder_steps=0,
