@@ -170,7 +170,8 @@ def test_stages_1_and_3_take_pictures_and_nothing_else() -> None:
         assert set(parameters) == names, stage.__name__
         for name, parameter in parameters.items():
             if name != "config":
-                assert parameter.annotation == kinds[name], (stage.__name__, name)
+                said = parameter.annotation.replace("'", '"')
+                assert said == kinds[name], (stage.__name__, name)
 
 
 def test_features_hold_no_texts() -> None:
