@@ -171,6 +171,9 @@ class TokenizerTraining:
     accumulate: int = 1  # parts that the pictures of a step go through the model in: the same gradient, less memory
     weight_decay: float = 1e-3
     warmup: float = 0.05  # share of the steps of both phases
+    # how much more a patch weighs in Eq. 4 the farther it lies from its picture's median patch: 0 is
+    # the paper's plain mean, 1 weighs by that distance alone. Else a background is most of the loss
+    foreground: float = 0.0
     rate: float = 1 / 3  # ρ, the wanted share of kept patches
     rate_weight: float = 2.0  # λ
     rate_over: Literal["batch", "image"] = "batch"  # per image pulls every picture to one length

@@ -231,7 +231,18 @@ class VisualTokenizer(nn.Module):
 
 
 def cosine_distance(
-    features: Float[Tensor, "images patches dim"], target: Float[Tensor, "images patches dim"]
+    features: Float[Tensor, "images patches dim"],
+    target: Float[Tensor, "images patches dim"],
+    weights: Float[Tensor, "images patches"] | None = None,
 ) -> Float[Tensor, "images"]:
-    """Mean over patches of 1 - cos (Eq. 4, first term), per image."""
-    return (1 - F.cosine_similarity(features.float(), target.float(), dim=-1)).mean(1)
+    """Mean over patches of 1 - cos (Eq. 4, first term), per image; weighted, where there are weights."""
+    distance = 1 - F.cosine_similarity(features.float(), target.float(), dim=-1)
+    return (distance if weights is None else distance * weights).mean(1)
+
+
+def foreground_weights(
+    target: Float[Tensor, "images patches dim"], foreground: float
+) -> Float[Tensor, "images patches"]:
+    """Weights of mean 1 in each picture: as far as patches lie from the median one, and evenly."""
+    far = (target - target.median(dim=1, keepdim=True).values).norm(dim=-1)
+    return 1 - foreground + foreground * far / far.mean(dim=1, keepdim=True).clamp(min=1e-6)

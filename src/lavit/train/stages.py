@@ -26,7 +26,7 @@ from lavit.modules.codebook import gather_rows
 from lavit.modules.perceptual import Perceptual
 from lavit.modules.pixels import Pixels
 from lavit.modules.selector import gumbel
-from lavit.modules.tokenizer import TokenizerOutput, VisualTokenizer, cosine_distance
+from lavit.modules.tokenizer import TokenizerOutput, VisualTokenizer, cosine_distance, foreground_weights
 from lavit.modules.vision import Vision
 from lavit.sequence import VisualTokens
 from lavit.train.health import CodeUse, check_codes, check_features, check_finite, check_selector, selector_figures
@@ -131,8 +131,12 @@ class TokenizerStage:
             mine = (out.mask.detach() > 0.5).sum(1) if self.accumulate == 1 else self._kept(step, accelerator)
             self.kept = gather_rows(mine[:, None].float())[:, 0].long()
         self.vectors.append(out.vectors.detach())
-        reconstruction = cosine_distance(out.features, self.module.standard(patches)).mean()
+        target = self.module.standard(patches)
+        reconstruction = cosine_distance(out.features, target).mean()
         loss = reconstruction
+        if config.foreground:
+            weights = foreground_weights(target, config.foreground)
+            loss = cosine_distance(out.features, target, weights).mean()
         if train_selector:
             loss = loss + config.rate_weight * self._rate_loss(out.mask)
             undecided = (out.keep_probability * (1 - out.keep_probability)).mean()
