@@ -24,7 +24,7 @@ def test_python_blocks_run(
             toy_picture("red dot").save(tmp_path / path)
     for block in blocks:
         exec(re.sub(r'lavit\.load\("[^"]+"\)', f'lavit.load("{toy_run}")', block), {})
-    assert (tmp_path / "heart.png").exists()
+    assert (tmp_path / "owl.png").exists()
     assert capsys.readouterr().out
 
 

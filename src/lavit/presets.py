@@ -128,7 +128,7 @@ def nano() -> Preset:
             steps_b=700,
             batch=32,
             learning_rate=1e-3,
-            foreground=0.8,
+            foreground=1.0,
             rate=0.25,  # a scene has two things as a rule, which cover a sixth of it
             rate_weight=8.0,  # at 2 the term that decides empties pictures instead
             selector_gradient="ragged",
