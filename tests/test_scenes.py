@@ -13,10 +13,16 @@ from lavit.cli import main
 from lavit.config import InputError
 from lavit.data.corpus import load_corpus
 from lavit.data.scenes.dataset import stream_rows, unit_at, write_pool
-from lavit.data.scenes.leaks import violations
 from lavit.data.scenes.render import render
 from lavit.data.scenes.sample import belongs, scene_at
-from lavit.data.scenes.splits import HELD_OUT_COLOURS, SPLITS, Rules, share_of, valid_world
+from lavit.data.scenes.splits import (
+    HELD_OUT_COLOURS,
+    SPLITS,
+    Rules,
+    share_of,
+    valid_world,
+    violations,
+)
 from lavit.data.scenes.world import (
     CLEAR,
     EXTENTS,

@@ -6,13 +6,11 @@ import pytest
 from lavit.data.scenes.language import (
     describe,
     mention,
-    names_in,
-    parse,
     prompt,
     say,
-    unknown_words,
 )
-from lavit.data.scenes.lexicon import article, noun, nouns, vocabulary
+from lavit.data.scenes.lexicon import article, names_in, noun, nouns, unknown_words, vocabulary
+from lavit.data.scenes.parse import parse
 from lavit.data.scenes.questions import true_of
 from lavit.data.scenes.sample import scene_at
 from lavit.data.scenes.splits import Rules

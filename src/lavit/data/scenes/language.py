@@ -9,24 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-
-from lavit.data.scenes.lexicon import (
-    NUMBERS,
-    OPPOSITE,
-    article,
-    names_in,
-    noun,
-    plural,
-    unknown_words,
-)
-from lavit.data.scenes.parse import parse
+from lavit.data.scenes.chance import Rng
+from lavit.data.scenes.lexicon import NUMBERS, OPPOSITE, article, noun, plural
 from lavit.data.scenes.world import SHAPES, Facts, Group, Relation, Scene, facts, kind_of
-
-__all__ = [
-    "describe", "group_words", "mention", "names_in", "parse", "prompt", "related", "say",
-    "the", "unknown_words",
-]  # fmt: skip
 
 REQUESTS = (
     "",
@@ -43,7 +28,7 @@ SYNONYMS = 0.08  # of the names in prompts
 WORDINGS = 8  # of what stands on what
 
 
-def describe(scene: Scene, rng: np.random.Generator) -> str:
+def describe(scene: Scene, rng: Rng) -> str:
     """Everything that can be read off a scene's picture, in one of many wordings.
 
     Things are named in reading order, so that what comes next can be seen.
@@ -51,14 +36,14 @@ def describe(scene: Scene, rng: np.random.Generator) -> str:
     return say(facts(scene), rng, order=scene.names) + "."
 
 
-def mention(scene: Scene, rng: np.random.Generator) -> str:
+def mention(scene: Scene, rng: Rng) -> str:
     """A short caption: the things, their numbers and colours, sometimes sizes or a relation."""
     sizes, relations = rng.random() < 0.2, rng.random() < 0.4
     said = thin(facts(scene), sizes=sizes, relations=relations, background=False, pattern=False)
     return say(said, rng, order=scene.names) + "."
 
 
-def prompt(scene: Scene, rng: np.random.Generator, *, full: bool | None = None) -> str:
+def prompt(scene: Scene, rng: Rng, *, full: bool | None = None) -> str:
     """A text to draw a scene from. What it leaves out is free; `full` leaves nothing out.
 
     If `full` is None, half of the prompts are full.
@@ -105,7 +90,7 @@ def thin(
 
 def say(
     said: Facts,
-    rng: np.random.Generator,
+    rng: Rng,
     *,
     synonyms: float = 0.0,
     order: Sequence[str] | None = None,
@@ -177,7 +162,7 @@ def listed(items: list[str]) -> str:
 
 
 def related(
-    relation: Relation, rng: np.random.Generator, order: Sequence[str] | None = None
+    relation: Relation, rng: Rng, order: Sequence[str] | None = None
 ) -> tuple[str, str, str]:
     """A relation as (name, kind in words, name), put from the earlier end, or else from either."""
     forward = rng.random() < 0.5
@@ -188,12 +173,18 @@ def related(
     return relation.second, OPPOSITE[relation.kind], relation.first
 
 
-def place(kind: str, rng: np.random.Generator) -> str:
-    """A relation's words: left of, to the left of."""
-    return f"to the {kind}" if kind.endswith(" of") and rng.random() < 0.3 else kind
+def place(kind: str, rng: Rng, longer: float = 0.3) -> str:
+    """A relation's words: left of, or as often as `longer` says, to the left of."""
+    return f"to the {kind}" if kind.endswith(" of") and rng.random() < longer else kind
 
 
-def _word(group: Group, rng: np.random.Generator, synonyms: float) -> str:
+def around(said: Facts, name: str) -> list[tuple[str, str]]:
+    """Where a group stands: (kind in words, other name) for each relation it is in."""
+    found = [(r.kind, r.second) for r in said.relations if r.first == name]
+    return found + [(OPPOSITE[r.kind], r.first) for r in said.relations if r.second == name]
+
+
+def _word(group: Group, rng: Rng, synonyms: float) -> str:
     """The noun of a group, now and then a synonym."""
     if synonyms and group.name not in SHAPES:
         other = kind_of(group.name).synonyms
@@ -207,14 +198,14 @@ def _group(group: Group, names: dict[str, str]) -> str:
     return group_words(group, names[group.name])
 
 
-def _sentences(clauses: list[str], rng: np.random.Generator) -> list[str]:
+def _sentences(clauses: list[str], rng: Rng) -> list[str]:
     """Clauses as sentences of their own, or two in one."""
     if len(clauses) > 1 and rng.random() < 0.5:
         return [" and ".join(clauses[:2]), *clauses[2:]]
     return clauses
 
 
-def _ground(said: Facts, rng: np.random.Generator, *, trimmed: bool = True) -> str:
+def _ground(said: Facts, rng: Rng, *, trimmed: bool = True) -> str:
     """ "striped blue background", "blue background with stripes"."""
     patterned = said.pattern in ("striped", "dotted")
     if trimmed and said.background and patterned and rng.random() < 0.2:
@@ -223,7 +214,7 @@ def _ground(said: Facts, rng: np.random.Generator, *, trimmed: bool = True) -> s
     return " ".join(word for word in (said.pattern, said.background, "background") if word)
 
 
-def _painted(said: Facts, rng: np.random.Generator) -> str:
+def _painted(said: Facts, rng: Rng) -> str:
     """What the background is: "striped and blue", "blue with stripes"."""
     if said.background and said.pattern in ("striped", "dotted") and rng.random() < 0.3:
         return f"{said.background} with {'stripes' if said.pattern == 'striped' else 'dots'}"
@@ -231,7 +222,7 @@ def _painted(said: Facts, rng: np.random.Generator) -> str:
     return " and ".join(words if rng.random() < 0.5 else words[::-1])
 
 
-def _nothing(said: Facts, rng: np.random.Generator) -> str:
+def _nothing(said: Facts, rng: Rng) -> str:
     """Words for an empty picture."""
     if said.background is None and said.pattern is None:
         return "nothing"

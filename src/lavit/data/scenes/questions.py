@@ -14,11 +14,11 @@ from functools import cache
 
 import numpy as np
 
-from lavit.data.scenes.language import mention, parse
-from lavit.data.scenes.leaks import Document
-from lavit.data.scenes.lexicon import NUMBERS, OPPOSITE, Noun, article, noun, split, tokens
+from lavit.data.scenes.language import around, mention
+from lavit.data.scenes.lexicon import NUMBERS, Noun, article, noun, split, tokens
+from lavit.data.scenes.parse import parse
 from lavit.data.scenes.render import stands_out
-from lavit.data.scenes.splits import HELD_OUT_COLOURS, Rules
+from lavit.data.scenes.splits import HELD_OUT_COLOURS, Document, Rules
 from lavit.data.scenes.world import (
     BACKGROUNDS,
     COLOURS,
@@ -194,12 +194,6 @@ ASKING: dict[str, Callable[[Facts, np.random.Generator, Document], Pair]] = {
     "pattern": _pattern, "where": _where, "bigger": _bigger, "compare": _compare,
     "contents": _contents,
 }  # fmt: skip
-
-
-def around(said: Facts, name: str) -> list[tuple[str, str]]:
-    """Where a group stands: (kind in words, other name) for each relation it is in."""
-    found = [(r.kind, r.second) for r in said.relations if r.first == name]
-    return found + [(OPPOSITE[r.kind], r.first) for r in said.relations if r.second == name]
 
 
 def _one(said: Facts, rng: np.random.Generator) -> Group | None:
