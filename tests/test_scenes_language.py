@@ -33,7 +33,7 @@ NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine
 
 @pytest.fixture(scope="module")
 def scenes():
-    return [scene_at("train", n, rules=RULES) for n in range(800)]
+    return [scene_at("train", n, rules=RULES) for n in range(400)]
 
 
 def test_every_description_reads_back_as_its_facts(scenes):
@@ -69,7 +69,8 @@ def test_descriptions_are_short_and_varied(scenes):
     rng = np.random.default_rng(2)
     words = [len(describe(scene, rng).split()) for scene in scenes]
     assert 10 < np.mean(words) < 16
-    two = next(scene for scene in scenes if len(facts(scene).relations) == 1)
+    related = (scene for scene in scenes if len(facts(scene).relations) == 1)
+    two = next(scene for scene in related if scene.pattern == "striped")
     assert len({describe(two, rng) for _ in range(120)}) > 40
     assert not any(". " in prompt(scene, rng)[-2:] for scene in scenes[:200])
 
