@@ -13,10 +13,16 @@ from lavit.cli import main
 from lavit.config import InputError
 from lavit.data.corpus import load_corpus
 from lavit.data.scenes.dataset import stream_rows, unit_at, write_pool
-from lavit.data.scenes.leaks import violations
 from lavit.data.scenes.render import render
 from lavit.data.scenes.sample import belongs, scene_at
-from lavit.data.scenes.splits import HELD_OUT_COLOURS, SPLITS, Rules, share_of, valid_world
+from lavit.data.scenes.splits import (
+    HELD_OUT_COLOURS,
+    SPLITS,
+    Rules,
+    share_of,
+    valid_world,
+    violations,
+)
 from lavit.data.scenes.world import (
     CLEAR,
     EXTENTS,
@@ -37,7 +43,7 @@ DRAWN = tuple(split for split in SPLITS if split != "noto")
 
 @pytest.mark.parametrize("split", DRAWN)
 def test_scenes_keep_the_geometry(split: str) -> None:
-    for index in range(60):
+    for index in range(20):
         scene = scene_at(split, index, rules=RULES)
         boxes = [thing.box for thing in scene.things]
         for box in boxes:
@@ -71,7 +77,7 @@ def test_relations_are_clear_or_not_stated() -> None:
 
 
 def test_training_never_shows_what_is_held_out() -> None:
-    for index in range(300):
+    for index in range(150):
         for picture in unit_at("train", index, rules=RULES).pictures:
             assert RULES.forbids(picture.scene) is None
             for a, b in itertools.combinations(picture.scene.names, 2):
@@ -79,7 +85,7 @@ def test_training_never_shows_what_is_held_out() -> None:
 
 
 def test_splits_hold_what_they_say() -> None:
-    for index in range(40):
+    for index in range(20):
         scene = scene_at("binding", index, rules=RULES)
         coloured = {(thing.name, thing.colour) for thing in scene.things}
         assert len(coloured) == 2 and coloured & HELD_OUT_COLOURS
@@ -111,28 +117,28 @@ def test_the_same_scene_gives_the_same_bytes() -> None:
 
 
 def test_a_pool_is_an_ordinary_data_set(tmp_path: Path) -> None:
-    counts = write_pool(tmp_path / "a", pictures=90, conversations=2)
+    counts = write_pool(tmp_path / "a", pictures=60, conversations=2)
     corpus = load_corpus(tmp_path / "a")
-    assert len(corpus) == counts["pictures"] == 90
+    assert len(corpus) == counts["pictures"] == 60
     assert len(corpus.edits) == counts["edits"] + counts["several pictures"] > 0
-    assert len(corpus.questions) == counts["questions"] > 90
+    assert len(corpus.questions) == counts["questions"] > 60
     assert {len(edit.sources) for edit in corpus.edits} == {1, 2}
     assert corpus.pictures[0].prompts != corpus.pictures[0].captions
-    again = write_pool(tmp_path / "a", pictures=90, conversations=2)
+    again = write_pool(tmp_path / "a", pictures=60, conversations=2)
     assert again == counts
     with pytest.raises(InputError, match="other options"):
-        write_pool(tmp_path / "a", pictures=91)
+        write_pool(tmp_path / "a", pictures=61)
 
 
 def test_a_longer_pool_begins_with_the_shorter_one(tmp_path: Path) -> None:
-    for count in (30, 40):
+    for count in (12, 20):
         write_pool(tmp_path / str(count), pictures=count)
     short, long = (
-        (tmp_path / str(n) / "train" / "metadata.jsonl").read_text().splitlines() for n in (30, 40)
+        (tmp_path / str(n) / "train" / "metadata.jsonl").read_text().splitlines() for n in (12, 20)
     )
-    assert long[:30] == short
+    assert long[:12] == short
     for row in map(json.loads, short):
-        files = (tmp_path / str(n) / "train" / row["file_name"] for n in (30, 40))
+        files = (tmp_path / str(n) / "train" / row["file_name"] for n in (12, 20))
         assert len({file.read_bytes() for file in files}) == 1
 
 

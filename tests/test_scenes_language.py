@@ -6,13 +6,11 @@ import pytest
 from lavit.data.scenes.language import (
     describe,
     mention,
-    names_in,
-    parse,
     prompt,
     say,
-    unknown_words,
 )
-from lavit.data.scenes.lexicon import article, noun, nouns, vocabulary
+from lavit.data.scenes.lexicon import article, names_in, noun, nouns, unknown_words, vocabulary
+from lavit.data.scenes.parse import parse
 from lavit.data.scenes.questions import true_of
 from lavit.data.scenes.sample import scene_at
 from lavit.data.scenes.splits import Rules
@@ -35,7 +33,7 @@ NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine
 
 @pytest.fixture(scope="module")
 def scenes():
-    return [scene_at("train", n, rules=RULES) for n in range(800)]
+    return [scene_at("train", n, rules=RULES) for n in range(400)]
 
 
 def test_every_description_reads_back_as_its_facts(scenes):
@@ -71,7 +69,8 @@ def test_descriptions_are_short_and_varied(scenes):
     rng = np.random.default_rng(2)
     words = [len(describe(scene, rng).split()) for scene in scenes]
     assert 10 < np.mean(words) < 16
-    two = next(scene for scene in scenes if len(facts(scene).relations) == 1)
+    related = (scene for scene in scenes if len(facts(scene).relations) == 1)
+    two = next(scene for scene in related if scene.pattern == "striped")
     assert len({describe(two, rng) for _ in range(120)}) > 40
     assert not any(". " in prompt(scene, rng)[-2:] for scene in scenes[:200])
 

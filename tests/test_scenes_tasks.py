@@ -6,24 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lavit.data.scenes.language import names_in, parse, unknown_words
-from lavit.data.scenes.questions import KINDS, normal
+from lavit.data.scenes.edits import EDIT_KINDS, edit
+from lavit.data.scenes.lexicon import names_in, unknown_words
+from lavit.data.scenes.parse import parse
+from lavit.data.scenes.questions import CONTENTS, KINDS, answers, normal, questions, right
 from lavit.data.scenes.sample import belongs, scene_at
-from lavit.data.scenes.splits import HELD_OUT_COLOURS, Rules, valid_world
-from lavit.data.scenes.tasks import (
-    CONTENTS,
-    EDIT_KINDS,
-    FULL,
-    SEVERAL_KINDS,
-    SHORT,
-    answers,
-    conversation,
-    edit,
-    questions,
-    right,
-    several,
-    violations,
-)
+from lavit.data.scenes.splits import HELD_OUT_COLOURS, Rules, valid_world, violations
+from lavit.data.scenes.tasks import FULL, SEVERAL_KINDS, SHORT, conversation, several
 from lavit.data.scenes.world import STYLES, Scene, facts
 
 RULES = Rules()

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lavit.data.scenes.language import parse
+from lavit.data.scenes.parse import parse
 from lavit.data.scenes.questions import right, true_of
 from lavit.data.scenes.tasks import FULL, SHORT, Conversation, Message, conversation
 from lavit.data.scenes.world import Scene, facts

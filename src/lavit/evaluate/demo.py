@@ -16,7 +16,8 @@ from PIL import Image
 import lavit
 from lavit.config import InputError
 from lavit.data.scenes.edits import Edit, edit
-from lavit.data.scenes.language import describe, parse, prompt
+from lavit.data.scenes.language import describe, prompt
+from lavit.data.scenes.parse import parse
 from lavit.data.scenes.questions import Question, questions, right
 from lavit.data.scenes.render import render
 from lavit.data.scenes.sample import LADDER, scene_at

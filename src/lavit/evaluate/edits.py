@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from lavit.data.scenes.edits import EDIT_KINDS, Edit, edit
 from lavit.data.scenes.sample import belongs
-from lavit.data.scenes.tasks import EDIT_KINDS, Edit, edit, several
+from lavit.data.scenes.tasks import several
 from lavit.data.scenes.world import STYLES, Facts, Scene, facts
 from lavit.evaluate.drawing import all_of, atoms_of, codes_for, failures, painted, seen, turned
 from lavit.evaluate.exam import Exam, tokens_of

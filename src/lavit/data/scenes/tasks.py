@@ -9,31 +9,25 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import numpy as np
-
-from lavit.data.scenes.edits import KINDS as EDIT_KINDS
-from lavit.data.scenes.edits import Edit, edit, sound
+from lavit.data.scenes.chance import Rng, pick, shuffled, weighted
+from lavit.data.scenes.edits import edit, sound
 from lavit.data.scenes.language import describe, mention, prompt, the
-from lavit.data.scenes.leaks import Document, violations
-from lavit.data.scenes.questions import CONTENTS, Question, answers, questions, right, true_of
+from lavit.data.scenes.questions import questions
 from lavit.data.scenes.sample import scene_at
-from lavit.data.scenes.splits import Rules, valid_world
+from lavit.data.scenes.splits import Document, Rules, valid_world
 from lavit.data.scenes.world import BACKGROUNDS, PATTERNS, Scene, facts
-
-__all__ = [
-    "CONTENTS", "EDIT_KINDS", "FULL", "SEVERAL_KINDS", "SHORT", "Conversation", "Edit", "Message",
-    "Question", "Several", "answers", "conversation", "edit", "questions", "right", "several",
-    "true_of", "violations",
-]  # fmt: skip
 
 FULL = ("describe the picture.", "describe everything in the picture.")  # ask for `describe`
 SHORT = ("describe the picture in short.", "give me a short caption.")  # ask for `mention`
-SEVERAL_KINDS = ("together", "background")
+TOGETHER = (
+    "both together",
+    "put both together",
+    "put the things of both pictures together",
+    "combine both pictures",
+)
 TURNS = {"question": 0.4, "caption": 0.15, "drawing": 0.15, "edit": 0.3}
 STREAM = 1 << 40  # the seed of scenes that are drawn inside documents
 TRIES = 200
-
-Rng = np.random.Generator
 
 
 @dataclass(frozen=True)
@@ -82,15 +76,14 @@ def several(rng: Rng, rules: Rules, kind: str | None = None, *, split: str = "tr
     "together": the groups of both, each where it stands, on the background of the first.
     "background": the things of the first on the background of the second.
     """
-    kind = kind or SEVERAL_KINDS[int(rng.integers(len(SEVERAL_KINDS)))]
-    make = {"together": _together, "background": _on_background}[kind]
+    kind = kind or pick(rng, SEVERAL_KINDS)
     training = split == "train"
 
     def fine(scene: Scene) -> bool:
         return sound(scene) and (not training or rules.forbids(scene) is None)
 
     while True:
-        one = make(some_scene(rng, rules, split), rng, rules, fine)
+        one = MAKING[kind](some_scene(rng, rules, split), rng, rules, fine)
         if one and Document(rules, training).admits([one.prompt], [*one.sources, one.target]):
             return one
 
@@ -98,23 +91,16 @@ def several(rng: Rng, rules: Rules, kind: str | None = None, *, split: str = "tr
 def _together(
     target: Scene, rng: Rng, rules: Rules, fine: Callable[[Scene], bool]
 ) -> Several | None:
-    names = list(target.names)
-    if len(names) < 2:
+    if len(target.names) < 2:
         return None
-    order = [names[n] for n in rng.permutation(len(names))]
+    order = shuffled(rng, target.names)
     first = set(order[: int(rng.integers(1, len(order)))])
     a = replace(target, things=tuple(t for t in target.things if t.name in first))
-    b = replace(
-        _other_ground(target, rng),
-        things=tuple(t for t in target.things if t.name not in first),
-    )
+    others = tuple(t for t in target.things if t.name not in first)
+    b = replace(_other_ground(target, rng), things=others)
     if not (fine(a) and fine(b)):
         return None
-    texts = (
-        "both together", "put both together", "put the things of both pictures together",
-        "combine both pictures",
-    )  # fmt: skip
-    return Several("together", texts[int(rng.integers(len(texts)))], (a, b), target)
+    return Several("together", pick(rng, TOGETHER), (a, b), target)
 
 
 def _on_background(
@@ -123,30 +109,27 @@ def _on_background(
     if not target.things:
         return None
     a = _other_ground(target, rng)
-    b = replace(
-        some_scene(rng, rules), background=target.background, pattern=target.pattern,
-        style=target.style,
-    )  # fmt: skip
+    ground = {"background": target.background, "pattern": target.pattern, "style": target.style}
+    b = replace(some_scene(rng, rules), **ground)
     if set(a.names) & set(b.names) or not (fine(a) and fine(b)):
         return None
-    groups = sorted(facts(target).groups)
     things = "the things"
-    if len(groups) == 1:
-        things = ("the thing" if groups[0].number == 1 else things, the(groups[0]))[
-            int(rng.integers(2))
-        ]
-    texts = (
-        f"{things} of the first picture on the background of the second",
-        f"put {things} of the first picture on the background of the second",
-    )
-    return Several("background", texts[int(rng.integers(2))], (a, b), target)
+    if len(target.names) == 1:
+        (group,) = facts(target).groups
+        things = pick(rng, ("the thing" if group.number == 1 else things, the(group)))
+    put = pick(rng, ("", "put "))
+    text = f"{put}{things} of the first picture on the background of the second"
+    return Several("background", text, (a, b), target)
+
+
+MAKING = {"together": _together, "background": _on_background}
+SEVERAL_KINDS = tuple(MAKING)
 
 
 def _other_ground(scene: Scene, rng: Rng) -> Scene:
     """The scene on a background of another colour."""
-    colours = [colour for colour in BACKGROUNDS if colour != scene.background]
-    colour = colours[int(rng.integers(len(colours)))]
-    return replace(scene, background=colour, pattern=PATTERNS[int(rng.integers(len(PATTERNS)))])
+    colour = pick(rng, [colour for colour in BACKGROUNDS if colour != scene.background])
+    return replace(scene, background=colour, pattern=pick(rng, PATTERNS))
 
 
 def conversation(rng: Rng, rules: Rules, turns: int, *, split: str = "train") -> Conversation:
@@ -155,42 +138,37 @@ def conversation(rng: Rng, rules: Rules, turns: int, *, split: str = "train") ->
     It begins with a picture that the user shows or asks for. Scenes that are not edits belong to
     the split; in training, so does everything.
     """
-    training = split == "train"
-    document = Document(rules, training)
+    document = Document(rules, split == "train")
     messages: list[Message] = []
     last: Scene | None = None
-    kinds, shares = tuple(TURNS), np.array(list(TURNS.values()))
-    done = 0
-    while done < turns:
-        kind = kinds[int(rng.choice(len(kinds), p=shares / shares.sum()))]
+    while len(messages) < 2 * turns:
+        kind = weighted(rng, TURNS)
         shown: tuple[Scene, ...] = ()
         if last is None and kind != "drawing":
             shown = (some_scene(rng, rules, split),)
             document.admits(scenes=shown)
-        turn = _turn(kind, shown[0] if shown else last, rng, rules, document, split)
-        if turn is None:
-            if shown:
-                document = Document(rules, training)
-            continue
-        asked, given = turn
-        messages.append(Message("user", (*shown, asked)))
-        messages.append(Message("assistant", (given,)))
-        last = given if isinstance(given, Scene) else (shown[0] if shown else last)
-        done += 1
+        seen = shown[0] if shown else last
+        turn = _turn(kind, seen, rng, document, split)
+        if turn is not None:
+            asked, given = turn
+            messages += [Message("user", (*shown, asked)), Message("assistant", (given,))]
+            last = given if isinstance(given, Scene) else seen
+        elif shown:
+            document = Document(rules, split == "train")
     return Conversation(tuple(messages))
 
 
 def _turn(
-    kind: str, last: Scene | None, rng: Rng, rules: Rules, document: Document, split: str
+    kind: str, last: Scene | None, rng: Rng, document: Document, split: str
 ) -> tuple[str, str | Scene] | None:
     """One request and its answer; None if this kind is not possible here."""
+    rules = document.rules
     if kind == "question":
         found = questions(last, rng, rules, 1, document=document)
         return (found[0].question, found[0].answer) if found else None
     if kind == "caption":
-        if rng.random() < 0.5:
-            return FULL[int(rng.integers(len(FULL)))], describe(last, rng)
-        return SHORT[int(rng.integers(len(SHORT)))], mention(last, rng)
+        ask, answer = (FULL, describe) if rng.random() < 0.5 else (SHORT, mention)
+        return pick(rng, ask), answer(last, rng)
     if kind == "edit":
         allowed = None if document.training else (lambda scene: valid_world(scene) is None)
         one = edit(last, rng, rules, allowed=allowed, document=document)

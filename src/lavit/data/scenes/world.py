@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import csv
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Literal
 
 Size = Literal["small", "big"]
 RGB = tuple[int, int, int]
+Cell = tuple[int, int]  # row and column
 
 STYLES = {"twemoji": "flat", "openmoji": "outlined"}  # the word for each style of training
 READ_STYLES = (*STYLES, "noto")  # noto is read only
@@ -78,7 +79,7 @@ class Box:
 
     def span(self, axis: Literal["x", "y"]) -> tuple[float, float]:
         """Where it begins and ends along an axis."""
-        centre = self.x if axis == "x" else self.y
+        centre = getattr(self, axis)
         return centre - self.side / 2, centre + self.side / 2
 
 
@@ -89,7 +90,7 @@ class Thing:
     name: str
     colour: str | None  # of a shape; None for an object
     size: Size
-    cell: tuple[int, int]  # row and column
+    cell: Cell
     box: Box
     turn: float
 
@@ -107,6 +108,11 @@ class Scene:
     def names(self) -> tuple[str, ...]:
         """Names of the groups, in reading order of their first things."""
         return tuple(dict.fromkeys(thing.name for thing in self.things))
+
+    @property
+    def coloured(self) -> frozenset[tuple[str, str]]:
+        """Shapes with their colours."""
+        return frozenset((thing.name, thing.colour) for thing in self.things if thing.colour)
 
 
 @dataclass(frozen=True, order=True)
@@ -170,25 +176,31 @@ def kind_of(name: str) -> Kind:
 
 def facts(scene: Scene) -> Facts:
     """Everything that can be read off the picture of a scene."""
+    boxes = boxes_of(scene.things)
+    groups = frozenset(
+        Group(thing.name, len(boxes[thing.name]), thing.size, thing.colour)
+        for thing in scene.things
+    )
+    return Facts(scene.background, scene.pattern, groups, relations(boxes))
+
+
+def boxes_of(things: Iterable[Thing]) -> dict[str, list[Box]]:
+    """Where the things of each group stand."""
     boxes: dict[str, list[Box]] = {}
-    groups = []
-    for thing in scene.things:
+    for thing in things:
         boxes.setdefault(thing.name, []).append(thing.box)
-    for name, members in boxes.items():
-        one = next(thing for thing in scene.things if thing.name == name)
-        groups.append(Group(name, len(members), one.size, one.colour))
-    return Facts(scene.background, scene.pattern, frozenset(groups), relations(boxes))
+    return boxes
 
 
 def relations(boxes: Mapping[str, Sequence[Box]], *, clear: float = CLEAR) -> frozenset[Relation]:
     """The relations of all pairs of groups that stand clearly beside each other."""
-    found = []
     extents = {name: extent(members) for name, members in boxes.items()}
-    for a, b in itertools.permutations(extents, 2):
-        for axis, kind in enumerate(("left of", "above")):
-            if gap(extents[a], extents[b], axis) >= clear and overlap(extents[a], extents[b], axis):
-                found.append(Relation(kind, a, b))
-    return frozenset(found)
+    return frozenset(
+        Relation(kind, a, b)
+        for (a, first), (b, second) in itertools.permutations(extents.items(), 2)
+        for axis, kind in enumerate(("left of", "above"))
+        if gap(first, second, axis) >= clear and overlap(first, second, axis)
+    )
 
 
 def murky(boxes: Mapping[str, Sequence[Box]]) -> bool:
@@ -206,10 +218,8 @@ Extent = tuple[tuple[float, float], tuple[float, float]]  # where a group begins
 
 def extent(boxes: Sequence[Box]) -> Extent:
     """Where a group begins and ends along both axes."""
-    return (
-        (min(b.x - b.side / 2 for b in boxes), max(b.x + b.side / 2 for b in boxes)),
-        (min(b.y - b.side / 2 for b in boxes), max(b.y + b.side / 2 for b in boxes)),
-    )
+    across, down = (zip(*(box.span(axis) for box in boxes), strict=True) for axis in ("x", "y"))
+    return (min(next(across)), max(next(across))), (min(next(down)), max(next(down)))
 
 
 def gap(first: Extent, second: Extent, axis: int) -> float:
