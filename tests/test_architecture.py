@@ -210,9 +210,7 @@ main(["data", "check", sys.argv[1], "--json"])
 
 
 def test_all_but_scenes_works_without_scenes(toy_data: Path) -> None:
-    said = subprocess.run(
-        [sys.executable, "-c", WITHOUT_SCENES, str(toy_data)], capture_output=True, text=True
-    )
+    said = subprocess.run([sys.executable, "-c", WITHOUT_SCENES, str(toy_data)], capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
     assert '"records": 8' in said.stdout
 

@@ -78,9 +78,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(toy_run: Path, tmp_path: Path) -> Path:
     """A toy run of its own, so that nothing is kept for other tests."""
     folder = tmp_path / "run"
-    shutil.copytree(
-        toy_run, folder, ignore=shutil.ignore_patterns("cache", "checkpoints", "tensorboard")
-    )
+    shutil.copytree(toy_run, folder, ignore=shutil.ignore_patterns("cache", "checkpoints", "tensorboard"))
     return folder
 
 
@@ -130,24 +128,16 @@ def test_drawings_are_the_pipelines(run: Path) -> None:
     one = Exam(run, count=2, seed=3)
     words = prompts(one, "test", range(2))
     assert words[0] == prompt(one.scene("test", 0), one.rng(0), full=True)
-    usual = [
-        one.pipe.draw(text, seed=seed)[0]
-        for text, seed in zip(words, one.seeds(range(2)), strict=True)
-    ]
-    assert [picture.tobytes() for picture in drawings(one, "test")] == [
-        picture.tobytes() for picture in usual
-    ]
+    usual = [one.pipe.draw(text, seed=seed)[0] for text, seed in zip(words, one.seeds(range(2)), strict=True)]
+    assert [picture.tobytes() for picture in drawings(one, "test")] == [picture.tobytes() for picture in usual]
 
 
-def test_a_drawing_that_shows_its_scene_is_right(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_drawing_that_shows_its_scene_is_right(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = Exam(run, count=4)
 
     def look(scene: Scene) -> judge.Seen:
         things = tuple(
-            judge.SeenThing(thing.name, thing.colour, thing.size, thing.box, "flat", 1.0)
-            for thing in scene.things
+            judge.SeenThing(thing.name, thing.colour, thing.size, thing.box, "flat", 1.0) for thing in scene.things
         )
         return judge.Seen(scene.background, scene.pattern, things)
 
@@ -168,9 +158,7 @@ def test_a_part_that_is_missing_gives_no_figure_and_no_crash(run: Path) -> None:
         "reason": "this model has no pixels yet",
     }  # fmt: skip
     assert found["figures"]["kept_share"]["value"] > 0
-    with pytest.raises(
-        InputError, match="draw_test_all cannot be had: this model has no pixels yet"
-    ):
+    with pytest.raises(InputError, match="draw_test_all cannot be had: this model has no pixels yet"):
         evaluate(Exam(run, count=2), ["draw_test_all"])
 
 
@@ -184,18 +172,14 @@ def test_other_weights_are_other_predictions(run: Path) -> None:
 
 def test_the_rules_are_the_trainings_unless_they_are_given(run: Path) -> None:
     assert rules_of(run, None, None) == Rules()
-    (run / "origin.json").write_text(
-        json.dumps({"scenes": {"objects": 96, "held_out_pairs": 0.2, "seed": 1}})
-    )
+    (run / "origin.json").write_text(json.dumps({"scenes": {"objects": 96, "held_out_pairs": 0.2, "seed": 1}}))
     assert rules_of(run, None, None) == Rules(objects=96, held_out_pairs=0.2)
     assert rules_of(run, 48, 0.1) == Rules()
     assert is_scenes(str(run)) and is_scenes(f"{run}:0.5,other") and is_scenes("scenes")
     assert not is_scenes("pictures,prose:0.2")
 
 
-def test_bad_input_is_one_line(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input_is_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(run / "language")
     for words, said in (
         (["--figures", "nope"], "there is no figure 'nope': choose from read_test_exact"),
@@ -215,9 +199,7 @@ def test_bad_input_is_one_line(
         assert last.startswith("lavit: ") and said in last
 
 
-def test_the_command_writes_what_it_prints(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_writes_what_it_prints(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "figures.json"
     words = [
         "eval",
@@ -336,9 +318,7 @@ def test_figures_come_in_their_usual_order() -> None:
     assert evaluation.predictions_path(Path("m"), None) == Path("m/evaluation/predictions.jsonl")
 
 
-def test_all_replies_of_a_conversation_must_be_right(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_replies_of_a_conversation_must_be_right(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = Exam(run, count=3)
     with pytest.raises(Missing, match="was not trained on conversations"):
         FIGURES["chat4_all"](one)

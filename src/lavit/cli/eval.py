@@ -10,9 +10,7 @@ import tyro
 from lavit.cli.output import ProgressBar, Words
 from lavit.config import InputError
 
-Names = Annotated[
-    str | None, tyro.conf.arg(help="only these, with commas between them", metavar="NAME,…")
-]
+Names = Annotated[str | None, tyro.conf.arg(help="only these, with commas between them", metavar="NAME,…")]
 Items = Annotated[
     Path | None,
     tyro.conf.arg(help="items of your own, one JSON object a line, for the figures own_*"),
@@ -21,9 +19,7 @@ Pairs = Annotated[
     float | None,
     tyro.conf.arg(help="share of pairs of objects that training never showed together"),
 ]
-Objects = Annotated[
-    int | None, tyro.conf.arg(help="so many of the list of objects (default: as trained, else 48)")
-]
+Objects = Annotated[int | None, tyro.conf.arg(help="so many of the list of objects (default: as trained, else 48)")]
 Data = Annotated[str | None, tyro.conf.arg(help="a folder or file of your own in place of scenes")]
 
 
@@ -63,9 +59,7 @@ def evaluate(
     folder = model_folder(model)
     names = [name.strip() for name in (figures or "").split(",") if name.strip()]
     if figures is not None and not names:
-        raise InputError(
-            "--figures names none: give names with commas between them, or leave it out"
-        )
+        raise InputError("--figures names none: give names with commas between them, or leave it out")
     data = training_data(folder) if data is None else data
     kept = predictions_path(folder, json)
     with ProgressBar() as progress:
@@ -92,26 +86,17 @@ def evaluate(
 
 def _print(found: dict[str, Any]) -> None:
     """The figures as a table."""
-    print(
-        f"{'figure':<24} {'value':>8}  {'95 % interval':<18} {'n':>6} {'floor':>7} {'ceiling':>7}"
-    )
+    print(f"{'figure':<24} {'value':>8}  {'95 % interval':<18} {'n':>6} {'floor':>7} {'ceiling':>7}")
     for name, figure in found["figures"].items():
         if figure["value"] is None:
             print(f"{name:<24} {'none':>8}  {figure['reason']}")
             continue
-        ends = [
-            f"{figure[end]:7.3f}" if figure[end] is not None else f"{'':>7}"
-            for end in ("floor", "ceiling")
-        ]
+        ends = [f"{figure[end]:7.3f}" if figure[end] is not None else f"{'':>7}" for end in ("floor", "ceiling")]
         interval = f"[{figure['low']:.3f}, {figure['high']:.3f}]"
         value, count = f"{figure['value']:8.3f}", f"{figure['count']:6d}"
         print(f"{name:<24} {value}  {interval:<18} {count} {ends[0]} {ends[1]}")
     if "held_out" in found:
         print(found["held_out"])
     if "test_hash" in found:
-        said = (
-            ""
-            if found["comparable"]
-            else "  NOT COMPARABLE with published figures: other scenes or other packages"
-        )
+        said = "" if found["comparable"] else "  NOT COMPARABLE with published figures: other scenes or other packages"
         print(f"config {found['config_hash']}  test sets {found['test_hash'][:16]}{said}")

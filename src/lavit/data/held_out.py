@@ -34,11 +34,7 @@ def divides(path: Path) -> bool:
         return False
     folders = [sub for sub in path.iterdir() if sub.is_dir()]
     if (path / "train").is_dir():
-        others = [
-            sub
-            for sub in folders
-            if sub.name != "train" and any(file.is_file() for file in sub.rglob("*"))
-        ]
+        others = [sub for sub in folders if sub.name != "train" and any(file.is_file() for file in sub.rglob("*"))]
         return not others
     stems = {word for file in path.rglob("*") for word in (file.parent.name, *_words(file.stem))}
     return not stems & set(OTHERS)
@@ -84,9 +80,7 @@ def part_of(rows: Any, split: str, *, image: str, folder: Path, data: str, strea
     if not any(held):
         if split == "train":
             return rows
-        raise InputError(
-            f"{data!r} has no split {split!r}: by chance none of {len(rows)} pictures is held out"
-        )
+        raise InputError(f"{data!r} has no split {split!r}: by chance none of {len(rows)} pictures is held out")
     return rows.select([number for number, out in enumerate(held) if out == (split == HELD_OUT)])
 
 

@@ -44,9 +44,7 @@ def dealt(lengths: Sequence[int], groups: Sequence[int] | None = None) -> np.nda
     return found
 
 
-def gains(
-    distortion: Distortion, lengths: Sequence[int], orders: np.ndarray
-) -> tuple[list[float], list[float]]:
+def gains(distortion: Distortion, lengths: Sequence[int], orders: np.ndarray) -> tuple[list[float], list[float]]:
     """What each picture loses by other lengths (mean over orders), and its distortion at the mean
     length.
     """
@@ -71,10 +69,7 @@ def allocation_gain(exam: Exam) -> Figure:
     things = [len(exam.scene("ladder", n).things) for n in range(count)]
     orders, inside = dealt(lengths), dealt(lengths, things)
     middle = mean_length(lengths)
-    wanted = [
-        sorted({lengths[i], middle, *orders[:, i].tolist(), *inside[:, i].tolist()})
-        for i in range(count)
-    ]
+    wanted = [sorted({lengths[i], middle, *orders[:, i].tolist(), *inside[:, i].tolist()}) for i in range(count)]
 
     def make(numbers: list[int]) -> list[dict[str, float]]:
         pairs = [(i, length) for i in numbers for length in wanted[i]]
@@ -94,9 +89,7 @@ def allocation_gain(exam: Exam) -> Figure:
         "mean_tokens": float(np.mean(lengths)),
     }
     floor = ("lengths dealt out by chance", 0.0)
-    return ratio(
-        "allocation_gain", *gains(distortion, lengths, orders), floor=floor, details=details
-    )
+    return ratio("allocation_gain", *gains(distortion, lengths, orders), floor=floor, details=details)
 
 
 @torch.no_grad()

@@ -24,8 +24,7 @@ def talks_of(exam: Exam) -> list[Conversation]:
     """The conversations."""
     if "talks" not in exam.cache:
         exam.cache["talks"] = [
-            conversation(exam.rng(n, 70), exam.rules, TURNS, split="test")
-            for n in range(exam.count)
+            conversation(exam.rng(n, 70), exam.rules, TURNS, split="test") for n in range(exam.count)
         ]
     return exam.cache["talks"]
 
@@ -46,9 +45,7 @@ def chat_all(exam: Exam) -> Figure:
     wrong = [all(judged(exam, talk, found)) for talk, found in zip(talks, others, strict=True)]
     details = {f"turn_{n + 1}": float(np.mean([one[n] for one in verdicts])) for n in range(TURNS)}
     hits = [all(one) for one in verdicts]
-    return share(
-        "chat4_all", hits, floor=("another talk's replies", float(np.mean(wrong))), details=details
-    )
+    return share("chat4_all", hits, floor=("another talk's replies", float(np.mean(wrong))), details=details)
 
 
 def replies(exam: Exam, talks: list[Conversation], seeds: list[int]) -> list[list[dict[str, str]]]:
@@ -74,9 +71,7 @@ def replies(exam: Exam, talks: list[Conversation], seeds: list[int]) -> list[lis
 
 def _content(exam: Exam, message: Message) -> list[dict[str, Any]]:
     return [
-        {"type": "image", "image": exam.picture(part)}
-        if isinstance(part, Scene)
-        else {"type": "text", "text": part}
+        {"type": "image", "image": exam.picture(part)} if isinstance(part, Scene) else {"type": "text", "text": part}
         for part in message.parts
     ]
 
@@ -99,9 +94,7 @@ def judged(exam: Exam, talk: Conversation, said: list[dict[str, str]]) -> list[b
         asked, true = str(user.parts[-1]), wanted.parts[0]
         if isinstance(true, Scene):
             last = true
-            verdicts.append(
-                "picture" in reply and _drawn(exam, all_right, asked, true, reply["picture"])
-            )
+            verdicts.append("picture" in reply and _drawn(exam, all_right, asked, true, reply["picture"]))
         elif "text" not in reply or last is None:
             verdicts.append(False)
         elif asked in FULL:

@@ -67,9 +67,7 @@ def jittered(scene: Scene, number: int) -> Scene:
     return build(scene.background, scene.pattern, scene.style, wanted, rng) or scene
 
 
-def is_copy(
-    picture: Image.Image, training: Sequence[Image.Image], renders: Sequence[Image.Image]
-) -> bool:
+def is_copy(picture: Image.Image, training: Sequence[Image.Image], renders: Sequence[Image.Image]) -> bool:
     """Is a picture nearer to one of training than the 5th percentile of two renders of the same
     facts?
     """

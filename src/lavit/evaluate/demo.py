@@ -41,9 +41,7 @@ TRIES = 200  # pictures that are looked at for one that allows an edit
 Progress = Callable[[str, int, int], None]
 
 
-def write_demo(
-    model: str | Path, out: Path, *, seed: int = 0, progress: Progress | None = None
-) -> list[Section]:
+def write_demo(model: str | Path, out: Path, *, seed: int = 0, progress: Progress | None = None) -> list[Section]:
     """Write OUT/index.html and OUT/sheet.png, and return what they show.
 
     Sections whose parts the model lacks say so. Raises `InputError` for a model that was not
@@ -157,12 +155,9 @@ class Show:
     def drawing(self) -> Section:
         """Prompts for pictures that training never showed."""
         rng = self.rng(3)
-        tasks = [
-            Task((), prompt(scene, rng, full=True), scene) for scene in self.scenes(300, DRAWN)
-        ]
+        tasks = [Task((), prompt(scene, rng, full=True), scene) for scene in self.scenes(300, DRAWN)]
         about = (
-            "Prompts that name things never seen together in training, and the first picture that "
-            "comes out for each."
+            "Prompts that name things never seen together in training, and the first picture that comes out for each."
         )
         return self.made("Drawing", about, tasks)
 
@@ -171,9 +166,7 @@ class Show:
         rng, tasks = self.rng(4), []
         for number, kind in enumerate(EDITS):
             for scene in self.scenes(400 + 50 * number):
-                one: Edit | None = edit(
-                    scene, rng, self.rules, kind, allowed=lambda other: valid_world(other) is None
-                )
+                one: Edit | None = edit(scene, rng, self.rules, kind, allowed=lambda other: valid_world(other) is None)
                 if one is not None:
                     tasks.append(Task((one.source,), one.prompt, one.target))
                     break
@@ -213,9 +206,7 @@ class Show:
         prompts = [[*shown, task.words] for shown, task in zip(sources, tasks, strict=True)]
         seeds = [self.seed * APART + number for number in range(len(tasks))]
         items = []
-        for task, shown, (drawn,) in zip(
-            tasks, sources, self.pipe.generate(prompts, seed=seeds), strict=True
-        ):
+        for task, shown, (drawn,) in zip(tasks, sources, self.pipe.generate(prompts, seed=seeds), strict=True):
             names = ("before",) if len(shown) == 1 else ("first", "second")
             pictures = [*zip(names, shown, strict=False), ("drawn", drawn)]
             if shown:
@@ -265,11 +256,7 @@ class Show:
             "language": ("language", "reader"),
             "pixels": ("pixels",),
         }
-        found = [
-            part
-            for part in parts
-            if not all((self.folder / place).exists() for place in places[part])
-        ]
+        found = [part for part in parts if not all((self.folder / place).exists() for place in places[part])]
         names = {
             "tokenizer": "visual tokenizer",
             "language": "language part",

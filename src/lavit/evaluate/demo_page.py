@@ -122,10 +122,7 @@ def svg(counts: Counts) -> str:
     parts.append(f'<text transform="translate(14 {(top + bottom) / 2}) rotate(-90)" '
                  'text-anchor="middle">tokens</text>')  # fmt: skip
     label = "; ".join(f"{n} things: {', '.join(map(str, rung))}" for n, rung in enumerate(counts))
-    return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="tokens, {label}">'
-        f"{''.join(parts)}</svg>"
-    )
+    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="tokens, {label}">{"".join(parts)}</svg>'
 
 
 class Sheet:
@@ -136,9 +133,7 @@ class Sheet:
         self.draw = ImageDraw.Draw(self.image)
         self.top = MARGIN
 
-    def words(
-        self, text: str, left: int, top: int, width: int, size: int = 14, fill: tuple = INK
-    ) -> int:
+    def words(self, text: str, left: int, top: int, width: int, size: int = 14, fill: tuple = INK) -> int:
         """Text broken to a width; returns where it ends."""
         font = ImageFont.load_default(size)
         lines = [""]
@@ -246,9 +241,7 @@ def save_sheet(image: Image.Image, path: Path) -> None:
             if stream.tell() <= LARGEST:
                 path.write_bytes(stream.getvalue())
                 return
-        image = image.resize(
-            (image.width * 4 // 5, image.height * 4 // 5), Image.Resampling.LANCZOS
-        )
+        image = image.resize((image.width * 4 // 5, image.height * 4 // 5), Image.Resampling.LANCZOS)
 
 
 NOTE = (

@@ -57,16 +57,12 @@ def written(exam: Exam, split: str, items: Sequence[int]) -> list[list[int]]:
     exam.needs("language")
 
     def make(numbers: list[int]) -> list[list[int]]:
-        return codes_for(
-            exam, [[words] for words in prompts(exam, split, numbers)], exam.seeds(numbers)
-        )
+        return codes_for(exam, [[words] for words in prompts(exam, split, numbers)], exam.seeds(numbers))
 
     return exam.made(f"write {split}", items, make)
 
 
-def painted(
-    exam: Exam, task: str, items: Sequence[int], codes: Sequence[Sequence[int]]
-) -> list[Image.Image]:
+def painted(exam: Exam, task: str, items: Sequence[int], codes: Sequence[Sequence[int]]) -> list[Image.Image]:
     """Pictures of codes, kept by item."""
     exam.needs("pixels")
     place = {item: number for number, item in enumerate(items)}
@@ -142,10 +138,7 @@ def by_number(said: Sequence[Facts], values: Sequence[float]) -> dict[str, float
     """The mean of values for each number of things."""
     numbers = sorted({one.number for one in said})
     return {
-        f"of_{n}": float(
-            np.mean([v for v, one in zip(values, said, strict=True) if one.number == n])
-        )
-        for n in numbers
+        f"of_{n}": float(np.mean([v for v, one in zip(values, said, strict=True) if one.number == n])) for n in numbers
     }
 
 
@@ -169,9 +162,7 @@ def draw_atoms(exam: Exam, split: str) -> Figure:
     said, looks = wanted(exam, split), seen(exam, f"draw {split}", drawings(exam, split))
     values = atoms_of(said, looks)
     floor = float(np.mean(atoms_of(said, turned(looks))))
-    ceiling = float(
-        np.mean(atoms_of(said, seen(exam, f"reconstruct {split}", rebuilt(exam, split))))
-    )
+    ceiling = float(np.mean(atoms_of(said, seen(exam, f"reconstruct {split}", rebuilt(exam, split)))))
     return mean(
         f"draw_{split}_atoms",
         values,

@@ -79,9 +79,7 @@ def compositions(exam: Exam) -> list[Asked]:
     return exam.cache["compositions"]
 
 
-def drawn(
-    exam: Exam, task: str, asked: list[Asked], shown: list[Asked] | None = None
-) -> list[Image.Image]:
+def drawn(exam: Exam, task: str, asked: list[Asked], shown: list[Asked] | None = None) -> list[Image.Image]:
     """What the model draws; with `shown` the pictures of those stand in place of an edit's own."""
     exam.needs("language", "pixels")
     by_item = {one.item: (one, other) for one, other in zip(asked, shown or asked, strict=True)}
@@ -110,11 +108,7 @@ def done(asked: Sequence[Asked], looks: Sequence[Any]) -> list[bool]:
     """Is the change made and everything else as it was?"""
     hits = all_of(targets(list(asked)), looks)
     return [
-        hit
-        and (
-            one.kind != "style"
-            or all(thing.style == STYLES[one.target.style] for thing in look.things)
-        )
+        hit and (one.kind != "style" or all(thing.style == STYLES[one.target.style] for thing in look.things))
         for one, look, hit in zip(asked, looks, hits, strict=True)
     ]
 

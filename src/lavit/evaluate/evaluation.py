@@ -46,15 +46,9 @@ def text_ratio(exam: Exam) -> Figure:
     exam.needs("language")
     began = exam.trained.get("model", {}).get("language")
     if began is None:
-        began = (
-            {"source": exam.model.config.language.source}
-            if exam.model.config.language.lora_rank
-            else None
-        )
+        began = {"source": exam.model.config.language.source} if exam.model.config.language.lora_rank else None
     if began is not None and began["source"] == "random":
-        raise Missing(
-            "its language model was trained from scratch: there is no base to compare with"
-        )
+        raise Missing("its language model was trained from scratch: there is no base to compare with")
     if began is None or began["source"] == "folder":
         raise Missing("the base of its language model is not known")
     base, _ = load_base(from_json(LanguageConfig, began), exam.folder / "base")
@@ -216,11 +210,7 @@ def test_hash(exam: Exam) -> dict[str, Any]:
 
 def predictions_path(folder: Path, out: Path | None) -> Path:
     """Where predictions are kept: beside the JSON file, or in the model's folder."""
-    return (
-        folder / "evaluation" / "predictions.jsonl"
-        if out is None
-        else out.with_suffix(".predictions.jsonl")
-    )
+    return folder / "evaluation" / "predictions.jsonl" if out is None else out.with_suffix(".predictions.jsonl")
 
 
 def card_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -153,14 +153,10 @@ class Exam:
 
     def features(self, pictures: Sequence[Image]) -> Float[Tensor, "images patches dim"]:
         """Encoder features of pictures."""
-        parts = [
-            self.model.patches(pictures[at : at + BATCH]) for at in range(0, len(pictures), BATCH)
-        ]
+        parts = [self.model.patches(pictures[at : at + BATCH]) for at in range(0, len(pictures), BATCH)]
         return torch.cat(parts)
 
-    def encoded(
-        self, split: str, count: int
-    ) -> tuple[Float[Tensor, "images patches dim"], VisualTokens]:
+    def encoded(self, split: str, count: int) -> tuple[Float[Tensor, "images patches dim"], VisualTokens]:
         """Encoder features and visual tokens of the first pictures of a split, kept in memory."""
         at_hand = ("encoded", split, count)
         if at_hand not in self.cache:
@@ -181,21 +177,15 @@ def _scene(split: str, item: int, rules: Rules) -> Scene:
 
 
 @torch.no_grad()
-def tokens_of(
-    tokenizer: VisualTokenizer, features: Float[Tensor, "images patches dim"]
-) -> VisualTokens:
+def tokens_of(tokenizer: VisualTokenizer, features: Float[Tensor, "images patches dim"]) -> VisualTokens:
     """Visual tokens of features, under the default policy."""
     parts = [tokenizer.encode(part) for part in features.split(BATCH)]
-    codes, lengths, keep = (
-        [getattr(part, name) for part in parts] for name in ("codes", "lengths", "keep")
-    )
+    codes, lengths, keep = ([getattr(part, name) for part in parts] for name in ("codes", "lengths", "keep"))
     return VisualTokens(torch.cat(codes), torch.cat(lengths), torch.cat(keep))
 
 
 @torch.no_grad()
-def decoded(
-    tokenizer: VisualTokenizer, tokens: VisualTokens
-) -> Float[Tensor, "images patches dim"]:
+def decoded(tokenizer: VisualTokenizer, tokens: VisualTokens) -> Float[Tensor, "images patches dim"]:
     """Features from true codes, in the tokenizer's own space."""
     parts, first = [], 0
     for lengths, keep in zip(tokens.lengths.split(BATCH), tokens.keep.split(BATCH), strict=True):

@@ -40,9 +40,7 @@ class Figure:
         """The figure as one line of a report."""
         if self.value is None:
             return f"{self.name:<44}    none  {self.note}"
-        text = (
-            f"{self.name:<44} {self.value:7.3f}  [{self.low:.3f}, {self.high:.3f}]  n={self.count}"
-        )
+        text = f"{self.name:<44} {self.value:7.3f}  [{self.low:.3f}, {self.high:.3f}]  n={self.count}"
         if self.floor:
             text += f"  floor {self.floor[1]:.3f} ({self.floor[0]})"
         if self.ceiling:
@@ -171,9 +169,7 @@ def spearman(a: Values, b: Values, given: Values | None = None) -> float:
     columns = [ranks(a), ranks(b)]
     if given is not None:
         held = np.stack([np.ones(len(columns[0])), ranks(given)], 1)
-        columns = [
-            column - held @ np.linalg.lstsq(held, column, rcond=None)[0] for column in columns
-        ]
+        columns = [column - held @ np.linalg.lstsq(held, column, rcond=None)[0] for column in columns]
     x, y = (column - column.mean() for column in columns)
     size = float(np.sqrt((x @ x) * (y @ y)))
     return float(x @ y) / size if size > 1e-9 else 0.0

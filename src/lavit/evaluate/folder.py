@@ -82,8 +82,7 @@ def held_out(data: str) -> tuple[Corpus, str]:
     count = len(corpus.pictures)
     return (
         corpus,
-        f"NOT held out: all {count} pictures of {data}, which training may have seen "
-        f"({reasons[0]})",
+        f"NOT held out: all {count} pictures of {data}, which training may have seen ({reasons[0]})",
     )
 
 
@@ -137,9 +136,7 @@ def token_rank(material: Material) -> Figure:
     side = material.exam.model.config.vision.image_size
     sizes = np.array([jpeg_bytes(image.resize((side, side))) for image in material.images])
     lengths = material.lengths
-    return bootstrapped(
-        "", lambda at: spearman(lengths[at], sizes[at]), len(lengths), floor=("chance", 0.0)
-    )
+    return bootstrapped("", lambda at: spearman(lengths[at], sizes[at]), len(lengths), floor=("chance", 0.0))
 
 
 def caption_loss(material: Material) -> Figure:
@@ -152,10 +149,7 @@ def caption_loss(material: Material) -> Figure:
         def make(chosen: list[int]) -> list[float]:
             images = [material.images[numbers[(place + other) % len(numbers)]] for place in chosen]
             texts = [material.pictures[numbers[place]].captions[0] for place in chosen]
-            return [
-                -likelihood(exam.model, text, image)
-                for text, image in zip(texts, images, strict=True)
-            ]
+            return [-likelihood(exam.model, text, image) for text, image in zip(texts, images, strict=True)]
 
         return exam.made(f"{task} {_name(material)}", range(len(numbers)), make)
 
@@ -168,9 +162,7 @@ def caption_exact(material: Material) -> Figure:
     exam, numbers = material.exam, material.told()
 
     def make(chosen: list[int]) -> list[str]:
-        return exam.pipe.caption(
-            [material.images[numbers[place]] for place in chosen], seed=exam.seed
-        )
+        return exam.pipe.caption([material.images[numbers[place]] for place in chosen], seed=exam.seed)
 
     said = exam.made(f"caption {_name(material)}", range(len(numbers)), make)
     texts = [{_plain(text) for text in material.pictures[number].captions} for number in numbers]
@@ -210,8 +202,7 @@ def own_data(exam: Exam, data: str, names: Sequence[str]) -> dict[str, Any]:
     material = Material(exam, corpus)
     return {
         "figures": {
-            name: _figure(partial(FIGURES[name], material), name, named=name in names).entry()
-            for name in wanted
+            name: _figure(partial(FIGURES[name], material), name, named=name in names).entry() for name in wanted
         },
         "config_hash": config_hash(exam.folder),
         "weights_hash": exam.weights,

@@ -126,9 +126,7 @@ class Judge:
         detector = Detector(sizes(said["names"]))
         state = {key: value.float() for key, value in load_file(weights).items()}
         detector.load_state_dict(state)
-        return cls(
-            detector, said["names"], heat=said["heat"], sure=said["sure"], recipe=said["recipe"]
-        )
+        return cls(detector, said["names"], heat=said["heat"], sure=said["sure"], recipe=said["recipe"])
 
     @torch.inference_mode()
     def found(self, pictures: Sequence[Image.Image]) -> list[tuple[str, str, list[Found]]]:

@@ -70,12 +70,8 @@ def spoiled(scene: Scene, kind: str, size: int, rng: np.random.Generator) -> Ima
     thing = scene.things[place]
     if kind == "replaced":
         other = replace(thing, **_other(thing, scene, rng))
-        return render(
-            replace(scene, things=(*scene.things[:place], other, *scene.things[place + 1 :])), size
-        )
-    picture = render(
-        replace(scene, things=(*scene.things[:place], *scene.things[place + 1 :])), size
-    )
+        return render(replace(scene, things=(*scene.things[:place], other, *scene.things[place + 1 :])), size)
+    picture = render(replace(scene, things=(*scene.things[:place], *scene.things[place + 1 :])), size)
     drawing = drawn(thing, scene.style, size)
     if kind == "half":
         return pasted(picture, spoil.half(drawing, rng), thing.box)
@@ -108,9 +104,7 @@ def _other(thing: Thing, scene: Scene, rng: np.random.Generator) -> dict[str, st
     """Another name for a thing: of another object, or for a shape another shape."""
     names = SHAPES if thing.colour else tuple(kind.name for kind in objects())
     fits = [
-        name
-        for name in names
-        if name != thing.name and stands_out(name, thing.colour, scene.style, scene.background)
+        name for name in names if name != thing.name and stands_out(name, thing.colour, scene.style, scene.background)
     ]
     return {"name": fits[int(rng.integers(len(fits)))]}
 
@@ -120,9 +114,7 @@ def _swapped(scene: Scene) -> Scene:
     colours = {thing.name: thing.colour for thing in scene.things if thing.colour}
     first, second = list(colours)[:2]
     exchanged = {first: colours[second], second: colours[first]}
-    things = tuple(
-        replace(thing, colour=exchanged.get(thing.name, thing.colour)) for thing in scene.things
-    )
+    things = tuple(replace(thing, colour=exchanged.get(thing.name, thing.colour)) for thing in scene.things)
     return replace(scene, things=things)
 
 
@@ -141,9 +133,7 @@ def accepted(some: Sequence[Scene], seen: Sequence[Seen]) -> float:
     return float(np.mean([all_right(facts(one), saw) for one, saw in zip(some, seen, strict=True)]))
 
 
-def false_accepts(
-    judge: Judge, kind: str, some: Sequence[Scene], size: int, *, seed: int = 0
-) -> float:
+def false_accepts(judge: Judge, kind: str, some: Sequence[Scene], size: int, *, seed: int = 0) -> float:
     """The share of pictures, each spoiled in one way, that pass for the scene as it was."""
     rng = np.random.default_rng([seed, tuple(WORDS | BEYOND).index(kind)])
     return accepted(some, judge.look([spoiled(scene, kind, size, rng) for scene in some]))
@@ -159,9 +149,7 @@ def things_wrong(some: Sequence[Scene], seen: Sequence[Seen]) -> dict[str, tuple
     for band, count in counts.items():
         total = max(1, sum(count.values()))
         missed, unknown = count[""] / total, count["unknown"] / total
-        wrong = sum(
-            number for name, number in count.items() if name not in ("", "unknown", "right")
-        )
+        wrong = sum(number for name, number in count.items() if name not in ("", "unknown", "right"))
         shares[band] = (missed, unknown, wrong / total)
     return shares
 
@@ -177,9 +165,7 @@ def named(thing: Thing, saw: Seen) -> str:
     return one.name if one.name != thing.name else f"{one.colour} {one.size}"
 
 
-def thresholds(
-    judge: Judge, *, count: int = 200, objects: int | None = None
-) -> tuple[float, float]:
+def thresholds(judge: Judge, *, count: int = 200, objects: int | None = None) -> tuple[float, float]:
     """Heat and sureness that serve scenes of `valid` best: most right, fewest false accepts.
 
     What is weighed is scenes seen wrong plus three times what the worst kind of false accept has
@@ -215,9 +201,7 @@ def _names(judge: Judge) -> list[str]:
     return [name for name in judge.names if name not in (*SHAPES, "unknown")]
 
 
-def table(
-    judge: Judge, *, count: int = 500, report: Callable[[str], None] = lambda line: None
-) -> str:
+def table(judge: Judge, *, count: int = 500, report: Callable[[str], None] = lambda line: None) -> str:
     """The judge's errors as a table in Markdown, for scenes of all objects and of the first 48."""
     columns = [(some, size) for some in (len(objects()), 48) for size in SIZES]
     rows: dict[str, list[str]] = {}
@@ -266,12 +250,8 @@ def confusions(judge: Judge, *, size: int = 64, renders: int = 60, seed: int = 0
                     count[thing.name, thing.colour][named(thing, saw)] += 1
         for kind, said in count.items():
             wrong = 1 - said["right"] / max(1, sum(said.values()))
-            what = ", ".join(
-                f"{n or 'nothing'} {c}" for n, c in said.most_common(5) if n != "right"
-            )
-            lines.append(
-                (wrong, f"{100 * wrong:5.1f} % {kind[1] or ''} {kind[0]} ({style}): {what}")
-            )
+            what = ", ".join(f"{n or 'nothing'} {c}" for n, c in said.most_common(5) if n != "right")
+            lines.append((wrong, f"{100 * wrong:5.1f} % {kind[1] or ''} {kind[0]} ({style}): {what}"))
     return [line for _, line in sorted(lines, reverse=True)]
 
 

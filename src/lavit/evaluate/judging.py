@@ -19,9 +19,7 @@ def judge_test(exam: Exam) -> Figure:
     looks = seen(exam, "true test", [exam.small(exam.scene("test", n)) for n in range(exam.count)])
     floor = float(np.mean(all_of(said, turned(looks))))
     details = {"pixels": exam.drawn_size}
-    return share(
-        "judge_test_all", all_of(said, looks), floor=("another picture", floor), details=details
-    )
+    return share("judge_test_all", all_of(said, looks), floor=("another picture", floor), details=details)
 
 
 def false_accepts(exam: Exam) -> Figure:
@@ -35,16 +33,12 @@ def false_accepts(exam: Exam) -> Figure:
     found: dict[str, list[bool]] = {}
     for number, kind in enumerate(SPOILED):
         scenes = for_kind(kind, ordinary, binding)
-        pictures = [
-            _spoiled(spoiled, scene, kind, exam, number, n) for n, scene in enumerate(scenes)
-        ]
+        pictures = [_spoiled(spoiled, scene, kind, exam, number, n) for n, scene in enumerate(scenes)]
         said = wanted(exam, "binding" if scenes is binding else "test")
         found[kind] = all_of(said, exam.judge.look(pictures))
     worst = max(found, key=lambda kind: (sum(found[kind]), kind))
     details = {kind: float(np.mean(hits)) for kind, hits in found.items()}
-    return share(
-        "judge_false_accepts", found[worst], note=f"the worst kind: {worst}", details=details
-    )
+    return share("judge_false_accepts", found[worst], note=f"the worst kind: {worst}", details=details)
 
 
 def _spoiled(spoiled, scene: Scene, kind: str, exam: Exam, number: int, item: int) -> Image:

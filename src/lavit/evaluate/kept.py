@@ -76,6 +76,5 @@ class Kept:
                 file.flush()
         except OSError as error:
             raise InputError(
-                f"{self.path} cannot be written ({error.strerror}): "
-                "give --json FILE where predictions may be kept"
+                f"{self.path} cannot be written ({error.strerror}): give --json FILE where predictions may be kept"
             ) from error

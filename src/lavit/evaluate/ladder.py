@@ -60,10 +60,7 @@ def ladder_blank(exam: Exam) -> Figure:
     plain = [background(colour, "plain", size) for colour in BACKGROUNDS]
     while len(plain) < BLANKS:
         plain.append(Image.new("RGB", (size, size), tuple(int(x) for x in rng.integers(0, 256, 3))))
-    noise = [
-        Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8))
-        for _ in range(BLANKS)
-    ]
+    noise = [Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)) for _ in range(BLANKS)]
     whole = [exam.picture(exam.scene("ladder", 10 * n + 5)) for n in range(BLANKS)]
     kinds = {
         "blank": plain,
@@ -103,9 +100,7 @@ def other_lengths(
     norms = features.float().norm(dim=-1).cpu().numpy()
     edges = np.stack([edge_energy(picture, grid) for picture in pictures])
     return {
-        "random": rng.binomial(patches, min(1.0, kept / patches), size=len(pictures)).astype(
-            np.float64
-        ),
+        "random": rng.binomial(patches, min(1.0, kept / patches), size=len(pictures)).astype(np.float64),
         "strided": np.full(len(pictures), round(kept), dtype=np.float64),
         "feature_norm": above(norms, kept),
         "edge_energy": above(edges, kept),
@@ -133,9 +128,7 @@ def shuffled(picture: Image.Image, grid: int, rng: np.random.Generator) -> Image
     """The picture with its patches in another order."""
     side = picture.width // grid
     pixels = np.asarray(picture)[: side * grid, : side * grid]
-    blocks = (
-        pixels.reshape(grid, side, grid, side, 3).swapaxes(1, 2).reshape(grid * grid, side, side, 3)
-    )
+    blocks = pixels.reshape(grid, side, grid, side, 3).swapaxes(1, 2).reshape(grid * grid, side, side, 3)
     mixed = blocks[rng.permutation(len(blocks))].reshape(grid, grid, side, side, 3).swapaxes(1, 2)
     return Image.fromarray(np.ascontiguousarray(mixed.reshape(side * grid, side * grid, 3)))
 

@@ -61,9 +61,7 @@ def load_items(path: Path) -> list[Item]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path} cannot be read: {getattr(error, 'strerror', None) or error}"
-        ) from error
+        raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     items = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -94,9 +92,7 @@ def _item(row: Any, folder: Path) -> Item:
     if kind != "draw" and not turn.pictures:
         raise InputError(f"an item of kind {kind!r} needs pictures or a scene")
     if (kind == "ask" and not turn.answers) or (kind != "ask" and turn.facts is None):
-        raise InputError(
-            f"an item of kind {kind!r} needs {'answers' if kind == 'ask' else 'facts'}"
-        )
+        raise InputError(f"an item of kind {kind!r} needs {'answers' if kind == 'ask' else 'facts'}")
     if kind == "edit" and "facts" not in row:
         raise InputError("an edit needs the facts of what it should give")
     return Item(kind, (turn,))
@@ -134,17 +130,13 @@ def scene_of(row: Mapping[str, Any]) -> Scene:
     for one in sorted(row["things"], key=lambda thing: tuple(thing["cell"])):
         size, cell = one.get("size", "small"), tuple(one["cell"])
         if size not in ("small", "big") or cell not in [(r, c) for r in range(3) for c in range(3)]:
-            raise InputError(
-                f"a thing has size small or big and a cell from [0, 0] to [2, 2]: {size!r}, {cell}"
-            )
+            raise InputError(f"a thing has size small or big and a cell from [0, 0] to [2, 2]: {size!r}, {cell}")
         things.append(Thing(one["name"], one.get("colour"), size, cell, nominal(cell, size), 0.0))
     return Scene(row["background"], row["pattern"], row["style"], tuple(things))
 
 
 def _shown(exam: Exam, turn: Turn) -> list[Image]:
-    return [
-        exam.picture(one) if isinstance(one, Scene) else open_image(one) for one in turn.pictures
-    ]
+    return [exam.picture(one) if isinstance(one, Scene) else open_image(one) for one in turn.pictures]
 
 
 def _task(items: list[Item], name: str) -> str:
@@ -166,12 +158,8 @@ def _talk(exam: Exam, item: Item, number: int) -> list[dict[str, str]]:
     messages: list[Any] = []
     replies: list[dict[str, str]] = []
     for turn in item.turns:
-        content: list[dict[str, Any]] = [
-            {"type": "image", "image": one} for one in _shown(exam, turn)
-        ]
-        messages.append(
-            {"role": "user", "content": [*content, {"type": "text", "text": turn.text}]}
-        )
+        content: list[dict[str, Any]] = [{"type": "image", "image": one} for one in _shown(exam, turn)]
+        messages.append({"role": "user", "content": [*content, {"type": "text", "text": turn.text}]})
         out = "text" if turn.facts is None else "image"
         if out == "image":
             exam.needs("pixels")
@@ -201,9 +189,7 @@ def own_read(exam: Exam) -> Figure:
     exam.needs("language")
 
     def make(numbers: list[int]) -> list[str]:
-        return exam.pipe.caption(
-            [_shown(exam, items[n].turns[0])[0] for n in numbers], seed=exam.seed
-        )
+        return exam.pipe.caption([_shown(exam, items[n].turns[0])[0] for n in numbers], seed=exam.seed)
 
     texts = exam.made(_task(items, "read"), range(len(items)), make)
     said = [item.turns[0].facts for item in items]
@@ -215,9 +201,7 @@ def covers(text: str, wanted: Facts) -> bool:
     it likes.
     """
     said = parse(text)
-    if said is None or {group.name for group in said.groups} != {
-        group.name for group in wanted.groups
-    }:
+    if said is None or {group.name for group in said.groups} != {group.name for group in wanted.groups}:
         return False
     if wanted.background not in (None, said.background) or wanted.pattern not in (
         None,
@@ -226,11 +210,7 @@ def covers(text: str, wanted: Facts) -> bool:
         return False
     for group in wanted.groups:
         own = said.group(group.name)
-        if (
-            own.number != group.number
-            or group.size not in (None, own.size)
-            or group.colour not in (None, own.colour)
-        ):
+        if own.number != group.number or group.size not in (None, own.size) or group.colour not in (None, own.colour):
             return False
     return wanted.relations <= said.relations
 
@@ -269,9 +249,7 @@ def own_draw(exam: Exam) -> Figure:
 
     def make(numbers: list[int]) -> list[list[int]]:
         turns = [drawn[n].turns[0] for n in numbers]
-        return codes_for(
-            exam, [[*_shown(exam, turn), turn.text] for turn in turns], exam.seeds(numbers)
-        )
+        return codes_for(exam, [[*_shown(exam, turn), turn.text] for turn in turns], exam.seeds(numbers))
 
     codes = exam.made(_task(drawn, "write"), range(len(drawn)), make)
     pictures = painted(exam, _task(drawn, "draw"), range(len(drawn)), codes)

@@ -99,9 +99,7 @@ class Rows:
     labels: list[int] = field(default_factory=list)
     pictures: list[int] = field(default_factory=list)  # number of the picture of each row
 
-    def add(
-        self, patches: Sequence[int], label: int, picture: int, seen: Tensor, rebuilt: Tensor
-    ) -> None:
+    def add(self, patches: Sequence[int], label: int, picture: int, seen: Tensor, rebuilt: Tensor) -> None:
         """One box of a picture."""
         self.seen.append(seen[patches].mean(0))
         self.rebuilt.append(rebuilt[patches].mean(0))
@@ -142,9 +140,7 @@ def names_of(exam: Exam) -> tuple[str, ...]:
     return (*exam.rules.objects_named, *SHAPES)
 
 
-def material(
-    exam: Exam, scenes: Sequence[Scene], seen: Tensor, rebuilt: Tensor, into: Material, first: int
-) -> None:
+def material(exam: Exam, scenes: Sequence[Scene], seen: Tensor, rebuilt: Tensor, into: Material, first: int) -> None:
     """Add the rows of pictures, whose numbers begin with `first`."""
     grid = exam.model.config.vision.grid
     names = names_of(exam)
@@ -208,9 +204,7 @@ def _material(exam: Exam) -> Material:
     return Material(Rows(names), Rows(grounds), Rows((*names, NOTHING)))
 
 
-def _both(
-    exam: Exam, scenes: Sequence[Scene], features: Tensor, into: Material, first: int
-) -> None:
+def _both(exam: Exam, scenes: Sequence[Scene], features: Tensor, into: Material, first: int) -> None:
     tokenizer = exam.tokenizer
     rebuilt = decoded(tokenizer, tokens_of(tokenizer, features))
     material(exam, scenes, tokenizer.standard(features), rebuilt, into, first)
@@ -227,9 +221,7 @@ def _kept(name: str, known: Rows, test: Rows) -> Figure:
         "rebuilt": float(np.mean(rebuilt)),
         "rows_fitted": len(known.labels),
     }
-    return ratio(
-        name, rebuilt, seen, floor=floor, ceiling=("the encoder's features", 1.0), details=details
-    )
+    return ratio(name, rebuilt, seen, floor=floor, ceiling=("the encoder's features", 1.0), details=details)
 
 
 def identity_kept(exam: Exam) -> Figure:

@@ -81,13 +81,11 @@ def mistakes(texts: Sequence[str], said: Sequence[Facts]) -> dict[str, float]:
     found = {"unreadable": [one is None for one in parsed]}
     for name in ("background", "pattern", "relations"):
         found[f"wrong_{name}"] = [
-            one is None or getattr(one, name) != getattr(true, name)
-            for one, true in zip(parsed, said, strict=True)
+            one is None or getattr(one, name) != getattr(true, name) for one, true in zip(parsed, said, strict=True)
         ]
     for name in ("name", "number", "size", "colour"):
         found[f"wrong_{name}"] = [
-            one is None or _each(one, name) != _each(true, name)
-            for one, true in zip(parsed, said, strict=True)
+            one is None or _each(one, name) != _each(true, name) for one, true in zip(parsed, said, strict=True)
         ]
     return {name: float(np.mean(values)) for name, values in found.items()}
 
@@ -157,9 +155,7 @@ def answer_test(exam: Exam) -> Figure:
         hits,
         floor=("best answer from the words alone", float(np.mean(text_only(exam)))),
         ceiling=("true answers", float(np.mean(own))),
-        details={
-            kind.replace(" ", "_"): float(np.mean(found)) for kind, found in sorted(kinds.items())
-        },
+        details={kind.replace(" ", "_"): float(np.mean(found)) for kind, found in sorted(kinds.items())},
     )
 
 
@@ -182,9 +178,7 @@ def cycle_text(exam: Exam) -> Figure:
     said = wanted(exam, "test")
     drawn = drawings(exam, "test")
     texts = captions(exam, "cycle", range(exam.count), lambda item: drawn[item])
-    real = captions(
-        exam, "cycle ceiling", range(exam.count), lambda item: exam.small(exam.scene("test", item))
-    )
+    real = captions(exam, "cycle ceiling", range(exam.count), lambda item: exam.small(exam.scene("test", item)))
     hits = exact(texts, said)
     return share(
         "cycle_text_exact",

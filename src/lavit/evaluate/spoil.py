@@ -76,9 +76,7 @@ def _as(kind: str, soft: Image.Image, other: Image.Image, rng: np.random.Generat
     return Image.blend(soft, mixed, float(rng.uniform(0.4, 0.6)))
 
 
-def joined(
-    drawing: Image.Image, other: Image.Image, rng: np.random.Generator
-) -> Image.Image | None:
+def joined(drawing: Image.Image, other: Image.Image, rng: np.random.Generator) -> Image.Image | None:
     """Half of one drawing joined to half of another; None if it does not show."""
     soft = drawing.convert("RGBa")
     mixed = other.convert("RGBa").resize(soft.size, Image.Resampling.BICUBIC)

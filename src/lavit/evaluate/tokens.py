@@ -86,24 +86,18 @@ def live_codes(exam: Exam) -> Figure:
     blocks = range(-(-pictures // BLOCK))
 
     def make(numbers: list[int]) -> list[str]:
-        return [
-            _used(exam, range(b * BLOCK, min((b + 1) * BLOCK, pictures)), size) for b in numbers
-        ]
+        return [_used(exam, range(b * BLOCK, min((b + 1) * BLOCK, pictures)), size) for b in numbers]
 
     used = np.zeros(size, dtype=bool)
     for bits in exam.made(f"codes of {pictures}", blocks, make, together=1):
         used |= unpacked(bits, size)
-    return plain(
-        "live_codes", float(used.mean()), pictures, note=f"{int(used.sum())} of {size} codes"
-    )
+    return plain("live_codes", float(used.mean()), pictures, note=f"{int(used.sum())} of {size} codes")
 
 
 def _used(exam: Exam, numbers: Sequence[int], size: int) -> str:
     """Codes that pictures of these numbers use, as bits in hex."""
     scenes = [scene_at("train", number, seed=OTHER_SEED, rules=exam.rules) for number in numbers]
-    codes = tokens_of(
-        exam.tokenizer, exam.features([exam.picture(scene) for scene in scenes])
-    ).codes
+    codes = tokens_of(exam.tokenizer, exam.features([exam.picture(scene) for scene in scenes])).codes
     return np.packbits(np.bincount(codes.cpu().numpy(), minlength=size) > 0).tobytes().hex()
 
 

@@ -73,9 +73,7 @@ def protocol_of(name: str, patches: int) -> Protocol:
     known = {
         "default": greedy,
         "paper": paper,
-        "published": replace(
-            paper, name="published", drawing=fitted(PUBLISHED, patches), best_of=None
-        ),
+        "published": replace(paper, name="published", drawing=fitted(PUBLISHED, patches), best_of=None),
     }
     if name not in known:
         raise InputError(f"protocol {name!r} is not known: use one of {', '.join(known)}")

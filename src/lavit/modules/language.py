@@ -202,9 +202,7 @@ class Language(nn.Module):
             raise InputError(f"the language model's head is a {type(head).__name__}, expected a plain Linear")
         rows = self.rows if self.head_rows is None else self.head_rows
         train = torch.is_grad_enabled()
-        total, losses, correct = HeadLoss.apply(
-            hidden, labels, head.weight, head.bias, rows, CHUNK, train, weights
-        )
+        total, losses, correct = HeadLoss.apply(hidden, labels, head.weight, head.bias, rows, CHUNK, train, weights)
         visual = self.vocabulary.is_visual(labels)
         return LanguageLoss(
             total,

@@ -68,9 +68,7 @@ class VisualTokenizer(nn.Module):
             self.mean.copy_(rows.mean(0))
             self.deviation.copy_(rows.std(0).clamp(min=1e-6))
 
-    def standard(
-        self, patches: Float[Tensor, "images patches dim"]
-    ) -> Float[Tensor, "images patches dim"]:
+    def standard(self, patches: Float[Tensor, "images patches dim"]) -> Float[Tensor, "images patches dim"]:
         """Features as the tokenizer reconstructs them and the decoder sees them.
 
         With `standardise` each channel has mean 0 and deviation 1; else they are the encoder's.

@@ -103,9 +103,7 @@ def told(scene: Scene, rng: np.random.Generator, rules: Rules) -> Told:
     return Told(scene, tuple(texts), tuple(dict.fromkeys(prompts)), tuple(asked))
 
 
-def endless(
-    split: str = "train", *, seed: int = 0, rules: Rules | None = None, start: int = 0
-) -> Iterator[Unit]:
+def endless(split: str = "train", *, seed: int = 0, rules: Rules | None = None, start: int = 0) -> Iterator[Unit]:
     """Units of a split from number `start` on, without end."""
     for index in itertools.count(start):
         yield unit_at(split, index, seed=seed, rules=rules)
@@ -120,16 +118,12 @@ def stream_rows(seed: int = 0, *, split: str = "train", rules: Rules | None = No
     shards = {"shards": list(range(STRETCHES)), "split": split, "seed": seed, "rules": rules}
     return datasets.IterableDataset.from_generator(
         _stretches,
-        features=datasets.Features(
-            image=datasets.Image(decode=False), texts=datasets.List(datasets.Value("string"))
-        ),
+        features=datasets.Features(image=datasets.Image(decode=False), texts=datasets.List(datasets.Value("string"))),
         gen_kwargs=shards,
     )
 
 
-def _stretches(
-    shards: list[int], split: str, seed: int, rules: Rules | None
-) -> Iterator[dict[str, Any]]:
+def _stretches(shards: list[int], split: str, seed: int, rules: Rules | None) -> Iterator[dict[str, Any]]:
     for shard in shards:
         for index in range(shard * STRETCH, (shard + 1) * STRETCH):
             for one in unit_at(split, index, seed=seed, rules=rules).pictures:
@@ -186,8 +180,7 @@ def write_pool(
                 names.append(f"{split}/{name}")
                 rows.append({"file_name": name, "texts": one.texts, "prompts": one.prompts})
                 asked += [
-                    {"image": names[-1], "question": question, "answer": answer}
-                    for question, answer in one.questions
+                    {"image": names[-1], "question": question, "answer": answer} for question, answer in one.questions
                 ]
             for change in unit.changes:
                 sources = [names[number] for number in change.sources]
@@ -235,9 +228,7 @@ def _drawn(
             pictures -= len(unit.pictures)
 
 
-def _chunk(
-    number: int, *, split: str, seed: int, rules: Rules, size: int
-) -> list[tuple[Unit, list[bytes]]]:
+def _chunk(number: int, *, split: str, seed: int, rules: Rules, size: int) -> list[tuple[Unit, list[bytes]]]:
     """Units of one chunk, with their pictures as PNG files."""
     first = number * CHUNK
     units = itertools.islice(endless(split, seed=seed, rules=rules, start=first), CHUNK)
@@ -251,9 +242,7 @@ def png(scene: Scene, size: int) -> bytes:
     return stream.getvalue()
 
 
-def _talks(
-    folder: Path, count: int, seed: int, rules: Rules, size: int
-) -> Iterator[dict[str, Any]]:
+def _talks(folder: Path, count: int, seed: int, rules: Rules, size: int) -> Iterator[dict[str, Any]]:
     """Conversations of 2 to 4 turns as messages; their pictures are written beside them."""
     (folder / "conversations").mkdir()
     for number in range(count):

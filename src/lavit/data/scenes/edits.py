@@ -186,9 +186,7 @@ def _fresh(scene: Scene, rng: Rng, rules: Rules) -> tuple[str, str | None]:
 def _places(scene: Scene, name: str, rng: Rng) -> str:
     """Every relation of a group: " to the right of the owl and above the star"."""
     said = facts(scene)
-    words = [
-        f"{place(kind, rng, 0.6)} {the(said.group(other))}" for kind, other in around(said, name)
-    ]
+    words = [f"{place(kind, rng, 0.6)} {the(said.group(other))}" for kind, other in around(said, name)]
     words = shuffled(rng, words)
     return f" {listed(words)}" if words else ""
 
@@ -227,8 +225,7 @@ def _swap(scene: Scene, rng: Rng, rules: Rules) -> Change:
     target = _with(scene, things)
     names = {a.name: b.name, b.name: a.name}
     wanted = frozenset(
-        Relation(r.kind, names.get(r.first, r.first), names.get(r.second, r.second))
-        for r in said.relations
+        Relation(r.kind, names.get(r.first, r.first), names.get(r.second, r.second)) for r in said.relations
     )
     if facts(target).relations != wanted or not wanted:
         return None

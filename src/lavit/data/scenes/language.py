@@ -72,8 +72,7 @@ def thin(
 ) -> Facts:
     """Facts without those of some kinds."""
     groups = frozenset(
-        replace(g, size=g.size if sizes else None, colour=g.colour if colours else None)
-        for g in said.groups
+        replace(g, size=g.size if sizes else None, colour=g.colour if colours else None) for g in said.groups
     )
     return Facts(
         said.background if background else None,
@@ -154,9 +153,7 @@ def listed(items: list[str]) -> str:
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
-def related(
-    relation: Relation, rng: Rng, order: Sequence[str] | None = None
-) -> tuple[str, str, str]:
+def related(relation: Relation, rng: Rng, order: Sequence[str] | None = None) -> tuple[str, str, str]:
     """A relation as (name, kind in words, name), put from the earlier end, or else from either."""
     forward = rng.random() < 0.5
     if order is not None:

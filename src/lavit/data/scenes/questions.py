@@ -40,9 +40,7 @@ class Question:
     answer: str
 
 
-def questions(
-    scene: Scene, rng: Rng, rules: Rules, count: int, *, document: Document | None = None
-) -> list[Question]:
+def questions(scene: Scene, rng: Rng, rules: Rules, count: int, *, document: Document | None = None) -> list[Question]:
     """Up to `count` questions about a scene, no two alike.
 
     They ask for nothing that the rules keep away from the scene in training, unless the scene is
@@ -194,9 +192,7 @@ def frequencies(rules: Rules, shapes: bool) -> tuple[tuple[str, ...], np.ndarray
             for style in STYLES
             for ground in BACKGROUNDS
             for colour in (COLOURS if shapes else (None,))
-            if rules.style_of(name) in (None, style)
-            and (name, colour) not in HELD_OUT_COLOURS
-            and colour != ground
+            if rules.style_of(name) in (None, style) and (name, colour) not in HELD_OUT_COLOURS and colour != ground
         )
         for name in (SHAPES if shapes else rules.objects_named)
     }

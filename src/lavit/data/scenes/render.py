@@ -113,8 +113,7 @@ def from_font(codepoint: str, font: Path) -> Image.Image:
     """One emoji of Noto Color Emoji."""
     if not font.is_file():
         raise InputError(
-            f"the style 'noto' needs the font file {font}: install Debian's "
-            "fonts-noto-color-emoji, or name the file"
+            f"the style 'noto' needs the font file {font}: install Debian's fonts-noto-color-emoji, or name the file"
         )
     drawing = Image.new("RGBA", (NOTO_SIZE * 2, NOTO_SIZE * 2))
     face = ImageFont.truetype(str(font), NOTO_SIZE)
@@ -144,10 +143,7 @@ def outline(name: str) -> list[tuple[float, float]]:
         x, y = 0.44 * np.cos(turn), 0.44 * np.sin(turn)
     elif name == "heart":
         x = 16 * np.sin(turn) ** 3 / 38
-        y = (
-            -(13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn))
-            / 38
-        )
+        y = -(13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn)) / 38
     elif name == "star":
         angle = -np.pi / 2 + np.arange(10) * np.pi / 5
         radius = np.where(np.arange(10) % 2, 0.19, 0.46)
@@ -180,9 +176,7 @@ def _lab(rgb: np.ndarray) -> np.ndarray:
     """sRGB (0..255, [pixels 3]) to CIELAB under D65."""
     linear = rgb / 255
     linear = np.where(linear > 0.04045, ((linear + 0.055) / 1.055) ** 2.4, linear / 12.92)
-    matrix = np.array(
-        [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
-    )
+    matrix = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
     xyz = linear @ matrix.T / np.array([0.9505, 1.0, 1.089])
     f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
     return np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], 1)

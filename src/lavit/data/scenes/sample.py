@@ -86,8 +86,7 @@ def _try(split: str, index: int, rng: Rng, rules: Rules) -> Scene | None:
     cells = pick(rng, layouts)
     background, pattern = pick(rng, tuple(world.BACKGROUNDS)), pick(rng, world.PATTERNS)
     groups = [
-        (name, colour, size, group)
-        for (name, colour), size, group in zip(kinds.items(), sizes, cells, strict=True)
+        (name, colour, size, group) for (name, colour), size, group in zip(kinds.items(), sizes, cells, strict=True)
     ]
     return build(background, pattern, style, groups, rng)
 
@@ -102,9 +101,7 @@ def compositions(number: int) -> tuple[tuple[int, ...], ...]:
     return tuple(found)
 
 
-def _kinds(
-    rng: Rng, rules: Rules, count: int, *, shapes_only: bool = False
-) -> dict[str, str | None]:
+def _kinds(rng: Rng, rules: Rules, count: int, *, shapes_only: bool = False) -> dict[str, str | None]:
     """Different names, and a colour for each that is a shape; shapes differ in colour too."""
     found: dict[str, str | None] = {}
     while len(found) < count:
@@ -137,9 +134,7 @@ def apart(boxes: Sequence[Box]) -> bool:
 
 
 @cache
-def placements(
-    counts: tuple[int, ...], sizes: tuple[Size, ...]
-) -> tuple[tuple[tuple[Cell, ...], ...], ...]:
+def placements(counts: tuple[int, ...], sizes: tuple[Size, ...]) -> tuple[tuple[tuple[Cell, ...], ...], ...]:
     """All ways to give groups their cells so that every pair is clear, and one at least related."""
     found = []
     largest = tuple(max(world.EXTENTS[size]) for size in sizes)
@@ -189,9 +184,7 @@ def _thing(name: str, colour: str | None, size: Size, cell: Cell, jitter: float,
     side = float(rng.uniform(*world.EXTENTS[size]))
     box = nominal(cell, size, side)
     dx, dy, turn = (float(luck) for luck in rng.uniform(-1, 1, 3))
-    return Thing(
-        name, colour, size, cell, Box(box.x + dx * jitter, box.y + dy * jitter, side), turn * TURN
-    )
+    return Thing(name, colour, size, cell, Box(box.x + dx * jitter, box.y + dy * jitter, side), turn * TURN)
 
 
 def _ladder(rng: Rng, rules: Rules, number: int, style: str) -> Scene | None:
@@ -203,8 +196,5 @@ def _ladder(rng: Rng, rules: Rules, number: int, style: str) -> Scene | None:
         kinds += _kinds(rng, rules, 1).items()
         if kinds[-1][1] == background:
             return None
-    things = [
-        _thing(name, colour, "small", cell, 0.0, rng)
-        for (name, colour), cell in zip(kinds, cells, strict=True)
-    ]
+    things = [_thing(name, colour, "small", cell, 0.0, rng) for (name, colour), cell in zip(kinds, cells, strict=True)]
     return Scene(background, pattern, style, tuple(things))

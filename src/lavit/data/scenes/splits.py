@@ -64,13 +64,9 @@ class Rules:
 
     def __post_init__(self) -> None:
         if not 2 <= self.objects <= len(objects()):
-            raise InputError(
-                f"scenes have 2 to {len(objects())} objects to choose from, not {self.objects}"
-            )
+            raise InputError(f"scenes have 2 to {len(objects())} objects to choose from, not {self.objects}")
         if not 0 <= self.held_out_pairs <= 1 - VALID_PAIRS:
-            raise InputError(
-                f"held_out_pairs is {self.held_out_pairs}: give a share from 0 to {1 - VALID_PAIRS}"
-            )
+            raise InputError(f"held_out_pairs is {self.held_out_pairs}: give a share from 0 to {1 - VALID_PAIRS}")
 
     @property
     def objects_named(self) -> tuple[str, ...]:
@@ -93,9 +89,7 @@ class Rules:
         place = next(n for n, kind in enumerate(objects()) if kind.name == name)
         return tuple(world.STYLES)[place // 10 % 2] if place % 10 == 7 else None
 
-    def held_out(
-        self, names: Iterable[str], coloured: Iterable[tuple[str, str]] = ()
-    ) -> str | None:
+    def held_out(self, names: Iterable[str], coloured: Iterable[tuple[str, str]] = ()) -> str | None:
         """Why things may not stand in one document of training, or None."""
         for a, b in itertools.combinations(sorted(set(names)), 2):
             if self.pair_of(a, b) != "train":
@@ -175,9 +169,7 @@ def facts_key(facts: Facts) -> str:
 def valid_world(scene: Scene) -> str | None:
     """Why a picture like this is not part of the world, or None; splits come after."""
     names = [thing.name for thing in scene.things]
-    if len(set(names)) > world.MOST_GROUPS or any(
-        names.count(name) > world.MOST_ALIKE for name in names
-    ):
+    if len(set(names)) > world.MOST_GROUPS or any(names.count(name) > world.MOST_ALIKE for name in names):
         return "too many groups, or too many of one kind"
     if any(thing.size == "big" for thing in scene.things) and len(names) > world.MOST_BIG:
         return "a big thing among many"

@@ -88,9 +88,7 @@ def several(rng: Rng, rules: Rules, kind: str | None = None, *, split: str = "tr
             return one
 
 
-def _together(
-    target: Scene, rng: Rng, rules: Rules, fine: Callable[[Scene], bool]
-) -> Several | None:
+def _together(target: Scene, rng: Rng, rules: Rules, fine: Callable[[Scene], bool]) -> Several | None:
     if len(target.names) < 2:
         return None
     order = shuffled(rng, target.names)
@@ -103,9 +101,7 @@ def _together(
     return Several("together", pick(rng, TOGETHER), (a, b), target)
 
 
-def _on_background(
-    target: Scene, rng: Rng, rules: Rules, fine: Callable[[Scene], bool]
-) -> Several | None:
+def _on_background(target: Scene, rng: Rng, rules: Rules, fine: Callable[[Scene], bool]) -> Several | None:
     if not target.things:
         return None
     a = _other_ground(target, rng)
@@ -158,9 +154,7 @@ def conversation(rng: Rng, rules: Rules, turns: int, *, split: str = "train") ->
     return Conversation(tuple(messages))
 
 
-def _turn(
-    kind: str, last: Scene | None, rng: Rng, document: Document, split: str
-) -> tuple[str, str | Scene] | None:
+def _turn(kind: str, last: Scene | None, rng: Rng, document: Document, split: str) -> tuple[str, str | Scene] | None:
     """One request and its answer; None if this kind is not possible here."""
     rules = document.rules
     if kind == "question":

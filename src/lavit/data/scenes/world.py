@@ -177,10 +177,7 @@ def kind_of(name: str) -> Kind:
 def facts(scene: Scene) -> Facts:
     """Everything that can be read off the picture of a scene."""
     boxes = boxes_of(scene.things)
-    groups = frozenset(
-        Group(thing.name, len(boxes[thing.name]), thing.size, thing.colour)
-        for thing in scene.things
-    )
+    groups = frozenset(Group(thing.name, len(boxes[thing.name]), thing.size, thing.colour) for thing in scene.things)
     return Facts(scene.background, scene.pattern, groups, relations(boxes))
 
 
