@@ -25,12 +25,14 @@ check: .venv/installed
 bench: .venv/installed
 	for name in merger pixels tokenizer generate; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
-demo: .venv/installed
-	$(BIN)/lavit demo --out demo
-
-train-nano: .venv/installed
+runs/nano/pixels/done: .venv/installed
 	$(BIN)/lavit data scenes --out data/scenes --pictures $(PICTURES)
 	$(BIN)/lavit train all --preset nano --data data/scenes --out runs/nano --minutes $(MINUTES)
+
+demo: runs/nano/pixels/done
+	$(BIN)/lavit demo runs/nano --out demo
+
+train-nano: runs/nano/pixels/done
 	$(BIN)/lavit eval runs/nano
 
 clean:

@@ -16,7 +16,6 @@ from lavit.data.chat import ChatPicture, ChatText, render_chat, turn_end
 from lavit.generate.jobs import writing
 from lavit.generate.pipeline import Pipeline
 from lavit.generate.prompts import lay_prompt
-from lavit.generate.protocols import ANSWER_ENDS, cut
 from lavit.generate.sampling import Sampling
 
 CHATML = (
@@ -175,9 +174,9 @@ def test_a_conversation(pipeline: Pipeline) -> None:
 def test_one_turn_without_a_template_is_what_the_other_verbs_lay_out(pipeline: Pipeline) -> None:
     picture = toy_picture("blue dot")
     shown = {"type": "image", "image": picture}
-    chosen = {"sampling": Sampling(temperature=0, max_tokens=16)}
+    chosen = {"sampling": Sampling(temperature=0, max_tokens=24)}
     asked = pipeline.chat([user(shown, "is it red?")], **chosen)["content"][0]["text"]
-    assert cut(asked, ANSWER_ENDS)[0].strip() == pipeline.ask(picture, "is it red?")
+    assert asked.strip() == pipeline.ask(picture, "is it red?")
     edited = pipeline.chat([user(shown, "as a bar")], out="image", seed=2, steps=2)["content"][0]["image"]
     assert edited.tobytes() == pipeline.edit(picture, "as a bar", seed=2, steps=2)[0].tobytes()
 

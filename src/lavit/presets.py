@@ -100,7 +100,7 @@ def nano() -> Preset:
             dim=vision.dim,
             patches=vision.patches,
             heads=7,
-            merger_depth=3,
+            merger_depth=2,
             reconstructor_depth=3,
             mlp_ratio=2.0,
             codes=4096,
@@ -112,7 +112,7 @@ def nano() -> Preset:
             architecture={
                 "model_type": "llama",
                 "hidden_size": 224,
-                "intermediate_size": 448,
+                "intermediate_size": 512,
                 "num_hidden_layers": 3,
                 "num_attention_heads": 4,
                 "num_key_value_heads": 4,
@@ -124,8 +124,8 @@ def nano() -> Preset:
     )
     training = TrainConfig(
         tokenizer=TokenizerTraining(
-            steps_a=1000,
-            steps_b=1000,
+            steps_a=500,
+            steps_b=700,
             batch=32,
             learning_rate=1e-3,
             foreground=1.0,
@@ -136,7 +136,7 @@ def nano() -> Preset:
             k_means_vectors=40_000,
         ),
         language=LanguageTraining(
-            steps=3000,
+            steps=4000,
             rows=2,
             tokens=512,
             learning_rate=2e-3,

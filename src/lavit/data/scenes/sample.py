@@ -66,10 +66,8 @@ def belongs(scene: Scene, split: str, rules: Rules) -> bool:
 def _try(split: str, index: int, rng: Rng, rules: Rules) -> Scene | None:
     """One attempt at a scene of a split; None if it cannot be laid out."""
     style = "noto" if split == "noto" else pick(rng, tuple(world.STYLES))
-    if split in IN_TURN:
-        number = IN_TURN[split][index % len(IN_TURN[split])]
-    else:
-        number = int(rng.choice(len(NUMBERS), p=NUMBERS))
+    turns = IN_TURN.get(split)
+    number = turns[index % len(turns)] if turns else int(rng.choice(len(NUMBERS), p=NUMBERS))
     if split == "ladder":
         return _ladder(rng, rules, number, style)
     if split == "binding":
