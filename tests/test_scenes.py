@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +141,29 @@ def test_a_longer_pool_begins_with_the_shorter_one(tmp_path: Path) -> None:
     for row in map(json.loads, short):
         files = (tmp_path / str(n) / "train" / row["file_name"] for n in (12, 20))
         assert len({file.read_bytes() for file in files}) == 1
+
+
+def test_documents_are_the_same_in_every_process() -> None:
+    code = (
+        "import hashlib, numpy as np\n"
+        "from lavit.data.scenes.dataset import unit_at\n"
+        "from lavit.data.scenes.splits import Rules\n"
+        "from lavit.data.scenes.tasks import conversation\n"
+        "said = [repr(unit_at('train', n)) for n in range(12)]\n"
+        "said += [' '.join(conversation(np.random.default_rng(n), Rules(), 4).texts) for n in range(30)]\n"
+        "print(hashlib.sha256(''.join(said).encode()).hexdigest())"
+    )
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("0", "1")
+    ]
+    assert found[0] == found[1] != ""
 
 
 def test_the_stream_is_shared_and_goes_on_where_it_was() -> None:

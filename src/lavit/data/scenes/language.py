@@ -170,8 +170,9 @@ def place(kind: str, rng: Rng, longer: float = 0.3) -> str:
 
 def around(said: Facts, name: str) -> list[tuple[str, str]]:
     """Where a group stands: (kind in words, other name) for each relation it is in."""
-    found = [(r.kind, r.second) for r in said.relations if r.first == name]
-    return found + [(OPPOSITE[r.kind], r.first) for r in said.relations if r.second == name]
+    relations = sorted(said.relations)  # a set has another order in each process
+    found = [(r.kind, r.second) for r in relations if r.first == name]
+    return found + [(OPPOSITE[r.kind], r.first) for r in relations if r.second == name]
 
 
 def _word(group: Group, rng: Rng, synonyms: float) -> str:
