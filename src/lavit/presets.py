@@ -127,7 +127,7 @@ def nano() -> Preset:
             steps_a=500,
             steps_b=700,
             batch=32,
-            learning_rate=1e-3,
+            learning_rate=2e-3,
             foreground=1.0,
             rate=0.25,  # a scene has two things as a rule, which cover a sixth of it
             rate_weight=8.0,  # at 2 the term that decides empties pictures instead
