@@ -46,7 +46,7 @@ DRAWN = tuple(split for split in SPLITS if split != "noto")
 
 @pytest.mark.parametrize("split", DRAWN)
 def test_scenes_keep_the_geometry(split: str) -> None:
-    for index in range(20):
+    for index in range(60):
         scene = scene_at(split, index, rules=RULES)
         boxes = [thing.box for thing in scene.things]
         for box in boxes:
@@ -80,7 +80,7 @@ def test_relations_are_clear_or_not_stated() -> None:
 
 
 def test_training_never_shows_what_is_held_out() -> None:
-    for index in range(150):
+    for index in range(300):
         for picture in unit_at("train", index, rules=RULES).pictures:
             assert RULES.forbids(picture.scene) is None
             for a, b in itertools.combinations(picture.scene.names, 2):
@@ -88,7 +88,7 @@ def test_training_never_shows_what_is_held_out() -> None:
 
 
 def test_splits_hold_what_they_say() -> None:
-    for index in range(20):
+    for index in range(40):
         scene = scene_at("binding", index, rules=RULES)
         coloured = {(thing.name, thing.colour) for thing in scene.things}
         assert len(coloured) == 2 and coloured & HELD_OUT_COLOURS
