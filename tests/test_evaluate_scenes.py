@@ -17,6 +17,7 @@ from lavit.cli import main
 from lavit.config import InputError
 from lavit.data.scenes import frozen
 from lavit.data.scenes.language import prompt
+from lavit.data.scenes.sample import scene_at
 from lavit.data.scenes.splits import Rules
 from lavit.data.scenes.world import Scene, facts
 from lavit.evaluate import (
@@ -343,3 +344,14 @@ def test_all_replies_of_a_conversation_must_be_right(run: Path, monkeypatch: pyt
     monkeypatch.setattr(judge, "all_right", lambda said, seen: False)
     drawn = [any(isinstance(m.parts[0], Scene) for m in talk.messages[1::2]) for talk in talks]
     assert FIGURES["chat4_all"](one).value == pytest.approx(1 - sum(drawn) / 3)
+
+
+def test_what_is_chosen_is_chosen_on_valid_splits(run: Path) -> None:
+    usual, choosing = Exam(run, count=COUNT), Exam(run, count=COUNT, valid=True)
+    splits = ("test", "pairs", "ladder")
+    for split, other in zip(splits, ("valid", "valid_pairs", "valid_ladder"), strict=True):
+        assert choosing.scene(split, 1) == scene_at(other, 1) != usual.scene(split, 1)
+    found = evaluate(choosing, ["read_pairs_exact", "edit_test_all", "ladder_blank"])
+    assert found["valid"] and found["test_hash"] is None and not found["comparable"]
+    with pytest.raises(InputError, match="read_binding_exact cannot be had: nothing is chosen by"):
+        evaluate(choosing, ["read_binding_exact"])

@@ -34,12 +34,14 @@ def evaluate(
     objects: Objects = None,
     held_out_pairs: Pairs = None,
     data: Data = None,
+    valid: bool = False,
 ) -> None:
     """Measure a model: reading, answering, drawing, editing and tokens on scenes, each with
     interval, floor and ceiling.
 
-    --count items a figure (default 500); --json FILE writes the figures as they are named. A
-    stopped evaluation goes on with the same command; all figures of a run go into its card. On
+    --count items a figure (default 500); --json FILE writes the figures as they are named;
+    --valid asks about the splits to choose by (valid, valid_pairs) and not the test sets. A stopped
+    evaluation goes on with the same command; all figures of a run go into its card. On
     --data of your own, or of a model trained on such, the figures are those that any pictures have,
     on a share that training left out.
     """
@@ -70,6 +72,7 @@ def evaluate(
             rules=rules_of(folder, objects, held_out_pairs),
             kept=kept,
             progress=progress.count,
+            valid=valid,
         )
         if data is not None and not is_scenes(data):
             if items is not None:
@@ -79,7 +82,7 @@ def evaluate(
             found = measure(exam, names, items=items)
     if json is not None:
         write_json(found, json)
-    if not names and (folder / "training.json").is_file():
+    if not names and not valid and (folder / "training.json").is_file():
         record_figures(folder, card_rows(found))
     _print(found)
 
@@ -97,6 +100,8 @@ def _print(found: dict[str, Any]) -> None:
         print(f"{name:<24} {value}  {interval:<18} {count} {ends[0]} {ends[1]}")
     if "held_out" in found:
         print(found["held_out"])
-    if "test_hash" in found:
+    if found.get("valid"):
+        print("on the splits to choose by: no figures to publish")
+    elif "test_hash" in found:
         said = "" if found["comparable"] else "  NOT COMPARABLE with published figures: other scenes or other packages"
         print(f"config {found['config_hash']}  test sets {found['test_hash'][:16]}{said}")

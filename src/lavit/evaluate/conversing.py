@@ -23,9 +23,8 @@ TALKS = 8  # that go on together
 def talks_of(exam: Exam) -> list[Conversation]:
     """The conversations."""
     if "talks" not in exam.cache:
-        exam.cache["talks"] = [
-            conversation(exam.rng(n, 70), exam.rules, TURNS, split="test") for n in range(exam.count)
-        ]
+        split = exam.split("test")
+        exam.cache["talks"] = [conversation(exam.rng(n, 70), exam.rules, TURNS, split=split) for n in range(exam.count)]
     return exam.cache["talks"]
 
 

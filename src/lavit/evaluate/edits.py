@@ -56,7 +56,7 @@ def edit_of(exam: Exam, item: int, kind: str) -> Edit | None:
     scene, rules = exam.scene("test", item), exam.rules
 
     def unseen(target: Scene) -> bool:
-        return belongs(target, "test", rules)
+        return belongs(target, exam.split("test"), rules)
 
     def fair(target: Scene) -> bool:
         return rules.forbids(target) is None
@@ -73,7 +73,7 @@ def compositions(exam: Exam) -> list[Asked]:
     if "compositions" not in exam.cache:
         found = []
         for item in range(exam.count):
-            made = several(exam.rng(item, 61), exam.rules, split="test")
+            made = several(exam.rng(item, 61), exam.rules, split=exam.split("test"))
             found.append(Asked(item, tuple(made.sources), made.prompt, made.target, made.kind))
         exam.cache["compositions"] = found
     return exam.cache["compositions"]

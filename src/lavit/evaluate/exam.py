@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 COUNT = 500  # items of a figure, where a user does not say
 BATCH = 16  # pictures that are encoded together
 WORDS = 0x5CE7E6  # moves wording and questions, and nothing else
+TO_CHOOSE_BY = {"test": "valid", "pairs": "valid_pairs", "ladder": "valid_ladder"}  # in place of
 SEED_STEP = 1_000_003  # between the user's seeds, so that no two items of two seeds share one
 
 Progress = Callable[[str, int, int], None]
@@ -48,7 +49,7 @@ class Missing(InputError):
 
 class Exam:
     """One model, examined on scenes under `rules`; `count` items a figure, sampling moved by
-    `seed`.
+    `seed`. With `valid`, on the scenes that are there to choose by.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Exam:
         rules: Rules | None = None,
         kept: Path | None = None,
         progress: Progress | None = None,
+        valid: bool = False,
     ) -> None:
         if seed < 0:
             raise InputError(f"seed is {seed}: give a number from 0")
@@ -69,9 +71,9 @@ class Exam:
         self.pipe: Pipeline = lavit.load(model, safety=False)  # what is measured is not released
         self.model = self.pipe.model
         self.seed, self.asked, self.rules = seed, count, rules or Rules()
-        self.progress = progress
+        self.progress, self.valid = progress, valid
         self.weights = weights_hash(self.folder)
-        said = f"{self.weights} {config_hash(self.folder)} {world_hash()} {seed} {self.rules}"
+        said = f"{self.weights} {config_hash(self.folder)} {world_hash()} {seed} {self.rules}{' valid' * valid}"
         self.kept = Kept(kept, hashlib.sha256(said.encode()).hexdigest()[:16])
         self.cache: dict[Any, Any] = {}  # what several figures need, in memory
         self.items: list[Any] | None = None  # a user's own (evaluate/own.py)
@@ -123,9 +125,15 @@ class Exam:
         """What words and questions of an item are chosen with."""
         return np.random.default_rng([WORDS, what, item])
 
+    def split(self, split: str) -> str:
+        """The split that is asked about in a split's place: itself, or the one to choose by."""
+        if self.valid and split not in TO_CHOOSE_BY:
+            raise Missing(f"nothing is chosen by {split}")
+        return TO_CHOOSE_BY[split] if self.valid else split
+
     def scene(self, split: str, item: int) -> Scene:
         """Picture `item` of a split."""
-        return _scene(split, item, self.rules)
+        return _scene(self.split(split), item, self.rules)
 
     def picture(self, scene: Scene) -> Image:
         """A scene as the encoder sees it."""

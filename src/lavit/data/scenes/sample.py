@@ -26,6 +26,7 @@ IN_TURN = {  # numbers of things in pictures 0, 1, ... of a split, over and over
     "valid": (1, 2, 3, 4), "valid_pairs": (2, 3, 4),
     "test": (1, 2, 3, 4), "pairs": (2, 3, 4), "binding": (2,), "number": (5, 6),
     "style": (1, 2, 3), "noto": (1, 2, 3, 4), "ladder": tuple(range(LADDER)),
+    "valid_ladder": tuple(range(LADDER)),
 }  # fmt: skip
 SHARES = {"valid": "valid", "test": "test", "noto": "test"}  # where the facts must be held out
 
@@ -46,7 +47,7 @@ def scene_at(split: str, index: int, *, seed: int = 0, rules: Rules | None = Non
 
 def belongs(scene: Scene, split: str, rules: Rules) -> bool:
     """Is this scene one that a split may hold?"""
-    if split == "ladder":
+    if "ladder" in split:
         return True
     if valid_world(scene):
         return False
@@ -68,7 +69,7 @@ def _try(split: str, index: int, rng: Rng, rules: Rules) -> Scene | None:
     style = "noto" if split == "noto" else pick(rng, tuple(world.STYLES))
     turns = IN_TURN.get(split)
     number = turns[index % len(turns)] if turns else int(rng.choice(len(NUMBERS), p=NUMBERS))
-    if split == "ladder":
+    if "ladder" in split:
         return _ladder(rng, rules, number, style)
     if split == "binding":
         counts: tuple[int, ...] = (1, 1)

@@ -15,6 +15,7 @@ the splits that measure have seeds of their own, which no user's seed reaches.
     style         an object in a style in which training never shows it
     noto          scenes of test in a third style
     ladder        0 to 9 things in turn
+    valid_ladder  the same, to choose by
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ from lavit.data.scenes.world import Facts, Scene, boxes_of, facts, murky, object
 
 SPLITS = (
     "train", "valid", "valid_pairs",
-    "test", "pairs", "binding", "number", "style", "noto", "ladder",
+    "test", "pairs", "binding", "number", "style", "noto", "ladder", "valid_ladder",
 )  # fmt: skip
-CHOOSING = ("train", "valid", "valid_pairs")  # splits that a user's seed moves
+CHOOSING = ("train", "valid", "valid_pairs", "valid_ladder")  # splits that a user's seed moves
 MEASURING_SEED = 0x5CE7E5  # of the other splits
 TEST_SHARE = 0.05
 VALID_SHARE = 0.02
