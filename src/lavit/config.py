@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
+Optimizer = Literal["adamw", "muon"]
 
 
 class InputError(ValueError):
@@ -190,6 +191,7 @@ class TokenizerTraining:
     patience: int = 100  # steps without use after which a code is revived; 0 never
     k_means: int = 10  # rounds at the start of phase b; 0 keeps random codes
     k_means_vectors: int = 20_000
+    optimizer: Optimizer = "adamw"  # muon: for matrices, the selector's left out (train/muon.py)
 
     @property
     def steps(self) -> int:
@@ -209,6 +211,7 @@ class LanguageTraining:
     reader_rate: float  # learning rate of merger copy and projection
     weight_decay: float = 0.1
     warmup: float = 0.05
+    optimizer: Optimizer = "adamw"  # muon: for matrices; embeddings and visual rows stay AdamW's
     accumulate: int = 1  # parts that the rows of a step go through the model in: the same gradient, less memory
     recompute: bool = False  # activation checkpointing: keep each block's input only, and compute the block again
     train_merger: bool = True  # the second merger; False leaves it as stage 1 made it, which LoRA on a small card needs

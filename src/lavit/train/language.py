@@ -26,6 +26,7 @@ from lavit.modules.language import Language, LanguageLoss
 from lavit.modules.tokenizer import VisualTokenizer
 from lavit.sequence import IGNORE, Batch, VisualTokens, slot_lengths
 from lavit.train.loop import Figure, Shard
+from lavit.train.muon import matrices_apart
 
 END = "<|endoftext|>"
 
@@ -76,7 +77,11 @@ class LanguageStage:
             "reader": self.config.reader_rate,
         }
         decay = {"lm": self.config.weight_decay, "rows": 0.0, "reader": self.config.weight_decay}
-        return [{"params": groups[part], "lr": rates[part], "weight_decay": decay[part]} for part in groups]
+        found = [{"params": groups[part], "lr": rates[part], "weight_decay": decay[part]} for part in groups]
+        if self.config.optimizer == "adamw":
+            return found
+        head = self.module.lm.get_output_embeddings()
+        return matrices_apart(found, self.module, but=(head.weight,))
 
     def batch(self, step: int, shard: Shard) -> LanguageBatch:
         """This rank's rows of a step."""

@@ -24,6 +24,7 @@ from lavit.config import InputError
 from lavit.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from lavit.train.health import Alarm
 from lavit.train.metrics import Metrics, peak_gib
+from lavit.train.muon import Muon
 from lavit.train.spread import whole
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class Stage(Protocol):
     module: nn.Module
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Groups for AdamW, each with its own `lr` and `weight_decay`."""
+        """Groups for `Muon`, each with its own `lr` and `weight_decay`; AdamW's unless they say otherwise."""
 
     def batch(self, step: int, shard: Shard) -> Any:
         """This rank's batch of a step: a function of the step and the seed alone."""
@@ -120,7 +121,7 @@ def train(
     if accelerator.is_fsdp2 and not getattr(stage, "shards", False):
         raise InputError(f"FSDP2 shards the language stage only: train {stage.name} without --fsdp (DDP)")
     folder = run / "checkpoints" / stage.name
-    optimizer = torch.optim.AdamW(stage.parameter_groups(), betas=betas, eps=1e-6, fused=True)
+    optimizer = Muon(stage.parameter_groups(), betas=betas, eps=1e-6, fused=True)
     base = [group["lr"] for group in optimizer.param_groups]
     module, optimizer = accelerator.prepare(stage.module, optimizer)
     plain, start = accelerator.unwrap_model(module), 0

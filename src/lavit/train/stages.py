@@ -31,6 +31,7 @@ from lavit.modules.vision import Vision
 from lavit.sequence import VisualTokens
 from lavit.train.health import CodeUse, check_codes, check_features, check_finite, check_selector, selector_figures
 from lavit.train.loop import Shard
+from lavit.train.muon import matrices_apart
 
 WINDOW = 100  # steps over which live codes are counted
 
@@ -86,10 +87,11 @@ class TokenizerStage:
         selector = list(self.module.selector.parameters())
         rest = [p for name, p in self.module.named_parameters() if not name.startswith("selector.")]
         common = {"weight_decay": config.weight_decay}
-        return [
+        found = [
             {"params": rest, "lr": config.learning_rate, **common},
             {"params": selector, "lr": config.learning_rate * config.selector_rate, **common},
         ]
+        return found if config.optimizer == "adamw" else matrices_apart(found, self.module, but=selector)
 
     def batch(self, step: int, shard: Shard) -> FeatureBatch:
         """Pictures of a step."""

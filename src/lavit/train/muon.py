@@ -1,0 +1,84 @@
+"""Muon (Jordan et al. 2024): matrices move by orthogonal steps, all else as AdamW moves it.
+
+    m = momentum of the gradient           u = Nesterov's look ahead of it
+    U Vᵀ of u = U S Vᵀ                     by Newton-Schulz, without the decomposition
+    w = (1 - lr * decay) w - lr * 0.2 * sqrt(max(rows, columns)) * U Vᵀ
+
+The factor gives a step the size that AdamW's have (arXiv 2502.16982), so both take similar rates.
+torch has a Muon of its own; its products are bf16, which CPUs without bf16 take hundreds of times
+longer for. This one computes in the parameters' own type, and whole matrices under FSDP2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from lavit.train.spread import whole
+
+MOMENTUM = 0.95
+ROUNDS = 5  # of Newton-Schulz
+A, B, C = 3.4445, -4.7750, 2.0315  # its quintic, which brings singular values near one fast
+SIZE = 0.2  # root mean square of AdamW's steps, about
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW; a parameter group with `muon` true holds matrices, which move by orthogonal steps."""
+
+    def __init__(self, params: Iterable[dict[str, Any]], **options: Any) -> None:
+        super().__init__([{"muon": False, **group} for group in params], **options)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One step; gradients of matrices are consumed."""
+        for group in self.param_groups:
+            for parameter in group["params"] if group["muon"] else ():
+                if parameter.grad is not None:
+                    self._turn(parameter, group["lr"], group["weight_decay"])
+                    parameter.grad = None  # AdamW passes it over
+        super().step(closure)
+
+    def _turn(self, parameter: nn.Parameter, rate: float, decay: float) -> None:
+        state, gradient = self.state[parameter], parameter.grad
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(parameter)
+            state["step"] = torch.zeros(())  # AdamW looks for one in each state
+        momentum = state["momentum"].lerp_(gradient, 1 - MOMENTUM)
+        turned = orthogonal(whole(gradient.lerp(momentum, MOMENTUM)))
+        if isinstance(parameter, DTensor):
+            turned = distribute_tensor(turned, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.mul_(1 - rate * decay).add_(turned, alpha=-rate * SIZE * max(parameter.shape) ** 0.5)
+
+
+def orthogonal(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+    """The nearest matrix whose singular values are all about one (0.7 to 1.2)."""
+    wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    wide = wide / (wide.norm() + 1e-7)
+    for _ in range(ROUNDS):
+        square = wide @ wide.T
+        wide = torch.addmm(wide, torch.addmm(square, square, square, beta=B, alpha=C), wide, beta=A)
+    return wide.T if matrix.shape[0] > matrix.shape[1] else wide
+
+
+def matrices_apart(
+    groups: Iterable[dict[str, Any]], module: nn.Module, *, but: Iterable[Tensor] = ()
+) -> list[dict[str, Any]]:
+    """Parameter groups with the weights of linear layers in groups of their own, for `Muon`.
+
+    Embeddings, heads tied to them, and the tensors in `but` stay where they are.
+    """
+    kept = {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Embedding)}
+    kept |= {id(tensor) for tensor in but}
+    linear = {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Linear)} - kept
+    found = []
+    for group in groups:
+        rest = [parameter for parameter in group["params"] if id(parameter) not in linear]
+        turning = [parameter for parameter in group["params"] if id(parameter) in linear]
+        found += [{**group, "params": rest}] * bool(rest)
+        found += [{**group, "params": turning, "muon": True}] * bool(turning)
+    return found
