@@ -120,26 +120,26 @@ def test_the_same_scene_gives_the_same_bytes() -> None:
 
 
 def test_a_pool_is_an_ordinary_data_set(tmp_path: Path) -> None:
-    counts = write_pool(tmp_path / "a", pictures=60, conversations=2)
+    counts = write_pool(tmp_path / "a", pictures=90, conversations=2)
     corpus = load_corpus(tmp_path / "a")
-    assert len(corpus) == counts["pictures"] == 60
+    assert len(corpus) == counts["pictures"] == 90
     assert len(corpus.edits) == counts["edits"] + counts["several pictures"] > 0
-    assert len(corpus.questions) == counts["questions"] > 60
+    assert len(corpus.questions) == counts["questions"] > 90
     assert {len(edit.sources) for edit in corpus.edits} == {1, 2}
     assert corpus.pictures[0].prompts != corpus.pictures[0].captions
-    again = write_pool(tmp_path / "a", pictures=60, conversations=2)
+    again = write_pool(tmp_path / "a", pictures=90, conversations=2)
     assert again == counts
     with pytest.raises(InputError, match="other options"):
-        write_pool(tmp_path / "a", pictures=61)
+        write_pool(tmp_path / "a", pictures=91)
 
 
 def test_a_longer_pool_begins_with_the_shorter_one(tmp_path: Path) -> None:
-    for count in (12, 20):
+    for count in (30, 40):
         write_pool(tmp_path / str(count), pictures=count)
-    short, long = ((tmp_path / str(n) / "train" / "metadata.jsonl").read_text().splitlines() for n in (12, 20))
-    assert long[:12] == short
+    short, long = ((tmp_path / str(n) / "train" / "metadata.jsonl").read_text().splitlines() for n in (30, 40))
+    assert long[:30] == short
     for row in map(json.loads, short):
-        files = (tmp_path / str(n) / "train" / row["file_name"] for n in (12, 20))
+        files = (tmp_path / str(n) / "train" / row["file_name"] for n in (30, 40))
         assert len({file.read_bytes() for file in files}) == 1
 
 

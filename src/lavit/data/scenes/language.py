@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lavit.data.scenes.chance import Rng, pick, shuffled
-from lavit.data.scenes.lexicon import NUMBERS, OPPOSITE, article, noun, plural
+from lavit.data.scenes.lexicon import NUMBERS, OPPOSITE, are, article, noun, plural
 from lavit.data.scenes.world import SHAPES, Facts, Group, Relation, Scene, facts, kind_of
 
 OPENINGS = {
@@ -23,9 +23,40 @@ OPENINGS = {
 }
 REQUESTS = tuple(words for words, often in OPENINGS.items() for _ in range(often))
 TRIMMINGS = {"striped": "stripes", "dotted": "dots"}  # patterns as something that a ground has
+Triple = tuple[str, str, str]  # of a name, a kind of relation in words, and a name
 SYNONYMS = 0.08  # of the names in prompts
 KEPT = {"sizes": 0.4, "relations": 0.5, "background": 0.6, "pattern": 0.5, "colours": 0.9}
-WORDINGS = 8  # of what stands on what
+FRAMES = (  # of things, what stands where (`more`), and the background
+    "{things} on {a_ground}{more}",
+    "{things} on {a_ground}{more}",
+    "{things} against {a_ground}{more}",
+    "{there} {things} on {a_ground}{more}",
+    "{there} {things} against {a_ground}{more}",
+    "on {a_ground}, {things}{more}",
+    "on {a_ground}, {there} {things}{more}",
+    "against {a_ground}, {things}{more}",
+    "{a_plain} with {things}{more}",
+    "{ground}: {things}{more}",
+    "{things}{more}. the background is {painted}",
+    "the background is {painted}. {there} {things}{more}",
+    "the background is {painted}. {things}{more}",
+)
+NOTHING = (  # of an empty background
+    "an empty {ground}",
+    "an empty {ground}",
+    "nothing on {a_ground}",
+    "there is nothing on {a_ground}",
+    "{a_plain} with nothing on it",
+    "nothing. the background is {painted}",
+    "the background is {painted}. there is nothing",
+)
+FIRST = ("the ", "on ", "against ", "there ")  # of sentences that no request is put before
+WAYS = {  # of saying where a thing stands, beside the plain one
+    "left of": ("to the left of", "to the left of", "on the left of"),
+    "right of": ("to the right of", "to the right of", "on the right of"),
+    "above": ("over",),
+    "below": ("under",),
+}
 
 
 def describe(scene: Scene, rng: Rng) -> str:
@@ -56,7 +87,7 @@ def prompt(scene: Scene, rng: Rng, *, full: bool | None = None) -> str:
         said = thin(said, **{kind: bool(keep) for kind, keep in kept})
     opening = pick(rng, REQUESTS)
     words = say(said, rng, synonyms=SYNONYMS)
-    if words.startswith(("the ", "on ", "there ")) or ":" in words:
+    if words.startswith(FIRST) or ":" in words:
         return words
     return words if "picture of" in opening and words.startswith("nothing") else opening + words
 
@@ -90,45 +121,44 @@ def say(said: Facts, rng: Rng, *, synonyms: float = 0.0, order: Sequence[str] | 
     if order is not None:
         groups.sort(key=lambda group: order.index(group.name))
     names = {group.name: _word(group, rng, synonyms) for group in groups}
-    relations = shuffled(rng, sorted(said.relations))
+    relations = [related(one, rng, order) for one in shuffled(rng, sorted(said.relations))]
     if order is not None:
-        at = list(names).index
-        relations.sort(key=lambda one: sorted((at(one.first), at(one.second))))
+        relations.sort(key=lambda one: (order.index(one[0]), order.index(one[2])))
     words = {group.name: group_words(group, names[group.name]) for group in groups}
-    clauses: list[str] = []
-    if len(groups) == 2 and relations and rng.random() < 0.6:
-        first, kind, second = related(relations[0], rng, order)
+    if len(groups) == 2 and relations and rng.random() < 0.5:
+        first, kind, second = relations.pop()
         things = f"{words[first]} {place(kind, rng)} {words[second]}"
     else:
         things = listed(list(words.values()))
-        for relation in relations:
-            first, kind, second = related(relation, rng, order)
-            verb = are(said.group(first))
-            clauses.append(f"the {names[first]} {verb} {place(kind, rng)} the {names[second]}")
-    if len(clauses) > 1 and rng.random() < 0.5:
-        clauses = [" and ".join(clauses[:2]), *clauses[2:]]
-    return ". ".join(_on_ground(things, clauses, said, rng))
+    return _on_ground(things, _clauses(relations, names, said, rng), said, rng)
 
 
-def _on_ground(things: str, clauses: list[str], said: Facts, rng: Rng) -> list[str]:
-    """Sentences of things, what stands where, and the background, if it is said."""
+def _clauses(relations: list[Triple], names: dict[str, str], said: Facts, rng: Rng) -> str:
+    """What stands where, to put after things: ", the owl above the star and left of the key"."""
+    aside = len(relations) < 3 and rng.random() < 0.5
+    joined = aside or rng.random() < 0.5
+    text, subject = "", None
+    for at, (first, kind, second) in enumerate(relations):
+        link = " and " if joined and at == 1 else ", " if aside else ". "
+        if link == " and " and first == subject:
+            text += f" and {place(kind, rng)} the {names[second]}"
+        elif not aside and rng.random() < 0.3:
+            where = place(OPPOSITE[kind], rng, 0.5)
+            verb = are(said.group(second))
+            text += f"{link}{where} the {names[first]} {verb} the {names[second]}"
+        else:
+            verb = "" if aside else are(said.group(first)) + " "
+            text += f"{link}the {names[first]} {verb}{place(kind, rng)} the {names[second]}"
+            subject = first
+    return text
+
+
+def _on_ground(things: str, more: str, said: Facts, rng: Rng) -> str:
+    """Things, what stands where, and the background, if it is said."""
     there = "there is" if things.startswith(("a ", "an ", "one ")) else "there are"
     if said.background is None and said.pattern is None:
-        return [f"{there} {things}" if rng.random() < 0.2 else things, *clauses]
-    wording = int(rng.integers(WORDINGS))
-    ground = _ground(said, rng)
-    if wording == 4:
-        return [f"{article(_plainly(said))} with {things}", *clauses]
-    if wording == 5:
-        return [things, *clauses, f"the background is {_painted(said, rng)}"]
-    if wording == 6:
-        return [f"the background is {_painted(said, rng)}", f"{there} {things}", *clauses]
-    first = {
-        2: f"{there} {things} on {article(ground)}",
-        3: f"on {article(ground)}, {there} {things}",
-        7: f"{ground}: {things}",
-    }
-    return [first.get(wording, f"{things} on {article(ground)}"), *clauses]
+        return f"{there} {things}{more}" if rng.random() < 0.2 else things + more
+    return pick(rng, FRAMES).format(things=things, more=more, there=there, **_grounds(said, rng))
 
 
 def group_words(group: Group, word: str | None = None) -> str:
@@ -143,17 +173,12 @@ def the(group: Group) -> str:
     return f"the {noun(group.name, group.number)}"
 
 
-def are(group: Group) -> str:
-    """The verb of a group: is, or are."""
-    return "is" if group.number == 1 else "are"
-
-
 def listed(items: list[str]) -> str:
     """ "a, b and c"."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
-def related(relation: Relation, rng: Rng, order: Sequence[str] | None = None) -> tuple[str, str, str]:
+def related(relation: Relation, rng: Rng, order: Sequence[str] | None = None) -> Triple:
     """A relation as (name, kind in words, name), put from the earlier end, or else from either."""
     forward = rng.random() < 0.5
     if order is not None:
@@ -164,8 +189,8 @@ def related(relation: Relation, rng: Rng, order: Sequence[str] | None = None) ->
 
 
 def place(kind: str, rng: Rng, longer: float = 0.3) -> str:
-    """A relation's words: left of, or as often as `longer` says, to the left of."""
-    return f"to the {kind}" if kind.endswith(" of") and rng.random() < longer else kind
+    """A relation's words: left of, or as often as `longer` says, others like to the left of."""
+    return pick(rng, WAYS[kind]) if rng.random() < longer else kind
 
 
 def around(said: Facts, name: str) -> list[tuple[str, str]]:
@@ -185,31 +210,26 @@ def _word(group: Group, rng: Rng, synonyms: float) -> str:
     return noun(group.name, group.number)
 
 
-def _plainly(said: Facts) -> str:
-    """ "striped blue background"."""
-    return " ".join(word for word in (said.pattern, said.background, "background") if word)
-
-
-def _ground(said: Facts, rng: Rng) -> str:
-    """ "striped blue background", "blue background with stripes"."""
-    if said.background and said.pattern in TRIMMINGS and rng.random() < 0.2:
-        return f"{said.background} background with {TRIMMINGS[said.pattern]}"
-    return _plainly(said)
-
-
-def _painted(said: Facts, rng: Rng) -> str:
-    """What the background is: "striped and blue", "blue with stripes"."""
-    if said.background and said.pattern in TRIMMINGS and rng.random() < 0.3:
-        return f"{said.background} with {TRIMMINGS[said.pattern]}"
-    words = [word for word in (said.pattern, said.background) if word]
-    return " and ".join(words if rng.random() < 0.5 else words[::-1])
+def _grounds(said: Facts, rng: Rng) -> dict[str, str]:
+    """Words for the background, as the places of `FRAMES` want them."""
+    colour, pattern = said.background, said.pattern
+    adjectives = [word for word in (pattern, colour) if word]
+    turned = adjectives[::-1] if pattern != "plain" and rng.random() < 0.3 else adjectives
+    plain = f"{' '.join(turned)} background"
+    either = adjectives if rng.random() < 0.5 else adjectives[::-1]
+    painted = pick(rng, (" ".join(turned), " and ".join(either)))
+    ground = plain
+    if colour and pattern in TRIMMINGS:
+        if rng.random() < 0.2:
+            ground = f"{colour} background with {TRIMMINGS[pattern]}"
+        if rng.random() < 0.25:
+            painted = f"{colour} with {TRIMMINGS[pattern]}"
+    words = {"ground": ground, "a_ground": article(ground)}
+    return {**words, "a_plain": article(plain), "painted": painted}
 
 
 def _nothing(said: Facts, rng: Rng) -> str:
     """Words for an empty picture."""
     if said.background is None and said.pattern is None:
         return "nothing"
-    ground = _plainly(said)
-    some = article(ground)
-    empty = f"an empty {ground}"
-    return pick(rng, (empty, empty, f"nothing on {some}", f"{some} with nothing on it"))
+    return pick(rng, NOTHING).format(**_grounds(said, rng))

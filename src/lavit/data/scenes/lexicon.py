@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
-from lavit.data.scenes.world import BACKGROUNDS, COLOURS, PATTERNS, SHAPES, kind_of, objects
+from lavit.data.scenes.world import BACKGROUNDS, COLOURS, PATTERNS, SHAPES, Group, kind_of, objects
 
 NUMBERS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIZES = {
@@ -29,7 +29,7 @@ SILENT = ("hour",)
 GRAMMAR = frozenset(
     re.findall(
         r"\w+",
-        """a an the of on in with and is are there to left right background nothing it empty picture
+        """a an the of on against in with and is are there to left right background nothing it empty picture
     draw paint show me make create please that no stripes dots""",
     )
 )
@@ -71,6 +71,11 @@ def noun(name: str, number: int) -> str:
     if number == 1:
         return name
     return plural(name) if name in SHAPES else kind_of(name).plural
+
+
+def are(group: Group) -> str:
+    """The verb of a group: is, or are."""
+    return "is" if group.number == 1 else "are"
 
 
 def article(words: str) -> str:

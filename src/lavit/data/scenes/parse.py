@@ -3,13 +3,19 @@
 A text is read whole or not at all. It may say each thing once: a group, a background or a relation
 that is said twice, even in agreement, makes a text unreadable, and so does a contradiction.
 
-    text       [please] [draw | show me ...] [a picture of] sentence { "." sentence } ["."]
-    sentence   [there is] list [on BACKGROUND]
-             | on BACKGROUND [","] [there is] list  |  BACKGROUND (with | ":") list
-             | the background is ADJECTIVES  |  clause { and clause }
-             | an empty BACKGROUND  |  BACKGROUND with nothing on it  |  nothing [on BACKGROUND]
-    list       group { "," group } [and group] | group RELATION group
-    clause     the NOUN is RELATION the NOUN
+    text       [[please] (draw | show me ...)] [a picture of] sentence { "." sentence } ["."]
+    sentence   [there is] list [on GROUND] [asides]
+             | on GROUND ("," [there is] | there is) list [asides]
+             | (a GROUND with | GROUND ":") list [asides]
+             | the background is ADJECTIVES
+             | clause { and clause }
+             | an empty GROUND  |  a GROUND with nothing on it  |  [there is] nothing [on GROUND]
+    list       group { "," group } and group  |  group [RELATION group]
+    asides     "," [with] the NOUN RELATION the NOUN { and [the NOUN] RELATION the NOUN }
+    clause     [the NOUN is] RELATION the NOUN  |  RELATION the NOUN is the NOUN
+
+One sentence names the things, one the background; clauses come after what they speak of. After a
+request stands what can be asked for: things, or a background with things or with nothing on it.
 """
 
 from __future__ import annotations
@@ -24,6 +30,8 @@ from lavit.data.scenes.lexicon import (
     PLACES,
     SIZES,
     Noun,
+    are,
+    article,
     split,
     tokens,
 )
@@ -33,7 +41,8 @@ TRIMMINGS = ("stripes", "dots")
 ADJECTIVES = {word: pattern for word, pattern in PATTERN_WORDS.items() if word not in TRIMMINGS}
 COUNTS = {"a": 1, "an": 1}
 COUNTS |= {words[n]: n for n in range(1, 10) for words in (NUMBERS, "0123456789")}
-THERE = ("there is", "there are")
+VERBS = ("is", "are")
+ON = ("on", "against")
 Value = TypeVar("Value")
 
 
@@ -44,12 +53,18 @@ class Unreadable(Exception):
 def parse(text: str) -> Facts | None:
     """What a text says of a scene, or None if it is not wholly in the language."""
     words = split(text)
-    if not words:
+    if not words or not _articles(words):
         return None
     try:
         return _Reader(tokens(words)).text()
     except Unreadable:
         return None
+
+
+def _articles(words: list[str]) -> bool:
+    """Does each "a" and "an" fit the word after it?"""
+    pairs = zip(words, [*words[1:], "."], strict=True)
+    return all(article(after) == f"{a} {after}" for a, after in pairs if a in ("a", "an"))
 
 
 def relate(kind: str, first: str, second: str) -> Relation:
@@ -75,7 +90,6 @@ class _Reader:
         self.empty = False
         self.groups: dict[str, Group] = {}
         self.relations: tuple[Relation, ...] = ()
-        self.called: tuple[Noun, ...] = ()  # nouns of clauses: do they fit their groups?
 
     def peek(self, ahead: int = 0) -> str | Noun | None:
         place = self.at + ahead
@@ -102,13 +116,15 @@ class _Reader:
         return one
 
     def text(self) -> Facts:
-        self.take("please")
-        self.take("draw me", "draw", "paint", "show me", "show", "make", "create")
-        self.take("a picture of", "a picture with")
+        please = self.take("please")
+        request = self.take("draw me", "draw", "paint", "show me", "show", "make", "create")
+        _must(request or not please)
+        if self.take("a picture of", "a picture with") or request:
+            _must(self.peek() == "nothing" or self.peek() in COUNTS)
         self.sentence()
         while self.take(".") and self.peek() is not None:
             self.sentence()
-        _must(self.peek() is None)
+        _must(self.peek() is None and self.empty != bool(self.groups))
         return self.facts()
 
     def sentence(self) -> None:
@@ -123,51 +139,63 @@ class _Reader:
                 vars(self).update(kept)
         raise Unreadable
 
-    def clauses(self) -> None:
-        """the owl is left of the star and the star is above the heart"""
+    def clauses(self, *, verbs: bool = True) -> None:
+        """the owl is left of the star and above the key and below the key is the heart"""
+        subject = None
         more = True
         while more:
-            first = self.called_by()
-            _must(self.take("is", "are"))
-            self.relations += (relate(self.relation(), first, self.called_by()),)
-            more = self.take(", and", "and", ",")
+            named = self.peek() == "the"
+            if named:
+                subject = self.called()
+                _must(not verbs or self.take(are(subject)))
+            kind, other = self.relation(), self.called()
+            _must(kind)
+            if verbs and not named and self.peek() in VERBS:
+                verb = self.peek()
+                self.at += 1
+                first = self.called()
+                _must(verb == are(first))
+            else:
+                first = subject
+            _must(first)
+            self.relations += (relate(kind, first.name, other.name),)
+            more = self.take("and", ", and")
 
-    def called_by(self) -> str:
+    def called(self) -> Group:
+        """the owls: a group that was named before"""
         _must(self.take("the"))
-        self.called += (self.noun(),)
-        return self.called[-1].name
+        one = self.noun()
+        group = self.groups.get(one.name)
+        _must(group and (one.one if group.number == 1 else one.many))
+        return group
 
-    def relation(self) -> str:
+    def relation(self) -> str | None:
         for side in ("left of", "right of"):
             if self.take(side, f"to the {side}", f"on the {side}"):
                 return side
-        kind = self.look_up(PLACES)
-        _must(kind)
-        return kind
+        return self.look_up(PLACES)
 
     def painted(self) -> None:
         """the background is striped and blue"""
-        _must(self.take("the background is"))
-        said = False
-        while self.adjective():
-            said = True
-            if not self.take("and") and self.peek() not in (".", None, "with"):
-                break
-        _must(said)
+        _must(self.background is None and self.pattern is None)
+        _must(self.take("the background is") and self.adjective())
+        both = self.peek() == "and"
+        self.at += both
+        _must(self.adjective(joined=both) or not both)
         self.trimmings()
 
-    def adjective(self) -> bool:
-        """Colour or pattern of the background, if one stands here."""
-        word = self.peek()
-        if word in BACKGROUNDS:
+    def adjective(self, *, joined: bool = False) -> bool:
+        """Colour or pattern of the background, if one stands here; no colour before "plain"."""
+        colour = self.peek() if self.peek() in BACKGROUNDS else None
+        pattern = ADJECTIVES.get(self.peek())
+        if colour:
             _must(self.background is None)
-            self.background = word
-        elif word in ADJECTIVES:
-            self.pattern_is(ADJECTIVES[word])
-        else:
-            return False
-        self.at += 1
-        return True
+            self.background = colour
+        elif pattern:
+            _must(joined or pattern != "plain" or self.background is None)
+            self.pattern_is(pattern)
+        self.at += bool(colour or pattern)
+        return bool(colour or pattern)
 
     def pattern_is(self, pattern: str) -> None:
         _must(self.pattern is None)
@@ -182,58 +210,84 @@ class _Reader:
         return True
 
     def ground(self) -> None:
-        """a striped blue background, a blue background with stripes"""
-        self.take("a", "an", "the")
+        """striped blue background, blue background with stripes"""
+        _must(self.background is None and self.pattern is None)
         said = False
         while self.adjective():
             said = True
         _must(self.take("background"))
         _must(self.trimmings() or said)
 
+    def on_ground(self) -> bool:
+        """on a striped blue background"""
+        found = self.take(*ON)
+        if found:
+            _must(self.take("a", "an"))
+            self.ground()
+        return found
+
     def void(self) -> None:
         """an empty striped blue background, nothing on it"""
-        if self.take("nothing"):
-            if self.take("on"):
-                self.ground()
-        elif self.take("an empty", "empty"):
+        if self.take("nothing", "there is nothing"):
+            self.on_ground()
+        elif self.take("an empty"):
             self.ground()
         else:
+            _must(self.take("a", "an"))
             self.ground()
             _must(self.take("with nothing on it"))
-        _must(not self.empty)
+        _must(not self.empty and not self.groups)
         self.empty = True
 
     def behind(self) -> None:
         """The background, then the things."""
-        if self.take("on"):
-            self.ground()
-            self.take(",")
-            self.take(*THERE)
-        else:
-            self.ground()
-            _must(self.take("with", ":"))
+        if self.on_ground():
+            comma, there = self.take(","), self.peek() == "there"
+            _must(comma or there)
+            self.things()
+            return
+        some = self.take("a", "an")
+        self.ground()
+        _must(self.take("with" if some else ":"))
         self.list()
+        self.asides()
 
     def before(self) -> None:
         """The things, then perhaps the background."""
-        self.take(*THERE)
-        self.list()
-        if self.take("on", ", on"):
-            self.ground()
+        self.things(ground=True)
 
-    def list(self) -> None:
+    def things(self, *, ground: bool = False) -> None:
+        """there is an owl above a star on a blue background, or without one"""
+        there = self.take("there is", "there are") and self.found[self.at - 1]
+        several = self.list()
+        first = next(iter(self.groups.values()))
+        _must(not there or there == are(first) or (there == "are" and several))
+        if ground:
+            self.on_ground()
+        self.asides()
+
+    def asides(self) -> None:
+        """, the owl above the star and left of the key"""
+        if self.take(", with", ","):
+            _must(self.peek() == "the")
+            self.clauses(verbs=False)
+
+    def list(self) -> bool:
+        """One group, or several; are they several, joined by "and"?"""
+        _must(not self.empty and not self.groups)
         first = self.group()
-        if self.peek() in ("to", "on", "left", "right", *PLACES) and not self.background_next():
-            self.relations += (relate(self.relation(), first, self.group()),)
-            return
-        while self.peek(1) not in ("and", "on") and self.take(","):
+        if kind := self.relation():
+            self.relations += (relate(kind, first, self.group()),)
+            return False
+        while self.peek() == "," and self.peek(1) in COUNTS:
+            self.at += 1
             self.group()
-        if self.take(", and", "and"):
+        several = len(self.groups) > 1
+        if self.take("and", *[", and"] * several):
             self.group()
-
-    def background_next(self) -> bool:
-        sides = (["the", "left"], ["the", "right"])
-        return self.peek() == "on" and self.found[self.at + 1 : self.at + 3] not in sides
+            return True
+        _must(not several)
+        return False
 
     def group(self) -> str:
         """two small red stars"""
@@ -249,10 +303,6 @@ class _Reader:
 
     def facts(self) -> Facts:
         """What was said, if it fits together."""
-        _must(self.empty != bool(self.groups))
-        for one in self.called:
-            group = self.groups.get(one.name)
-            _must(group and (one.one if group.number == 1 else one.many))
         pairs = [frozenset((each.first, each.second)) for each in self.relations]
         _must(len(set(pairs)) == len(pairs) and all(len(pair) == 2 for pair in pairs))
         for kind in ("left of", "above"):

@@ -15,8 +15,8 @@ from functools import cache
 import numpy as np
 
 from lavit.data.scenes.chance import Rng, pick, shuffled, weighted
-from lavit.data.scenes.language import are, around, mention, the
-from lavit.data.scenes.lexicon import NUMBERS, Noun, article, noun, split, tokens
+from lavit.data.scenes.language import around, mention, the
+from lavit.data.scenes.lexicon import NUMBERS, Noun, are, article, noun, split, tokens
 from lavit.data.scenes.parse import parse
 from lavit.data.scenes.render import stands_out
 from lavit.data.scenes.splits import HELD_OUT_COLOURS, Document, Rules
