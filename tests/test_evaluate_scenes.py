@@ -31,8 +31,9 @@ from lavit.evaluate import (
     tokens,
 )  # fmt: skip
 from lavit.evaluate.drawing import draw_all, drawings, prompts
-from lavit.evaluate.evaluation import FIGURES, chosen, evaluate, is_scenes, rules_of
+from lavit.evaluate.evaluation import FIGURES, chosen, evaluate, is_scenes
 from lavit.evaluate.exam import Exam, Missing, weights_hash
+from lavit.evaluate.known import rules_of
 from lavit.evaluate.own import load_items
 
 COUNT = 3
@@ -172,10 +173,12 @@ def test_other_weights_are_other_predictions(run: Path) -> None:
 
 
 def test_the_rules_are_the_trainings_unless_they_are_given(run: Path) -> None:
-    assert rules_of(run, None, None) == Rules()
-    (run / "origin.json").write_text(json.dumps({"scenes": {"objects": 96, "held_out_pairs": 0.2, "seed": 1}}))
-    assert rules_of(run, None, None) == Rules(objects=96, held_out_pairs=0.2)
+    assert rules_of(run) == Rules()
+    origin = {"scenes": {"objects": 96, "held_out_pairs": 0.2, "seed": 1}}
+    (run / "training.json").write_text(json.dumps({"data": "gone", "origin": origin}))
+    assert rules_of(run) == Rules(objects=96, held_out_pairs=0.2)
     assert rules_of(run, 48, 0.1) == Rules()
+    (run / "origin.json").write_text(json.dumps(origin))
     assert is_scenes(str(run)) and is_scenes(f"{run}:0.5,other") and is_scenes("scenes")
     assert not is_scenes("pictures,prose:0.2")
 

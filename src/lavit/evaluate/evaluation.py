@@ -17,13 +17,12 @@ from typing import Any
 
 from lavit.config import InputError, LanguageConfig, from_json, read_json
 from lavit.data.scenes import frozen
-from lavit.data.scenes.splits import Rules
 from lavit.evaluate.allocation import allocation_gain
 from lavit.evaluate.conversing import chat_all
 from lavit.evaluate.copies import draw_copies
 from lavit.evaluate.drawing import draw_all, draw_atoms, draw_swaps, reconstruct_all
 from lavit.evaluate.edits import compose_all, edit_all, edit_blind, edit_oracle, source_copies
-from lavit.evaluate.exam import Exam, Missing, config_hash, origin_of
+from lavit.evaluate.exam import Exam, Missing, config_hash
 from lavit.evaluate.figures import Figure, nothing
 from lavit.evaluate.judging import false_accepts, judge_test
 from lavit.evaluate.ladder import ladder_blank, ladder_spearman
@@ -119,19 +118,6 @@ def is_scenes(data: str) -> bool:
         if path.name.partition(":")[0] == "scenes" and not path.exists():
             return True  # scenes without end
     return False
-
-
-def rules_of(folder: Path, objects: int | None, held_out_pairs: float | None) -> Rules:
-    """The rules that are asked for; what is not said is as the model's training had it, else as
-    nano has it.
-    """
-    usual, known = Rules(), origin_of(folder)
-    return Rules(
-        objects=objects if objects is not None else known.get("objects", usual.objects),
-        held_out_pairs=held_out_pairs
-        if held_out_pairs is not None
-        else known.get("held_out_pairs", usual.held_out_pairs),
-    )
 
 
 def chosen(names: Sequence[str], known: Mapping[str, Any]) -> list[str]:
