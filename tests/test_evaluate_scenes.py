@@ -195,6 +195,7 @@ def test_bad_input_is_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
         (["--figures", "own_read"], "own_read cannot be had: no items were given"),
         (["--figures", "read_test_exact", "--count", "2"], "this model has no language yet"),
         (["--items", str(tmp_path / "none.jsonl")], "none.jsonl cannot be read"),
+        (["--json", "."], ". is a folder"),
     ):
         with pytest.raises(SystemExit) as stopped:
             main(["eval", str(run), "--data", "scenes", *words])
@@ -279,6 +280,13 @@ def test_a_scene_that_is_written_out_has_its_facts(items: Path) -> None:
     assert [item.kind for item in known] == ["read", "read", "ask", "draw", "edit", "chat"]
 
 
+def written(name: str, colour: str | None) -> str:
+    """An item whose scene holds one thing."""
+    things = [{"name": name, "colour": colour, "cell": [0, 0]}]
+    ground = {"background": "blue", "pattern": "plain", "style": "twemoji"}
+    return json.dumps({"kind": "read", "scene": {**ground, "things": things}})
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -295,6 +303,10 @@ def test_a_scene_that_is_written_out_has_its_facts(items: Path) -> None:
         ('{"kind": "draw", "prompt": 3, "facts": "an owl"}', "3 is no text"),
         ('{"kind": "read", "scene": {"background": "mauve"}}', "background is 'mauve'"),
         ('{"kind": "edit", "pictures": ["a.png"], "prompt": "remove it"}', "needs facts"),
+        ('{"kind": "read", "scene": "blue"}', "a scene is an object"),
+        (written("wombat", None), "no thing 'wombat'"),
+        (written("star", None), "no thing 'star' with colour None"),
+        (written("star", "mauve"), "no thing 'star' with colour 'mauve'"),
     ],
 )
 def test_a_bad_item_is_named_by_its_line(items: Path, line: str, said: str) -> None:

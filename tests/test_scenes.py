@@ -212,3 +212,14 @@ def test_bad_options_end_in_one_line(options: list[str], tmp_path: Path, capsys:
     assert stopped.value.code == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
     assert not (tmp_path / "x").exists()
+
+
+def test_a_place_that_cannot_hold_a_pool_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="file is a file"):
+        write_pool(tmp_path / "file", pictures=1)
+    with pytest.raises(InputError, match="cannot write"):
+        write_pool(tmp_path / "file" / "x", pictures=1)
+    (tmp_path / "origin.json").write_text("{")
+    with pytest.raises(InputError, match="not valid JSON"):
+        write_pool(tmp_path, pictures=1)

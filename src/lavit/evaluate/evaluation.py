@@ -197,7 +197,11 @@ def test_hash(exam: Exam) -> dict[str, Any]:
 
 def predictions_path(folder: Path, out: Path | None) -> Path:
     """Where predictions are kept: beside the JSON file, or in the model's folder."""
-    return folder / "evaluation" / "predictions.jsonl" if out is None else out.with_suffix(".predictions.jsonl")
+    if out is None:
+        return folder / "evaluation" / "predictions.jsonl"
+    if out.is_dir():
+        raise InputError(f"{out} is a folder: give --json a file")
+    return out.with_suffix(".predictions.jsonl")
 
 
 def card_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
