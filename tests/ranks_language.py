@@ -26,7 +26,9 @@ def training() -> TrainConfig:
 def main(data: str, ddp: str, fsdp: str) -> None:
     """Train stages 2 and 3 under DDP and stage 2 under FSDP2 on this rank."""
     torch.set_num_threads(1)
-    Run(Path(ddp), data, toy_config(), training(), trackers=()).train(("language", "pixels"))
+    run = Run(Path(ddp), data, toy_config(), training(), trackers=())
+    assert run.accelerator.num_processes == 2  # two that train alone would agree as well
+    run.train(("language", "pixels"))
     AcceleratorState._reset_state(reset_partial_state=False)  # the ranks stay together, the layout is another
     Run(Path(fsdp), data, toy_config(), training(), trackers=(), fsdp=True).train(("language",))
 

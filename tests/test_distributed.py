@@ -53,6 +53,15 @@ def agree(mine: Path, theirs: Path, stage: str) -> None:
             assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-4), (name, b["step"])
 
 
+def same_weights(mine: Path, theirs: Path, *parts: str) -> None:
+    a, b = (LaVIT.from_pretrained(out) for out in (mine, theirs))
+    for part in parts:
+        found, wanted = getattr(a, part).state_dict(), getattr(b, part).state_dict()
+        assert set(found) == set(wanted)
+        for name, tensor in wanted.items():
+            assert torch.allclose(found[name], tensor, atol=1e-3), (part, name)
+
+
 @pytest.fixture(scope="module")
 def on_two_ranks(tokenizer_run: Path, toy_data: Path) -> dict[str, Path]:
     """The same stages on two ranks, under DDP and under FSDP2 (tests/ranks_language.py, which see)."""
@@ -71,15 +80,12 @@ def on_two_ranks(tokenizer_run: Path, toy_data: Path) -> dict[str, Path]:
 def test_ddp_on_two_ranks_is_one_process(on_two_ranks: dict[str, Path], alone: Path) -> None:
     agree(on_two_ranks["ddp"], alone, "language")
     agree(on_two_ranks["ddp"], alone, "pixels")
+    same_weights(on_two_ranks["ddp"], alone, "language", "pixels")
 
 
 def test_fsdp2_on_two_ranks_is_one_process(on_two_ranks: dict[str, Path], alone: Path) -> None:
-    sharded = on_two_ranks["fsdp"]
-    agree(sharded, alone, "language")
-    mine, theirs = (LaVIT.from_pretrained(out).language.state_dict() for out in (sharded, alone))
-    assert set(mine) == set(theirs)
-    for name, tensor in theirs.items():
-        assert torch.allclose(mine[name], tensor, atol=1e-3), name
+    agree(on_two_ranks["fsdp"], alone, "language")
+    same_weights(on_two_ranks["fsdp"], alone, "language")
 
 
 def test_a_checkpoint_of_fsdp2_goes_on_in_one_process(

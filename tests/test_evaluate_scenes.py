@@ -31,8 +31,9 @@ from lavit.evaluate import (
     tokens,
 )  # fmt: skip
 from lavit.evaluate.drawing import draw_all, drawings, prompts
-from lavit.evaluate.evaluation import FIGURES, chosen, evaluate, is_scenes, rules_of
+from lavit.evaluate.evaluation import FIGURES, chosen, evaluate, is_scenes
 from lavit.evaluate.exam import Exam, Missing, weights_hash
+from lavit.evaluate.known import rules_of
 from lavit.evaluate.own import load_items
 
 COUNT = 3
@@ -172,10 +173,12 @@ def test_other_weights_are_other_predictions(run: Path) -> None:
 
 
 def test_the_rules_are_the_trainings_unless_they_are_given(run: Path) -> None:
-    assert rules_of(run, None, None) == Rules()
-    (run / "origin.json").write_text(json.dumps({"scenes": {"objects": 96, "held_out_pairs": 0.2, "seed": 1}}))
-    assert rules_of(run, None, None) == Rules(objects=96, held_out_pairs=0.2)
+    assert rules_of(run) == Rules()
+    origin = {"scenes": {"objects": 96, "held_out_pairs": 0.2, "seed": 1}}
+    (run / "training.json").write_text(json.dumps({"data": "gone", "origin": origin}))
+    assert rules_of(run) == Rules(objects=96, held_out_pairs=0.2)
     assert rules_of(run, 48, 0.1) == Rules()
+    (run / "origin.json").write_text(json.dumps(origin))
     assert is_scenes(str(run)) and is_scenes(f"{run}:0.5,other") and is_scenes("scenes")
     assert not is_scenes("pictures,prose:0.2")
 
@@ -192,6 +195,7 @@ def test_bad_input_is_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
         (["--figures", "own_read"], "own_read cannot be had: no items were given"),
         (["--figures", "read_test_exact", "--count", "2"], "this model has no language yet"),
         (["--items", str(tmp_path / "none.jsonl")], "none.jsonl cannot be read"),
+        (["--json", "."], ". is a folder"),
     ):
         with pytest.raises(SystemExit) as stopped:
             main(["eval", str(run), "--data", "scenes", *words])
@@ -276,6 +280,13 @@ def test_a_scene_that_is_written_out_has_its_facts(items: Path) -> None:
     assert [item.kind for item in known] == ["read", "read", "ask", "draw", "edit", "chat"]
 
 
+def written(name: str, colour: str | None) -> str:
+    """An item whose scene holds one thing."""
+    things = [{"name": name, "colour": colour, "cell": [0, 0]}]
+    ground = {"background": "blue", "pattern": "plain", "style": "twemoji"}
+    return json.dumps({"kind": "read", "scene": {**ground, "things": things}})
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -292,6 +303,10 @@ def test_a_scene_that_is_written_out_has_its_facts(items: Path) -> None:
         ('{"kind": "draw", "prompt": 3, "facts": "an owl"}', "3 is no text"),
         ('{"kind": "read", "scene": {"background": "mauve"}}', "background is 'mauve'"),
         ('{"kind": "edit", "pictures": ["a.png"], "prompt": "remove it"}', "needs facts"),
+        ('{"kind": "read", "scene": "blue"}', "a scene is an object"),
+        (written("wombat", None), "no thing 'wombat'"),
+        (written("star", None), "no thing 'star' with colour None"),
+        (written("star", "mauve"), "no thing 'star' with colour 'mauve'"),
     ],
 )
 def test_a_bad_item_is_named_by_its_line(items: Path, line: str, said: str) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -56,11 +57,25 @@ def test_scenes_keep_the_geometry(split: str) -> None:
             pairs = ((extent([a]), extent([b])), (extent([b]), extent([a])))
             far = max(gap(p, q, axis) for axis in (0, 1) for p, q in pairs)
             assert far >= GAP - 1e-6
-        if split == "ladder":
+        if "ladder" in split:
             assert len(boxes) == index % 10
         else:
             assert valid_world(scene) is None
             assert belongs(scene, split, RULES)
+
+
+def test_the_world_has_no_things_that_touch_or_leave_the_picture() -> None:
+    scene = next(s for n in range(99) if len((s := scene_at("test", n, rules=RULES)).things) == 2)
+    first, second = scene.things
+    assert valid_world(scene) is None
+    for box in (
+        second.box,  # one upon the other
+        replace(second.box, x=second.box.x - first.box.side),
+        replace(first.box, x=first.box.side / 2 + GAP - 0.001),
+        replace(first.box, y=1 - first.box.side / 2 - GAP + 0.001),
+    ):
+        moved = replace(scene, things=(replace(first, box=box), second))
+        assert valid_world(moved) == "things too near each other or the border"
 
 
 def test_big_is_much_bigger_than_small() -> None:
@@ -197,3 +212,14 @@ def test_bad_options_end_in_one_line(options: list[str], tmp_path: Path, capsys:
     assert stopped.value.code == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
     assert not (tmp_path / "x").exists()
+
+
+def test_a_place_that_cannot_hold_a_pool_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="file is a file"):
+        write_pool(tmp_path / "file", pictures=1)
+    with pytest.raises(InputError, match="cannot write"):
+        write_pool(tmp_path / "file" / "x", pictures=1)
+    (tmp_path / "origin.json").write_text("{")
+    with pytest.raises(InputError, match="not valid JSON"):
+        write_pool(tmp_path, pictures=1)

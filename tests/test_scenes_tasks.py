@@ -176,6 +176,13 @@ def test_several_pictures_make_one():
     assert belongs(several(rng, RULES, split="test").target, "test", RULES)
 
 
+def test_both_pictures_are_of_the_split_that_is_asked():
+    rng = np.random.default_rng(8)
+    for _ in range(5):
+        one = several(rng, RULES, "background", split="binding")
+        assert all(scene.coloured & HELD_OUT_COLOURS for scene in one.sources)
+
+
 def test_conversations_hold_together():
     rng = np.random.default_rng(5)
     for n in range(90):

@@ -49,12 +49,12 @@ def evaluate(
         card_rows,
         is_scenes,
         predictions_path,
-        rules_of,
         write_json,
     )
     from lavit.evaluate.evaluation import evaluate as measure
     from lavit.evaluate.exam import Exam
     from lavit.evaluate.folder import own_data, training_data
+    from lavit.evaluate.known import rules_of
     from lavit.storage import model_folder
     from lavit.train.card import record_figures
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lavit.config import InputError
+from lavit.config import InputError, read_json
 from lavit.data.sources import Record, open_source, readable
 from lavit.data.text import Texts
 
@@ -99,6 +99,12 @@ def parse_mixture(data: str | Path) -> list[tuple[str, float]]:
             )
         found.append((name, float(weight)))
     return found
+
+
+def origin_of(data: str | Path) -> dict[str, Any]:
+    """How the first source with an origin.json was made, as that file says; empty where none has one."""
+    places = [Path(name) / "origin.json" for name, _ in parse_mixture(data)]
+    return next((read_json(place) for place in places if place.is_file()), {})
 
 
 def load_corpus(data: str | Path, splits: Sequence[str] = ("train",)) -> Corpus:

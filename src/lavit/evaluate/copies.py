@@ -19,8 +19,9 @@ from lavit.data.scenes.sample import build, scene_at
 from lavit.data.scenes.splits import facts_key
 from lavit.data.scenes.world import Scene, facts
 from lavit.evaluate.drawing import codes_for, painted
-from lavit.evaluate.exam import Exam, origin_of
+from lavit.evaluate.exam import Exam
 from lavit.evaluate.figures import Figure, share
+from lavit.evaluate.known import scenes_of
 
 POOL = 2_000  # training pictures
 RENDERS = 40  # of each scene, to measure how near two of them are
@@ -30,7 +31,7 @@ NEAR = 5.0  # percentile
 def draw_copies(exam: Exam) -> Figure:
     """Share of drawings that are copies of training pictures."""
     exam.needs("language", "pixels")
-    seed = int(origin_of(exam.folder).get("seed", 0))
+    seed = int((scenes_of(exam.folder) or {}).get("seed", 0))
     pool = [scene_at("train", number, seed=seed, rules=exam.rules) for number in range(POOL)]
     items = [number for number, scene in enumerate(pool) if scene.things][: exam.count]
 

@@ -21,11 +21,11 @@ from lavit.data.scenes.parse import parse
 from lavit.data.scenes.questions import Question, questions, right
 from lavit.data.scenes.render import render
 from lavit.data.scenes.sample import LADDER, scene_at
-from lavit.data.scenes.splits import Rules, valid_world
+from lavit.data.scenes.splits import valid_world
 from lavit.data.scenes.tasks import several
 from lavit.data.scenes.world import Scene, facts
 from lavit.evaluate.demo_page import Item, Section, page, save_sheet, sheet
-from lavit.evaluate.known import scenes_of, strange_words
+from lavit.evaluate.known import rules_of, scenes_of, strange_words
 from lavit.storage import model_folder
 from lavit.visualize import kept_over
 
@@ -88,11 +88,7 @@ class Show:
                 f"{model} was not trained on scenes, which the demo shows: its training.json has "
                 "no origin (lavit data scenes makes data that have one)"
             )
-        usual = Rules()
-        self.rules = Rules(
-            objects=said.get("objects", usual.objects),
-            held_out_pairs=said.get("held_out_pairs", usual.held_out_pairs),
-        )
+        self.rules = rules_of(self.folder)
         if not self.rules.held_out_pairs:
             raise InputError(f"{model} saw every pair of things; the demo shows pairs held out")
         self.size = said.get("size", 160)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -142,35 +142,29 @@ def by_number(said: Sequence[Facts], values: Sequence[float]) -> dict[str, float
     }
 
 
+def _scored(exam: Exam, split: str, score: Callable[..., list[Any]]) -> tuple[Any, ...]:
+    """Facts, what is seen in their drawings, the scores of these, and what they lie between."""
+    said, looks = wanted(exam, split), seen(exam, f"draw {split}", drawings(exam, split))
+    true = seen(exam, f"reconstruct {split}", rebuilt(exam, split))
+    ends = {
+        "floor": ("another prompt's drawing", float(np.mean(score(said, turned(looks))))),
+        "ceiling": ("true tokens", float(np.mean(score(said, true)))),
+    }
+    return said, looks, score(said, looks), ends
+
+
 def draw_all(exam: Exam, split: str) -> Figure:
     """Share of drawings in which every fact is right."""
-    said, looks = wanted(exam, split), seen(exam, f"draw {split}", drawings(exam, split))
-    hits = all_of(said, looks)
-    floor = float(np.mean(all_of(said, turned(looks))))
-    ceiling = float(np.mean(all_of(said, seen(exam, f"reconstruct {split}", rebuilt(exam, split)))))
-    return share(
-        f"draw_{split}_all",
-        hits,
-        floor=("another prompt's drawing", floor),
-        ceiling=("true tokens", ceiling),
-        details={**by_number(said, hits), **failures(said, looks)},
-    )
+    said, looks, hits, ends = _scored(exam, split, all_of)
+    details = {**by_number(said, hits), **failures(said, looks)}
+    return share(f"draw_{split}_all", hits, **ends, details=details)
 
 
 def draw_atoms(exam: Exam, split: str) -> Figure:
     """Mean share of a prompt's facts that are right."""
-    said, looks = wanted(exam, split), seen(exam, f"draw {split}", drawings(exam, split))
-    values = atoms_of(said, looks)
-    floor = float(np.mean(atoms_of(said, turned(looks))))
-    ceiling = float(np.mean(atoms_of(said, seen(exam, f"reconstruct {split}", rebuilt(exam, split)))))
-    return mean(
-        f"draw_{split}_atoms",
-        values,
-        floor=("another prompt's drawing", floor),
-        ceiling=("true tokens", ceiling),
-        details=by_number(said, values),
-        within=(0.0, 1.0),
-    )
+    said, _, values, ends = _scored(exam, split, atoms_of)
+    details = by_number(said, values)
+    return mean(f"draw_{split}_atoms", values, **ends, details=details, within=(0.0, 1.0))
 
 
 def failures(said: Sequence[Facts], looks: Sequence[Any]) -> dict[str, float]:

@@ -17,13 +17,12 @@ from typing import Any
 
 from lavit.config import InputError, LanguageConfig, from_json, read_json
 from lavit.data.scenes import frozen
-from lavit.data.scenes.splits import Rules
 from lavit.evaluate.allocation import allocation_gain
 from lavit.evaluate.conversing import chat_all
 from lavit.evaluate.copies import draw_copies
 from lavit.evaluate.drawing import draw_all, draw_atoms, draw_swaps, reconstruct_all
 from lavit.evaluate.edits import compose_all, edit_all, edit_blind, edit_oracle, source_copies
-from lavit.evaluate.exam import Exam, Missing, config_hash, origin_of
+from lavit.evaluate.exam import Exam, Missing, config_hash
 from lavit.evaluate.figures import Figure, nothing
 from lavit.evaluate.judging import false_accepts, judge_test
 from lavit.evaluate.ladder import ladder_blank, ladder_spearman
@@ -121,19 +120,6 @@ def is_scenes(data: str) -> bool:
     return False
 
 
-def rules_of(folder: Path, objects: int | None, held_out_pairs: float | None) -> Rules:
-    """The rules that are asked for; what is not said is as the model's training had it, else as
-    nano has it.
-    """
-    usual, known = Rules(), origin_of(folder)
-    return Rules(
-        objects=objects if objects is not None else known.get("objects", usual.objects),
-        held_out_pairs=held_out_pairs
-        if held_out_pairs is not None
-        else known.get("held_out_pairs", usual.held_out_pairs),
-    )
-
-
 def chosen(names: Sequence[str], known: Mapping[str, Any]) -> list[str]:
     """The figures that are asked for, in their usual order; none asked for: all. Unknown names
     raise `InputError`.
@@ -211,7 +197,11 @@ def test_hash(exam: Exam) -> dict[str, Any]:
 
 def predictions_path(folder: Path, out: Path | None) -> Path:
     """Where predictions are kept: beside the JSON file, or in the model's folder."""
-    return folder / "evaluation" / "predictions.jsonl" if out is None else out.with_suffix(".predictions.jsonl")
+    if out is None:
+        return folder / "evaluation" / "predictions.jsonl"
+    if out.is_dir():
+        raise InputError(f"{out} is a folder: give --json a file")
+    return out.with_suffix(".predictions.jsonl")
 
 
 def card_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:

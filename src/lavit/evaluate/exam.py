@@ -21,7 +21,6 @@ from torch import Tensor
 
 import lavit
 from lavit.config import InputError, read_json
-from lavit.data.corpus import parse_mixture
 from lavit.data.scenes.render import render
 from lavit.data.scenes.sample import scene_at
 from lavit.data.scenes.splits import Rules
@@ -201,16 +200,6 @@ def decoded(tokenizer: VisualTokenizer, tokens: VisualTokens) -> Float[Tensor, "
         first += len(codes)
         parts.append(tokenizer.decode(codes, lengths, keep=keep))
     return torch.cat(parts)
-
-
-def origin_of(folder: Path) -> dict[str, Any]:
-    """How the scenes of a model's training were made: by the copy beside it, or beside the data."""
-    places = [folder / "origin.json"]
-    if (folder / "training.json").is_file():
-        data = str(read_json(folder / "training.json").get("data", ""))
-        places += [Path(name) / "origin.json" for name, _ in parse_mixture(data)] if data else []
-    found = next((place for place in places if place.is_file()), None)
-    return (read_json(found).get("scenes") or {}) if found else {}
 
 
 def weights_hash(folder: Path) -> str:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lavit.config import InputError, read_json
-from lavit.data.corpus import parse_mixture
+from lavit.data.corpus import origin_of
+from lavit.data.scenes.lexicon import unknown_words
+from lavit.data.scenes.splits import Rules
 
 
 def scenes_of(folder: Path) -> dict[str, Any] | None:
@@ -16,26 +18,29 @@ def scenes_of(folder: Path) -> dict[str, Any] | None:
     They stand in its training.json under "origin", or else beside the data that it names.
     """
     path = folder / "training.json"
-    if not path.is_file():
-        return None
-    said = read_json(path)
-    if "origin" in said:
-        origins = [said["origin"]]
-    else:
+    said = read_json(path) if path.is_file() else {}
+    origin = said.get("origin")
+    if origin is None and said.get("data"):
         try:
-            sources = parse_mixture(str(said.get("data", "")))
+            origin = origin_of(str(said["data"]))
         except InputError:  # a name that is not there any more
-            sources = []
-        places = [Path(name) / "origin.json" for name, _ in sources]
-        origins = [read_json(place) for place in places if place.is_file()]
-    found = (one["scenes"] for one in origins if isinstance(one, dict) and "scenes" in one)
-    return next((one for one in found if isinstance(one, dict)), None)
+            return None
+    scenes = origin.get("scenes") if isinstance(origin, dict) else None
+    return scenes if isinstance(scenes, dict) else None
+
+
+def rules_of(folder: Path, objects: int | None = None, held_out_pairs: float | None = None) -> Rules:
+    """The rules that are asked for; what is not said is as the model's training had it, else as
+    nano has it.
+    """
+    known = scenes_of(folder) or {}
+    asked = {"objects": objects, "held_out_pairs": held_out_pairs}
+    known |= {name: value for name, value in asked.items() if value is not None}
+    return Rules(**{name: known[name] for name in asked if name in known})
 
 
 def strange_words(folder: Path, texts: Iterable[str]) -> list[str]:
     """Words that the language of scenes lacks, each once; none for a model of other data."""
     if scenes_of(folder) is None:
         return []
-    from lavit.data.scenes.lexicon import unknown_words
-
     return list(dict.fromkeys(word for text in texts for word in unknown_words(text)))

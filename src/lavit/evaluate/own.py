@@ -29,7 +29,7 @@ from lavit.config import InputError
 from lavit.data.scenes.parse import parse
 from lavit.data.scenes.questions import normal
 from lavit.data.scenes.sample import nominal
-from lavit.data.scenes.world import BACKGROUNDS, PATTERNS, STYLES, Facts, Scene, Thing, facts
+from lavit.data.scenes.world import BACKGROUNDS, COLOURS, PATTERNS, SHAPES, STYLES, Facts, Scene, Thing, facts, objects
 from lavit.evaluate.drawing import atoms_of, codes_for, packed, painted, unpacked
 from lavit.evaluate.exam import Exam, Missing
 from lavit.evaluate.figures import Figure, mean, share
@@ -123,6 +123,8 @@ def _turn(row: Mapping[str, Any], text: Any, folder: Path) -> Turn:
 
 def scene_of(row: Mapping[str, Any]) -> Scene:
     """A scene that is written out."""
+    if not isinstance(row, Mapping):
+        raise InputError("a scene is an object with background, pattern, style and things")
     for name, known in (("background", BACKGROUNDS), ("pattern", PATTERNS), ("style", STYLES)):
         if row.get(name) not in known:
             raise InputError(f"{name} is {row.get(name)!r}: give one of {', '.join(known)}")
@@ -131,7 +133,11 @@ def scene_of(row: Mapping[str, Any]) -> Scene:
         size, cell = one.get("size", "small"), tuple(one["cell"])
         if size not in ("small", "big") or cell not in [(r, c) for r in range(3) for c in range(3)]:
             raise InputError(f"a thing has size small or big and a cell from [0, 0] to [2, 2]: {size!r}, {cell}")
-        things.append(Thing(one["name"], one.get("colour"), size, cell, nominal(cell, size), 0.0))
+        name, colour = one["name"], one.get("colour")
+        names = SHAPES if colour in COLOURS else [kind.name for kind in objects()]
+        if colour not in (None, *COLOURS) or name not in names:
+            raise InputError(f"there is no thing {name!r} with colour {colour!r}")
+        things.append(Thing(name, colour, size, cell, nominal(cell, size), 0.0))
     return Scene(row["background"], row["pattern"], row["style"], tuple(things))
 
 

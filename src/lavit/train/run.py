@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lavit.config import InputError, LanguageConfig, ModelConfig, TrainConfig, from_json, read_json, to_json
 from lavit.data.bulk import tokenizer_hash
-from lavit.data.corpus import Corpus, load_corpus, parse_mixture
+from lavit.data.corpus import Corpus, load_corpus, origin_of
 from lavit.data.documents import Documents
 from lavit.data.features import Features, compute_features, tokenize_features
 from lavit.data.pretokenised import corpus_codes, nothing_read
@@ -84,7 +84,7 @@ class Run:
         mine = {"data": self.data, "model": to_json(model), "training": to_json(self.training)}
         if self.start:
             mine["start"] = self.start.name
-        origin = _origin(self.data)
+        origin = origin_of(self.data)
         if origin:  # how the data were made: kept beside the settings, no setting of the run
             mine["origin"] = origin
         path = self.folder / "training.json"
@@ -328,12 +328,6 @@ class Run:
         self._loop(stage, warmup=config.warmup)
         pixels.load_state_dict(stage.averaged.module.state_dict())
         self._save(LaVIT(self.config, {"pixels": pixels}, folder=self.folder), "pixels")
-
-
-def _origin(data: str) -> dict[str, Any]:
-    """What the first source with an origin.json says of how it was made; empty where none has one."""
-    places = [Path(name) / "origin.json" for name, _ in parse_mixture(data)]
-    return next((read_json(place) for place in places if place.is_file()), {})
 
 
 def _same_run(saved: dict[str, Any], mine: dict[str, Any]) -> bool:

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from lavit.config import InputError, require
+from lavit.config import InputError, read_json, require
 from lavit.data.scenes.edits import edit
 from lavit.data.scenes.frozen import versions
 from lavit.data.scenes.language import describe, prompt
@@ -164,11 +164,11 @@ def write_pool(
         "packages": versions(),
     }  # fmt: skip
     if (out / "origin.json").exists():
-        if json.loads((out / "origin.json").read_text("utf-8")) == origin:
-            return json.loads((out / "counts.json").read_text("utf-8"))
+        if read_json(out / "origin.json") == origin:
+            return read_json(out / "counts.json")
         raise InputError(f"{out} holds scenes with other options: give another --out, or delete it")
-    if out.exists() and any(out.iterdir()):
-        raise InputError(f"{out} is not empty: give another --out")
+    if out.is_file() or (out.exists() and any(out.iterdir())):
+        raise InputError(f"{out} is a file or a folder that is not empty: give another --out")
     with replacing(out) as new:
         (new / split).mkdir()
         rows, asked, changes = [], [], []

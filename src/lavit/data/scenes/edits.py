@@ -12,7 +12,7 @@ from lavit.data.scenes import world
 from lavit.data.scenes.chance import Rng, pick, shuffled
 from lavit.data.scenes.language import around, group_words, listed, place, the
 from lavit.data.scenes.lexicon import NUMBERS, article, noun
-from lavit.data.scenes.sample import JITTER, SHAPE_SHARE, TURN, apart, nominal
+from lavit.data.scenes.sample import JITTER, SHAPE_SHARE, TURN, nominal
 from lavit.data.scenes.splits import MOST_IN_TRAINING, Document, Rules, valid_world
 from lavit.data.scenes.world import Box, Cell, Group, Relation, Scene, Thing, boxes_of, facts
 
@@ -94,9 +94,7 @@ def edit(
 
 def sound(scene: Scene) -> bool:
     """Is this a picture of the world: things apart, each relation clear, and one at least?"""
-    if valid_world(scene) or not apart([thing.box for thing in scene.things]):
-        return False
-    return len(scene.names) < 2 or bool(facts(scene).relations)
+    return not valid_world(scene) and (len(scene.names) < 2 or bool(facts(scene).relations))
 
 
 def _change(kind: str, scene: Scene, rng: Rng, rules: Rules) -> Change:

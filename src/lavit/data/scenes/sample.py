@@ -15,7 +15,7 @@ from lavit.config import InputError
 from lavit.data.scenes import world
 from lavit.data.scenes.chance import Rng, pick
 from lavit.data.scenes.splits import HELD_OUT_COLOURS, Rules, generator, share_of, valid_world
-from lavit.data.scenes.world import JITTER, Box, Cell, Scene, Size, Thing, boxes_of, facts
+from lavit.data.scenes.world import JITTER, Box, Cell, Scene, Size, Thing, apart, boxes_of, facts
 
 TRIES = 20_000
 TURN = 8.0  # degrees, at most
@@ -120,16 +120,6 @@ def nominal(cell: Cell, size: Size, side: float | None = None) -> Box:
     row, column = cell
     x, y = ((at - 1) * world.PITCH for at in (column, row))
     return Box(0.5 + max(-room, min(room, x)), 0.5 + max(-room, min(room, y)), side)
-
-
-def apart(boxes: Sequence[Box]) -> bool:
-    """Do things keep their distance from each other and from the border?"""
-    least = world.GAP - 1e-9
-    spans = [box.span(axis) for box in boxes for axis in ("x", "y")]
-    return all(start >= least and end <= 1 - least for start, end in spans) and all(
-        max(abs(a.x - b.x), abs(a.y - b.y)) - (a.side + b.side) / 2 >= least
-        for a, b in itertools.combinations(boxes, 2)
-    )
 
 
 @cache

@@ -32,7 +32,7 @@ from lavit.config import InputError
 from lavit.data.scenes import world
 from lavit.data.scenes.lexicon import names_in
 from lavit.data.scenes.render import stands_out
-from lavit.data.scenes.world import Facts, Scene, boxes_of, facts, murky, objects
+from lavit.data.scenes.world import Facts, Scene, apart, boxes_of, facts, murky, objects
 
 SPLITS = (
     "train", "valid", "valid_pairs",
@@ -180,6 +180,8 @@ def valid_world(scene: Scene) -> str | None:
         style = scene.style if scene.style in world.STYLES else "twemoji"
         if not stands_out(thing.name, thing.colour, style, scene.background):
             return f"{thing.name} does not show on {scene.background}"
+    if not apart([thing.box for thing in scene.things]):
+        return "things too near each other or the border"
     return "a relation that is unclear" if murky(boxes_of(scene.things)) else None
 
 

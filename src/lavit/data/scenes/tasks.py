@@ -71,7 +71,7 @@ def some_scene(rng: Rng, rules: Rules, split: str = "train") -> Scene:
 
 
 def several(rng: Rng, rules: Rules, kind: str | None = None, *, split: str = "train") -> Several:
-    """Two pictures to make one of, which belongs to a split.
+    """Two pictures to make one of, drawn from a split.
 
     "together": the groups of both, each where it stands, on the background of the first.
     "background": the things of the first on the background of the second.
@@ -82,13 +82,17 @@ def several(rng: Rng, rules: Rules, kind: str | None = None, *, split: str = "tr
     def fine(scene: Scene) -> bool:
         return sound(scene) and (not training or rules.forbids(scene) is None)
 
+    def draw() -> Scene:
+        return some_scene(rng, rules, split)
+
     while True:
-        one = MAKING[kind](some_scene(rng, rules, split), rng, rules, fine)
+        one = MAKING[kind](draw, rng, fine)
         if one and Document(rules, training).admits([one.prompt], [*one.sources, one.target]):
             return one
 
 
-def _together(target: Scene, rng: Rng, rules: Rules, fine: Callable[[Scene], bool]) -> Several | None:
+def _together(draw: Callable[[], Scene], rng: Rng, fine: Callable[[Scene], bool]) -> Several | None:
+    target = draw()
     if len(target.names) < 2:
         return None
     order = shuffled(rng, target.names)
@@ -101,12 +105,13 @@ def _together(target: Scene, rng: Rng, rules: Rules, fine: Callable[[Scene], boo
     return Several("together", pick(rng, TOGETHER), (a, b), target)
 
 
-def _on_background(target: Scene, rng: Rng, rules: Rules, fine: Callable[[Scene], bool]) -> Several | None:
+def _on_background(draw: Callable[[], Scene], rng: Rng, fine: Callable[[Scene], bool]) -> Several | None:
+    target = draw()
     if not target.things:
         return None
     a = _other_ground(target, rng)
     ground = {"background": target.background, "pattern": target.pattern, "style": target.style}
-    b = replace(some_scene(rng, rules), **ground)
+    b = replace(draw(), **ground)
     if set(a.names) & set(b.names) or not (fine(a) and fine(b)):
         return None
     things = "the things"

@@ -200,6 +200,16 @@ def relations(boxes: Mapping[str, Sequence[Box]], *, clear: float = CLEAR) -> fr
     )
 
 
+def apart(boxes: Sequence[Box]) -> bool:
+    """Do things keep their distance from each other and from the border?"""
+    least = GAP - 1e-9
+    spans = [box.span(axis) for box in boxes for axis in ("x", "y")]
+    return all(start >= least and end <= 1 - least for start, end in spans) and all(
+        max(abs(a.x - b.x), abs(a.y - b.y)) - (a.side + b.side) / 2 >= least
+        for a, b in itertools.combinations(boxes, 2)
+    )
+
+
 def murky(boxes: Mapping[str, Sequence[Box]]) -> bool:
     """Does some pair of groups stand beside each other, but not clearly so?"""
     extents = [extent(members) for members in boxes.values()]
