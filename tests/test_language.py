@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -71,24 +70,6 @@ def test_packed_loss_is_the_sum_of_separate_losses(language: Language) -> None:
     packed = total(language, [sequences[:3], sequences[3:]], patches, keep)
     separate = sum(total(language, [[sequence]], patches, keep) for sequence in sequences)
     assert torch.allclose(packed, separate, rtol=1e-5)
-
-
-def test_read_codes_of_no_weight_give_the_loss_without_them(language: Language) -> None:
-    sequences, patches, keep = documents(language)
-    batch = pack([sequences], language.vocabulary)
-    inside = torch.nn.functional.pad(batch.slots[:, 1:], (0, 1))
-    labels = batch.labels.masked_fill(inside, -100)
-    without = dataclasses.replace(batch, labels=labels)
-    read = (patches[batch.images], keep[batch.images])
-    parameters = [p for p in language.parameters() if p.requires_grad]
-    found, expected = language(batch, *read, read_weight=0.0).total, language(without, *read).total
-    assert torch.allclose(found, expected, rtol=1e-6)
-    half = language(batch, *read, read_weight=0.5).total
-    assert torch.allclose(half, (expected + language(batch, *read).total) / 2, rtol=1e-6)
-    gradients = [torch.autograd.grad(t, parameters, allow_unused=True) for t in (found, expected)]
-    for a, b in zip(*gradients, strict=True):
-        assert (a is None) == (b is None)
-        assert a is None or torch.allclose(a, b, atol=1e-5)
 
 
 def test_another_document_never_changes_a_hidden_state(language: Language) -> None:

@@ -50,7 +50,7 @@ def test_singular_values_come_near_one() -> None:
     torch.manual_seed(0)
     for shape in ((30, 50), (50, 30), (40, 40)):
         values = torch.linalg.svdvals(orthogonal(torch.randn(shape)))
-        assert 0.5 < float(values.min()) and float(values.max()) < 1.3, shape
+        assert float(values.min()) > 0.5 and float(values.max()) < 1.3, shape
     left, _, right = torch.linalg.svd(torch.randn(6, 20), full_matrices=False)
     matrix = left @ torch.diag(torch.linspace(1, 2, 6)) @ right
     cosine = (orthogonal(matrix) * (left @ right)).sum() / orthogonal(matrix).norm() / 6**0.5

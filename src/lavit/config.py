@@ -216,9 +216,9 @@ class LanguageTraining:
     recompute: bool = False  # activation checkpointing: keep each block's input only, and compute the block again
     train_merger: bool = True  # the second merger; False leaves it as stage 1 made it, which LoRA on a small card needs
     supervise_read_images: bool = True
-    # of a code of a picture that is read, in the loss (Eq. 6: 1): such codes outnumber the words said
-    # of them, and a small LM learns what they are called that much later (LOG.md)
-    read_weight: float = 1.0
+    # of the codes of read pictures that are targets, drawn anew for each document (Eq. 6: all): they
+    # outnumber the words said of them, and a small LM learns what things are called that much later
+    read_share: float = 1.0
     unconditional_fraction: float = 0.1  # of [text, image] documents lose their prompt
     stream: bool = False  # read the data as it comes, shard by shard, and encode pictures on the fly (data/stream.py)
     # folder of `lavit tokenize-corpus` whose codes are used: then nothing is read, which needs features (data/pretokenised.py)

@@ -143,7 +143,7 @@ def nano() -> Preset:
             rows_rate=2e-3,
             reader_rate=2e-3,
             weight_decay=0.01,
-            read_weight=0.1,
+            read_share=0.1,
             mixture=(4.0, 1.0, 0.8, 0.4, 0.0),  # a document of questions is twice as long as one of the others
         ),
         pixels=PixelsTraining(

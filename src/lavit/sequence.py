@@ -20,10 +20,11 @@ same mask. Packed rows hold whole documents; attention never crosses them and po
 from __future__ import annotations
 
 from collections.abc import Sequence as Sequence_
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -145,6 +146,19 @@ def lay_out(document: Document, vocabulary: Vocabulary, *, supervise_read_images
         target += [wanted] * len(piece)
     labels = [ids[i + 1] if target[i + 1] else IGNORE for i in range(len(ids) - 1)] + [IGNORE]
     return Sequence(tuple(ids), tuple(labels), tuple(slots), tuple(images))
+
+
+def supervise_some(sequence: Sequence, share: float, rng: np.random.Generator) -> Sequence:
+    """Keep a share of the codes of read images, drawn at random, as labels; all else is as it was."""
+    if share >= 1 or not any(sequence.slots):
+        return sequence
+    spared = rng.random(len(sequence)) >= share
+    within = (*sequence.slots[1:], False)  # a label is the next id
+    labels = [
+        IGNORE if inside and spare else label
+        for label, inside, spare in zip(sequence.labels, within, spared, strict=True)
+    ]
+    return replace(sequence, labels=tuple(labels))
 
 
 def exact_choice(lengths: Sequence_[int], room: int) -> list[int]:

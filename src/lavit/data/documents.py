@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from lavit.config import InputError, LanguageTraining
 from lavit.data.corpus import Corpus, Part
 from lavit.data.text import TextPieces
-from lavit.sequence import Batch, Document, Image, Sequence, Text, fill_from_front, lay_out, pack
+from lavit.sequence import Batch, Document, Image, Sequence, Text, fill_from_front, lay_out, pack, supervise_some
 from lavit.vocabulary import Vocabulary
 
 KINDS = ("reading", "writing", "question", "edit", "text")
@@ -149,7 +149,8 @@ class Documents:
     def _drawn(self, window: int) -> Iterator[Sequence]:
         rng = np.random.default_rng([self.seed, window])
         while True:
-            yield lay_out(self.draw(rng), self.vocabulary, supervise_read_images=self.config.supervise_read_images)
+            laid = lay_out(self.draw(rng), self.vocabulary, supervise_read_images=self.config.supervise_read_images)
+            yield supervise_some(laid, self.config.read_share, rng)
 
     def _rows(self, window: int, rows: int) -> list[list[Sequence]]:
         """Documents of each row of a window; the last one is kept, since steps come in order."""

@@ -27,7 +27,7 @@ from lavit.data.corpus import Corpus, Part, parse_mixture
 from lavit.data.documents import WINDOW
 from lavit.data.sources import Record, stream_source
 from lavit.data.text import cut
-from lavit.sequence import Batch, Image, Text, VisualTokens, fill_from_front, lay_out, pack
+from lavit.sequence import Batch, Image, Text, VisualTokens, fill_from_front, lay_out, pack, supervise_some
 from lavit.sequence import Sequence as Document
 from lavit.vocabulary import Vocabulary
 
@@ -214,7 +214,8 @@ class StreamingDocuments:
             document = (Image(codes, read=True, index=number), words)
         else:
             document = (words, Image(codes, read=False))
-        return lay_out(document, self.vocabulary, supervise_read_images=self.config.supervise_read_images)
+        laid = lay_out(document, self.vocabulary, supervise_read_images=self.config.supervise_read_images)
+        return supervise_some(laid, self.config.read_share, rng)
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -17,10 +17,9 @@ from torch import Tensor
 
 
 class HeadLoss(torch.autograd.Function):
-    """hidden, labels, text weight, text bias, visual weight, chunk, train, weights → total (with gradient), losses, correct.
+    """hidden, labels, text weight, text bias, visual weight, chunk, train → total (with gradient), losses, correct.
 
-    hidden [targets width]; labels [targets], joint ids; text and visual weight [rows width];
-    weights [targets] or None, of each target in the total; `losses` (float) and `correct` (bool) are per
+    hidden [targets width]; labels [targets], joint ids; weights [rows width]; `losses` (float) and `correct` (bool) are per
     target and carry no gradient. Logits, sums and gradients of the weights are fp32 whatever the dtype of `hidden`.
     """
 
@@ -34,7 +33,6 @@ class HeadLoss(torch.autograd.Function):
         visual: Tensor,
         chunk: int,
         train: bool,
-        weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss and, where gradients are wanted, gradients of all that wants one."""
         wanted = [train and needed for needed in ctx.needs_input_grad]
@@ -58,8 +56,6 @@ class HeadLoss(torch.autograd.Function):
                     continue
                 gradient = logits.div_(total)
                 gradient.scatter_add_(-1, target, torch.full_like(total, -1.0))
-                if weights is not None:
-                    gradient.mul_(weights[part, None])
                 if d_bias is not None:
                     d_bias += gradient[:, : len(text)].sum(0)
                 gradient = gradient.to(hidden.dtype)
@@ -73,8 +69,7 @@ class HeadLoss(torch.autograd.Function):
         ctx.gradients = (d_hidden, d_text, d_bias, d_visual)
         ctx.dtypes = (text.dtype, None if bias is None else bias.dtype, visual.dtype)
         ctx.mark_non_differentiable(losses, correct)
-        total = losses.sum() if weights is None else (losses * weights).sum()
-        return total, losses, correct
+        return losses.sum(), losses, correct
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -86,7 +81,7 @@ class HeadLoss(torch.autograd.Function):
             for found, dtype in zip((d_text, d_bias, d_visual), ctx.dtypes, strict=True)
         )
         d_hidden = None if d_hidden is None else d_hidden.mul_(gradient)
-        return d_hidden, None, text, bias, visual, None, None, None
+        return d_hidden, None, text, bias, visual, None, None
 
 
 def _logits(hidden: Tensor, text: Tensor, bias: Tensor | None, visual: Tensor) -> Tensor:

@@ -169,12 +169,8 @@ class Language(nn.Module):
         batch: Batch,
         patches: Float[Tensor, "images patches dim"] | None = None,
         keep: Bool[Tensor, "images patches"] | None = None,
-        *,
-        read_weight: float = 1.0,
     ) -> LanguageLoss:
         """Next-id cross-entropy over text and codes with one softmax (Eq. 6), summed over targets.
-
-        `read_weight` is the weight of the codes of pictures that are read, in the total.
 
         `patches` and `keep` are those of `batch.images`, in order; without them slots take the rows of their codes.
         """
@@ -184,17 +180,12 @@ class Language(nn.Module):
             embeddings = embeddings + 0.0 * self._read_nothing(patches).to(embeddings.dtype)
         hidden = self.hidden(embeddings, documents=batch.documents, positions=batch.positions)
         wanted = batch.labels != IGNORE
-        weights = None
-        if read_weight != 1:
-            read = F.pad(batch.slots[:, 1:], (0, 1))  # a label is the next id
-            weights = torch.where(read, read_weight, 1.0)[wanted]
-        return self.loss(hidden[wanted], batch.labels[wanted], weights)
+        return self.loss(hidden[wanted], batch.labels[wanted])
 
     def loss(
         self,
         hidden: Float[Tensor, "targets width"],
         labels: Int[Tensor, "targets"],
-        weights: Float[Tensor, "targets"] | None = None,
     ) -> LanguageLoss:
         """Cross-entropy in chunks: the full logits never exist, forward or backward."""
         head = self.lm.get_output_embeddings()
@@ -202,7 +193,7 @@ class Language(nn.Module):
             raise InputError(f"the language model's head is a {type(head).__name__}, expected a plain Linear")
         rows = self.rows if self.head_rows is None else self.head_rows
         train = torch.is_grad_enabled()
-        total, losses, correct = HeadLoss.apply(hidden, labels, head.weight, head.bias, rows, CHUNK, train, weights)
+        total, losses, correct = HeadLoss.apply(hidden, labels, head.weight, head.bias, rows, CHUNK, train)
         visual = self.vocabulary.is_visual(labels)
         return LanguageLoss(
             total,

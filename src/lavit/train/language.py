@@ -120,7 +120,7 @@ class LanguageStage:
         device = accelerator.device
         rows = Batch(*(getattr(batch.rows, name).to(device) for name in Batch.__dataclass_fields__))
         patches = self.tokenizer.prepare(batch.patches).to(device)
-        out: LanguageLoss = module(rows, patches, batch.keep.to(device), read_weight=self.config.read_weight)
+        out: LanguageLoss = module(rows, patches, batch.keep.to(device))
         loss = out.total / batch.targets * accelerator.num_processes
         return {
             "loss": loss,
