@@ -154,10 +154,8 @@ def supervise_some(sequence: Sequence, share: float, rng: np.random.Generator) -
         return sequence
     spared = rng.random(len(sequence)) >= share
     within = (*sequence.slots[1:], False)  # a label is the next id
-    labels = [
-        IGNORE if inside and spare else label
-        for label, inside, spare in zip(sequence.labels, within, spared, strict=True)
-    ]
+    kept = zip(sequence.labels, within, spared, strict=True)
+    labels = (IGNORE if inside and spare else label for label, inside, spare in kept)
     return replace(sequence, labels=tuple(labels))
 
 
