@@ -2,9 +2,10 @@
 
     m = momentum of the gradient           u = Nesterov's look ahead of it
     U Vᵀ of u = U S Vᵀ                     by Newton-Schulz, without the decomposition
-    w = (1 - lr * decay) w - lr * 0.2 * sqrt(max(rows, columns)) * U Vᵀ
+    w = (1 - lr * decay) w - lr * 0.4 * sqrt(max(rows, columns)) * U Vᵀ
 
-The factor gives a step the size that AdamW's have (arXiv 2502.16982), so both take similar rates.
+The factor gives a step the size that AdamW's have (0.2 to 0.4 times the rate, arXiv 2502.16982), so
+both take the same rates.
 torch has a Muon of its own; its products are bf16, which CPUs without bf16 take hundreds of times
 longer for. This one computes in the parameters' own type, and whole matrices under FSDP2.
 """
@@ -24,7 +25,7 @@ from lavit.train.spread import whole
 MOMENTUM = 0.95
 ROUNDS = 5  # of Newton-Schulz
 A, B, C = 3.4445, -4.7750, 2.0315  # its quintic, which brings singular values near one fast
-SIZE = 0.2  # root mean square of AdamW's steps, about
+SIZE = 0.4  # root mean square of a step, as a multiple of the rate
 
 
 class Muon(torch.optim.AdamW):
