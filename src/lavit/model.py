@@ -1,19 +1,18 @@
-"""LaVIT, all of it on one page: an image becomes tokens, one LM reads and writes them, tokens become a picture.
+"""LaVIT, all of it on one page: images become tokens, one LM reads and writes them, and back.
 
     image ─ vision ─ selector ─ merger ─ codebook ─┐
-            └────────── tokenizer ──────────┘      ├─ language ─ codes ─ tokenizer.decode ─ pixels ─ image
+            └────────── tokenizer ──────────┘      ├─ language ─ codes ─ tokenizer.decode ─ pixels
     text ─ text tokenizer ─────────────────────────┘         └─ text
 
-The model is pure: it holds parts and composes them. Prompts, files and sampling are the pipeline's (generate/).
-Parts are read from disk when they are first used, so that a caption never loads the pixel decoder.
+The model is pure: it holds parts and composes them. Prompts and sampling are the pipeline's
+(generate/). Parts are read when they are first used: a caption never loads the pixel decoder.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lavit.config import InputError, ModelConfig, from_json, read_json, to_json
+from lavit.config import InputError, ModelConfig, from_json, read_json, to_json, write_json
 from lavit.images import pixels as to_pixels
 from lavit.modules.language import Language
 from lavit.modules.selector import KeepPolicy
@@ -50,8 +49,9 @@ PARTS = ("vision", "tokenizer", "language", "pixels")
 class LaVIT(nn.Module):
     """Vision, tokenizer, language and pixels under one configuration.
 
-    Give parts to the constructor, or a `folder` from which missing ones are read at first use. `place_language` brings a
-    language part that was read to its devices and number type; without it that moves as the other parts do.
+    Give parts to the constructor, or a `folder` from which missing ones are read at first use.
+    `place_language` brings a language part that was read to its devices and number type; without it
+    that moves as the other parts do.
     """
 
     def __init__(
@@ -104,16 +104,15 @@ class LaVIT(nn.Module):
         if name not in self.parts:
             if self.folder is None:
                 raise InputError(f"this model has no {name}: give one, or train the {name} stage")
-            part = self._load(name)
+            part = self._load(name, self.folder)
             if name == "language" and self._place_language is not None:
                 part = self._place_language(part)
-            else:  # the tokenizer stays exact, so that rounding elsewhere does not flip its choices
+            else:  # the tokenizer stays exact, so that rounding does not flip its choices
                 part = part.to(self.device, torch.float32 if name == "tokenizer" else self.dtype)
             self.parts[name] = part.eval()
         return self.parts[name]
 
-    def _load(self, name: str) -> nn.Module:
-        folder = self.folder
+    def _load(self, name: str, folder: Path) -> nn.Module:
         if name == "vision":
             return load_vision(self.config.vision, folder / "vision")
         if name == "tokenizer":
@@ -123,10 +122,8 @@ class LaVIT(nn.Module):
             return tokenizer
         if name == "language":
             if (folder / "language").is_dir() and not (folder / "reader").is_dir():
-                raise InputError(
-                    f"{folder} has no reader for pictures (reader/ is missing): copy it there, or train the language "
-                    "stage again"
-                )
+                said = f"{folder} has no reader for pictures (reader/ is missing)"
+                raise InputError(f"{said}: copy it there, or train the language stage again")
             language, self._text = load_language(self.config, folder)
             return language
         if not (folder / "pixels").is_dir():
@@ -150,8 +147,9 @@ class LaVIT(nn.Module):
         *,
         generator: torch.Generator | None = None,
     ) -> VisualTokens:
-        """Pictures to visual tokens; same picture, same tokens, whatever the batch (each is encoded alone)."""
-        tokens = [self.tokenizer.encode(self.patches([image]), policy, generator=generator) for image in images]
+        """Pictures to visual tokens, each alone: the same picture, the same tokens."""
+        options = {"policy": policy, "generator": generator}
+        tokens = [self.tokenizer.encode(self.patches([image]), **options) for image in images]
         return VisualTokens(
             torch.cat([t.codes for t in tokens]),
             torch.cat([t.lengths for t in tokens]),
@@ -160,7 +158,7 @@ class LaVIT(nn.Module):
 
     @torch.inference_mode()
     def features(self, codes: Sequence[Tensor]) -> Float[Tensor, "images patches dim"]:
-        """Reconstructed encoder features of images given as codes: what the pixel decoder paints."""
+        """Reconstructed encoder features of images given as codes: what `pixels` paints."""
         lengths = torch.tensor([len(c) for c in codes], device=self.device)
         return self.tokenizer.decode(torch.cat(list(codes)).to(self.device), lengths)
 
@@ -173,38 +171,34 @@ class LaVIT(nn.Module):
         dtype: torch.dtype = torch.float32,
         place_language: Callable[[Language], Language] | None = None,
     ) -> LaVIT:
-        """Open a model folder, a training run or a model of this package ("nano"); parts load at first use."""
+        """Open a model folder, a run or a model of this package ("nano"); parts load when used."""
         folder = model_folder(folder)
         config = from_json(ModelConfig, read_json(folder / "config.json"))
         return cls(config, folder=folder, device=device, dtype=dtype, place_language=place_language)
 
     def replace_base(self, source: str) -> None:
-        """Put another language model (a path or hub id) under the adapter, before the language part is read."""
+        """Put another language model (a path or hub id) under the adapter, before it is read."""
         language = self.config.language
         if not language.lora_rank or "language" in self.parts:
             raise InputError(f"{self.config.name} is no adapter over a base that could be replaced")
-        log.warning(
-            "base weights: %s instead of %s, so the figures of this model do not apply", source, language.source
-        )
-        self.config = dataclasses.replace(
-            self.config, language=dataclasses.replace(language, source=source, sha256=None)
-        )
+        said = "base weights: %s instead of %s, so the figures of this model do not apply"
+        log.warning(said, source, language.source)
+        self.config = replace(self.config, language=replace(language, source=source, sha256=None))
 
     def save_pretrained(self, folder: str | Path, *, parts: Sequence[str] = PARTS) -> None:
-        """Write the configuration and the named parts; each part's folder is replaced as a whole."""
+        """Write the configuration and the named parts; a part's folder is replaced as a whole."""
         folder = Path(folder)
         config = self.config
         if "vision" in parts:
-            config = dataclasses.replace(config, vision=save_vision(self.vision, folder / "vision"))
+            config = replace(config, vision=save_vision(self.vision, folder / "vision"))
         if "tokenizer" in parts:
             with replacing(folder / "tokenizer") as new:
                 save_tensors(self.tokenizer.state_dict(), new / "model.safetensors")
         if "language" in parts:
             saved = save_language(self.language, self.text, config.language, folder)
-            config = dataclasses.replace(config, language=saved)
+            config = replace(config, language=saved)
         if "pixels" in parts:
             with replacing(folder / "pixels") as new:
                 self.pixels.save(new)
-        folder.mkdir(parents=True, exist_ok=True)
         self.config = config
-        (folder / "config.json").write_text(json.dumps(to_json(config), indent=1) + "\n")
+        write_json(folder / "config.json", to_json(config))

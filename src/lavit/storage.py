@@ -1,11 +1,11 @@
-"""Every part on disk is a standard checkpoint; this file reads and writes them, strictly, safetensors only.
+"""Every part on disk is a standard checkpoint; reading is strict, and safetensors only.
 
 config.json      ours (`ModelConfig`)
 tokenizer/       model.safetensors: selector, merger, codebook, reconstructor
 vision/          a transformers vision checkpoint, where the encoder is not a reference
 language/        a plain transformers causal LM with the joint vocabulary and its text tokenizer;
-                 or, over a referenced base, a PEFT adapter, rows.safetensors and the text tokenizer
-reader/          model.safetensors: the second merger and the projection that let pictures into the LM
+                 or, over a referenced base, a PEFT adapter, rows.safetensors and the tokenizer
+reader/          model.safetensors: the second merger and the projection of pictures into the LM
 pixels/          a diffusers folder
 """
 
@@ -52,24 +52,21 @@ def model_folder(model: str | Path) -> Path:
     shipped = sorted(path.parent.name for path in WEIGHTS.glob("*/config.json"))
     if str(model) in shipped:
         return WEIGHTS / str(model)
-    names = ", ".join(shipped) or "none"
-    raise InputError(f"there is no model at {model}: give the folder of a trained run, or a name (shipped: {names})")
+    said = f"give the folder of a trained run, or a name (shipped: {', '.join(shipped) or 'none'})"
+    raise InputError(f"there is no model at {model}: {said}")
 
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """Give an empty folder that takes the place of `folder` at the end, or vanishes if the block fails."""
-    folder = Path(folder)
+    """An empty folder that takes the place of `folder` at the end, or vanishes on a failure."""
+    new, old = (folder.with_name(f".{folder.name}.{age}") for age in ("new", "old"))
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        new = folder.with_name(f".{folder.name}.new")
         shutil.rmtree(new, ignore_errors=True)
-        new.mkdir()
+        new.mkdir(parents=True)
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror}") from error
     try:
         yield new
-        old = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             os.replace(folder, old)
@@ -82,7 +79,7 @@ def replacing(folder: Path) -> Iterator[Path]:
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Write tensors as safetensors, creating the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
+    save_file({name: one.detach().contiguous().cpu() for name, one in tensors.items()}, path)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -90,35 +87,40 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except FileNotFoundError as error:
-        raise InputError(f"{path} is missing: this model folder is incomplete (did its training end?)") from error
+        said = f"{path} is missing: this model folder is incomplete (did its training end?)"
+        raise InputError(said) from error
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is not a readable safetensors file: {error}") from error
 
 
 def load_strictly(module: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
-    """Load every tensor into the module; names or shapes that differ raise `InputError` saying which."""
+    """Load every tensor into the module; names or shapes that differ raise `InputError`."""
     expected = module.state_dict()
     missing, unknown = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     if missing or unknown:
-        raise InputError(f"{where} does not fit this configuration: missing {missing[:3]}, not expected {unknown[:3]}")
+        said = f"missing {missing[:3]}, not expected {unknown[:3]}"
+        raise InputError(f"{where} does not fit this configuration: {said}")
     for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            raise InputError(
-                f"{where}: {name} is {list(tensor.shape)}, this configuration expects {list(expected[name].shape)}"
-            )
+        wanted = list(expected[name].shape)
+        if list(tensor.shape) != wanted:
+            said = f"{name} is {list(tensor.shape)}, this configuration expects {wanted}"
+            raise InputError(f"{where}: {said}")
     module.load_state_dict(tensors)
 
 
-def load_base(config: LanguageConfig, folder: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+def load_base(
+    config: LanguageConfig,
+    folder: Path | None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """The causal LM that `config` names, and its text tokenizer ("random" has none yet)."""
     if config.source == "random":
-        options = dict(config.architecture)
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(options.pop("model_type"), **options)), None
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.architecture)), None
     if config.source == SMOLLM2:
         file = smollm2_file(config.sha256)
         lm = load_smollm2(file)
-        kept = folder is not None and (folder / "tokenizer.json").is_file()
-        return lm, AutoTokenizer.from_pretrained(folder) if kept else load_smollm2_text(file)
+        if folder is not None and (folder / "tokenizer.json").is_file():
+            return lm, AutoTokenizer.from_pretrained(folder)
+        return lm, load_smollm2_text(file)
     where = folder if config.source == "folder" else config.source
     if config.source == "folder" and not (folder and (folder / "config.json").is_file()):
         raise InputError(f"{folder} holds no language model: has the language stage been trained?")
@@ -128,29 +130,36 @@ def load_base(config: LanguageConfig, folder: Path | None) -> tuple[PreTrainedMo
         raise InputError(f"no language model at {where}: {str(error).splitlines()[0]}") from error
 
 
-def build_language(lm: PreTrainedModel, merger: Merger, config: ModelConfig, text: PreTrainedTokenizerBase) -> Language:
-    """A new `Language` around a base LM: fresh rows, the stage-1 merger copied, LoRA injected where asked."""
-    dim, codes = config.vision.dim, config.tokenizer.codes
-    trained = config.language.source != "random"
-    language = Language(lm, merger, dim=dim, codes=codes, end=text.eos_token_id, trained=trained)
+def build_language(
+    lm: PreTrainedModel,
+    merger: Merger,
+    config: ModelConfig,
+    text: PreTrainedTokenizerBase,
+) -> Language:
+    """A new `Language` around a base LM: fresh rows, the stage-1 merger copied, LoRA if asked."""
+    language = Language(
+        lm,
+        merger,
+        dim=config.vision.dim,
+        codes=config.tokenizer.codes,
+        end=text.eos_token_id,
+        trained=config.language.source != "random",
+    )
     if config.language.lora_rank:
         inject_lora(language, config.language)
     return language
 
 
 def inject_lora(language: Language, config: LanguageConfig) -> None:
-    """Put LoRA layers into the LM in place (peft); only they, the rows and the reader train then."""
+    """Put LoRA layers into the LM in place (peft); only they, rows and reader train then."""
     peft = require("peft", extra="mini")
-    lora = peft.LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=2 * config.lora_rank,
-        target_modules=list(config.lora_targets),
-    )
+    rank, targets = config.lora_rank, list(config.lora_targets)
+    lora = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
     peft.inject_adapter_in_model(lora, language.lm)
 
 
 def merge_lora(language: Language) -> None:
-    """Add the adapter to the weights it stands beside, and take it away: the same outputs from a plain model."""
+    """Add LoRA to the weights beside it and take it out: the same outputs; all weights train."""
     lora = require("peft.tuners.lora", extra="mini")
     for name, layer in list(language.lm.named_modules()):
         if isinstance(layer, lora.LoraLayer):
@@ -158,17 +167,19 @@ def merge_lora(language: Language) -> None:
             language.lm.set_submodule(name, layer.get_base_layer())
     for trace in ("peft_config", "_hf_peft_config_loaded"):
         language.lm.__dict__.pop(trace, None)
+    language.lm.requires_grad_(True)
 
 
 def export_language(config: ModelConfig, folder: Path, out: Path, *, merge: bool = False) -> None:
-    """Write the language model of a model folder as a plain transformers folder with the joint vocabulary.
+    """Write a model's language part as a plain transformers folder with the joint vocabulary.
 
-    A model that is an adapter over a base needs `merge`. Raises `InputError` if it is missing, or if `out` exists.
+    An adapter over a base needs `merge`. Raises `InputError` if it is missing, or if `out` exists.
     """
     if out.exists():
         raise InputError(f"{out} exists already: give another --out")
     if config.language.lora_rank and not merge:
-        raise InputError(f"{folder} holds an adapter over {config.language.source}: --merge joins the two")
+        said = f"{folder} holds an adapter over {config.language.source}"
+        raise InputError(f"{said}: --merge joins the two")
     language, text = load_language(config, folder)
     if config.language.lora_rank:
         merge_lora(language)
@@ -177,56 +188,47 @@ def export_language(config: ModelConfig, folder: Path, out: Path, *, merge: bool
 
 
 def save_language(
-    language: Language, text: PreTrainedTokenizerBase, config: LanguageConfig, folder: Path
+    language: Language,
+    text: PreTrainedTokenizerBase,
+    config: LanguageConfig,
+    folder: Path,
 ) -> LanguageConfig:
-    """Write `language/` and `reader/` into `folder`; returns the configuration that reads them again."""
-    reader = {name: tensor for name, tensor in language.state_dict().items() if name.startswith(READER)}
+    """Write `language/` and `reader/` into `folder`; returns the configuration that reads them."""
+    tensors = language.state_dict()
     with replacing(folder / "reader") as new:
+        reader = {name: tensors[name] for name in tensors if name.startswith(READER)}
         save_tensors(reader, new / "model.safetensors")
     with replacing(folder / "language") as new:
-        if config.lora_rank:
-            _save_adapter(language, new)
-            text.save_pretrained(new)
-            return pinned(config)
-        export(language, text, new)
-    return replace(config, source="folder", architecture={})
-
-
-def pinned(config: LanguageConfig) -> LanguageConfig:
-    """The same, with the SHA-256 of base weights that are a file: an adapter fits no others."""
-    return replace(config, sha256=sha256(smollm2_file())) if config.source == SMOLLM2 else config
-
-
-def _save_adapter(language: Language, folder: Path) -> None:
-    from peft import get_peft_model_state_dict
-
-    save_tensors(get_peft_model_state_dict(language.lm), folder / "adapter_model.safetensors")
-    said = copy(language.lm.peft_config["default"])
-    said.target_modules = sorted(said.target_modules)  # a set: each process would write it in another order
-    said.save_pretrained(folder)
-    save_tensors(_rows(language), folder / "rows.safetensors")
-
-
-def _rows(language: Language) -> dict[str, Tensor]:
-    head = {} if language.head_rows is None else {"head_rows": language.head_rows}
-    return {"rows": language.rows, **head}
+        if not config.lora_rank:
+            export(language, text, new)
+            return replace(config, source="folder", architecture={})
+        adapter = require("peft", extra="mini").get_peft_model_state_dict(language.lm)
+        save_tensors(adapter, new / "adapter_model.safetensors")
+        said = copy(language.lm.peft_config["default"])
+        said.target_modules = sorted(said.target_modules)  # a set: in any order
+        said.save_pretrained(new)
+        rows = {name: tensors[name] for name in ("rows", "head_rows") if name in tensors}
+        save_tensors(rows, new / "rows.safetensors")
+        text.save_pretrained(new)
+    if config.source != SMOLLM2:
+        return config
+    return replace(config, sha256=sha256(smollm2_file()))  # an adapter fits no other weights
 
 
 @torch.no_grad()
 def export(language: Language, text: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a plain transformers causal LM with the joint vocabulary: AutoModelForCausalLM opens it, logits are equal."""
+    """Write a plain transformers causal LM with the joint vocabulary and equal logits."""
     lm = language.lm
     table, head = lm.get_input_embeddings().weight, lm.get_output_embeddings()
-    names = {id(parameter): name for name, parameter in lm.named_parameters(remove_duplicate=False)}
-    tensors = {name: tensor.detach() for name, tensor in lm.state_dict().items()}
-    joint = torch.cat([table, language.rows.to(table.dtype)])
-    for name, parameter in lm.named_parameters(remove_duplicate=False):
-        if parameter is table:
-            tensors[name] = joint
+    joint = {id(table): torch.cat([table, language.rows.to(table.dtype)])}
     if not language.tied:
-        tensors[names[id(head.weight)]] = torch.cat([head.weight, language.head_rows.to(head.weight.dtype)])
         if head.bias is not None:
-            raise InputError("a language model whose head has a bias cannot be exported with visual rows")
+            raise InputError("a LM whose head has a bias cannot be exported with visual rows")
+        rows = language.head_rows.to(head.weight.dtype)
+        joint[id(head.weight)] = torch.cat([head.weight, rows])
+    tensors = lm.state_dict()
+    for name, parameter in lm.named_parameters(remove_duplicate=False):
+        tensors[name] = joint.get(id(parameter), tensors[name])
     size = lm.config.vocab_size
     lm.config.vocab_size = language.vocabulary.size
     try:
@@ -242,29 +244,26 @@ def load_language(config: ModelConfig, folder: Path) -> tuple[Language, PreTrain
     tokenizer = config.tokenizer
     merger = Merger(tokenizer.dim, tokenizer.heads, tokenizer.merger_depth, tokenizer.mlp_ratio)
     tensors = load_tensors(folder / "reader" / "model.safetensors")
-    if config.language.lora_rank:
-        language = build_language(lm, merger, config, text)
-        _load_adapter(language, folder / "language")
-        tensors |= load_tensors(folder / "language" / "rows.safetensors")
-    else:
+    if not config.language.lora_rank:
         visual = 2 + tokenizer.codes
         table, head = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
-        rows = {"rows": table[-visual:].detach().clone()}
+        tensors["rows"] = table[-visual:].detach().clone()
         if head is not table:
-            rows["head_rows"] = head[-visual:].detach().clone()
+            tensors["head_rows"] = head[-visual:].detach().clone()
         lm.resize_token_embeddings(len(table) - visual)
-        language = build_language(lm, merger, config, text)
-        tensors |= rows
-    kept = {name: tensor for name, tensor in language.state_dict().items() if name.startswith("lm.")}
-    load_strictly(language, tensors | kept, folder / "language")
+    language = build_language(lm, merger, config, text)
+    if config.language.lora_rank:
+        _load_adapter(language, folder / "language")
+        tensors |= load_tensors(folder / "language" / "rows.safetensors")
+    tensors |= {f"lm.{name}": tensor for name, tensor in language.lm.state_dict().items()}
+    load_strictly(language, tensors, folder / "language")
     return language, text
 
 
 def _load_adapter(language: Language, folder: Path) -> None:
-    from peft import set_peft_model_state_dict
-
+    tensors = load_tensors(folder / "adapter_model.safetensors")
     try:
-        result = set_peft_model_state_dict(language.lm, load_tensors(folder / "adapter_model.safetensors"))
+        result = require("peft", extra="mini").set_peft_model_state_dict(language.lm, tensors)
     except RuntimeError as error:  # other widths
         raise InputError(f"{folder} holds an adapter for another language model") from error
     if result.unexpected_keys or any("lora_" in key for key in result.missing_keys):
