@@ -1,7 +1,7 @@
-"""The model card of a run, written from the run itself: README.md in its folder, in the form that model hubs read.
+"""The model card of a run, written from the run itself: README.md, in the form that hubs read.
 
-Data, parts, steps and their last figures, the evaluation where there is one (eval.jsonl), and the licences of
-code, weights, data and base models apart, because they differ. Nothing in it is written by hand.
+Data, parts, steps and their last figures, the evaluation where there is one (eval.jsonl), and the
+licences of code, weights, data and base models apart, because they differ.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from lavit.config import ModelConfig, TrainConfig, from_json, read_json
 from lavit.data.sources import LICENCE_WORDS
+from lavit.train.metrics import read_lines
 
 log = logging.getLogger(__name__)
 BASES = {  # what the licence of a part that is not trained from nothing is, where we know it
@@ -22,14 +23,20 @@ BASES = {  # what the licence of a part that is not trained from nothing is, whe
     "smollm2-135m": "Apache-2.0 (HuggingFaceTB/SmolLM2-135M-Instruct)",
     "random": "none: trained from nothing in this run",
 }
-HEADER = "---\nlibrary_name: lavit\npipeline_tag: any-to-any\ntags: [lavit, multimodal, visual-tokenizer]\n---\n"
+HEADER = """---
+library_name: lavit
+pipeline_tag: any-to-any
+tags: [lavit, multimodal, visual-tokenizer]
+---
+"""
 
 
 def write_card(folder: Path) -> Path:
-    """Write `folder/README.md` from training.json, config.json, metrics.jsonl and eval.jsonl; returns its path.
+    """Write `folder/README.md` from the run's files beside it; returns its path.
 
-    Who gives a model away says more in its training.json: "license" of the weights, "license_of_data", "limits", and
-    a "note" on the training. A README.md that is no card of ours is left as it is, which is logged.
+    Who gives a model away says more in its training.json: "license" of the weights,
+    "license_of_data", "limits", and a "note" on the training. A README.md that is no card of ours
+    is left as it is, which is logged.
     """
     path = folder / "README.md"
     if path.exists() and "library_name: lavit" not in path.read_text():
@@ -40,8 +47,8 @@ def write_card(folder: Path) -> Path:
     training = from_json(TrainConfig, said["training"])
     parts = [
         f"# {model.name}",
-        "A LaVIT (arXiv 2309.04669): one language model that reads and writes images as tokens. Trained and described by "
-        "`lavit`; this card is written from the run.",
+        "A LaVIT (arXiv 2309.04669): one language model that reads and writes images as tokens. "
+        "Trained and described by `lavit`; this card is written from the run.",
         "```\nlavit caption PICTURE --model FOLDER\nlavit draw PROMPT --model FOLDER\n```",
         "## Parts\n" + _table(("part", "what it is"), _parts(model, said["model"])),
         "## Training\n" + _table(("stage", "steps", "last figures"), _stages(folder, training)),
@@ -64,27 +71,27 @@ def record_figures(folder: Path, figures: Sequence[dict[str, Any]]) -> None:
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def _parts(model: ModelConfig, started: dict[str, Any]) -> list[tuple[str, ...]]:
     tokenizer, vision, pixels = model.tokenizer, model.vision, model.pixels
-    adapter = f", LoRA of rank {model.language.lora_rank}" if model.language.lora_rank else ""
+    encoder = f"{vision.source}, {vision.image_size} px, {vision.patches} patches of {vision.dim}"
+    codes = f"{tokenizer.codes} codes of {tokenizer.code_dim}"
+    language, rank = started["language"]["source"], model.language.lora_rank
+    sampler = f"{pixels.steps} steps of {pixels.sampler}"
     return [
-        ("encoder, frozen", f"{vision.source}, {vision.image_size} px, {vision.patches} patches of {vision.dim}"),
-        ("tokenizer", f"{tokenizer.codes} codes of {tokenizer.code_dim}, merger of {tokenizer.merger_depth} blocks"),
-        ("language", f"{started['language']['source']}{adapter}"),
-        ("pixels", f"{pixels.size} px, condition {pixels.condition}, {pixels.steps} steps of {pixels.sampler}"),
+        ("encoder, frozen", encoder),
+        ("tokenizer", f"{codes}, merger of {tokenizer.merger_depth} blocks"),
+        ("language", f"{language}, LoRA of rank {rank}" if rank else language),
+        ("pixels", f"{pixels.size} px, condition {pixels.condition}, {sampler}"),
     ]
 
 
 def _stages(folder: Path, training: TrainConfig) -> list[tuple[str, ...]]:
     """Each stage that was trained: its steps and the figures of the last one."""
-    last: dict[str, dict[str, Any]] = {}
-    metrics = folder / "metrics.jsonl"
-    for line in metrics.read_text().splitlines() if metrics.exists() else ():
-        found = json.loads(line)
-        last[found["stage"]] = found
+    last = {line["stage"]: line for line in read_lines(folder / "metrics.jsonl")}
     wanted = {
         "tokenizer": training.tokenizer.steps,
         "language": training.language.steps,
@@ -93,7 +100,8 @@ def _stages(folder: Path, training: TrainConfig) -> list[tuple[str, ...]]:
     }
     rows = []
     for stage, line in last.items():
-        figures = ", ".join(f"{k} {v:.4g}" for k, v in line.items() if isinstance(v, float) and "/" not in k)
+        values = {k: v for k, v in line.items() if isinstance(v, float) and "/" not in k}
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         rows.append((stage, f"{line['step']} of {wanted.get(stage, line['step'])}", figures))
     return rows
 
@@ -102,43 +110,38 @@ def _licence_of_data(data: str) -> str:
     """What records and files of local sources say of their licence."""
     counts: Counter[str] = Counter()
     files: list[str] = []
-    for folder in (Path(name.strip().rsplit(":", 1)[0]) for name in data.split(",")):
-        for metadata in folder.rglob("metadata.jsonl") if folder.is_dir() else ():
-            records = (json.loads(line) for line in metadata.read_text().splitlines())
+    folders = [Path(name.strip().rsplit(":", 1)[0]) for name in data.split(",")]
+    for folder in filter(Path.is_dir, folders):
+        for metadata in folder.rglob("metadata.jsonl"):
+            records = read_lines(metadata)
             said = (record.get("license") or record.get("licence") for record in records)
             counts.update(str(one) for one in said if one)
-        beside = sorted(folder.iterdir()) if folder.is_dir() else ()
-        files += [path.name for path in beside if any(word in path.name.lower() for word in LICENCE_WORDS)]
-    named = [f"{name} ({count} records)" for name, count in counts.most_common()]
-    return ", ".join([*named, *(f"see its {name}" for name in files)]) or "not stated by its records or files"
+        names = sorted(path.name for path in folder.iterdir())
+        files += [n for n in names if any(word in n.lower() for word in LICENCE_WORDS)]
+    found = [f"{name} ({count} records)" for name, count in counts.most_common()]
+    found += [f"see its {name}" for name in files]
+    return ", ".join(found) or "not stated by its records or files"
 
 
 def _figures(folder: Path) -> str:
     """What an evaluation left in the folder."""
-    path = folder / "eval.jsonl"
-    if not path.exists():
-        return "Not evaluated yet."
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    cells = [
-        (r["name"], f"{r['value']:.3f} [{r['low']:.3f}, {r['high']:.3f}]", str(r["count"]), _pair(r["floor"]))
-        for r in rows
-    ]
-    return _table(("figure", "value [95 %]", "n", "floor"), cells)
-
-
-def _pair(said: list[Any] | None) -> str:
-    return f"{said[1]:.3f} ({said[0]})" if said else ""
+    rows = []
+    for line in read_lines(folder / "eval.jsonl"):
+        value = f"{line['value']:.3f} [{line['low']:.3f}, {line['high']:.3f}]"
+        floor = line["floor"] and f"{line['floor'][1]:.3f} ({line['floor'][0]})"
+        rows.append((line["name"], value, str(line["count"]), floor or ""))
+    return _table(("figure", "value [95 %]", "n", "floor"), rows) if rows else "Not evaluated yet."
 
 
 def _licences(said: dict[str, Any]) -> list[tuple[str, ...]]:
+    sources = [said["model"][part]["source"] for part in ("language", "vision")]
+    unknown = "that of {}: look it up before you pass weights on"
+    language, encoder = (BASES.get(source, unknown.format(source)) for source in sources)
+    nothing = "not stated: say under which terms you give them away"
     return [
         ("code", "Apache-2.0 (lavit)"),
-        ("weights trained here", said.get("license", "not stated: say under which terms you give them away")),
+        ("weights trained here", said.get("license", nothing)),
         ("data", said.get("license_of_data") or _licence_of_data(said["data"])),
-        ("base language model", _base(said["model"]["language"]["source"])),
-        ("encoder", _base(said["model"]["vision"]["source"])),
+        ("base language model", language),
+        ("encoder", encoder),
     ]
-
-
-def _base(source: str) -> str:
-    return BASES.get(source, f"that of {source}: look it up before you pass weights on")

@@ -1,18 +1,18 @@
-"""Checkpoints of a training stage: all that a resumed run needs to go on as if nothing had happened, written atomically.
+"""Checkpoints of a stage: all that a resumed run needs to go on as if nothing had happened.
 
-    <folder>/<step>/   module.safetensors      weights that train, and buffers (the codebook and its averages)
+    <folder>/<step>/   module.safetensors      weights that train, and buffers (the codebook)
                        optimizer.safetensors   moments, by the names of the weights
-                       state.safetensors       the stage's own: use of codes, averaged weights, places in data streams
+                       state.safetensors       the stage's own: use of codes, averaged weights, …
                        random.safetensors      random states of every rank
-                       step.json               stage and step: batches are functions of (seed, step)
+                       step.json               stage and step
 
-Tensors are whole whatever the layout, so a run may go on under another one (FSDP2, DDP, one process). A checkpoint
-appears under its name only when it is complete, and older ones go afterwards: a crash while saving loses nothing.
+Tensors are whole whatever the layout, so a run may go on under another one (FSDP2, DDP, one
+process). A checkpoint appears under its name only when it is complete, and older ones go then: a
+crash while saving loses nothing.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, zeros
 
-from lavit.config import InputError, read_json
+from lavit.config import InputError, read_json, write_json
 from lavit.storage import load_tensors, replacing, save_tensors
 from lavit.train.spread import assign, whole
 
@@ -32,10 +31,11 @@ if TYPE_CHECKING:
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The complete checkpoint with the highest step, if there is one."""
-    if not folder.is_dir():
-        return None
-    complete = [path for path in folder.iterdir() if path.name.isdigit() and (path / "step.json").is_file()]
-    return max(complete, key=lambda path: int(path.name), default=None)
+    return max(_complete(folder), key=lambda path: int(path.name), default=None)
+
+
+def _complete(folder: Path) -> list[Path]:
+    return [path.parent for path in folder.glob("*/step.json") if path.parent.name.isdigit()]
 
 
 def save_checkpoint(
@@ -48,26 +48,31 @@ def save_checkpoint(
     accelerator: Accelerator,
     keep: int = 2,
 ) -> None:
-    """Write `folder/<step>` and drop all but the newest `keep`. Every rank must call; the first writes."""
+    """Write `folder/<step>`, drop all but the newest `keep`. Every rank calls, the first writes."""
     main = accelerator.is_main_process
     trained = _gather(_trained(module), main)
     moments = _gather(_moments(module, optimizer), main)
     random = _random_states(accelerator)
     if not main:
         return
-    folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / str(step)) as new:
         save_tensors(trained, new / "module.safetensors")
         save_tensors(moments, new / "optimizer.safetensors")
         save_tensors(stage.state(), new / "state.safetensors")
         save_tensors(random, new / "random.safetensors")
-        (new / "step.json").write_text(json.dumps({"step": step, "stage": stage.name}))
-    older = sorted((path for path in folder.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))[:-keep]
-    for path in older:
+        write_json(new / "step.json", {"step": step, "stage": stage.name})
+    for path in sorted(_complete(folder), key=lambda path: int(path.name))[:-keep]:
         shutil.rmtree(path)
 
 
-def load_checkpoint(path: Path, module: nn.Module, optimizer: Any, stage: Stage, *, accelerator: Accelerator) -> int:
+def load_checkpoint(
+    path: Path,
+    module: nn.Module,
+    optimizer: Any,
+    stage: Stage,
+    *,
+    accelerator: Accelerator,
+) -> int:
     """Read a checkpoint back; returns the step to go on with."""
     load_weights(path, module)
     _load_moments(module, optimizer, load_tensors(path / "optimizer.safetensors"))
@@ -81,17 +86,17 @@ def load_weights(path: Path, module: nn.Module) -> None:
     trained, tensors = _trained(module), load_tensors(path / "module.safetensors")
     shapes = {name: tensor.shape for name, tensor in trained.items()}
     if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
-        raise InputError(f"{path} is of a training with another configuration: give another --out, or delete it")
+        said = f"{path} is of a training with another configuration"
+        raise InputError(f"{said}: give another --out, or delete it")
     for name, tensor in tensors.items():
         assign(trained[name], tensor)
 
 
 def _trained(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters that train, tied ones once, and all buffers: frozen weights are somewhere else already."""
-    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    training = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    tensors = module.state_dict()
-    return {name: tensor for name, tensor in tensors.items() if name in training or name not in parameters}
+    """Parameters that train, tied ones once, and all buffers: frozen weights are elsewhere."""
+    others = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    others -= {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    return {name: tensor for name, tensor in module.state_dict().items() if name not in others}
 
 
 def _gather(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
@@ -104,33 +109,24 @@ def _gather(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
     return found
 
 
-def _states(module: nn.Module, optimizer: Any) -> dict[str, tuple[nn.Parameter, dict[str, Tensor]]]:
-    state = getattr(optimizer, "optimizer", optimizer).state
-    named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    return {name: (parameter, state[parameter]) for name, parameter in named.items() if parameter in state}
-
-
 def _moments(module: nn.Module, optimizer: Any) -> dict[str, Tensor]:
-    states = _states(module, optimizer)
-    return {f"{key}/{name}": value for name, (_, state) in states.items() for key, value in state.items()}
+    state = optimizer.state
+    named = [(name, state[p]) for name, p in module.named_parameters() if p in state]
+    return {f"{key}/{name}": value for name, one in named for key, value in one.items()}
 
 
 def _load_moments(module: nn.Module, optimizer: Any, tensors: dict[str, Tensor]) -> None:
     """Moments by weight's name; the optimiser's kind decides which there are."""
-    state = getattr(optimizer, "optimizer", optimizer).state
     parameters = dict(module.named_parameters())
     for key_name, tensor in tensors.items():
         key, name = key_name.split("/", 1)
         parameter = parameters[name]
-        if tensor.shape != parameter.shape:  # the count of steps
-            state[parameter][key] = tensor.to(parameter.device)
-            continue
-        if isinstance(parameter, DTensor):
-            layout = {"device_mesh": parameter.device_mesh, "placements": parameter.placements}
-            state[parameter][key] = zeros(tensor.shape, dtype=tensor.dtype, **layout)
-        else:
-            state[parameter][key] = torch.empty_like(tensor, device=parameter.device)
-        assign(state[parameter][key], tensor)
+        if tensor.shape == parameter.shape:
+            moment = torch.zeros_like(parameter, dtype=tensor.dtype)
+            assign(moment, tensor)
+        else:  # the count of steps
+            moment = tensor.to(parameter.device)
+        optimizer.state[parameter][key] = moment
 
 
 def _random_states(accelerator: Accelerator) -> dict[str, Tensor]:
@@ -138,13 +134,14 @@ def _random_states(accelerator: Accelerator) -> dict[str, Tensor]:
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
-    return {name: accelerator.gather(state.to(accelerator.device)[None]) for name, state in states.items()}
+    device = accelerator.device
+    return {name: accelerator.gather(state.to(device)[None]) for name, state in states.items()}
 
 
 def _set_random_states(states: dict[str, Tensor], accelerator: Accelerator) -> None:
     """Each rank its own; ranks that the saved run did not have share those of others."""
-    rank = accelerator.process_index
-    mine = {name: state[rank % len(state)].clone() for name, state in states.items()}  # not a view: torch would crash
+    rank = accelerator.process_index  # clones, since torch crashes on views
+    mine = {name: state[rank % len(state)].clone() for name, state in states.items()}
     torch.set_rng_state(mine["cpu"])
     if "cuda" in mine and torch.cuda.is_available():
         torch.cuda.set_rng_state(mine["cuda"])

@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lavit.train.spread import whole
+from lavit.train.spread import spread_as, whole
 
 MOMENTUM = 0.95
 ROUNDS = 5  # of Newton-Schulz
@@ -50,10 +49,9 @@ class Muon(torch.optim.AdamW):
             state["momentum"] = torch.zeros_like(parameter)
             state["step"] = torch.zeros(())  # AdamW looks for one in each state
         momentum = state["momentum"].lerp_(gradient, 1 - MOMENTUM)
-        turned = orthogonal(whole(gradient.lerp(momentum, MOMENTUM)))
-        if isinstance(parameter, DTensor):
-            turned = distribute_tensor(turned, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.mul_(1 - rate * decay).add_(turned, alpha=-rate * SIZE * max(parameter.shape) ** 0.5)
+        turned = spread_as(parameter, orthogonal(whole(gradient.lerp(momentum, MOMENTUM))))
+        size = rate * SIZE * max(parameter.shape) ** 0.5
+        parameter.mul_(1 - rate * decay).add_(turned, alpha=-size)
 
 
 def orthogonal(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:

@@ -1,36 +1,43 @@
-"""Memory of stage 2 before a machine is rented: computed from the configuration, on the meta device, not guessed.
+"""Memory of stage 2 before a machine is rented: computed from the configuration, not guessed.
 
-    weights, gradients, moments    counted from the model itself; FSDP2 divides what trains by the number of GPUs
-    activations                    bytes that autograd keeps, counted by its hooks on one and on two blocks of the real
-                                   architecture and drawn out to its depth; with recomputing, a block's input each and
-                                   one block
-    head                           one chunk of logits, and the gradients that the loss makes on its way (modules/head.py)
-    gathered, cast                 what a forward pass needs whole: FSDP2's units, bf16 copies under autocast
+    weights, gradients, moments    counted on the meta device; FSDP2 divides what trains by the GPUs
+    activations                    bytes that autograd keeps, counted by its hooks on one and on two
+                                   blocks of the real architecture and drawn out to its depth; with
+                                   recomputing, a block's input each and one block
+    head                           one chunk of logits, and the gradients that the loss makes
+    gathered, cast                 what a pass needs whole: FSDP2's units, autocast's bf16 copies
 
-The test holds parameter bytes to the byte, and the total to 25 % of the measured peak of a step on a CPU.
+The test holds parameter bytes to the byte, and the total to 25 % of a step's peak on a CPU.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lavit.config import InputError, LanguageConfig, ModelConfig, TrainConfig
+from lavit.config import InputError, ModelConfig, TrainConfig
 from lavit.modules.language import CHUNK, Language
 from lavit.modules.merger import Merger
 from lavit.modules.smollm2 import SMOLLM2, smollm2_config, smollm2_file
 from lavit.storage import inject_lora
 
 GIB = 2**30
+PARTS = {
+    "lm": "language model",
+    "rows": "visual rows",
+    "head_rows": "visual head",
+    "merger": "reader: merger copy",
+    "to_language": "reader: projection",
+}
 Layout = Literal["single", "ddp", "fsdp2"]
 TEXT = 32  # tokens of text that go with an image, where only their order of size matters
-SHORT = 16  # tokens of a document while activations are counted: meta attention keeps squares, real kernels do not
-CONTEXT = 1.0  # GiB of a GPU that its driver, kernels and library take; assumed, the one figure here that is
+SHORT = 16  # tokens of a document in counts: meta attention keeps squares, real kernels do not
+CONTEXT = 1.0  # GiB of a GPU that its driver, kernels and library take; the one figure assumed here
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class PartCount:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one GPU (or this machine) must hold during a step, in GiB by kind, and whether it does."""
+    """What one GPU (or this machine) must hold during a step, in GiB by kind, and if it does."""
 
     layout: Layout
     gpus: int
@@ -71,12 +78,15 @@ class Plan:
         """The plan as a table."""
         lines = [f"{'part':<24}{'train':>16}{'frozen':>16}"]
         lines += [f"{part.name:<24}{part.trains:>16,}{part.frozen:>16,}" for part in self.parts]
-        how = f"{self.layout} on {self.gpus}, {self.precision}, {self.rows} rows a pass, accumulate {self.accumulate}"
-        lines += ["", f"GiB each ({how}, {'recomputed' if self.recompute else 'kept'} activations)"]
+        rows = f"{self.rows} rows a pass, accumulate {self.accumulate}"
+        kept = "recomputed" if self.recompute else "kept"
+        how = f"{self.layout} on {self.gpus}, {self.precision}, {rows}, {kept} activations"
+        lines += ["", f"GiB each ({how})"]
         lines += [f"  {name:<30}{value:>10.2f}" for name, value in self.gib.items()]
-        lines += [] if self.merger else ["  (the second merger is frozen: train_merger=False)"]
-        verdict = {None: "", True: f": fits into {self.memory}", False: f": does NOT fit into {self.memory}"}[self.fits]
-        return [*lines, f"  {'total':<30}{self.total:>10.2f}{verdict}"]
+        if not self.merger:
+            lines.append("  (the second merger is frozen: train_merger=False)")
+        verdict = {None: "", True: ": fits into {}", False: ": does NOT fit into {}"}[self.fits]
+        return [*lines, f"  {'total':<30}{self.total:>10.2f}{verdict.format(self.memory)}"]
 
 
 def plan_language(
@@ -89,10 +99,11 @@ def plan_language(
     lora: int | None = None,
     precision: Literal["fp32", "bf16"] = "bf16",
 ) -> Plan:
-    """Plan stage 2. `memory` is that of one GPU in GiB; `lora` a rank that replaces the configuration's.
+    """Plan stage 2. `memory` is one GPU's in GiB; `lora` a rank that replaces the configuration's.
 
-    Where memory is given and the configuration does not fit, recomputing is switched on, then rows are divided by
-    accumulation down to one a pass, then under LoRA the second merger is frozen. `layout` defaults to FSDP2 on several GPUs.
+    If the configuration does not fit into the memory given, recomputing is switched on, then rows
+    are divided by accumulation down to one a pass, then under LoRA the second merger is frozen.
+    `layout` defaults to FSDP2 on several GPUs.
     """
     if gpus < 1 or (memory is not None and memory <= 0):
         raise InputError(f"a plan needs at least one GPU with memory, not {gpus} with {memory} GiB")
@@ -107,60 +118,59 @@ def plan_language(
         divisions = [number for number in range(wanted, here + 1) if here % number == 0]
         tries += [(config.train_merger, number, True) for number in divisions]
         tries += [(False, number, True) for number in divisions if model.language.lora_rank]
-    counters: dict[bool, _Counter] = {}
+
+    @cache
+    def counted(merger: bool) -> _Counter:
+        trained = replace(training, language=replace(config, train_merger=merger))
+        size, shards = 2 if precision == "bf16" else 4, gpus if layout == "fsdp2" else 0
+        return _Counter(model, trained, size, shards)
+
     for merger, accumulate, recompute in tries:
-        if merger not in counters:
-            trained = replace(training, language=replace(config, train_merger=merger))
-            counters[merger] = _Counter(model, trained, gpus=gpus, layout=layout, precision=precision)
-        rows, counter = -(-here // accumulate), counters[merger]
-        gib = counter.gib(rows, recompute=recompute)
-        plan = Plan(layout, gpus, precision, rows, accumulate, recompute, merger, counter.parts, gib, memory)
+        rows, counter = -(-here // accumulate), counted(merger)
+        how = (layout, gpus, precision, rows, accumulate, recompute, merger)
+        plan = Plan(*how, counter.parts, counter.gib(rows, recompute=recompute), memory)
         if memory is None or plan.fits:
             break
     return plan
 
 
 class _Counter:
-    """Counts one model under one layout."""
+    """Counts one model; `size` is of activations in bytes, `shards` FSDP2's GPUs, 0 without it."""
 
-    def __init__(self, model: ModelConfig, training: TrainConfig, *, gpus: int, layout: Layout, precision: str) -> None:
-        self.model, self.training, self.gpus, self.layout = model, training, gpus, layout
-        self.bytes = 2 if precision == "bf16" else 4  # of activations and products
+    def __init__(self, model: ModelConfig, training: TrainConfig, size: int, shards: int) -> None:
+        self.model, self.training, self.size, self.shards = model, training, size, shards
         self.lm_config = _architecture(model, training)
         self.language = _build(model, self.lm_config, self.lm_config.num_hidden_layers)
         self.language.merger.requires_grad_(training.language.train_merger)
-        self.parts = tuple(_count(self.language))
-        self.lora = bool(model.language.lora_rank)
+        self.parts = _count(self.language)
 
     def gib(self, rows: int, *, recompute: bool) -> dict[str, float]:
         """GiB by kind at so many packed rows a pass."""
-        sharded = self.gpus if self.layout == "fsdp2" else 1
-        trains, frozen = sum(p.trains for p in self.parts), sum(p.frozen for p in self.parts)
-        frozen_bytes = self.bytes if sharded == 1 else 4  # train/run.py halves a frozen base where it is not sharded
+        each, trains = max(1, self.shards), sum(part.trains for part in self.parts)
+        frozen = sum(part.frozen for part in self.parts)
+        frozen *= self.size if each == 1 else 4  # train/run.py halves what is not sharded
         found = {
-            "weights": (4 * trains + frozen_bytes * frozen) / sharded,
-            "gradients": 4 * trains / sharded,
-            "moments of AdamW": 8 * trains / sharded,
+            "weights": (4 * trains + frozen) / each,
+            "gradients": 4 * trains / each,
+            "moments of AdamW": 8 * trains / each,
             "gathered or cast weights": self._working(),
             "activations": self._activations(rows, recompute),
             "head: logits and gradients": self._head(rows),
         }
-        if self.bytes == 2:
+        if self.size == 2:
             found["context (assumed)"] = CONTEXT * GIB
         return {name: count / GIB for name, count in found.items()}
 
     def _working(self) -> float:
         """Copies of weights that a pass needs besides the kept ones."""
         language = self.language
-        units = [m for m in language.modules() if type(m).__name__ in language._no_split_modules]
-        every = sum(p.numel() for p in language.parameters())
-        if self.layout == "fsdp2":
-            sizes = [sum(p.numel() for p in unit.parameters()) for unit in units]
-            root = every - sum(sizes)
-            return self.bytes * (2 * root + 4 * max(sizes))  # root and two units, and as much of their gradients
-        if self.bytes == 4:
+        if self.shards:  # root and two units, and as much of their gradients
+            names = language._no_split_modules
+            units = [_numel(m) for m in language.modules() if type(m).__name__ in names]
+            return self.size * (2 * (_numel(language) - sum(units)) + 4 * max(units))
+        if self.size == 4:
             return 0.0
-        return 2.0 * sum(p.numel() for p in language.parameters() if p.requires_grad)  # autocast's bf16 copies
+        return 2.0 * sum(part.trains for part in self.parts)  # autocast's bf16 copies
 
     def _head(self, rows: int) -> float:
         """A chunk of logits, and gradients that are made with them."""
@@ -169,19 +179,20 @@ class _Counter:
         visual = language.rows if language.head_rows is None else language.head_rows
         text = language.lm.get_output_embeddings().weight
         made = sum(weight.numel() for weight in (text, visual) if weight.requires_grad)
-        logits = min(CHUNK, targets) * language.vocabulary.size
-        return 4 * made + logits * (4 if self.bytes == 4 else 8) + 2 * self.bytes * targets * language.width
+        logits = min(CHUNK, targets) * language.vocabulary.size * (4 if self.size == 4 else 8)
+        return 4 * made + logits + 2 * self.size * targets * language.width
 
     def _activations(self, rows: int, recompute: bool) -> float:
         """Bytes kept between forward and backward: LM and reader."""
         tokens, depth = rows * self.training.language.tokens, self.lm_config.num_hidden_layers
         block, rest = self._lm_bytes
-        width = self.language.width * self.bytes
-        lm = rest + (depth * width + block if recompute else depth * block)
+        inputs = self.language.width * self.size
+        lm = rest + (depth * inputs + block if recompute else depth * block)
         block, rest = self._reader_bytes
-        config, mixture = self.model.tokenizer, self.training.language.mixture
-        inputs = self._kept_patches * config.dim * self.bytes
-        reader = rest + (config.merger_depth * inputs + block if recompute else config.merger_depth * block)
+        depth, inputs = self.model.tokenizer.merger_depth, self.model.tokenizer.dim * self.size
+        inputs *= self._kept_patches
+        reader = rest + (depth * inputs + block if recompute else depth * block)
+        mixture = self.training.language.mixture
         images = tokens / (self._kept_patches + 2 + TEXT) * (mixture[0] + mixture[2]) / sum(mixture)
         return tokens * lm + images * reader
 
@@ -198,27 +209,29 @@ class _Counter:
         found = []
         for layers in (1, 2):
             language = _build(self.model, self.lm_config, layers)
-            language.lm.to(torch.bfloat16 if self.bytes == 2 else torch.float32)
-            entered = torch.empty(rows, tokens, language.width, device="meta", dtype=language.lm.dtype)
-            forward = partial(language.hidden, entered.requires_grad_(), documents=documents, positions=positions)
+            dtype = torch.bfloat16 if self.size == 2 else torch.float32
+            language.lm.to(dtype)
+            entered = torch.empty(rows, tokens, language.width, device="meta", dtype=dtype)
+            packed = {"documents": documents, "positions": positions}
+            forward = partial(language.hidden, entered.requires_grad_(), **packed)
             found.append(kept_bytes(forward, language) / (rows * tokens))
         return found[1] - found[0], 2 * found[0] - found[1]
 
     @cached_property
     def _reader_bytes(self) -> tuple[float, float]:
         """Bytes an image that autograd keeps in a block of the merger, and around the blocks."""
-        config = self.model.tokenizer
-        merger = Merger(config.dim, config.heads, 1, config.mlp_ratio)  # a real one: which rows stay is data
+        config = self.model.tokenizer  # a real merger: which rows stay is data
+        merger = Merger(config.dim, config.heads, 1, config.mlp_ratio)
         keep = (torch.arange(config.patches) < self._kept_patches).expand(2, -1)
         forward = partial(merger, torch.zeros(2, config.patches, config.dim), keep)
         whole = kept_bytes(forward, merger)
         merger.blocks = nn.ModuleList()
         around = kept_bytes(forward, merger)
-        return (whole - around) / 2 * self.bytes / 4, around / 2 * self.bytes / 4
+        return (whole - around) / 2 * self.size / 4, around / 2 * self.size / 4
 
 
 def kept_bytes(forward: Any, module: nn.Module) -> int:
-    """Bytes that autograd keeps of a call for its backward pass, each storage once, weights not counted."""
+    """Bytes that autograd keeps of a call for its backward pass, each storage once, no weights."""
     weights = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -233,19 +246,19 @@ def kept_bytes(forward: Any, module: nn.Module) -> int:
 
 def _architecture(model: ModelConfig, training: TrainConfig) -> Any:
     """The base LM's configuration, without the visual rows."""
-    language: LanguageConfig = model.language
-    if language.source == SMOLLM2:
+    source = model.language.source
+    if source == SMOLLM2:
         return smollm2_config(smollm2_file())
-    options = dict(language.architecture)
-    if not options:
+    options = {"vocab_size": training.text_vocabulary, **model.language.architecture}
+    if not model.language.architecture:
         try:
-            return AutoConfig.from_pretrained(language.source)
+            return AutoConfig.from_pretrained(source)
         except OSError as error:
-            raise InputError(f"no language model at {language.source}: {str(error).splitlines()[0]}") from error
-    options.setdefault("vocab_size", training.text_vocabulary)
-    if language.source == "folder":  # a saved language model has the joint vocabulary
+            why = str(error).splitlines()[0]
+            raise InputError(f"no language model at {source}: {why}") from error
+    if source == "folder":  # a saved language model has the joint vocabulary
         options["vocab_size"] -= 2 + model.tokenizer.codes
-    return AutoConfig.for_model(options.pop("model_type"), **options)
+    return AutoConfig.for_model(**options)
 
 
 def _build(model: ModelConfig, config: Any, layers: int) -> Language:
@@ -261,11 +274,13 @@ def _build(model: ModelConfig, config: Any, layers: int) -> Language:
     return language
 
 
-def _count(language: Language) -> list[PartCount]:
+def _count(language: Language) -> tuple[PartCount, ...]:
     counts: dict[str, list[int]] = {}
     for name, parameter in language.named_parameters():
-        part = "LoRA" if ".lora_" in name else {"rows": "visual rows", "head_rows": "visual head"}.get(name)
-        owner = name.split(".")[0]
-        part = part or {"lm": "language model", "merger": "reader: merger copy"}.get(owner, "reader: projection")
+        part = "LoRA" if ".lora_" in name else PARTS[name.split(".")[0]]
         counts.setdefault(part, [0, 0])[0 if parameter.requires_grad else 1] += parameter.numel()
-    return [PartCount(name, *pair) for name, pair in counts.items()]
+    return tuple(PartCount(name, *pair) for name, pair in counts.items())
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,6 +1,6 @@
 """What stage 2 says and draws of the same few pictures as it learns: lines of samples.jsonl.
 
-Codes are written as numbers: painting them needs stage 3, which comes later (`lavit draw` afterwards).
+Codes are written as numbers: painting them needs stage 3, which comes later.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ WORDS = 24  # tokens of a caption at most
 
 
 class Samples:
-    """Captions (greedy) and drawings (one seed) of the first pictures of a corpus that have words."""
+    """Captions (greedy) and drawings (one seed) of a corpus's first pictures that have words."""
 
     def __init__(self, stage: LanguageStage, corpus: Corpus, text: PreTrainedTokenizerBase) -> None:
         self.stage, self.text = stage, text
-        told = [number for number, picture in enumerate(corpus.pictures) if picture.captions and picture.prompts]
-        self.pictures = [(number, corpus.pictures[number]) for number in told[:PICTURES]]
+        told = [(n, one) for n, one in enumerate(corpus.pictures) if one.captions and one.prompts]
+        self.pictures = told[:PICTURES]
 
     @torch.no_grad()
     def __call__(self, step: int) -> list[dict[str, Any]]:
-        """A line for each picture: its own words, the caption, the prompt and the codes drawn from it."""
+        """A line for each picture: its own words, the caption, the prompt and the codes drawn."""
         if not self.pictures:
             return []
         language = self.stage.module
         training = language.training
         language.eval()
         try:
-            requests = [request for number, picture in self.pictures for request in self._requests(number, picture)]
-            done = Engine(language).complete(requests)
+            requests = [self._requests(number, picture) for number, picture in self.pictures]
+            done = iter(Engine(language).complete([one for pair in requests for one in pair]))
         finally:
             language.train(training)
         return [
@@ -49,7 +49,7 @@ class Samples:
                 "prompt": picture.prompts[0],
                 "codes": list(drawn.images[0]),
             }
-            for (_, picture), (said,), (drawn,) in zip(self.pictures, done[::2], done[1::2], strict=True)
+            for (_, picture), (said,), (drawn,) in zip(self.pictures, done, done, strict=True)
         ]
 
     def _requests(self, number: int, picture: Any) -> tuple[Request, Request]:
@@ -68,6 +68,6 @@ class Samples:
             sampling=Sampling(temperature=0.0, max_tokens=WORDS),
         )
         ids = tuple(self.text(picture.prompts[0], add_special_tokens=False)["input_ids"])
-        longest = keep.shape[1]
-        drawing = Sampling(temperature=1.0, top_k=50, guidance=2.0, min_tokens=1, max_tokens=longest, seed=0)
+        length = {"min_tokens": 1, "max_tokens": keep.shape[1]}
+        drawing = Sampling(temperature=1.0, top_k=50, guidance=2.0, seed=0, **length)
         return reading, Request(ids=ids, mode="image", sampling=drawing)

@@ -1,12 +1,12 @@
-"""Where a training runs and how its model is spread over processes; the model is written for one device.
+"""Where a training runs and how its model is spread; the model is written for one device.
 
     one process         python, or lavit train …
     DDP                 torchrun --nproc-per-node 8 -m lavit train …     (or accelerate launch)
     FSDP2               the same with --fsdp, or accelerate launch --use_fsdp --fsdp_version 2
 
-FSDP2 (torch's `fully_shard`, arXiv 2304.11277) shards weights, gradients and moments; each block of `_no_split_modules`
-is a unit. Accelerate 1.15 leaves its FSDP plugin out on CPUs and wraps the model in DDP without a word; three lines
-give it back, so that the path that GPUs take is tested on two gloo ranks.
+FSDP2 (torch's `fully_shard`, arXiv 2304.11277) shards weights, gradients and moments; each block of
+`_no_split_modules` is a unit. Accelerate 1.15 leaves its FSDP plugin out on CPUs and takes DDP;
+three lines give it back, so that the path of GPUs is tested on two gloo ranks.
 """
 
 from __future__ import annotations
@@ -16,46 +16,49 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedDataParallelKwargs as DDPKwargs
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lavit.config import InputError
 
+Precision = Literal["auto", "fp32", "bf16"]
 
-def make_accelerator(precision: Literal["auto", "fp32", "bf16"] = "auto", *, fsdp: bool = False) -> Accelerator:
-    """Accelerate's object for this process; `fsdp` shards (as `accelerate launch --use_fsdp` asks too)."""
+
+def make_accelerator(precision: Precision = "auto", *, fsdp: bool = False) -> Accelerator:
+    """Accelerate's object for this process; `fsdp` or `accelerate launch --use_fsdp` shards."""
     fsdp = fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     plugin = None
     if fsdp:
         if os.environ.get("FSDP_VERSION", "2") != "2":
-            raise InputError("FSDP version 1 is not supported: accelerate launch --use_fsdp --fsdp_version 2")
+            said = "accelerate launch --use_fsdp --fsdp_version 2"
+            raise InputError(f"FSDP version 1 is not supported: {said}")
         if not several:
-            raise InputError("FSDP2 shards over processes and there is one: start with torchrun --nproc-per-node N")
-        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+            said = "start with torchrun --nproc-per-node N"
+            raise InputError(f"FSDP2 shards over processes and there is one: {said}")
+        wrap = "transformer_based_wrap"
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy=wrap)
+    gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    if precision == "bf16" and not gpu:
+        said = "precision bf16 needs a GPU that has it (a CPU's bf16 products are far slower)"
+        raise InputError(f"{said}: use fp32")
     accelerator = Accelerator(
-        cpu=several and not torch.accelerator.is_available(),  # else each process would train alone, all in one folder
-        mixed_precision=_mixed_precision(precision),
+        cpu=several and not torch.accelerator.is_available(),  # else each process trains alone
+        mixed_precision="bf16" if gpu and precision != "fp32" else "no",
         fsdp_plugin=plugin,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        kwargs_handlers=[DDPKwargs(find_unused_parameters=True)],
     )
     if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
-        for state in (PartialState(), accelerator.state):  # the first is copied into the second again and again
+        for state in (PartialState(), accelerator.state):  # the first is copied into the second
             state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
     return accelerator
 
 
-def _mixed_precision(precision: str) -> str:
-    gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    if precision == "bf16" and not gpu:
-        raise InputError("precision bf16 needs a GPU that has it (a CPU's bf16 products are far slower): use fp32")
-    return "bf16" if gpu and precision != "fp32" else "no"
-
-
 def halve_frozen(module: nn.Module) -> None:
-    """Frozen weights in bf16: under LoRA the base is read and never moved, and half of its memory is enough."""
+    """Frozen weights in bf16: under LoRA the base never moves, and half of its memory is enough."""
     for parameter in module.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16)
@@ -66,10 +69,16 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def spread_as(target: Tensor, tensor: Tensor) -> Tensor:
+    """A whole tensor that every rank has, laid out as `target` is."""
+    tensor = tensor.to(target.device, target.dtype)
+    if not isinstance(target, DTensor):
+        return tensor
+    mesh, placements = target.device_mesh, target.placements
+    return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+
+
 @torch.no_grad()
 def assign(target: Tensor, tensor: Tensor) -> None:
     """Give `target`, sharded or not, the values of a whole tensor that every rank has."""
-    tensor = tensor.to(target.device, target.dtype)
-    if isinstance(target, DTensor):
-        tensor = distribute_tensor(tensor, target.device_mesh, target.placements, src_data_rank=None)
-    target.copy_(tensor)
+    target.copy_(spread_as(target, tensor))
