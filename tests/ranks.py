@@ -64,7 +64,7 @@ def train_stage(folder: Path, *, cpu: bool = True, accumulate: int = 1) -> dict[
     from lavit.data.features import Features
     from lavit.modules.tokenizer import VisualTokenizer
     from lavit.train.loop import Report, train
-    from lavit.train.stages import TokenizerStage
+    from lavit.train.tokenizer import TokenizerStage
 
     # without broadcasts of the codebook at every forward: ranks must agree by themselves
     alone = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)

@@ -148,7 +148,8 @@ def test_scenes_need_no_model() -> None:
 
 
 def test_stages_1_and_3_take_pictures_and_nothing_else() -> None:
-    from lavit.train.stages import AutoencoderStage, PixelsStage, TokenizerStage
+    from lavit.train.pixels import AutoencoderStage, PixelsStage
+    from lavit.train.tokenizer import TokenizerStage
 
     taken = {
         TokenizerStage: {"tokenizer", "features", "config", "seed"},

@@ -16,9 +16,10 @@ from lavit.config import TokenizerTraining
 from lavit.data.features import Features
 from lavit.modules.tokenizer import VisualTokenizer
 from lavit.storage import load_tensors
+from lavit.train.batches import PictureBatch, Shard
 from lavit.train.health import Alarm, CodeUse, check_codes, check_finite, check_selector, selector_figures
-from lavit.train.loop import Shard, train
-from lavit.train.stages import FeatureBatch, TokenizerStage
+from lavit.train.loop import train
+from lavit.train.tokenizer import TokenizerStage
 
 CONFIG = TokenizerTraining(steps_a=70, steps_b=230, batch=4, learning_rate=1e-3, k_means_vectors=64)
 
@@ -108,7 +109,7 @@ def test_a_run_that_goes_nan_stops_before_its_next_checkpoint(tmp_path: Path, wh
     failing = stage()
     weight, healthy = next(failing.module.reconstructor.parameters()), failing.batch
 
-    def batch(step: int, shard: Shard) -> FeatureBatch:
+    def batch(step: int, shard: Shard) -> PictureBatch:
         if step == 5 and what == "features":
             failing.features.array[:] = math.inf
         if step == 5 and what == "loss":

@@ -12,7 +12,7 @@ import torch
 
 from conftest import NAMES, toy_config, toy_training
 from lavit.config import InputError, TrainConfig
-from lavit.train.loop import Shard
+from lavit.train.batches import Shard
 from lavit.train.metrics import check_trackers
 from lavit.train.run import Run
 

@@ -20,8 +20,8 @@ from lavit import presets
 from lavit.cli import main
 from lavit.config import InputError
 from lavit.storage import load_tensors
-from lavit.train.loop import Shard
-from lavit.train.stages import TokenizerStage
+from lavit.train.batches import Shard
+from lavit.train.tokenizer import TokenizerStage
 
 STEPS = 50  # of each phase: long enough for a process to be caught in the second
 TESTS = Path(__file__).parent

@@ -18,11 +18,11 @@ from lavit.images import pixels
 from lavit.model import LaVIT
 from lavit.modules.tokenizer import cosine_distance
 from lavit.modules.vision import Vision
+from lavit.train.batches import draw_pictures
 from lavit.train.health import Alarm, CodeUse, check_codes, check_selector
 from lavit.train.language import train_text_tokenizer
 from lavit.train.loop import Report, schedule
 from lavit.train.run import Run
-from lavit.train.stages import draw_pictures
 from lavit.vocabulary import Vocabulary
 
 

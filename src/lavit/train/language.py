@@ -1,7 +1,7 @@
-"""Stage 2 as an object for the loop: next-token cross-entropy over text and codes, both orders (paper Eq. 6).
+"""Stage 2: next-token cross-entropy over text and codes, both orders (paper Eq. 6).
 
-What trains: the LM (or its LoRA), the visual rows, the second merger and the projection, each at its own rate; selector,
-encoder and stage-1 merger are frozen, the latter because it makes the ids.
+What trains: the LM (or its LoRA), the visual rows, the second merger and the projection, each at
+its own rate; selector, encoder and stage-1 merger are frozen, the latter because it makes the ids.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -25,7 +24,8 @@ from lavit.data.stream import StreamingDocuments
 from lavit.modules.language import Language, LanguageLoss
 from lavit.modules.tokenizer import VisualTokenizer
 from lavit.sequence import IGNORE, Batch, VisualTokens, slot_lengths
-from lavit.train.loop import Figure, Shard
+from lavit.train.batches import Shard
+from lavit.train.loop import Figure, Stage
 from lavit.train.muon import matrices_apart
 
 END = "<|endoftext|>"
@@ -33,7 +33,7 @@ END = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class LanguageBatch:
-    """Packed rows of this rank, features and masks of the pictures read in them, target tokens of all ranks."""
+    """Packed rows of this rank, features and masks of read pictures, target tokens of all ranks."""
 
     rows: Batch
     patches: Float[Tensor, "images patches dim"]
@@ -41,8 +41,8 @@ class LanguageBatch:
     targets: int
 
 
-class LanguageStage:
-    """Stage 2."""
+class LanguageStage(Stage):
+    """Stage 2. `features` and `tokens` are of the pictures read; None where `documents` stream."""
 
     name = "language"
     shards = True  # under FSDP2
@@ -61,67 +61,61 @@ class LanguageStage:
         self.steps, self.accumulate = config.steps, config.accumulate
         language.train().recompute(config.recompute)
         language.merger.requires_grad_(config.train_merger)
-        self._drawn: tuple[int, Batch] | None = None  # the batch of a step, whose parts come one after the other
+        self._drawn: tuple[int, Batch, int] | None = None  # step, its batch, its targets
         self.streams = documents if isinstance(documents, StreamingDocuments) else None
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """LM, visual rows, reader."""
-        groups: dict[str, list[Tensor]] = {"lm": [], "rows": [], "reader": []}
+        config, decay = self.config, self.config.weight_decay
+        parts: dict[str, list[Tensor]] = {"lm": [], "rows": [], "reader": []}
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad:
-                part = "lm" if name.startswith("lm.") else "rows" if "rows" in name.split(".")[0] else "reader"
-                groups[part].append(parameter)
-        rates = {
-            "lm": self.config.learning_rate,
-            "rows": self.config.rows_rate,
-            "reader": self.config.reader_rate,
-        }
-        decay = {"lm": self.config.weight_decay, "rows": 0.0, "reader": self.config.weight_decay}
-        found = [{"params": groups[part], "lr": rates[part], "weight_decay": decay[part]} for part in groups]
-        if self.config.optimizer == "adamw":
-            return found
+                own = {"lm": "lm", "rows": "rows", "head_rows": "rows"}
+                parts[own.get(name.split(".")[0], "reader")].append(parameter)
+        groups = [
+            {"params": parts["lm"], "lr": config.learning_rate, "weight_decay": decay},
+            {"params": parts["rows"], "lr": config.rows_rate, "weight_decay": 0.0},
+            {"params": parts["reader"], "lr": config.reader_rate, "weight_decay": decay},
+        ]
+        if config.optimizer == "adamw":
+            return groups
         head = self.module.lm.get_output_embeddings()
-        return matrices_apart(found, self.module, but=(head.weight,))
+        return matrices_apart(groups, self.module, but=(head.weight,))
 
     def batch(self, step: int, shard: Shard) -> LanguageBatch:
         """This rank's rows of a step."""
         if self._drawn is None or self._drawn[0] != step:
-            self._drawn = (step, self.documents.batch(step))
-            self._targets = int((self._drawn[1].labels != IGNORE).sum())
-            if self.streams is not None:  # which gave the rows of this process alone
-                self._targets = _over_processes(self._targets, self.tokenizer)
-        batch, targets = self._drawn[1], self._targets
+            batch = self.documents.batch(step)
+            self._drawn = step, batch, self._targets(batch)
+        _, batch, targets = self._drawn
         if self.streams is not None:
             shard = Shard(shard.rank % self.accumulate, self.accumulate)
         mine = shard.of(torch.arange(len(batch.ids)))
-        images_before = self._images(batch, slice(0, int(mine[0])))
-        images = batch.images[images_before : images_before + self._images(batch, mine)]
-        rows = Batch(
-            batch.ids[mine],
-            batch.labels[mine],
-            batch.positions[mine],
-            batch.documents[mine],
-            batch.slots[mine],
-            images,
-        )
+        fields = (batch.ids, batch.labels, batch.positions, batch.documents, batch.slots)
+        fields = [field[mine] for field in fields]
+        before = len(slot_lengths(batch.slots[: int(mine[0])]))  # images read in earlier rows
+        images = batch.images[before : before + len(slot_lengths(batch.slots[mine]))]
         if self.streams is not None:
             patches, keep = self.streams.pictures(images)
         else:
             patches, keep = self.features.rows(images), self.tokens.keep[images]
-        return LanguageBatch(rows, patches, keep, targets)
+        return LanguageBatch(Batch(*fields, images), patches, keep, targets)
 
-    @staticmethod
-    def _images(batch: Batch, rows: Any) -> int:
-        """Number of read images in some rows."""
-        return len(slot_lengths(batch.slots[rows]))
+    def _targets(self, batch: Batch) -> int:
+        """Target tokens of all processes; a stream gives the rows of this one alone."""
+        count = (batch.labels != IGNORE).sum()
+        if self.streams is not None and dist.is_initialized():
+            count = count.to(next(self.tokenizer.parameters()).device)
+            dist.all_reduce(count)
+        return int(count)
 
-    def losses(self, module: nn.Module, batch: LanguageBatch, step: int, accelerator: Accelerator) -> dict[str, Figure]:
-        """Cross-entropy over the global number of target tokens; per modality loss and accuracy beside it."""
-        device = accelerator.device
+    def losses(self, module: nn.Module, batch: LanguageBatch, step: int) -> dict[str, Figure]:
+        """Cross-entropy over all target tokens of a step; loss and accuracy of text and codes."""
+        device = self.accelerator.device
         rows = Batch(*(getattr(batch.rows, name).to(device) for name in Batch.__dataclass_fields__))
         patches = self.tokenizer.prepare(batch.patches).to(device)
         out: LanguageLoss = module(rows, patches, batch.keep.to(device))
-        loss = out.total / batch.targets * accelerator.num_processes
+        loss = out.total / batch.targets * self.accelerator.num_processes
         return {
             "loss": loss,
             "text_loss": (out.text, out.text_tokens),
@@ -147,17 +141,8 @@ class LanguageStage:
             self.streams.load_state(state["streams"])
 
 
-def _over_processes(count: int, module: nn.Module) -> int:
-    """A sum over all processes."""
-    if not dist.is_initialized():
-        return count
-    total = torch.tensor(count, device=next(module.parameters()).device)
-    dist.all_reduce(total)
-    return int(total)
-
-
 def train_text_tokenizer(corpus: Corpus, size: int) -> PreTrainedTokenizerBase:
-    """A byte-level BPE tokenizer of at most `size` ids trained on the corpus's texts, for LMs from scratch."""
+    """A byte-level BPE tokenizer of at most `size` ids, trained on a corpus, for new LMs."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     texts = [text for picture in corpus.pictures for text in (*picture.captions, *picture.prompts)]
@@ -170,6 +155,6 @@ def train_text_tokenizer(corpus: Corpus, size: int) -> PreTrainedTokenizerBase:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
+    options = {"special_tokens": [END], "initial_alphabet": alphabet, "show_progress": False}
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, **options))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)

@@ -1,0 +1,59 @@
+"""Pictures of a step: a function of (seed, step), so that one rank and two see the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from lavit.config import InputError
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of every batch that a process trains on; with accumulation, of a part of a step."""
+
+    rank: int = 0
+    ranks: int = 1
+
+    def part(self, number: int, parts: int) -> Shard:
+        """Part `number` of `parts` of this shard."""
+        return Shard(self.rank * parts + number, self.ranks * parts)
+
+    def of(self, items: Tensor) -> Tensor:
+        """This rank's share of the items of a global batch: neighbouring ones, in rank order."""
+        return items.tensor_split(self.ranks)[self.rank]
+
+
+@dataclass(frozen=True)
+class PictureBatch:
+    """Pictures of this rank, and their places in the global batch, which seed their noise."""
+
+    pictures: Int[Tensor, "images"]
+    places: Int[Tensor, "images"]
+
+
+def seeded(*numbers: int) -> torch.Generator:
+    """A generator whose stream depends on all the numbers."""
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+def draw_pictures(count: int, batch: int, *, seed: int, step: int) -> Int[Tensor, "batch"]:
+    """Pictures of a step: epoch after epoch in new orders, each picture once an epoch."""
+    at = torch.arange(step * batch, (step + 1) * batch)
+    epochs = (at // count).unique().tolist()
+    orders = {e: torch.randperm(count, generator=seeded(seed, 1, e)) for e in epochs}
+    return torch.stack([orders[int(i) // count][int(i) % count] for i in at])
+
+
+def draw_batch(count: int, batch: int, shard: Shard, *, seed: int, step: int) -> PictureBatch:
+    """A rank's part of the pictures of a step; `InputError` if they cannot be shared evenly."""
+    if batch % shard.ranks:
+        said = f"a batch of {batch} pictures cannot be shared by {shard.ranks} ranks"
+        raise InputError(f"{said} (or parts of a step): give a multiple")
+    places = shard.of(torch.arange(batch))
+    return PictureBatch(draw_pictures(count, batch, seed=seed, step=step)[places], places)

@@ -1,0 +1,141 @@
+"""Stage 3: ε-prediction on reconstructed features (paper Eq. 5); first the autoencoder, if any.
+
+Noise is a function of (seed, step, place in the global batch): one rank and two see the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from lavit.config import PixelsTraining
+from lavit.modules.perceptual import Perceptual
+from lavit.modules.pixels import Pixels
+from lavit.modules.tokenizer import VisualTokenizer
+from lavit.modules.vision import Vision
+from lavit.sequence import VisualTokens
+from lavit.train.batches import PictureBatch, Shard, draw_batch, seeded
+from lavit.train.loop import Stage
+
+
+class PixelsStage(Stage):
+    """Stage 3: the denoiser, on features reconstructed from the codes of each picture."""
+
+    name = "pixels"
+
+    def __init__(
+        self,
+        pixels: Pixels,
+        tokenizer: VisualTokenizer,
+        pictures: Float[Tensor, "pictures 3 size size"],
+        tokens: VisualTokens,
+        config: PixelsTraining,
+        *,
+        seed: int,
+        vision: Vision | None = None,
+    ) -> None:
+        """`pictures` and `tokens` are in one order; `vision` is for the loss's perceptual part."""
+        self.perceptual = None if vision is None else Perceptual(vision)
+        self.module, self.config, self.seed = pixels, config, seed
+        self.steps = config.steps
+        self.tokenizer, self.codes = tokenizer.eval(), tokens.split()
+        if pixels.vae is not None:
+            pixels.vae.requires_grad_(False)
+        with torch.no_grad():
+            self.latents = torch.cat([pixels.encode(part) for part in pictures.split(64)])
+        average = get_ema_multi_avg_fn(config.ema)
+        self.averaged = AveragedModel(pixels, multi_avg_fn=average, use_buffers=False)
+
+    def batch(self, step: int, shard: Shard) -> PictureBatch:
+        """Pictures of a step."""
+        return draw_batch(len(self.latents), self.config.batch, shard, seed=self.seed, step=step)
+
+    def losses(self, module: nn.Module, batch: PictureBatch, step: int) -> dict[str, Tensor]:
+        """Mean squared error of the predicted noise."""
+        device = self.accelerator.device
+        drawn = zip(batch.places.tolist(), batch.pictures.tolist(), strict=True)
+        codes = [self._erring(place, picture, step).to(device) for place, picture in drawn]
+        with torch.no_grad():
+            lengths = torch.tensor([len(c) for c in codes], device=device)
+            features = self.tokenizer.decode(torch.cat(codes), lengths)
+        loss = module(
+            self.latents[batch.pictures].to(device),
+            features,
+            generator=[seeded(self.seed, 6, step, place) for place in batch.places.tolist()],
+            perceptual=self.perceptual,
+            perceptual_weight=self.config.perceptual_weight,
+        )
+        return {"loss": loss}
+
+    def _erring(self, place: int, picture: int, step: int) -> Int[Tensor, "kept"]:
+        """Codes of a picture, a random share of them from another one, as a LM errs."""
+        codes = self.codes[picture]
+        if not self.config.code_noise:
+            return codes
+        generator = seeded(self.seed, 11, step, place)
+        other = self.codes[int(torch.randint(len(self.codes), (), generator=generator))]
+        drawn = other[torch.randint(len(other), codes.shape, generator=generator)]
+        share = self.config.code_noise * torch.rand((), generator=generator)
+        return torch.where(torch.rand(codes.shape, generator=generator) < share, drawn, codes)
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """Move the averaged weights."""
+        self.averaged.update_parameters(self.module)
+        return {}
+
+    def state(self) -> dict[str, Tensor]:
+        """The averaged weights."""
+        return dict(self.averaged.state_dict())
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take the averaged weights back."""
+        self.averaged.load_state_dict(state)
+
+
+class AutoencoderLoss(nn.Module):
+    """The autoencoder's loss as a module: DDP sees its forward and adds up its gradients."""
+
+    def __init__(self, pixels: Pixels) -> None:
+        super().__init__()
+        self.vae, self._loss = pixels.vae, pixels.autoencoder_loss
+
+    def forward(self, pictures: Tensor, generators: list[torch.Generator]) -> Tensor:
+        """Pictures [images 3 size size] in -1..1 to a scalar."""
+        return self._loss(pictures, generator=generators)
+
+
+class AutoencoderStage(Stage):
+    """The small autoencoder whose latents stage 3 denoises."""
+
+    name = "autoencoder"
+
+    def __init__(
+        self,
+        pixels: Pixels,
+        pictures: Float[Tensor, "pictures 3 size size"],
+        config: PixelsTraining,
+        *,
+        seed: int,
+    ) -> None:
+        self.module, self.pictures = AutoencoderLoss(pixels), pictures
+        self.config, self.seed = config, seed
+        self.steps = config.autoencoder_steps
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """One group."""
+        params = list(self.module.parameters())
+        return [{"params": params, "lr": self.config.autoencoder_rate, "weight_decay": 0.0}]
+
+    def batch(self, step: int, shard: Shard) -> PictureBatch:
+        """Pictures of a step."""
+        return draw_batch(len(self.pictures), self.config.batch, shard, seed=self.seed, step=step)
+
+    def losses(self, module: nn.Module, batch: PictureBatch, step: int) -> dict[str, Tensor]:
+        """Reconstruction plus a little KL."""
+        generators = [seeded(self.seed, 7, step, place) for place in batch.places.tolist()]
+        pictures = self.pictures[batch.pictures].to(self.accelerator.device)
+        return {"loss": module(pictures, generators)}
