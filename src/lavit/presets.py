@@ -240,14 +240,9 @@ def lavit_7b() -> Preset:
             guidance=5.0,
         ),
     )
+    common = {"batch": 2048, "learning_rate": 1e-4}
     training = TrainConfig(
-        tokenizer=TokenizerTraining(
-            steps_a=25_000,
-            steps_b=25_000,
-            batch=2048,
-            learning_rate=1e-4,
-            decay=0.995,
-        ),
+        tokenizer=TokenizerTraining(steps_a=25_000, steps_b=25_000, decay=0.995, **common),
         language=LanguageTraining(
             steps=30_000,
             rows=2048,
@@ -256,13 +251,7 @@ def lavit_7b() -> Preset:
             rows_rate=1e-4,
             reader_rate=1e-4,
         ),
-        pixels=PixelsTraining(
-            autoencoder_steps=0,
-            autoencoder_rate=0.0,
-            steps=20_000,
-            batch=2048,
-            learning_rate=1e-4,
-        ),
+        pixels=PixelsTraining(autoencoder_steps=0, autoencoder_rate=0.0, steps=20_000, **common),
     )
     return Preset(model, training, minutes=float("inf"))
 

@@ -45,12 +45,6 @@ COPIED = ("vision", "tokenizer", "pixels", "base")
 MEASURED = 3  # steps whose time says how many fit into some minutes
 
 
-class FinetuneStage(LanguageStage):
-    """Stage 2's loss on conversations."""
-
-    name = "finetune"
-
-
 def finetune_training(
     model: str | Path, *, lora_rank: int | None = None, steps: int = 200, seed: int = 0
 ) -> FinetuneTraining:
@@ -135,7 +129,8 @@ class Finetune(Run):
         codes = tuple(tuple(part.tolist()) for part in tokens.split())
         make = {"text": text, "vocabulary": language.vocabulary, "config": config, "seed": seed}
         documents = ConversationDocuments(conversations, codes, **make)
-        stage = FinetuneStage(language, model.tokenizer, documents, features, tokens, config)
+        stage = LanguageStage(language, model.tokenizer, documents, features, tokens, config)
+        stage.name = "finetune"
         if self.minutes is not None and not self.path.exists():
             self._measure(stage)
         if self.accelerator.is_main_process:
@@ -146,7 +141,7 @@ class Finetune(Run):
         if self.accelerator.is_main_process:
             self._save_all(language, text, adapted)
 
-    def _measure(self, stage: FinetuneStage) -> None:
+    def _measure(self, stage: LanguageStage) -> None:
         """Settle the steps: time some forward and backward, and agree on rank 0's answer."""
         device, module = self.accelerator.device, stage.module.to(self.accelerator.device)
         stage.accelerator = self.accelerator

@@ -147,7 +147,8 @@ def train(
                     left = (stage.steps - done) / rate
                     watch(Report(stage.name, done, stage.steps, left, rate, values))
             if main and sample and sample_every and (done % sample_every == 0 or last):
-                metrics.write_samples(done, sample(done))
+                for line in sample(done):
+                    metrics.append("samples.jsonl", done, line)
             if done % checkpoint_every == 0 or last:
                 state = {"accelerator": accelerator, "keep": keep_last}
                 save_checkpoint(folder, done, plain, optimizer, stage, **state)

@@ -36,35 +36,29 @@ class Metrics:
         trackers: Sequence[str],
         enabled: bool,
     ) -> None:
-        self.stage, self.enabled = stage, enabled
-        self.path, self.samples_path = run / "metrics.jsonl", run / "samples.jsonl"
+        self.run, self.stage, self.enabled = run, stage, enabled
         self.opened: list[tuple[Write, Callable[[], None]]] = []
         if not enabled:
             return
         run.mkdir(parents=True, exist_ok=True)
-        for path in (self.path, self.samples_path):
+        for path in filter(Path.exists, (run / "metrics.jsonl", run / "samples.jsonl")):
             lines = list(read_lines(path))
             kept = [line for line in lines if line["stage"] != stage or line["step"] <= start]
-            if path.exists():
-                path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self.opened = [_open(name, run, stage, start) for name in trackers]
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Append one line of figures."""
-        if self.enabled:
-            self._append(self.path, step, values)
+        """One line of figures, to the trackers too."""
+        self.append("metrics.jsonl", step, values)
         for write, _ in self.opened:
             write(step, values)
 
-    def write_samples(self, step: int, samples: Sequence[dict[str, Any]]) -> None:
-        """Append a line for each sample."""
-        for sample in samples if self.enabled else ():
-            self._append(self.samples_path, step, sample)
-
-    def _append(self, path: Path, step: int, values: dict[str, Any]) -> None:
-        line = {"stage": self.stage, "step": step, **values}
-        with path.open("a") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    def append(self, name: str, step: int, values: dict[str, Any]) -> None:
+        """One more line of a file."""
+        if self.enabled:
+            line = {"stage": self.stage, "step": step, **values}
+            with (self.run / name).open("a") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def __enter__(self) -> Metrics:
         return self
