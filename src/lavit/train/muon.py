@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -37,23 +38,43 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """One step; gradients of matrices are consumed."""
-        for group in self.param_groups:
-            for parameter in group["params"] if group["muon"] else ():
-                if parameter.grad is not None:
-                    self._turn(parameter, group["lr"], group["weight_decay"])
-                    parameter.grad = None  # AdamW passes it over
+        moving = [
+            (parameter, group["lr"], group["weight_decay"])
+            for group in self.param_groups
+            if group["muon"]
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        turned = _shared([self._ahead(parameter) for parameter, _, _ in moving])
+        for (parameter, rate, decay), matrix in zip(moving, turned, strict=True):
+            if isinstance(parameter, DTensor):
+                layout = (parameter.device_mesh, parameter.placements)
+                matrix = distribute_tensor(matrix, *layout, src_data_rank=None)
+            parameter.mul_(1 - rate * decay)
+            parameter.add_(matrix, alpha=-rate * SIZE * max(parameter.shape) ** 0.5)
+            parameter.grad = None  # AdamW passes it over
         super().step(closure)
 
-    def _turn(self, parameter: nn.Parameter, rate: float, decay: float) -> None:
-        state, gradient = self.state[parameter], parameter.grad
+    def _ahead(self, parameter: nn.Parameter) -> Tensor:
+        """Nesterov's look ahead, whole."""
+        state = self.state[parameter]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
             state["step"] = torch.zeros(())  # AdamW looks for one in each state
-        momentum = state["momentum"].lerp_(gradient, 1 - MOMENTUM)
-        turned = orthogonal(whole(gradient.lerp(momentum, MOMENTUM)))
-        if isinstance(parameter, DTensor):
-            turned = distribute_tensor(turned, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.mul_(1 - rate * decay).add_(turned, alpha=-rate * SIZE * max(parameter.shape) ** 0.5)
+        momentum = state["momentum"].lerp_(parameter.grad, 1 - MOMENTUM)
+        return whole(parameter.grad.lerp(momentum, MOMENTUM))
+
+
+def _shared(matrices: list[Tensor]) -> list[Tensor]:
+    """`orthogonal` of matrices that all processes have; each computes its part of them."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    if ranks == 1 or not matrices:
+        return [orthogonal(matrix) for matrix in matrices]
+    rank = dist.get_rank()
+    parts = [orthogonal(m) if n % ranks == rank else torch.zeros_like(m) for n, m in enumerate(matrices)]
+    flat = torch.cat([part.flatten() for part in parts])
+    dist.all_reduce(flat)
+    return [part.view_as(m) for part, m in zip(flat.split([m.numel() for m in matrices]), matrices, strict=True)]
 
 
 def orthogonal(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:

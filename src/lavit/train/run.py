@@ -43,7 +43,7 @@ from lavit.train.language import LanguageStage, train_text_tokenizer
 from lavit.train.loop import Report, Stage, train
 from lavit.train.metrics import check_trackers
 from lavit.train.samples import Samples
-from lavit.train.spread import halve_frozen, make_accelerator
+from lavit.train.spread import first_alone, halve_frozen, make_accelerator
 from lavit.train.stages import AutoencoderStage, PixelsStage, TokenizerStage
 
 log = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ class Run:
     @cached_property
     def features(self) -> Features:
         """Encoder features of every picture, computed once; other ranks wait for the first."""
-        with self.accelerator.main_process_first():
+        with first_alone(self.accelerator):
             return compute_features(
                 [picture.record for picture in self.corpus.pictures],
                 self.vision,

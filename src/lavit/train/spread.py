@@ -11,7 +11,9 @@ give it back, so that the path that GPUs take is tested on two gloo ranks.
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -52,6 +54,18 @@ def _mixed_precision(precision: str) -> str:
     if precision == "bf16" and not gpu:
         raise InputError("precision bf16 needs a GPU that has it (a CPU's bf16 products are far slower): use fp32")
     return "bf16" if gpu and precision != "fp32" else "no"
+
+
+@contextlib.contextmanager
+def first_alone(accelerator: Accelerator) -> Iterator[None]:
+    """The first process comes first, with the threads of those that wait; what it made is there for them."""
+    threads = torch.get_num_threads()
+    with accelerator.main_process_first():
+        torch.set_num_threads(min(threads * accelerator.num_processes, os.cpu_count() or 1))
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 def halve_frozen(module: nn.Module) -> None:
