@@ -29,8 +29,8 @@ runs/nano/pixels/done: .venv/installed
 	$(BIN)/lavit data scenes --out data/scenes --pictures $(PICTURES)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m lavit train all --preset nano --data data/scenes --out runs/nano --minutes $(MINUTES)
 
-demo: runs/nano/pixels/done
-	$(BIN)/lavit demo runs/nano --out demo
+demo: .venv/installed
+	$(BIN)/lavit demo --out demo
 
 train-nano: runs/nano/pixels/done
 	$(BIN)/lavit eval runs/nano
