@@ -1,4 +1,4 @@
-# test · check · bench · demo · train-nano: each sets up .venv by itself.
+# test · check · bench · demo · train-nano: each sets up .venv by itself. nano trains in two processes, a core each.
 PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS := train,mini,eval,ray,dev
@@ -27,10 +27,10 @@ bench: .venv/installed
 
 runs/nano/pixels/done: .venv/installed
 	$(BIN)/lavit data scenes --out data/scenes --pictures $(PICTURES)
-	$(BIN)/lavit train all --preset nano --data data/scenes --out runs/nano --minutes $(MINUTES)
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m lavit train all --preset nano --data data/scenes --out runs/nano --minutes $(MINUTES)
 
-demo: runs/nano/pixels/done
-	$(BIN)/lavit demo runs/nano --out demo
+demo: .venv/installed
+	$(BIN)/lavit demo --out demo
 
 train-nano: runs/nano/pixels/done
 	$(BIN)/lavit eval runs/nano

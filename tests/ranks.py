@@ -82,7 +82,6 @@ def train_stage(folder: Path, *, cpu: bool = True, accumulate: int = 1) -> dict[
         k_means=3,
         k_means_vectors=150,
         patience=2,
-        train_selector=True,
     )
     stage = TokenizerStage(tokenizer, Features(features), config, seed=1)
     reports: list[Report] = []

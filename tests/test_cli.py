@@ -228,3 +228,8 @@ def test_convert_check_prints_errors_and_exit_codes(tmp_path: Path, capsys: pyte
 def test_data_check_counts_and_names(toy_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(run(capsys, "data", "check", str(toy_data), "--json")[0])
     assert report["records"] == 8 and report["broken"] == []
+
+
+def test_the_package_is_the_command_line() -> None:
+    found = subprocess.run([sys.executable, "-m", "lavit", "data", "--help"], capture_output=True, text=True)
+    assert found.returncode == 0 and "scenes" in found.stdout

@@ -9,6 +9,7 @@ import pytest
 from lavit.data.scenes.language import (
     describe,
     mention,
+    plainly,
     prompt,
     say,
 )
@@ -43,7 +44,7 @@ def test_every_description_reads_back_as_its_facts(scenes):
     rng = np.random.default_rng(0)
     for scene in scenes:
         said = facts(scene)
-        for text in (describe(scene, rng), prompt(scene, rng, full=True)):
+        for text in (plainly(scene), describe(scene, rng), prompt(scene, rng, full=True)):
             assert parse(text) == said, text
 
 

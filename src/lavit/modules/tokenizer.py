@@ -163,10 +163,9 @@ class VisualTokenizer(nn.Module):
         the mask has no gradient and only kept rows are computed.
         """
         inputs = self.prepare(patches)
-        log_probs = self.selector(inputs)
-        mask = self._mask(log_probs, noise, temperature)
-        if not train_selector:
-            mask = mask.detach()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and train_selector):
+            log_probs = self.selector(inputs)  # frozen, it is no part of the graph: DDP would wait for it
+            mask = self._mask(log_probs, noise, temperature)
         keep = mask.detach() > 0.5
         probability = log_probs[..., 0].exp()
         if not train_selector or not torch.is_grad_enabled():

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -36,22 +37,42 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """One step; gradients of matrices are consumed."""
-        for group in self.param_groups:
-            for parameter in group["params"] if group["muon"] else ():
-                if parameter.grad is not None:
-                    self._turn(parameter, group["lr"], group["weight_decay"])
-                    parameter.grad = None  # AdamW passes it over
+        moving = [
+            (parameter, group["lr"], group["weight_decay"])
+            for group in self.param_groups
+            if group["muon"]
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        turned = _shared([self._ahead(parameter) for parameter, _, _ in moving])
+        for (parameter, rate, decay), matrix in zip(moving, turned, strict=True):
+            size = rate * SIZE * max(parameter.shape) ** 0.5
+            parameter.mul_(1 - rate * decay).add_(spread_as(parameter, matrix), alpha=-size)
+            parameter.grad = None  # AdamW passes it over
         super().step(closure)
 
-    def _turn(self, parameter: nn.Parameter, rate: float, decay: float) -> None:
-        state, gradient = self.state[parameter], parameter.grad
+    def _ahead(self, parameter: nn.Parameter) -> Tensor:
+        """Nesterov's look ahead, whole."""
+        state = self.state[parameter]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
             state["step"] = torch.zeros(())  # AdamW looks for one in each state
-        momentum = state["momentum"].lerp_(gradient, 1 - MOMENTUM)
-        turned = spread_as(parameter, orthogonal(whole(gradient.lerp(momentum, MOMENTUM))))
-        size = rate * SIZE * max(parameter.shape) ** 0.5
-        parameter.mul_(1 - rate * decay).add_(turned, alpha=-size)
+        momentum = state["momentum"].lerp_(parameter.grad, 1 - MOMENTUM)
+        return whole(parameter.grad.lerp(momentum, MOMENTUM))
+
+
+def _shared(matrices: list[Tensor]) -> list[Tensor]:
+    """`orthogonal` of matrices that all processes have; each computes its part of them."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    if ranks == 1 or not matrices:
+        return [orthogonal(matrix) for matrix in matrices]
+    parts = [torch.zeros_like(matrix) for matrix in matrices]
+    for number in range(dist.get_rank(), len(matrices), ranks):
+        parts[number] = orthogonal(matrices[number])
+    flat = torch.cat([part.flatten() for part in parts])
+    dist.all_reduce(flat)
+    found = flat.split([part.numel() for part in parts])
+    return [part.view_as(matrix) for part, matrix in zip(found, matrices, strict=True)]
 
 
 def orthogonal(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:

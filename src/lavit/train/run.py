@@ -54,7 +54,7 @@ from lavit.train.loop import Report, Stage, train
 from lavit.train.metrics import check_trackers
 from lavit.train.pixels import AutoencoderStage, PixelsStage
 from lavit.train.samples import Samples
-from lavit.train.spread import halve_frozen, make_accelerator
+from lavit.train.spread import first_alone, halve_frozen, make_accelerator
 from lavit.train.tokenizer import TokenizerStage
 
 log = logging.getLogger(__name__)
@@ -171,7 +171,7 @@ class Run:
         progress = None
         if self.prepare is not None and self.accelerator.is_main_process:
             progress = partial(self.prepare, "encoder features")
-        with self.accelerator.main_process_first():
+        with first_alone(self.accelerator):
             return compute_features(records, vision, self.folder / "cache", progress=progress)
 
     def _loop(self, stage: Stage, origins: dict[str, str] | None = None, **options: Any) -> None:

@@ -32,7 +32,7 @@ import numpy as np
 from lavit.config import InputError, read_json, require
 from lavit.data.scenes.edits import edit
 from lavit.data.scenes.frozen import versions
-from lavit.data.scenes.language import describe, prompt
+from lavit.data.scenes.language import describe, plainly, prompt
 from lavit.data.scenes.questions import questions
 from lavit.data.scenes.render import render
 from lavit.data.scenes.sample import scene_at
@@ -43,7 +43,7 @@ from lavit.storage import replacing
 
 SIZE = 160  # pixels: what nano's encoder takes
 UNITS = (0.4, 0.45, 0.15)  # shares of units of one, two and three pictures in training
-DESCRIBED, PROMPTED, ASKED = 2, 3, 3  # wordings, prompts and questions a picture
+PROMPTED, ASKED = 3, 3  # prompts and questions a picture
 CHUNK = 64  # units a process draws at a time
 STRETCH, STRETCHES = 512, 1 << 14  # units of a shard of the stream, and shards: nobody sees the end
 
@@ -96,8 +96,10 @@ def unit_at(split: str, index: int, *, seed: int = 0, rules: Rules | None = None
 
 
 def told(scene: Scene, rng: np.random.Generator, rules: Rules) -> Told:
-    """A scene in several wordings: the first prompt says everything, the others may leave out."""
-    texts = dict.fromkeys(describe(scene, rng) for _ in range(DESCRIBED))
+    """A scene in several wordings: a description is plain and another is not, the first prompt says
+    everything, the others may leave out.
+    """
+    texts = dict.fromkeys((plainly(scene), describe(scene, rng)))
     prompts = [prompt(scene, rng, full=True), *(prompt(scene, rng) for _ in range(PROMPTED - 1))]
     asked = [(one.question, one.answer) for one in questions(scene, rng, rules, ASKED)]
     return Told(scene, tuple(texts), tuple(dict.fromkeys(prompts)), tuple(asked))

@@ -67,6 +67,19 @@ def describe(scene: Scene, rng: Rng) -> str:
     return say(facts(scene), rng, order=scene.names) + "."
 
 
+def plainly(scene: Scene) -> str:
+    """The same in its plainest wording: things in reading order, background, relations."""
+    said = facts(scene)
+    ground = article(f"{said.pattern} {said.background} background")
+    groups = sorted(said.groups, key=lambda group: scene.names.index(group.name))
+    words = [f"{listed([group_words(group) for group in groups]) or 'nothing'} on {ground}"]
+    relations = sorted(in_order(relation, scene.names) for relation in said.relations)
+    relations.sort(key=lambda one: (scene.names.index(one[0]), scene.names.index(one[2])))
+    for first, kind, second in relations:
+        words.append(f"{the(said.group(first))} {are(said.group(first))} {kind} {the(said.group(second))}")
+    return ". ".join(words) + "."
+
+
 def mention(scene: Scene, rng: Rng) -> str:
     """A short caption: the things, their numbers and colours, sometimes sizes or a relation."""
     sizes, relations = rng.random() < 0.2, rng.random() < 0.4
@@ -175,15 +188,19 @@ def the(group: Group) -> str:
 
 def listed(items: list[str]) -> str:
     """ "a, b and c"."""
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+    return "".join(items) if len(items) < 2 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
 def related(relation: Relation, rng: Rng, order: Sequence[str] | None = None) -> Triple:
     """A relation as (name, kind in words, name), put from the earlier end, or else from either."""
-    forward = rng.random() < 0.5
-    if order is not None:
-        forward = order.index(relation.first) < order.index(relation.second)
-    if forward:
+    ends = (relation.first, relation.second)
+    either = ends if rng.random() < 0.5 else ends[::-1]
+    return in_order(relation, either if order is None else order)
+
+
+def in_order(relation: Relation, order: Sequence[str]) -> Triple:
+    """A relation as (name, kind in words, name), put from the end that comes first."""
+    if order.index(relation.first) < order.index(relation.second):
         return relation.first, relation.kind, relation.second
     return relation.second, OPPOSITE[relation.kind], relation.first
 

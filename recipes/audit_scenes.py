@@ -1,0 +1,104 @@
+"""Audit the language and the splits of scenes at length: what the tests check on hundreds.
+
+Command   python recipes/audit_scenes.py --documents 200000 --scenes 20000
+Cost      an hour on two cores
+Score     documents of training by kind and what is held out among them (none), scenes whose
+          descriptions do not read back (none), texts of other kinds that parse (none)
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+
+import numpy as np
+import tyro
+
+from lavit.data.scenes.dataset import unit_at
+from lavit.data.scenes.language import describe, prompt
+from lavit.data.scenes.lexicon import vocabulary
+from lavit.data.scenes.parse import parse
+from lavit.data.scenes.sample import scene_at
+from lavit.data.scenes.splits import Rules, violations
+from lavit.data.scenes.tasks import conversation
+from lavit.data.scenes.world import Scene, facts
+
+BLOCK = 250  # units or scenes a process takes at a time
+TALKS = 10  # units for each conversation
+
+Document = tuple[str, list[str], list[Scene]]
+
+
+def documents(index: int, rules: Rules) -> Iterator[Document]:
+    """Every document of one unit: its kind, its texts, its scenes."""
+    unit = unit_at("train", index, rules=rules)
+    for told in unit.pictures:
+        yield from (("description", [text], [told.scene]) for text in told.texts)
+        yield from (("prompt", [text], [told.scene]) for text in told.prompts)
+        yield from (("question", list(asked), [told.scene]) for asked in told.questions)
+    for change in unit.changes:
+        shown = [unit.pictures[n].scene for n in (*change.sources, change.target)]
+        yield ("edit" if len(change.sources) == 1 else "several pictures", [change.prompt], shown)
+    if index % TALKS == 0:
+        talk = conversation(np.random.default_rng([3, 0, index]), rules, 2 + index // TALKS % 3)
+        yield "conversation", list(talk.texts), list(talk.scenes)
+
+
+def leaks(first: int, rules: Rules) -> Counter[str]:
+    """Documents by kind in a block of units, and leaks by reason."""
+    found: Counter[str] = Counter()
+    for index in range(first, first + BLOCK):
+        for kind, texts, scenes in documents(index, rules):
+            found[kind] += 1
+            found.update(f"LEAK, {kind}: {reason}" for reason in violations(texts, scenes, rules))
+    return found
+
+
+def unread(first: int, rules: Rules) -> Counter[str]:
+    """Scenes of a block, and those whose description or full prompt does not give their facts."""
+    found: Counter[str] = Counter()
+    rng = np.random.default_rng([5, first])
+    for index in range(first, first + BLOCK):
+        scene = scene_at("train", index, seed=1, rules=rules)
+        texts = (describe(scene, rng), prompt(scene, rng, full=True))
+        found["scenes"] += 1
+        found.update(f"NOT READ BACK: {text}" for text in texts if parse(text) != facts(scene))
+    return found
+
+
+def at_random(count: int) -> Counter[str]:
+    """Strings of the language's own words in any order, and those that parse."""
+    rng, words = np.random.default_rng(4), sorted(vocabulary())
+    texts = [" ".join(rng.choice(words, int(rng.integers(3, 15)))) for _ in range(count)]
+    return Counter(["strings", *(f"PARSED: {text}" for text in texts if parse(text))])
+
+
+def main(documents: int = 200_000, scenes: int = 20_000, objects: int = 48, processes: int = 2) -> None:
+    """Print counts, and every line that should not be there."""
+    rules = Rules(objects=objects)
+    total: Counter[str] = Counter()
+    kinds: Counter[str] = Counter()
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        wave = 0
+        while kinds.total() < documents:
+            firsts = [(wave * 4 + n) * BLOCK for n in range(4)]
+            for found in pool.map(partial(leaks, rules=rules), firsts):
+                kinds += Counter({k: v for k, v in found.items() if not k.startswith("LEAK")})
+                total += Counter({k: v for k, v in found.items() if k.startswith("LEAK")})
+            wave += 1
+        for found in pool.map(partial(unread, rules=Rules(objects=160)), range(0, scenes, BLOCK)):
+            kinds += Counter({k: v for k, v in found.items() if k == "scenes"})
+            total += Counter({k: v for k, v in found.items() if k != "scenes"})
+    total += Counter({k: v for k, v in at_random(2000).items() if k != "strings"})
+    for kind, count in sorted(kinds.items()):
+        print(f"{count:8d} {kind}")
+    print(f"{total.total():8d} violations")
+    for line, count in total.most_common(20):
+        print(f"{count:8d} {line}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
