@@ -29,7 +29,6 @@ MIN_SNR_GAMMA = 5.0
 LATENT_VARIANCE = 0.5  # of folded pixels in -1..1
 UNet = UNet2DModel | UNet2DConditionModel
 Generators = torch.Generator | Sequence[torch.Generator]  # one, or one for each picture
-UNETS = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}
 
 
 def options(config: dict[str, Any]) -> dict[str, Any]:
@@ -37,19 +36,18 @@ def options(config: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
-def unet_of(name: str | None) -> type[ModelMixin]:
-    """The UNet class of a name; others raise `InputError`."""
-    if name not in UNETS:
-        raise InputError(f"pixels: unknown unet class {name!r}, expected one of {', '.join(UNETS)}")
-    return UNETS[name]
+def class_of(config: dict[str, Any], what: str, kinds: Any) -> Any:
+    """diffusers' class that `_class_name` names; other than some of `kinds` raise `InputError`."""
+    name = config.get("_class_name")
+    found = getattr(diffusers, str(name), None)
+    if not (isinstance(found, type) and issubclass(found, kinds)):
+        raise InputError(f"pixels: unknown {what} class {name!r}")
+    return found
 
 
 def noise_schedule(config: dict[str, Any]) -> SchedulerMixin:
     """The noise schedule that a configuration with `_class_name` names."""
-    kind = getattr(diffusers, str(config.get("_class_name")), None)
-    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
-        raise InputError(f"pixels: unknown scheduler class {config.get('_class_name')!r}")
-    return kind.from_config(options(config))
+    return class_of(config, "scheduler", SchedulerMixin).from_config(options(config))
 
 
 def load_strictly(kind: type[ModelMixin], folder: Path, expected: dict[str, Any]) -> ModelMixin:
@@ -85,12 +83,12 @@ class DPMSolver(diffusers.DPMSolverMultistepScheduler):
 def random_weights(config: PixelsConfig) -> tuple[ModelMixin, AutoencoderKL | None]:
     """A new UNet and autoencoder (of the global generator)."""
     vae = AutoencoderKL.from_config(options(config.vae)) if config.vae else None
-    return unet_of(config.unet.get("_class_name")).from_config(options(config.unet)), vae
+    return class_of(config.unet, "unet", UNet).from_config(options(config.unet)), vae
 
 
 def stored_weights(config: PixelsConfig, folder: Path) -> tuple[ModelMixin, AutoencoderKL | None]:
     """UNet and autoencoder of a diffusers folder, read strictly."""
-    kind = unet_of(read_json(folder / "unet" / "config.json").get("_class_name"))
+    kind = class_of(read_json(folder / "unet" / "config.json"), "unet", UNet)
     unet = load_strictly(kind, folder / "unet", config.unet)
     vae = load_strictly(AutoencoderKL, folder / "vae", config.vae) if config.vae else None
     return unet, vae
