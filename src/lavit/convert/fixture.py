@@ -170,7 +170,8 @@ class Replay:
             config = vision_config(weights)
         except (KeyError, ValueError) as error:
             raise InputError(f"{self.path}: weights/vit: {error}") from error
-        architecture = config.architecture | {"num_attention_heads": self.sizes.heads}
+        given = {"num_attention_heads": self.sizes.heads, "image_size": side}
+        architecture = config.architecture | given
         vision = load_vision(replace(config, source="random", architecture=architecture))
         self.load(vision.encoder, "vit", names.vision(names.depth_of(weights)))
         return (vision.states(self.input("pixels", 3, side, side))[-1],)
