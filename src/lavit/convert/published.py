@@ -112,10 +112,10 @@ def routes(files: Mapping[str, Collection[str]]) -> list[Route]:
     return found
 
 
-def renames_of(file: str, files: Mapping[str, Collection[str]]) -> names.Renames:
-    """All rules of a published file, whichever of ours they lead to."""
-    every = routes(files)
-    return tuple(rename for route in every if route.theirs == file for rename in route.renames)
+def used(file: str, files: Mapping[str, Collection[str]]) -> set[str]:
+    """Names of a published file's tensors that feed something in ours."""
+    every = (names.published(route.renames) for route in routes(files) if route.theirs == file)
+    return set().union(*every)
 
 
 def allowed_aside(file: str, files: Mapping[str, Collection[str]]) -> set[str]:
@@ -138,8 +138,8 @@ def map_tensors(files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str
     """
     ours: dict[str, dict[str, Tensor]] = {}
     for file, found in files.items():
-        expected, aside = names.published(renames_of(file, files)), allowed_aside(file, files)
-        names.check_names(found, expected, where=file, aside=aside)
+        aside = allowed_aside(file, files)
+        names.check_names(found, used(file, files), where=file, aside=aside)
     for route in routes(files):
         found, part = files[route.theirs], ours.setdefault(route.ours, {})
         for rename in route.renames:
@@ -190,8 +190,7 @@ def convert_published(folder: Path | str, out: Path | str) -> Converted:
         for path, tensors in ours.items():
             write_safetensors(new / path, tensors)
         for path, tensors in files.items():
-            used = names.published(renames_of(path, files))
-            manifest.keep_tensors(path, tensors, aside=set(tensors) - used)
+            manifest.keep_tensors(path, tensors, aside=set(tensors) - used(path, files))
         for theirs, place in FOLDERS.items():
             convert_folder(folder, theirs, place, manifest)
         _check_language(new / "language", ours[f"reader/{WEIGHTS}"], found[""])

@@ -50,6 +50,7 @@ class MergerBlock(CrossBlock):
         return x + self.mlp(self.norm_mlp(x))
 
     def _cross(self, x: Tensor, seen: Tensor, kept: Ragged, rest: Ragged, some: Tensor) -> Tensor:
+        """Cross-attention to what is `seen`; `some` is False where an image dropped nothing."""
         cross = self.cross_attention
         query = kept.pad(cross.query(x)) * some[:, None, None]  # zero logits: uniform
         key, value = rest.pad(cross.key(seen)), rest.pad(cross.value(seen))
