@@ -74,7 +74,7 @@ class Head(nn.Module):
         super().__init__()
         kind, null = config.condition, config.unconditional
         if null == "text" and kind != "cross":
-            raise InputError(f'a "{kind}" condition has no null text, but "learned" or "zeros"')
+            raise InputError(f'a "{kind}" condition has no null text: use "learned" or "zeros"')
         self.learned = null == "learned"
 
     @property
@@ -115,9 +115,9 @@ class CrossCondition(Head):
 
     def take_null(self, null: Float[Tensor, "tokens width"]) -> None:
         """Store the null-text embedding that training begins with."""
-        if null.shape != self.null_context.shape:
-            expected = list(self.null_context.shape)
-            raise InputError(f"the null text is {list(null.shape)}, expected {expected}")
+        given, expected = list(null.shape), list(self.null_context.shape)
+        if given != expected:
+            raise InputError(f"the null text is {given}, this configuration expects {expected}")
         self.null_context.copy_(null)
 
     def _padded(self, context: Tensor) -> Condition:

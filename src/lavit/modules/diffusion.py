@@ -41,7 +41,7 @@ def class_of(config: dict[str, Any], what: str, kinds: Any) -> Any:
     name = config.get("_class_name")
     found = getattr(diffusers, str(name), None)
     if not (isinstance(found, type) and issubclass(found, kinds)):
-        raise InputError(f"pixels: unknown {what} class {name!r}")
+        raise InputError(f"pixels: unknown {what} class {name!r}, expected one of diffusers'")
     return found
 
 
@@ -56,7 +56,8 @@ def load_strictly(kind: type[ModelMixin], folder: Path, expected: dict[str, Any]
     for name, value in options(expected).items():
         moments = name in ("latents_mean", "latents_std", "scaling_factor")  # measured in training
         if not moments and found.get(name) != (list(value) if isinstance(value, tuple) else value):
-            raise InputError(f"{folder}: {name} is {found.get(name)}, expected {value}")
+            given = f"{name} is {found.get(name)}"
+            raise InputError(f"{folder}: {given}, this configuration expects {value}")
     how = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     try:
         model, info = kind.from_pretrained(folder, **how)

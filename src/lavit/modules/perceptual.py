@@ -26,7 +26,9 @@ class Perceptual(nn.Module):
         super().__init__()
         if vision.config.source != EFFICIENTNET:
             needed = f"an encoder that takes pictures of any size ({EFFICIENTNET})"
-            raise InputError(f"a perceptual loss needs {needed}: set perceptual_weight to 0")
+            given = repr(vision.config.source)
+            hint = "set perceptual_weight to 0"
+            raise InputError(f"a perceptual loss needs {needed}, not {given}: {hint}")
         self.vision = vision
 
     def forward(

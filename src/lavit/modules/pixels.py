@@ -226,7 +226,8 @@ class Pixels(nn.Module):
         if not guidance >= 0:
             raise InputError(f"pixels: guidance is {guidance}, expected 0 or more (1 is without)")
         if len(seeds) != len(features):
-            raise InputError(f"pixels: {len(seeds)} seeds for {len(features)} pictures")
+            pictures = f"{len(features)} pictures"
+            raise InputError(f"pixels: {len(seeds)} seeds for {pictures}, expected one each")
         height, width = self.picture_size(size)
         self.check_size((height, width))
         solver = self.solver(sampler, steps, features.device)
