@@ -37,7 +37,7 @@ def divides(path: Path) -> bool:
         others = [sub for sub in path.iterdir() if sub.is_dir() and sub.name != "train"]
         return not any(file.is_file() for sub in others for file in sub.rglob("*"))
     files = ((file.parent.name, *re.split(r"[-.\s]", file.stem)) for file in path.rglob("*"))
-    return not set(OTHERS).intersection(*[itertools.chain(*files)])
+    return set(OTHERS).isdisjoint(itertools.chain(*files))
 
 
 def lists_splits(folder: Path) -> bool:
