@@ -33,8 +33,7 @@ from lavit.config import (
     to_json,
 )
 from lavit.data.conversations import ConversationDocuments, Conversations, load_conversations
-from lavit.data.features import Features, compute_features, tokenize_features
-from lavit.data.pretokenised import nothing_read
+from lavit.data.features import Features, compute_features, nothing_read, tokenize_features
 from lavit.model import LaVIT
 from lavit.modules.language import Language
 from lavit.sequence import VisualTokens
