@@ -13,15 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DiffusionPipeline,
-    ImagePipelineOutput,
-    SchedulerMixin,
-    UNet2DConditionModel,
-    UNet2DModel,
-)
 from jaxtyping import Float
 from torch import Tensor
 
@@ -32,7 +25,7 @@ from lavit.modules.diffusion import solver_of
 from lavit.modules.pixels import Pixels
 
 
-class PixelsPipeline(DiffusionPipeline):
+class PixelsPipeline(diffusers.DiffusionPipeline):
     """Reconstructed features in, pictures out.
 
     `scheduler` is the solver, `noise` the training's schedule, `pixels` a `PixelsConfig` as JSON.
@@ -46,11 +39,11 @@ class PixelsPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        unet: UNet2DModel | UNet2DConditionModel,
-        scheduler: SchedulerMixin,
-        noise: SchedulerMixin,
+        unet: diffusers.UNet2DModel | diffusers.UNet2DConditionModel,
+        scheduler: diffusers.SchedulerMixin,
+        noise: diffusers.SchedulerMixin,
         condition: Head,
-        vae: AutoencoderKL | None,
+        vae: diffusers.AutoencoderKL | None,
         pixels: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -82,7 +75,7 @@ class PixelsPipeline(DiffusionPipeline):
         size: tuple[int, int] | str | None = None,
         output_type: str = "pil",
         callback_on_step_end: Callable[..., dict[str, Tensor]] | None = None,
-    ) -> ImagePipelineOutput:
+    ) -> diffusers.ImagePipelineOutput:
         """One picture per row of features; `seeds` defaults to 0, 1, …
 
         size: (height, width) or an aspect ratio. output_type: "pil", or "pt" (float, 0..1).
@@ -111,8 +104,8 @@ class PixelsPipeline(DiffusionPipeline):
             )
         self.maybe_free_model_hooks()
         if output_type == "pt":
-            return ImagePipelineOutput(images=pictures / 2 + 0.5)
-        return ImagePipelineOutput(images=[to_image(picture) for picture in pictures])
+            return diffusers.ImagePipelineOutput(images=pictures / 2 + 0.5)
+        return diffusers.ImagePipelineOutput(images=[to_image(picture) for picture in pictures])
 
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
         """Write the decoder's folder, as `Pixels.save` does."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -145,7 +146,13 @@ class Session:
         rows: list[int] = []
         events: list[Event] = []
         for row, (number, request) in enumerate(admitted):
-            for stream in self._streams(number, request):
+            room = self.decoder.context - len(request.ids) - (request.mode == "image")
+            common, how = (request, self.vocabulary, room), request.sampling
+            if how.beams > 1:
+                streams: list[Any] = [Beams(number, *common)]
+            else:
+                streams = [Writer(number, sample, *common) for sample in range(how.n)]
+            for stream in streams:
                 inside, lanes = stream.inside, stream.lanes
                 rows += [row, len(admitted)][:lanes] if inside else [row] * lanes
                 self.streams.append(stream)
@@ -160,15 +167,6 @@ class Session:
             return last, events
         self.memory.join(memory)
         return torch.cat([hidden, last]), events
-
-    def _streams(self, number: int, request: Request) -> list[Writer] | list[Beams]:
-        room = self.decoder.context - len(request.ids) - (request.mode == "image")
-        if request.sampling.beams > 1:
-            return [Beams(number, request, self.vocabulary, room)]
-        return [
-            Writer(number, sample, request, self.vocabulary, generator, room)
-            for sample, generator in enumerate(request.sampling.generators())
-        ]
 
     def _prefill(self, requests: list[Request]) -> tuple[LaneCache, Float[Tensor, "prompts width"]]:
         """Prompts in order; behind them a bare image start, the unconditional one, if wanted."""

@@ -97,10 +97,6 @@ class Sampling:
         first = secrets.randbits(48) if self.seed is None else self.seed
         return tuple(first + i for i in range(self.n))
 
-    def generators(self) -> list[Generator]:
-        """One CPU generator for each of the n samples."""
-        return [Generator().manual_seed(seed) for seed in self.seeds()]
-
 
 def guide(conditional: Logits, unconditional: Logits, scale: Float[Tensor, "rows"]) -> Logits:
     """Guided logits (paper Eq. 7): l_u + a (l_c - l_u), one a for each row."""

@@ -29,12 +29,11 @@ class Writer:
         sample: int,
         request: Request,
         vocabulary: Vocabulary,
-        generator: torch.Generator,
         room: int,
     ) -> None:
         self.number, self.sample = number, sample
-        self.request, self.vocabulary = request, vocabulary
-        self.generator, self.room = generator, room
+        self.request, self.vocabulary, self.room = request, vocabulary, room
+        self.generator = torch.Generator().manual_seed(request.sampling.seeds()[sample])
         self.inside = request.mode == "image"
         self.most_lanes = 1 + request.guided
         self.images = int(self.inside)
