@@ -158,13 +158,10 @@ def bars(values: Sequence[float], *, title: str, low: str, high: str) -> Image.I
             end = max(start, end - (end - start > 4))
             draw.rectangle((start, bottom - height, end, bottom), fill=BLUE)
     draw.line((left, bottom, right, bottom), fill=INK)
-    for place, text in (
-        ((left, 6), title),
-        ((4, top - 4), f"{most:.4g}"),
-        ((left, bottom + 6), low),
-        ((right - draw.textlength(high), bottom + 6), high),
-    ):
-        draw.text(place, text, fill=INK)
+    draw.text((left, 6), title, fill=INK)
+    draw.text((4, top - 4), f"{most:.4g}", fill=INK)
+    draw.text((left, bottom + 6), low, fill=INK)
+    draw.text((right - draw.textlength(high), bottom + 6), high, fill=INK)
     return page
 
 

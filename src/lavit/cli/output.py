@@ -32,17 +32,8 @@ Protocol = Annotated[
 DEFAULT_MODEL = "nano"  # comes with the package
 
 
-def load_model(
-    model: str,
-    images: Sequence[str] | None = None,
-    *,
-    safety: bool = True,
-    **options: Any,
-) -> Pipeline:
-    """`lavit.load`, after the pictures that are to be read have been seen to open.
-
-    `safety` False switches the check of written pictures off; else it is as the model says.
-    """
+def load_model(model: str, images: Sequence[str] | None = None, **options: Any) -> Pipeline:
+    """`lavit.load`, after the pictures that are to be read have been seen to open."""
     import lavit
     from lavit.images import open_image
 
@@ -50,7 +41,7 @@ def load_model(
         raise InputError("give at least one picture")
     for image in images or ():
         open_image(image)
-    return lavit.load(model, safety=None if safety else False, **options)
+    return lavit.load(model, **options)
 
 
 def warn_of_unknown(lavit: Pipeline, prompts: Sequence[str]) -> None:

@@ -136,7 +136,8 @@ class Drawing:
 
     def write(self, prompts: Sequence[str], images: Sequence[str] | None = None) -> None:
         """Draw prompts, from pictures where there are some, and save."""
-        options = {"protocol": self.protocol, "safety": self.safety, "watermark": self.watermark}
+        safety = None if self.safety else False  # None: as the model says
+        options = {"protocol": self.protocol, "safety": safety, "watermark": self.watermark}
         lavit = load_model(self.model, images, **options)
         warn_of_unknown(lavit, prompts)
         names = ("n", "best_of", "seed", "guidance", "steps", "size")
@@ -175,7 +176,8 @@ def reconstruct(
     watermark: Watermark = None,
 ) -> None:
     """Turn pictures into visual tokens and back, without the language model."""
-    lavit = load_model(model, images, safety=safety, watermark=watermark)
+    checked = None if safety else False  # None: as the model says
+    lavit = load_model(model, images, safety=checked, watermark=watermark)
     back = partial(lavit.reconstruct, keep=keep, seed=seed, steps=steps, size=size)
     write_drawn(lambda: [back(image) for image in images], out)
 

@@ -29,7 +29,7 @@ from lavit.vocabulary import Vocabulary
 
 # takes codes, seeds=… and maybe watch=…, which is called with each solver step and its latents
 Painter = Callable[..., list[Image.Image]]
-Parts = list[Any]  # strings, and updates of kind "image"
+Made = list[Any]  # strings, and updates of kind "image"
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,9 @@ def updates(
     return happening()
 
 
-def gathered(happening: Iterable[Update], jobs: Sequence[Job], paint: Painter) -> list[list[Parts]]:
+def gathered(happening: Iterable[Update], jobs: Sequence[Job], paint: Painter) -> list[list[Made]]:
     """What each sample of each job wrote, in order: strings, and images, painted all together."""
-    found: list[list[Parts]] = [[[] for _ in range(job.request.sampling.n)] for job in jobs]
+    found: list[list[Made]] = [[[] for _ in range(job.request.sampling.n)] for job in jobs]
     images: list[Update] = []
     for update in happening:
         parts = found[update.input][update.sample]
