@@ -21,8 +21,7 @@ from lavit.data.scenes.language import prompt
 from lavit.data.scenes.world import Facts, facts
 from lavit.evaluate.exam import Exam
 from lavit.evaluate.figures import Figure, mean, share
-from lavit.generate.jobs import writing
-from lavit.generate.prompts import written_from
+from lavit.generate.prompts import writing, written_from
 
 T = TypeVar("T")
 APART = 4  # prompts of 1, 2, 3 and 4 things come in turn: another prompt of as many things
