@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+import judge_errors
 import numpy as np
 import torch
 import tyro
@@ -44,7 +45,7 @@ from lavit.data.scenes.world import (
     STYLES,
     objects,
 )
-from lavit.evaluate import judge_errors, spoil
+from lavit.evaluate import spoil
 from lavit.evaluate.detector import CELLS, SIDE, Detector, Maps, fused
 from lavit.evaluate.judge import FOLDER, UNKNOWN, Judge, sizes
 
