@@ -238,6 +238,7 @@ class PixelsTraining:
     learning_rate: float
     weight_decay: float = 1e-3
     warmup: float = 0.05
+    optimizer: Optimizer = "adamw"  # muon: for kernels and matrices
     ema: float = 0.999  # decay of the averaged weights that are saved
     # share of a picture's codes that are another's, at most; it is drawn evenly from 0 to this: a LM that writes codes errs,
     # and a decoder that only knows true ones does worse on its (conditioning augmentation, arXiv 2106.15282)

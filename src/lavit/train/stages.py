@@ -269,15 +269,11 @@ class PixelsStage:
         self.averaged = AveragedModel(pixels, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=False)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """One group."""
+        """One group, or kernels and matrices apart."""
         params = [p for p in self.module.parameters() if p.requires_grad]
-        return [
-            {
-                "params": params,
-                "lr": self.config.learning_rate,
-                "weight_decay": self.config.weight_decay,
-            }
-        ]
+        rates = {"lr": self.config.learning_rate, "weight_decay": self.config.weight_decay}
+        found = [{"params": params, **rates}]
+        return found if self.config.optimizer == "adamw" else matrices_apart(found, self.module)
 
     def batch(self, step: int, shard: Shard) -> PictureBatch:
         """Pictures of a step."""
