@@ -38,10 +38,11 @@ def documents(index: int, rules: Rules) -> Iterator[Document]:
     for told in unit.pictures:
         yield from (("description", [text], [told.scene]) for text in told.texts)
         yield from (("prompt", [text], [told.scene]) for text in told.prompts)
-        yield from (("question", list(asked), [told.scene]) for asked in told.questions)
-    for change in unit.changes:
-        shown = [unit.pictures[n].scene for n in (*change.sources, change.target)]
-        yield ("edit" if len(change.sources) == 1 else "several pictures", [change.prompt], shown)
+        asked = ([one.question, one.answer] for one in told.questions)
+        yield from (("question", words, [told.scene]) for words in asked)
+    if unit.change:
+        kind = "edit" if len(unit.change.sources) == 1 else "several pictures"
+        yield kind, [unit.change.prompt], [*unit.change.sources, unit.change.target]
     if index % TALKS == 0:
         talk = conversation(np.random.default_rng([3, 0, index]), rules, 2 + index // TALKS % 3)
         yield "conversation", list(talk.texts), list(talk.scenes)
