@@ -40,7 +40,7 @@ from lavit.sequence import VisualTokens
 from lavit.storage import inject_lora, model_folder
 from lavit.train.language import LanguageStage
 from lavit.train.loop import Report, Shard, train
-from lavit.train.spread import make_accelerator
+from lavit.train.spread import first_alone, make_accelerator
 
 log = logging.getLogger(__name__)
 COPIED = ("vision", "tokenizer", "pixels", "base")
@@ -152,7 +152,7 @@ class Finetune:
         if not conversations.pictures:
             return nothing_read(vision)
         progress = self.prepare if self.accelerator.is_main_process else None
-        with self.accelerator.main_process_first():
+        with first_alone(self.accelerator):
             features = compute_features(
                 conversations.pictures,
                 model.vision,
