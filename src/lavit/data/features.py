@@ -25,7 +25,7 @@ from lavit.modules.tokenizer import VisualTokenizer
 from lavit.modules.vision import Vision
 from lavit.sequence import VisualTokens
 
-BLOCK = 32  # pictures encoded at a time
+BLOCK = 8  # pictures encoded at a time: more do not fit a CPU's cache
 
 
 @dataclass(frozen=True)

@@ -147,11 +147,14 @@ def _efficientnet_lite0(config: VisionConfig) -> nn.Module:
         raise InputError(f"{path.name} is not the file of this model's training (sha256 differs)")
     network = library.EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    return _fold_norms(network.eval()).to(memory_format=torch.channels_last)
+    return _folded(network.eval()).to(memory_format=torch.channels_last)
 
 
-def _fold_norms(network: nn.Module) -> nn.Module:
-    """Fold the frozen batch norms into their convolutions: twice as fast on a CPU, same to 1e-5."""
+def _folded(network: nn.Module) -> nn.Module:
+    """Frozen batch norms and even paddings folded into the convolutions, ReLU6 in place.
+
+    Several times as fast on a CPU; the norms change values by 1e-5, the rest by nothing.
+    """
     norms = {
         "_conv_stem": "_bn0",
         "_expand_conv": "_bn0",
@@ -164,6 +167,12 @@ def _fold_norms(network: nn.Module) -> nn.Module:
                 fused = fuse_conv_bn_eval(getattr(part, convolution), getattr(part, norm))
                 setattr(part, convolution, fused)
                 setattr(part, norm, nn.Identity())
+        part._swish = nn.ReLU6(inplace=True)
+    for part in network.modules():
+        if isinstance(padding := getattr(part, "static_padding", None), nn.ZeroPad2d):
+            left, right, top, bottom = padding.padding
+            if (left, top) == (right, bottom):
+                part.padding, part.static_padding = (top, left), nn.Identity()
     return network
 
 
