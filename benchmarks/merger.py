@@ -18,10 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lavit.modules.layers import join_heads, split_heads
 from lavit.modules.merger import Merger
 
 DIM, HEADS, DEPTH, PATCHES, MLP_RATIO, KEPT = 1408, 16, 12, 256, 4.3637, 0.36
@@ -31,19 +29,11 @@ def dense(merger: Merger, patches: Tensor, keep: Tensor) -> Tensor:
     """All rows [images patches dim] under masks; those of dropped patches are of no use."""
     causal = torch.ones(patches.shape[1], patches.shape[1], dtype=torch.bool).tril()
     itself = torch.eye(patches.shape[1], dtype=torch.bool)
-    self_mask = (causal & keep[:, None, :] | itself)[:, None]
-    cross_mask = (~keep)[:, None, None, :]
+    self_mask = causal & keep[:, None, :] | itself
     context = merger.norm_patches(patches)
     x = patches
     for block in merger.blocks:
-        attention, cross = block.self_attention, block.cross_attention
-        parts = attention.qkv(block.norm_self(x)).chunk(3, -1)
-        query, key, value = (split_heads(part, attention.heads) for part in parts)
-        x = x + attention.out(join_heads(F.scaled_dot_product_attention(query, key, value, attn_mask=self_mask)))
-        parts = cross.query(block.norm_cross(x)), cross.key(context), cross.value(context)
-        query, key, value = (split_heads(part, cross.heads) for part in parts)
-        x = x + cross.out(join_heads(F.scaled_dot_product_attention(query, key, value, attn_mask=cross_mask)))
-        x = x + block.mlp(block.norm_mlp(x))
+        x = block.padded(x, context, ~keep[:, None, :], self_mask)
     return merger.norm(x)
 
 

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+import judge_errors
 import numpy as np
 import torch
 import tyro
@@ -44,9 +45,10 @@ from lavit.data.scenes.world import (
     STYLES,
     objects,
 )
-from lavit.evaluate import judge_errors, spoil
+from lavit.evaluate import spoil
 from lavit.evaluate.detector import CELLS, SIDE, Detector, Maps, fused
 from lavit.evaluate.judge import FOLDER, UNKNOWN, Judge, sizes
+from lavit.train.muon import Muon
 
 CANVASES = (64, 96, 128)
 MOST = 9  # things
@@ -263,28 +265,6 @@ def losses(maps: Maps, things: Tensor, ground: Tensor) -> dict[str, Tensor]:
     return found
 
 
-class Muon(torch.optim.Optimizer):
-    """Steps of equal size in all directions (https://kellerjordan.github.io/posts/muon/)."""
-
-    def __init__(self, weights: list[Tensor], rate: float) -> None:
-        super().__init__(weights, {"lr": rate})
-
-    @torch.no_grad()
-    def step(self) -> None:
-        group = self.param_groups[0]
-        for weight in group["params"]:
-            mean = self.state[weight].setdefault("mean", torch.zeros_like(weight))
-            mean.lerp_(weight.grad, 0.05)
-            step = weight.grad.lerp(mean, 0.95).flatten(1)
-            rows, columns = step.shape
-            step = step / (step.norm() + 1e-7)
-            for _ in range(5):
-                square = step @ step.T
-                step = 3.4445 * step + (-4.7750 * square + 2.0315 * square @ square) @ step
-            weight.mul_(1 - group["lr"] * 0.05)
-            weight.add_(step.view_as(weight), alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
-
-
 def train(names: tuple[str, ...], minutes: float, seed: int, start: Path | None, run: Path) -> Detector:
     """The detector after `minutes`; the rate falls with the clock."""
     torch.set_num_threads(1)
@@ -295,14 +275,20 @@ def train(names: tuple[str, ...], minutes: float, seed: int, start: Path | None,
     heads = {*network.things.parameters(), *network.vote.parameters()}
     convolutions = [w for w in network.parameters() if w.ndim == 4 and w not in heads]
     others = [w for w in network.parameters() if w.ndim != 4 or w in heads]
-    optimizers = [Muon(convolutions, RATE), torch.optim.AdamW(others, RATE, weight_decay=0.01)]
+    optimizer = Muon(
+        [
+            {"params": convolutions, "muon": True, "share": 0.5, "weight_decay": 0.1},
+            {"params": others, "share": 1.0, "weight_decay": 0.01},
+        ],
+        lr=RATE,
+    )
     batches = iter(DataLoader(Pictures(names, seed), batch_size=None, num_workers=1))
     begin, step, mean = time.monotonic(), 0, {}
     top = RATE if start is None else RATE / 2
     while minutes and (done := (time.monotonic() - begin) / 60 / minutes) < 1:
         rate = top * min(1.0, (step + 1) / 100) * (0.5 + 0.5 * np.cos(np.pi * done)) + 1e-6
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = rate
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["share"]
         pixels, things, ground = next(batches)
         pixels = pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1)
         parts = losses(network(pixels.contiguous(memory_format=torch.channels_last)), things, ground)
@@ -310,8 +296,7 @@ def train(names: tuple[str, ...], minutes: float, seed: int, start: Path | None,
         network.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
-        for optimizer in optimizers:
-            optimizer.step()
+        optimizer.step()
         step += 1
         for key, value in parts.items():
             mean[key] = 0.98 * mean.get(key, value.item()) + 0.02 * value.item()

@@ -20,7 +20,9 @@ from lavit.train.run import Run
 def training() -> TrainConfig:
     """Few steps, each reported, rows and pictures for two ranks; one checkpoint on the way."""
     toy = replace(toy_training(3), log_every=1, checkpoint_every=2)
-    return replace(toy, language=replace(toy.language, steps=4, rows=4, optimizer="muon"), pixels=replace(toy.pixels, steps=4))
+    return replace(
+        toy, language=replace(toy.language, steps=4, rows=4, optimizer="muon"), pixels=replace(toy.pixels, steps=4)
+    )
 
 
 def main(data: str, ddp: str, fsdp: str) -> None:

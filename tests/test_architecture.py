@@ -29,6 +29,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("convert",),
     ("serve",),
     ("cli",),
+    ("__main__",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 # data/documents.py lays the paper's prompts out, which the pipeline must repeat

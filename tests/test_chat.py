@@ -13,9 +13,8 @@ import lavit
 from conftest import toy_picture
 from lavit.config import InputError
 from lavit.data.chat import ChatPicture, ChatText, render_chat, turn_end
-from lavit.generate.jobs import writing
 from lavit.generate.pipeline import Pipeline
-from lavit.generate.prompts import lay_prompt
+from lavit.generate.prompts import lay_prompt, writing
 from lavit.generate.sampling import Sampling
 
 CHATML = (

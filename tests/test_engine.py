@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from lavit.config import InputError
+from lavit.generate import protocols
 from lavit.generate import sampling as S
 from lavit.generate.decoder import Decoder
 from lavit.generate.engine import Engine
@@ -479,12 +480,12 @@ def test_guide_is_equation_7() -> None:
 
 
 def test_presets_are_the_protocols() -> None:
-    assert (S.caption().beams, S.caption().min_tokens, S.caption().max_tokens) == (2, 8, 36)
-    question = S.question()
+    caption, question = protocols.CAPTION, protocols.QUESTION
+    assert (caption.beams, caption.min_tokens, caption.max_tokens) == (2, 8, 36)
     assert (question.beams, question.min_tokens, question.max_tokens) == (5, 2, 10)
     assert (question.length_penalty, question.early_stopping) == (0.0, True)
-    assert (S.draw_published().top_k, S.draw_published().guidance) == (50, 4.0)
-    assert (S.draw_paper().top_k, S.draw_paper().guidance, S.draw_paper().n) == (200, 2.0, 4)
+    assert (protocols.PUBLISHED.top_k, protocols.PUBLISHED.guidance) == (50, 4.0)
+    assert (protocols.DRAW.top_k, protocols.DRAW.guidance, protocols.BEST_OF) == (200, 2.0, 4)
 
 
 # ---------------------------------------------------------------- errors
@@ -524,7 +525,7 @@ def test_wrong_sampling(wrong: dict[str, object], line: str) -> None:
         ({"ids": (5,) * 96}, "the prompt has 96 tokens but the language model attends to 96"),
         ({"ids": (5, 61), "mode": "image"}, "leave it out, the engine opens the image"),
         ({"mode": "image", "sampling": Sampling(min_tokens=0)}, "an image needs at least one code"),
-        ({"mode": "image", "sampling": S.caption()}, "beam search writes text only"),
+        ({"mode": "image", "sampling": protocols.CAPTION}, "beam search writes text only"),
         ({"slots": (True,)}, "each true slot takes one feature"),
         ({"images": -1, "mode": "mixed"}, "images is -1"),
     ],

@@ -15,14 +15,12 @@ from lavit.data.scenes.parse import parse
 from lavit.data.scenes.world import Box, Facts, Group
 from lavit.evaluate.allocation import PERMUTATIONS, dealt, gains, mean_length
 from lavit.evaluate.copies import distance, is_copy
-from lavit.evaluate.drawing import packed, turned
-from lavit.evaluate.drawing import unpacked as picture_of
+from lavit.evaluate.drawing import packed, turned, unpacked
 from lavit.evaluate.figures import bootstrapped, mean, nothing, ranks, ratio, share, spearman
 from lavit.evaluate.kept import Kept
 from lavit.evaluate.ladder import above, edge_energy, other_lengths, shuffled
 from lavit.evaluate.own import covers
 from lavit.evaluate.probes import fit, found_names, patches_in
-from lavit.evaluate.tokens import unpacked
 
 
 def test_ranks_and_their_correlation_are_those_by_hand() -> None:
@@ -44,22 +42,22 @@ def test_a_correlation_that_another_thing_explains_is_gone_when_that_is_held() -
 
 def test_a_ratio_has_the_bootstraps_interval_and_never_another() -> None:
     over, under = [1.0, 0.0, 1.0, 1.0], [1.0, 1.0, 1.0, 0.0]
-    figure = ratio("r", over, under)
+    figure = ratio(over, under)
     assert figure.value == 1 and figure.low < 1 < figure.high and figure.count == 4
-    assert figure == ratio("r", over, under)
-    assert ratio("r", [1.0], [0.0]).value == 0
-    steady = bootstrapped("b", lambda at: 3.0, 5)
+    assert figure == ratio(over, under)
+    assert ratio([1.0], [0.0]).value == 0
+    steady = bootstrapped(lambda at: 3.0, 5)
     assert (steady.low, steady.value, steady.high) == (3, 3, 3)
 
 
 def test_an_entry_says_numbers_and_what_they_are() -> None:
-    entry = share("s", [True, False], floor=("chance", 0.1), details={"x": 1 / 3}).entry()
+    entry = share([True, False], floor=("chance", 0.1), details={"x": 1 / 3}).entry()
     assert entry["value"] == 0.5 and entry["floor"] == 0.1 and entry["floor_is"] == "chance"
     assert entry["ceiling"] is None and entry["details"] == {"x": 0.3333333}
-    assert nothing("n", "no font").entry()["reason"] == "no font"
-    assert nothing("n", "no font").entry()["value"] is None
-    assert mean("m", [0.0, 0.0, 1.0], within=(0.0, 1.0)).low == 0
-    assert math.isfinite(mean("m", [5.0, 7.0]).high)
+    assert nothing("no font").entry()["reason"] == "no font"
+    assert nothing("no font").entry()["value"] is None
+    assert mean([0.0, 0.0, 1.0], within=(0.0, 1.0)).low == 0
+    assert math.isfinite(mean([5.0, 7.0]).high)
 
 
 def by_hand(length: int, need: int) -> float:
@@ -71,7 +69,7 @@ def test_allocation_gains_nothing_where_all_lengths_are_equal() -> None:
     lengths = [5] * 8
     lost, middle = gains(lambda i, length: by_hand(length, i), lengths, dealt(lengths))
     assert lost == [0.0] * 8
-    assert ratio("g", lost, middle).value == ratio("g", lost, middle).high == 0
+    assert ratio(lost, middle).value == ratio(lost, middle).high == 0
 
 
 def test_allocation_gain_of_two_pictures_by_hand() -> None:
@@ -80,7 +78,7 @@ def test_allocation_gain_of_two_pictures_by_hand() -> None:
     lost, middle = gains(lambda i, length: by_hand(length, needs[i]), lengths, orders)
     assert lost == pytest.approx([0.0, 0.2])  # the second lacks four tokens in one order of two
     assert mean_length(lengths) == 4 and middle == pytest.approx([0.1, 0.3])
-    assert ratio("g", lost, middle).value == pytest.approx(0.1 / 0.2)
+    assert ratio(lost, middle).value == pytest.approx(0.1 / 0.2)
     wrong, _ = gains(lambda i, length: by_hand(length, needs[i]), [6, 2], orders)
     assert sum(wrong) < 0  # lengths dealt out the wrong way round are worse than chance
 
@@ -155,15 +153,13 @@ def test_shuffling_moves_patches_and_loses_none() -> None:
     mixed = shuffled(picture, 4, np.random.default_rng(0))
     assert sorted(np.asarray(mixed).ravel()) == sorted(np.asarray(picture).ravel())
     assert mixed.tobytes() != picture.tobytes()
-    again = picture_of(packed(picture))
+    again = unpacked(packed(picture))
     assert again.tobytes() == picture.tobytes()
 
 
 def test_items_stand_in_anothers_place() -> None:
     assert turned([1, 2, 3, 4, 5, 6]) == [5, 6, 1, 2, 3, 4]
     assert turned([1, 2, 3, 4]) == [2, 3, 4, 1]  # four places on would be itself
-    bits = np.packbits(np.array([1, 0, 1, 1, 0], dtype=bool)).tobytes().hex()
-    assert unpacked(bits, 5).tolist() == [True, False, True, True, False]
 
 
 def test_a_caption_covers_facts_that_say_less() -> None:

@@ -30,10 +30,10 @@ from lavit.evaluate import (
     reading,
     tokens,
 )  # fmt: skip
-from lavit.evaluate.drawing import draw_all, drawings, prompts
-from lavit.evaluate.evaluation import FIGURES, chosen, evaluate, is_scenes
+from lavit.evaluate.drawing import draw_all, drawings, prompt_of
+from lavit.evaluate.evaluation import FIGURES, chosen, evaluate
 from lavit.evaluate.exam import Exam, Missing, weights_hash
-from lavit.evaluate.known import rules_of
+from lavit.evaluate.known import is_scenes, rules_of
 from lavit.evaluate.own import load_items
 
 COUNT = 3
@@ -128,7 +128,7 @@ def test_a_stopped_evaluation_goes_on_to_the_same_figures(
 
 def test_drawings_are_the_pipelines(run: Path) -> None:
     one = Exam(run, count=2, seed=3)
-    words = prompts(one, "test", range(2))
+    words = [prompt_of(one, "test", item) for item in range(2)]
     assert words[0] == prompt(one.scene("test", 0), one.rng(0), full=True)
     usual = [one.pipe.draw(text, seed=seed)[0] for text, seed in zip(words, one.seeds(range(2)), strict=True)]
     assert [picture.tobytes() for picture in drawings(one, "test")] == [picture.tobytes() for picture in usual]

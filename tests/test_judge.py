@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +19,6 @@ from lavit.data.scenes.world import (
     facts,
     objects,
 )
-from lavit.evaluate import judge_errors as errors
 from lavit.evaluate.judge import (
     FOLDER,
     Judge,
@@ -29,6 +30,9 @@ from lavit.evaluate.judge import (
     holds,
     swapped,
 )
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
+import judge_errors as errors
 
 SIZE = 96
 

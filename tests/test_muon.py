@@ -66,3 +66,15 @@ def test_a_step_has_the_size_of_adamws_and_decays() -> None:
     moved = (module[1].weight - before).detach()
     assert abs(float(moved.square().mean().sqrt()) / (0.01 * SIZE) - 1) < 0.5
     assert module[1].weight.grad is None
+
+
+def test_kernels_move_as_matrices_with_a_row_for_each_output() -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 8, 3)
+    before = layer.weight.detach().clone()
+    layer(torch.randn(2, 3, 6, 6)).square().mean().backward()
+    gradient = layer.weight.grad.flatten(1).clone()
+    Muon(matrices_apart([{"params": list(layer.parameters())}], layer), lr=0.01, weight_decay=0.0).step()
+    moved = (before - layer.weight.detach()).flatten(1)
+    expected = 0.01 * SIZE * 27**0.5 * orthogonal(gradient)
+    assert torch.allclose(moved, expected, atol=1e-6)

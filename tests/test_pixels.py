@@ -208,9 +208,9 @@ def test_batched_guidance_equals_two_passes(config):
     told, null = pixels.told(features, size), pixels.condition.null(2, size)
     latents, time = torch.randn(2, pixels.latent_channels, *size), torch.tensor(300)
     with torch.no_grad():
-        one = pixels._guided(latents, time, told.followed_by(null), 3.0, (16, 16))
-        with_features = pixels._predict(latents, time, told, (16, 16))
-        without = pixels._predict(latents, time, null, (16, 16))
+        one = pixels._guided(latents, time, told.followed_by(null), 3.0)
+        with_features = pixels._predict(latents, time, told)
+        without = pixels._predict(latents, time, null)
     torch.testing.assert_close(one, without + 3.0 * (with_features - without), atol=1e-4, rtol=1e-4)
     assert (with_features - without).abs().max() > 1e-4
 

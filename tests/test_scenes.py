@@ -47,7 +47,7 @@ DRAWN = tuple(split for split in SPLITS if split != "noto")
 
 @pytest.mark.parametrize("split", DRAWN)
 def test_scenes_keep_the_geometry(split: str) -> None:
-    for index in range(60):
+    for index in range(20 if split == "number" else 60):  # those of many things take long to find
         scene = scene_at(split, index, rules=RULES)
         boxes = [thing.box for thing in scene.things]
         for box in boxes:

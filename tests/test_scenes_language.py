@@ -74,7 +74,7 @@ def test_descriptions_are_short_and_varied(scenes):
     words = [len(describe(scene, rng).split()) for scene in scenes]
     assert 10 < np.mean(words) < 16
     for fewest, groups in ((4, 0), (10, 1), (40, 2), (40, 3)):
-        for scene in (scene for scene in scenes if len(scene.names) == groups):
+        for scene in [scene for scene in scenes if len(scene.names) == groups][:15]:
             assert len({describe(scene, rng) for _ in range(120)}) > fewest, scene
     assert not any(". " in prompt(scene, rng)[-2:] for scene in scenes[:200])
 
@@ -245,11 +245,11 @@ def test_words_as_facts(text, said):
 
 def test_every_noun_reads_back_alone_and_as_several():
     for name in (*SHAPES, *(kind.name for kind in objects())):
-        assert parse(f"a {noun(name, 1)}") == Facts(None, None, frozenset({Group(name, 1)}))
+        assert parse(article(noun(name, 1))) == Facts(None, None, frozenset({Group(name, 1)}))
         assert parse(f"two {noun(name, 2)}") == Facts(None, None, frozenset({Group(name, 2)}))
     for words, one in nouns().items():
-        count = "a" if one.one else "two"
-        assert parse(f"{count} {' '.join(words)}") is not None, words
+        said = " ".join(words)
+        assert parse(article(said) if one.one else f"two {said}") is not None, words
 
 
 def test_articles_follow_the_ear():

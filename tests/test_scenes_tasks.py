@@ -133,13 +133,14 @@ def test_where_an_edit_puts_things_is_said_and_so(edits):
     for one in placed:
         name = next(n for n in one.target.names if facts(one.target).group(n) and _is_it(one, n))
         mine = [r for r in facts(one.target).relations if name in (r.first, r.second)]
-        said = sum(one.prompt.count(word) for word in (" left of", " right of", "above", "below"))
+        words = one.prompt.replace(" over ", " above ").replace(" under ", " below ")
+        said = sum(words.count(word) for word in (" left of", " right of", " above ", " below "))
         assert said == len(mine) > 0
         for relation in mine:
             word = relation.kind
             if relation.second == name:
                 word = {"left of": "right of", "above": "below"}[word]
-            assert word in one.prompt
+            assert word in words
 
 
 def _is_it(one, name):

@@ -16,9 +16,8 @@ from PIL import Image
 
 from conftest import toy_config, toy_picture, toy_training
 from lavit.config import InputError, to_json
-from lavit.data.bulk import Job, tokenize_corpus, tokenizer_hash
+from lavit.data.bulk import Job, corpus_codes, tokenize_corpus, tokenizer_hash
 from lavit.data.corpus import Corpus, Picture, load_corpus
-from lavit.data.pretokenised import corpus_codes
 from lavit.data.sources import Record
 from lavit.data.stream import Stream, StreamingDocuments
 from lavit.model import LaVIT

@@ -213,7 +213,7 @@ class LanguageTraining:
     unconditional_fraction: float = 0.1  # of [text, image] documents lose their prompt
     stream: bool = False  # read the data shard by shard, encode on the fly (data/stream.py)
     # folder of `lavit tokenize-corpus` whose codes are used; reading needs features, so nothing is
-    # read then (data/pretokenised.py)
+    # read then (data/bulk.py)
     token_corpus: str = ""
     # relative number of documents of each kind: reading, writing, questions, edits, text alone
     mixture: tuple[float, float, float, float, float] = (1.0, 1.0, 0.5, 0.5, 0.25)
@@ -230,6 +230,7 @@ class PixelsTraining:
     learning_rate: float
     weight_decay: float = 1e-3
     warmup: float = 0.05
+    optimizer: Optimizer = "adamw"  # muon: for kernels and matrices
     ema: float = 0.999  # decay of the averaged weights that are saved
     # share of a picture's codes that are another's, drawn evenly from 0 to this: a LM errs, and a
     # decoder that only knows true codes does worse on its (arXiv 2106.15282)

@@ -118,7 +118,12 @@ class LaVIT(nn.Module):
         if name == "tokenizer":
             tokenizer = VisualTokenizer(self.config.tokenizer)
             where = folder / "tokenizer" / "model.safetensors"
-            load_strictly(tokenizer, load_tensors(where), where)
+            tensors = load_tensors(where)
+            told = {"codebook.vectors", "codebook.mass"} <= tensors.keys()
+            if told and "codebook.sums" not in tensors:
+                mass = tensors["codebook.mass"][:, None]  # shipped models leave the sums out
+                tensors["codebook.sums"] = tensors["codebook.vectors"] * mass
+            load_strictly(tokenizer, tensors, where)
             return tokenizer
         if name == "language":
             if (folder / "language").is_dir() and not (folder / "reader").is_dir():

@@ -159,6 +159,7 @@ def nano() -> Preset:
             learning_rate=2e-3,
             ema=0.995,
             perceptual_weight=1.0,
+            optimizer="muon",
         ),
     )
     return Preset(model, training, minutes=30)

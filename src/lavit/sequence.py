@@ -1,14 +1,15 @@
 """Text and images as one stream of ids: segments ⇄ documents ⇄ packed batches (paper Sec. 3.2).
 
-A document is a tuple of segments. The paper's kinds, and how they look as ids (S image start, E image end, c codes,
-f slots that take continuous merger features, t text, . end of text):
+A document is a tuple of segments. The paper's kinds, and how they look as ids (S image start, E
+image end, c codes, f slots that take continuous merger features, t text, . end of text):
 
     [text]          t t t .
     [image, text]   S f f f E t t t .        the image is read
     [text, image]   t t t S c c c E          the image is written
 
-Labels are the next id of the same document. At the slots of a read image the labels are the stage-1 codes of the
-same mask. Packed rows hold whole documents; attention never crosses them and positions restart (block-diagonal):
+Labels are the next id of the same document. At the slots of a read image the labels are the stage-1
+codes of the same mask. Packed rows hold whole documents; attention never crosses them and positions
+restart (block-diagonal):
 
     documents   0 0 0 1 1        mask  1 . . . .
     positions   0 1 2 0 1              1 1 . . .
@@ -39,7 +40,7 @@ WAITING = 256  # documents among which a row finds those that fill it
 
 @dataclass(frozen=True)
 class VisualTokens:
-    """Images as tokens: a ragged batch, packed image after image in raster order of the kept patches."""
+    """Images as tokens: a ragged batch, image after image in raster order of the kept patches."""
 
     codes: Int[Tensor, "total"]
     lengths: Int[Tensor, "images"]
@@ -54,7 +55,7 @@ class VisualTokens:
 class Text:
     """Ids of text; `target=False` gives it no loss (prompts of fine-tuning).
 
-    `closes=False` leaves out the end id where this text ends a document: it goes on elsewhere, or ends in its own way.
+    `closes=False` leaves out the end id where this text ends a document.
     """
 
     ids: tuple[int, ...]
@@ -64,7 +65,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Image:
-    """Codes of one image. `read`: its content enters as features of the picture at `index` of the batch's source."""
+    """Codes of one image. `read`: it enters as features of the source's picture at `index`."""
 
     codes: tuple[int, ...]
     read: bool
@@ -91,7 +92,7 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed rows. `images` are the source indices of the read images, in the order of their slots."""
+    """Packed rows. `images` are the source indices of read images, in the order of their slots."""
 
     ids: Int[Tensor, "rows tokens"]
     labels: Int[Tensor, "rows tokens"]
@@ -114,16 +115,21 @@ def image_ids(codes: tuple[int, ...], vocabulary: Vocabulary) -> tuple[int, ...]
 
 
 def slot_lengths(slots: Bool[Tensor, "rows tokens"]) -> list[int]:
-    """Numbers of slots of the read images of packed rows, in order; an image's slots stand together between its ends."""
+    """Numbers of slots of the read images of packed rows, in order."""
     edges = F.pad(slots.int(), (1, 1)).diff(dim=1)
     return ((edges < 0).nonzero() - (edges > 0).nonzero())[:, 1].tolist()
 
 
-def lay_out(document: Document, vocabulary: Vocabulary, *, supervise_read_images: bool = True) -> Sequence:
+def lay_out(
+    document: Document,
+    vocabulary: Vocabulary,
+    *,
+    supervise_read_images: bool = True,
+) -> Sequence:
     """Turn a document into ids, next-id labels and slots.
 
-    A text that ends the document gets the LM's end id (unless it says otherwise). A read image without
-    `supervise_read_images` gives no loss inside; its image end still predicts the text that follows.
+    A text that ends the document gets the LM's end id (unless it says otherwise). A read image
+    without `supervise_read_images` gives no loss inside; its end still predicts what follows.
     """
     ids: list[int] = []
     target: list[bool] = []  # may this id be predicted?
@@ -136,7 +142,7 @@ def lay_out(document: Document, vocabulary: Vocabulary, *, supervise_read_images
             slot, wanted = [False] * len(piece), segment.target
         else:
             if not segment.codes:
-                raise InputError("an image of a document has no codes: every image keeps at least one patch")
+                raise InputError("an image has no codes: every image keeps at least one patch")
             piece = image_ids(segment.codes, vocabulary)
             slot = [False, *([segment.read] * len(segment.codes)), False]
             wanted = segment.target and (supervise_read_images or not segment.read)
@@ -149,7 +155,7 @@ def lay_out(document: Document, vocabulary: Vocabulary, *, supervise_read_images
 
 
 def supervise_some(sequence: Sequence, share: float, rng: np.random.Generator) -> Sequence:
-    """Keep a share of the codes of read images, drawn at random, as labels; all else is as it was."""
+    """Keep a random share of the codes of read images as labels; all else is as it was."""
     if share >= 1 or not any(sequence.slots):
         return sequence
     spared = rng.random(len(sequence)) >= share
@@ -160,7 +166,7 @@ def supervise_some(sequence: Sequence, share: float, rng: np.random.Generator) -
 
 
 def exact_choice(lengths: Sequence_[int], room: int) -> list[int]:
-    """Numbers of items whose lengths add up to as much of `room` as any choice does (a knapsack, on bits of an integer)."""
+    """Numbers of items that fill `room` as well as any choice does: a knapsack, on bits."""
     numbers: dict[int, list[int]] = {}
     for number, length in enumerate(lengths):
         if length <= room:
@@ -180,9 +186,10 @@ def exact_choice(lengths: Sequence_[int], room: int) -> list[int]:
 
 
 def fill_rows(lengths: Sequence_[int], rows: int, capacity: int) -> tuple[list[list[int]], int]:
-    """Put items into `rows` rows of `capacity`, in order as far as that fills them; returns the rows and how many are left.
+    """Put items into `rows` rows of `capacity`; returns the rows and how many items are left.
 
-    A row takes the next items while there is room for some more, then the choice among those that wait which fills it best.
+    A row takes the next items while there is room for some more, then the choice among those that
+    wait which fills it best.
     """
     coming = iter(range(len(lengths)))
     waiting: list[int] = []
@@ -190,30 +197,31 @@ def fill_rows(lengths: Sequence_[int], rows: int, capacity: int) -> tuple[list[l
     tail = 4 * sorted(lengths)[len(lengths) // 2] if lengths else 0
     for _ in range(rows):
         waiting += islice(coming, WAITING - len(waiting))
-        row: list[int] = []
-        room = capacity
+        row, later, room = [], [], capacity
         for number in waiting:
             if room - lengths[number] >= tail or not row:
                 row.append(number)
                 room -= lengths[number]
-        taken = set(row)
-        waiting = [number for number in waiting if number not in taken]
-        row += [waiting[place] for place in exact_choice([lengths[number] for number in waiting], room)]
-        taken = set(row)
-        waiting = [number for number in waiting if number not in taken]
-        filled.append(row)
+            else:
+                later.append(number)
+        places = exact_choice([lengths[number] for number in later], room)
+        chosen = dict.fromkeys(later[place] for place in places)
+        filled.append([*row, *chosen])
+        waiting = [number for number in later if number not in chosen]
     return filled, len(waiting) + sum(1 for _ in coming)
 
 
 def fill_from_front(lengths: Sequence_[int], rows: int, capacity: int) -> list[list[int]]:
-    """Fill rows with as many of the first items as fit together; which ones are left out does not depend on their lengths.
+    """Fill rows with as many of the first items as fit together, whatever their lengths.
 
-    Returns the item numbers of each row: all of 0, 1, … up to some number. Raises `InputError` for an item longer than a row.
+    Returns the item numbers of each row: all of 0, 1, … up to some number. Raises `InputError` for
+    an item longer than a row.
     """
     count = total = 0
     for length in lengths:
         if length > capacity:
-            raise InputError(f"document {count} has {length} tokens, more than a row of {capacity}: use longer rows")
+            most = f"more than a row of {capacity}: use longer rows"
+            raise InputError(f"document {count} has {length} tokens, {most}")
         total += length
         if total > rows * capacity:
             break
@@ -225,10 +233,15 @@ def fill_from_front(lengths: Sequence_[int], rows: int, capacity: int) -> list[l
     return filled
 
 
-def pack(rows: Sequence_[Sequence_[Sequence]], vocabulary: Vocabulary, *, tokens: int | None = None) -> Batch:
+def pack(
+    rows: Sequence_[Sequence_[Sequence]],
+    vocabulary: Vocabulary,
+    *,
+    tokens: int | None = None,
+) -> Batch:
     """Lay the documents of each row one after the other; inverse of `unpack`.
 
-    `tokens` is the length of a row (default: the longest); the tail is padding with document -1 and no loss.
+    `tokens` is the length of a row (default: the longest); its tail is document -1, without loss.
     """
     width = tokens or max(sum(map(len, row)) for row in rows)
     shape = (len(rows), width)
@@ -265,14 +278,8 @@ def unpack(batch: Batch, vocabulary: Vocabulary) -> list[list[Sequence]]:
             ids = batch.ids[r, at]
             slots = batch.slots[r, at]
             reads = int((slots[1:] & (ids[:-1] == vocabulary.image_start)).sum())
-            row.append(
-                Sequence(
-                    tuple(ids.tolist()),
-                    tuple(batch.labels[r, at].tolist()),
-                    tuple(slots.tolist()),
-                    tuple(next(images) for _ in range(reads)),
-                )
-            )
+            parts = (tuple(part.tolist()) for part in (ids, batch.labels[r, at], slots))
+            row.append(Sequence(*parts, tuple(islice(images, reads))))
         rows.append(row)
     return rows
 
@@ -294,13 +301,10 @@ def fill_slots(
 ) -> Float[Tensor, "rows tokens width"]:
     """Put image features into their slots, in order.
 
-    Raises `InputError` with both counts if slots and features disagree: the mask that laid out the sequence and the
-    mask that merged the features must be one.
+    Raises `InputError` with both counts if they disagree: one keep mask must have made both.
     """
     wanted, given = int(slots.sum()), len(features)
     if wanted != given:
-        raise InputError(
-            f"the sequences have {wanted} image slots but {given} image features came: "
-            "codes and features must come from the same keep mask"
-        )
+        counts = f"{wanted} image slots but {given} image features"
+        raise InputError(f"{counts}: codes and features must come from the same keep mask")
     return embeddings.masked_scatter(slots[..., None], features.to(embeddings.dtype))

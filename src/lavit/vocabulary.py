@@ -1,4 +1,4 @@
-"""The joint vocabulary: an LM's own text ids, then image start, image end and the codes (paper Sec. 3.2).
+"""The joint vocabulary: an LM's own text ids, image start, image end, the codes (paper Sec. 3.2).
 
     0 ............ text_size - 1 | text_size   | text_size + 1 | text_size + 2 ......... size - 1
     the LM's own text ids        | image start | image end     | code 0 ... code K - 1
@@ -20,10 +20,9 @@ MARKERS = 2  # image start and image end stand before the codes
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Joint ids of a language model with `text_size` ids of its own and a codebook of `codes` codes.
+    """Joint ids of a language model with `text_size` rows of its own and a codebook of `codes`.
 
-    `end` is the LM's end-of-text id; `text_size` its number of embedding rows (which may exceed the number of
-    ids that its tokenizer knows).
+    `end` is the LM's end-of-text id; its tokenizer may know fewer ids than it has rows.
     """
 
     text_size: int
@@ -62,12 +61,13 @@ class Vocabulary:
 
     def codes_of(self, ids: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
         """Codebook indices of joint ids; raises `InputError` where an id is no code."""
-        if not bool(self.is_code(ids).all()):
-            raise InputError(f"ids {ids[~self.is_code(ids)].tolist()[:5]} are not codes of this vocabulary")
+        strangers = ids[~self.is_code(ids)].tolist()
+        if strangers:
+            raise InputError(f"ids {strangers[:5]} are not codes of this vocabulary")
         return ids - self.text_size - MARKERS
 
     def rows(self, ids: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-        """Rows of joint visual ids in the table of visual embeddings (0 image start, 1 image end, 2… codes)."""
+        """Rows of joint visual ids in the visual table (0 image start, 1 image end, 2… codes)."""
         return ids - self.text_size
 
     def is_visual(self, ids: Int[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:

@@ -1,6 +1,6 @@
 """The command line: every verb of the package, one function each. The only room that prints.
 
-Bad input ends with one line on stderr and exit code 2; a failing training (`Alarm`) with one line and exit code 1.
+Bad input ends with one line on stderr and exit code 2, a failing training (`Alarm`) with code 1.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tyro
 from lavit.cli import convert as foreign
 from lavit.cli import data as sets
 from lavit.cli import eval as measure
-from lavit.cli import make, show, use
+from lavit.cli import make, use
 from lavit.config import InputError
 
 VERBS: dict[str, Callable[..., Any]] = {
@@ -31,7 +31,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "tokenize-corpus": use.tokenize_corpus,
     "inspect": use.inspect,
     "gallery": use.gallery,
-    "demo": show.demo,
+    "demo": use.demo,
     "train": make.train,
     "train-finetune": make.finetune,
     "eval": measure.evaluate,
@@ -70,16 +70,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if len(words) > 1 and words[0] in GROUPS:
         verbs, prog, words = GROUPS[words[0]], f"lavit {words[0]}", words[1:]
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            verbs, prog=prog, description="LaVIT: images as a foreign language.", args=words
-        )
+        about = "LaVIT: images as a foreign language."
+        tyro.extras.subcommand_cli_from_dict(verbs, prog=prog, description=about, args=words)
     except InputError as error:
         print(f"lavit: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     except RuntimeError as error:
-        health = sys.modules.get(
-            "lavit.train.health"
-        )  # not imported for this: it brings torch, and --help is to be quick
+        # not imported for this: it brings torch, and --help is to be quick
+        health = sys.modules.get("lavit.train.health")
         if health is None or not isinstance(error, health.Alarm):
             raise
         print(f"lavit: {error}", file=sys.stderr)

@@ -8,7 +8,7 @@ from lavit.cli.output import Words, answer_with
 
 
 def check(fixture: Words[Path], /, json: bool = False) -> None:
-    """Run our modules on the weights and inputs of a parity fixture and compare; exit code 1 if an output differs."""
+    """Run our modules on a parity fixture and compare; exit code 1 if an output differs."""
     from lavit.convert import check_fixture
 
     results = check_fixture(fixture)

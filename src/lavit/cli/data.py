@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 from lavit.cli.output import ProgressBar, Words, answer_with
@@ -21,33 +22,34 @@ def scenes(
     """Write scenes, described, asked about and edited, as an ordinary data set.
 
     --objects N takes the first N of the list; --held-out-pairs is the share of pairs of things that
-    training never shows together. --conversations N writes N of them for `lavit train finetune`. The
-    same options give the same files, whatever the number of processes.
+    training never shows together. --conversations N writes N of them for `lavit train finetune`.
+    The same options give the same files, whatever the number of processes.
     """
     from lavit.data.scenes.dataset import write_pool
     from lavit.data.scenes.splits import Rules
 
     rules = Rules(objects=objects, held_out_pairs=held_out_pairs)
-    options = {"split": split, "pictures": pictures, "seed": seed, "size": size}
-    processes = min(4, os.cpu_count() or 1)
+    counts = {"pictures": pictures, "conversations": conversations}
+    how = {"split": split, "seed": seed, "size": size, "processes": min(4, os.cpu_count() or 1)}
     with ProgressBar() as progress:
-        counts = write_pool(
-            out,
-            **options,
-            rules=rules,
-            conversations=conversations,
-            processes=processes,
-            progress=lambda done, of: progress.count("pictures", done, of),
-        )
-    for name, count in counts.items():
+        counted = partial(progress.count, "pictures")
+        written = write_pool(out, **counts, **how, rules=rules, progress=counted)
+    for name, count in written.items():
         print(f"{name:>16} {count}")
 
 
-def check(data: Words[tuple[str, ...]], /, split: str = "train", workers: int = 1, json: bool = False) -> None:
+def check(
+    data: Words[tuple[str, ...]],
+    /,
+    split: str = "train",
+    workers: int = 1,
+    json: bool = False,
+) -> None:
     """Read data and report counts, what is broken, text lengths and licences, source by source.
 
-    Several sources, SOURCE:0.5 for a weight, are reported as the mixture that --data of `lavit train` makes of them; a file
-    of conversations is reported as such. --workers N says whether the shards of a stream suffice for N processes.
+    Several sources, SOURCE:0.5 for a weight, are reported as the mixture that --data of `lavit
+    train` makes of them; a file of conversations is reported as such. --workers N says whether the
+    shards of a stream suffice for N processes.
     """
     from lavit.data.inspect import inspect_data
 

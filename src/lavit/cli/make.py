@@ -10,11 +10,8 @@ import tyro
 from lavit.cli.output import DEFAULT_MODEL, Model, ProgressBar, Words
 from lavit.config import InputError
 
-Data = Annotated[
-    tuple[str, ...],
-    tyro.conf.UseAppendAction,
-    tyro.conf.arg(help="a source; give it again to mix several, SOURCE:0.5 draws half as many documents from one"),
-]
+MIX = "a source; give it again to mix several, SOURCE:0.5 draws half as many documents from one"
+Data = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(help=MIX)]
 
 
 def train(
@@ -34,13 +31,16 @@ def train(
     gpus: int = 1,
     memory: float | None = None,
 ) -> None:
-    """Train a stage, or all three, of a preset on a data set. The same command goes on after an interruption.
+    """Train a stage, or all three, of a preset on a data set.
 
-    --minutes scales the steps: about that long on two idle CPU cores. --lora R trains adapters of rank R beside a frozen
-    language model. --tracker tensorboard, wandb or trackio, beside metrics.jsonl. --fsdp shards stage 2 over the processes
-    of torchrun. --stream reads the data of stage 2 as it comes, shard by shard; --tokens takes its codes from a folder of
-    `lavit tokenize-corpus`, and then nothing is read, only written. --plan trains nothing: it computes the memory of stage 2
-    on --gpus GPUs of --memory GiB each.
+    The same command goes on after an interruption.
+
+    --minutes scales the steps: about that long on two idle CPU cores. --lora R trains adapters of
+    rank R beside a frozen language model. --tracker tensorboard, wandb or trackio, beside
+    metrics.jsonl. --fsdp shards stage 2 over the processes of torchrun. --stream reads the data of
+    stage 2 as it comes, shard by shard; --tokens takes its codes from a folder of `lavit
+    tokenize-corpus`, and then nothing is read, only written. --plan trains nothing: it computes the
+    memory of stage 2 on --gpus GPUs of --memory GiB each.
     """
     from dataclasses import replace
 
@@ -60,7 +60,8 @@ def train(
         print("\n".join(plan_language(model, chosen.training, gpus=gpus, memory=memory).lines()))
         return
     if not data or out is None:
-        raise InputError("a training needs --data (what to learn from) and --out (the run's folder)")
+        needed = "--data (what to learn from) and --out (the run's folder)"
+        raise InputError(f"a training needs {needed}")
     training = replace(chosen.training, seed=seed)
     if minutes is not None:
         training = scaled(training, minutes / chosen.minutes)
@@ -86,9 +87,10 @@ def finetune(
 ) -> None:
     """Fine-tune a trained model on conversations (lavit train finetune); answers alone give loss.
 
-    --data is a file of JSON lines {"messages": […]} with pictures on either side. --lora R trains adapters of rank R, which
-    are merged in the end; by default all weights train, or the adapter that the model has. --minutes, in place of --steps,
-    measures how many fit. The same command goes on after an interruption.
+    --data is a file of JSON lines {"messages": […]} with pictures on either side. --lora R trains
+    adapters of rank R, which are merged in the end; by default all weights train, or the adapter
+    that the model has. --minutes, in place of --steps, measures how many fit. The same command goes
+    on after an interruption.
     """
     from lavit.train.finetune import Finetune, finetune_training
 
@@ -100,10 +102,11 @@ def finetune(
 
 
 def export(run: Words[str], /, out: Path, merge: bool = False) -> None:
-    """Write a run's language model as a plain transformers folder; --merge joins a LoRA adapter to its base."""
+    """Write a run's language model as a plain transformers folder; --merge joins LoRA to it."""
     from lavit.config import ModelConfig, from_json, read_json
     from lavit.storage import export_language, model_folder
 
     folder = model_folder(run)
-    export_language(from_json(ModelConfig, read_json(folder / "config.json")), folder, out, merge=merge)
+    config = from_json(ModelConfig, read_json(folder / "config.json"))
+    export_language(config, folder, out, merge=merge)
     print(out)

@@ -1,4 +1,4 @@
-"""What verbs share: where the model is, how answers are printed, pictures written and progress shown."""
+"""What verbs share: opening models, printing answers, writing pictures, showing progress."""
 
 from __future__ import annotations
 
@@ -18,37 +18,30 @@ if TYPE_CHECKING:
     from lavit.train.loop import Report
 
 Words = tyro.conf.Positional
-Model = Annotated[str, tyro.conf.arg(help="a trained run or model folder, or nano")]
-Size = Annotated[str | None, tyro.conf.arg(help="aspect ratio: 1:1, 4:3, 3:2, 16:9, 2:3, 3:4 (default: the model's)")]
-Safety = Annotated[bool, tyro.conf.arg(help="check written pictures where the model asks for it")]
-Watermark = Annotated[str | None, tyro.conf.arg(help="text to hide in the pictures (needs invisible-watermark)")]
+arg = tyro.conf.arg
+Model = Annotated[str, arg(help="a trained run or model folder, or nano")]
+RATIOS = "aspect ratio: 1:1, 4:3, 3:2, 16:9, 2:3, 3:4 (default: the model's)"
+Size = Annotated[str | None, arg(help=RATIOS)]
+Safety = Annotated[bool, arg(help="check written pictures where the model asks for it")]
+HIDDEN = "text to hide in the pictures (needs invisible-watermark)"
+Watermark = Annotated[str | None, arg(help=HIDDEN)]
 Protocol = Annotated[
-    Literal["default", "paper", "published"], tyro.conf.arg(help="how to sample: the paper's beams and best of four, …")
+    Literal["default", "paper", "published"],
+    arg(help="how to sample: the paper's beams and best of four, …"),
 ]
 DEFAULT_MODEL = "nano"  # comes with the package
 
 
-def load_model(
-    model: str,
-    images: Sequence[str] | None = None,
-    *,
-    protocol: str = "default",
-    safety: bool = True,
-    watermark: str | None = None,
-) -> Pipeline:
-    """The pipeline of a model, after the pictures that are to be read have been seen to open.
-
-    `safety` False switches the check of written pictures off; else it is as the model says.
-    """
+def load_model(model: str, images: Sequence[str] | None = None, **options: Any) -> Pipeline:
+    """`lavit.load`, after the pictures that are to be read have been seen to open."""
     import lavit
     from lavit.images import open_image
 
-    if images is not None:
-        if not images:
-            raise InputError("give at least one picture")
-        for image in images:
-            open_image(image)
-    return lavit.load(model, protocol=protocol, safety=None if safety else False, watermark=watermark)
+    if images is not None and not images:
+        raise InputError("give at least one picture")
+    for image in images or ():
+        open_image(image)
+    return lavit.load(model, **options)
 
 
 def warn_of_unknown(lavit: Pipeline, prompts: Sequence[str]) -> None:
@@ -68,10 +61,10 @@ def answer_with(as_json: bool, text: str, **fields: Any) -> None:
 
 def write_pictures(pictures: Sequence[Any], out: Path) -> None:
     """Save pictures as OUT, or OUT-0, OUT-1 … where there are several; None is left out."""
-    names = [out] if len(pictures) == 1 else [out.with_stem(f"{out.stem}-{i}") for i in range(len(pictures))]
-    for picture, name in zip(pictures, names, strict=True):
+    for number, picture in enumerate(pictures):
         if picture is None:
             continue
+        name = out if len(pictures) == 1 else out.with_stem(f"{out.stem}-{number}")
         try:
             name.parent.mkdir(parents=True, exist_ok=True)
             picture.save(name)
@@ -81,7 +74,7 @@ def write_pictures(pictures: Sequence[Any], out: Path) -> None:
 
 
 def write_drawn(draw: Callable[[], Sequence[Any]], out: Path) -> None:
-    """Draw and save; where the safety checker refuses some pictures the others are saved before it is reported."""
+    """Draw and save; where the safety checker refuses some pictures the others are saved first."""
     from lavit.generate.safety import Refused
 
     try:
@@ -101,17 +94,13 @@ class ProgressBar:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-        self.console = Console(stderr=True)
         self.bar = None
         self.task: tuple[str, Any] | None = None
         self.spoke = 0.0
-        if self.console.is_terminal:
-            columns = (
-                TextColumn("{task.description:<18}"),
-                BarColumn(30),
-                TextColumn("{task.fields[line]}"),
-            )
-            self.bar = Progress(*columns, TimeElapsedColumn(), console=self.console)
+        console = Console(stderr=True)
+        if console.is_terminal:
+            name, line = TextColumn("{task.description:<18}"), TextColumn("{task.fields[line]}")
+            self.bar = Progress(name, BarColumn(30), line, TimeElapsedColumn(), console=console)
             self.bar.start()
         return self
 
@@ -126,9 +115,10 @@ class ProgressBar:
     def report(self, report: Report) -> None:
         """Progress of a training stage: rate, time left, losses and health on one line."""
         left = time.strftime("%H:%M:%S", time.gmtime(report.seconds_left))
-        shown = {name: value for name, value in report.figures.items() if "/" not in name}  # no parts of histograms
-        figures = " ".join(f"{name} {value:.3g}" for name, value in shown.items())
-        line = f"{report.step}/{report.steps} {report.rate:.2f} steps/s left {left} {figures}"
+        line = f"{report.step}/{report.steps} {report.rate:.2f} steps/s left {left}"
+        for name, value in report.figures.items():
+            if "/" not in name:  # no parts of histograms
+                line += f" {name} {value:.3g}"
         self._show(report.stage, report.step, report.steps, line)
 
     def _show(self, what: str, done: int, of: int, line: str) -> None:

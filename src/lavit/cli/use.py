@@ -1,9 +1,12 @@
-"""Verbs that use a model: caption, choose, ask, chat, draw, edit, reconstruct, tokenize, tokenize-corpus, inspect, gallery."""
+"""Verbs that use a model, from caption to demo."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,12 +42,14 @@ def caption(
     """Say what pictures show."""
     lavit = load_model(model, images, protocol=protocol)
     for at in range(0, len(images), BATCH):
+        batch = images[at : at + BATCH]
         started = time.perf_counter()
-        answers = lavit.caption(images[at : at + BATCH])
+        answers = lavit.caption(batch)
         seconds = round((time.perf_counter() - started) / len(answers), 3)
-        for image, answer in zip(images[at : at + BATCH], answers, strict=True):
+        for image, answer in zip(batch, answers, strict=True):
             tokens = int(lavit.tokenize(image).lengths[0]) if json else 0
-            answer_with(json, answer, image=image, caption=answer, tokens=tokens, seconds=seconds)
+            fields = {"image": image, "caption": answer, "tokens": tokens, "seconds": seconds}
+            answer_with(json, answer, **fields)
 
 
 def choose(
@@ -73,10 +78,16 @@ def ask(
     answer_with(json, answer, image=image, question=question, answer=answer)
 
 
-def chat(model: Model = DEFAULT_MODEL, seed: int = 0, out: Path = Path("chat.png"), steps: int | None = None) -> None:
-    """Talk, a line a turn, until end of input. /image FILE shows a picture with the next line, /draw WORDS asks for one.
+def chat(
+    model: Model = DEFAULT_MODEL,
+    seed: int = 0,
+    out: Path = Path("chat.png"),
+    steps: int | None = None,
+) -> None:
+    """Talk, a line a turn, until end of input.
 
-    Pictures that the model writes are saved as OUT, OUT-1, OUT-2 …
+    /image FILE shows a picture with the next line, /draw WORDS asks for one. Pictures that the
+    model writes are saved as OUT, OUT-1, OUT-2 …
     """
     from lavit.images import open_image
 
@@ -86,13 +97,14 @@ def chat(model: Model = DEFAULT_MODEL, seed: int = 0, out: Path = Path("chat.png
     drawn = 0
     for line in map(str.strip, sys.stdin):
         command, _, rest = line.partition(" ")
+        draws = command == "/draw"
         try:
             if command == "/image":
                 shown.append({"type": "image", "image": open_image(rest.strip())})
                 continue
-            words = {"type": "text", "text": rest if command == "/draw" else line}
+            words = {"type": "text", "text": rest if draws else line}
             talk = [*messages, {"role": "user", "content": [*shown, words]}]
-            reply = lavit.chat(talk, out="image" if command == "/draw" else "text", seed=seed, steps=steps)
+            reply = lavit.chat(talk, out="image" if draws else "text", seed=seed, steps=steps)
         except InputError as error:
             print(f"lavit: {error}", file=sys.stderr)
             continue
@@ -101,56 +113,54 @@ def chat(model: Model = DEFAULT_MODEL, seed: int = 0, out: Path = Path("chat.png
             if part["type"] == "text":
                 print(part["text"], flush=True)
             else:
-                write_pictures([part["image"]], out.with_stem(f"{out.stem}-{drawn}") if drawn else out)
+                name = out.with_stem(f"{out.stem}-{drawn}") if drawn else out
+                write_pictures([part["image"]], name)
                 drawn += 1
 
 
-def draw(
-    prompts: Words[tuple[str, ...]],
-    /,
-    out: Path,
-    n: int = 1,
-    best_of: int | None = None,
-    model: Model = DEFAULT_MODEL,
-    protocol: Protocol = "default",
-    seed: int = 0,
-    guidance: float | None = None,
-    steps: int | None = None,
-    size: Size = None,
-    safety: Safety = True,
-    watermark: Watermark = None,
-) -> None:
+@dataclass(frozen=True)
+class Drawing:
+    """The options of verbs that draw."""
+
+    out: Path
+    n: int = 1
+    best_of: int | None = None
+    model: Model = DEFAULT_MODEL
+    protocol: Protocol = "default"
+    seed: int = 0
+    guidance: float | None = None
+    steps: int | None = None
+    size: Size = None
+    safety: Safety = True
+    watermark: Watermark = None
+
+    def write(self, prompts: Sequence[str], images: Sequence[str] | None = None) -> None:
+        """Draw prompts, from pictures where there are some, and save."""
+        safety = None if self.safety else False  # None: as the model says
+        options = {"protocol": self.protocol, "safety": safety, "watermark": self.watermark}
+        lavit = load_model(self.model, images, **options)
+        warn_of_unknown(lavit, prompts)
+        names = ("n", "best_of", "seed", "guidance", "steps", "size")
+        how = {name: getattr(self, name) for name in names}
+        draw = partial(lavit.draw, **how) if images is None else partial(lavit.edit, images, **how)
+        write_drawn(lambda: [picture for made in draw(prompts) for picture in made], self.out)
+
+
+Drawn = Annotated[Drawing, tyro.conf.arg(name="")]
+
+
+def draw(prompts: Words[tuple[str, ...]], /, how: Drawn) -> None:
     """Draw prompts. Several pictures are FILE-0, FILE-1 …, those of the first prompt first.
 
-    --n 4 draws each prompt four times; --best-of 8 draws eight and keeps the n in which the model reads the prompt best.
+    --n 4 draws each prompt four times; --best-of 8 draws eight and keeps the n in which the model
+    reads the prompt best.
     """
-    lavit = load_model(model, protocol=protocol, safety=safety, watermark=watermark)
-    warn_of_unknown(lavit, prompts)
-    how = {"n": n, "best_of": best_of, "seed": seed, "guidance": guidance, "steps": steps, "size": size}
-    write_drawn(lambda: [picture for made in lavit.draw(prompts, **how) for picture in made], out)
+    how.write(prompts)
 
 
-def edit(
-    image: Words[str],
-    prompt: Words[str],
-    /,
-    out: Path,
-    n: int = 1,
-    best_of: int | None = None,
-    model: Model = DEFAULT_MODEL,
-    protocol: Protocol = "default",
-    seed: int = 0,
-    guidance: float | None = None,
-    steps: int | None = None,
-    size: Size = None,
-    safety: Safety = True,
-    watermark: Watermark = None,
-) -> None:
+def edit(image: Words[str], prompt: Words[str], /, how: Drawn) -> None:
     """Draw from a picture and an instruction."""
-    lavit = load_model(model, [image], protocol=protocol, safety=safety, watermark=watermark)
-    warn_of_unknown(lavit, [prompt])
-    how = {"n": n, "best_of": best_of, "seed": seed, "guidance": guidance, "steps": steps, "size": size}
-    write_drawn(lambda: lavit.edit(image, prompt, **how), out)
+    how.write([prompt], [image])
 
 
 def reconstruct(
@@ -166,10 +176,10 @@ def reconstruct(
     watermark: Watermark = None,
 ) -> None:
     """Turn pictures into visual tokens and back, without the language model."""
-    lavit = load_model(model, images, safety=safety, watermark=watermark)
-    write_drawn(
-        lambda: [lavit.reconstruct(image, keep=keep, seed=seed, steps=steps, size=size) for image in images], out
-    )
+    checked = None if safety else False  # None: as the model says
+    lavit = load_model(model, images, safety=checked, watermark=watermark)
+    back = partial(lavit.reconstruct, keep=keep, seed=seed, steps=steps, size=size)
+    write_drawn(lambda: [back(image) for image in images], out)
 
 
 def tokenize(
@@ -180,20 +190,13 @@ def tokenize(
     seed: int = 0,
     json: bool = False,
 ) -> None:
-    """Print the visual tokens of pictures; --json prints image, codes, kept patches and length, one object a line."""
+    """Print the visual tokens of pictures; --json adds kept patches, one object a line."""
     lavit = load_model(model, images)
     for image in images:
         tokens = lavit.tokenize(image, keep=keep, seed=seed)
-        codes = tokens.codes.tolist()
-        kept = tokens.keep[0].nonzero()[:, 0].tolist()
-        answer_with(
-            json,
-            f"{image}: {len(codes)} tokens: {codes}",
-            image=image,
-            codes=codes,
-            kept=kept,
-            length=len(codes),
-        )
+        codes, kept = tokens.codes.tolist(), tokens.keep[0].nonzero()[:, 0].tolist()
+        text = f"{image}: {len(codes)} tokens: {codes}"
+        answer_with(json, text, image=image, codes=codes, kept=kept, length=len(codes))
 
 
 def tokenize_corpus(
@@ -208,45 +211,45 @@ def tokenize_corpus(
     shard_size: int = 256,
     json: bool = False,
 ) -> None:
-    """Write the visual tokens of a whole data set as parquet shards; the same command goes on after an interruption.
+    """Write the visual tokens of a whole data set as parquet shards.
 
-    --workers are processes of Ray Data, a thread each; 0 works in this process, without Ray.
+    The same command goes on after an interruption. --workers are processes of Ray Data, a thread
+    each; 0 works in this process, without Ray.
     """
     import lavit
     from lavit.data.bulk import Job
     from lavit.data.bulk import tokenize_corpus as write
 
     device, dtype = lavit.place()
-    job = Job(
-        data=data,
-        out=out,
-        model=model,
-        split=split,
-        keep=keep,
-        seed=seed,
-        shard_size=shard_size,
-        device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
-    )
+    where = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+    how = {"split": split, "keep": keep, "seed": seed, "shard_size": shard_size}
+    job = Job(data=data, out=out, model=model, **how, **where)
     with ProgressBar() as progress:
-        manifest = write(job, workers=workers, progress=lambda done, of: progress.count("pictures", done, of))
-    counts = f"{manifest['tokens']} tokens of {manifest['pictures']} pictures, {len(manifest['broken'])} broken"
-    answer_with(json, f"{out}: {counts}", **manifest)
+        done = write(job, workers=workers, progress=partial(progress.count, "pictures"))
+    counts = f"{done['tokens']} tokens of {done['pictures']} pictures, {len(done['broken'])} broken"
+    answer_with(json, f"{out}: {counts}", **done)
 
 
-def inspect(image: Words[str], /, out: Path, model: Model = DEFAULT_MODEL, keep: str = "auto") -> None:
-    """Draw a picture, its kept patches, and a map of which kept token each dropped patch flowed into."""
+def inspect(
+    image: Words[str],
+    /,
+    out: Path,
+    model: Model = DEFAULT_MODEL,
+    keep: str = "auto",
+) -> None:
+    """Draw a picture, its kept patches, and which kept token each dropped patch flowed into."""
     from lavit.images import open_image
     from lavit.visualize import kept_over, merge_map, sheet
 
     lavit = load_model(model, [image])
     picture = open_image(image)
     mask = lavit.tokenize(picture, keep=keep).keep
-    flow = lavit.model.tokenizer.flow(lavit.model.patches([picture]), mask)[0]
-    mask, flow = mask[0].cpu(), flow.float().cpu()
-    words = ["picture", f"{int(mask.sum())} of {len(mask)} patches kept", "colour and line: the token that took most"]
-    page = sheet([[picture, kept_over(picture, mask), merge_map(picture, mask, flow)], words], cell=320)
-    write_pictures([page], out)
+    flow = lavit.model.tokenizer.flow(lavit.model.patches([picture]), mask)[0].float().cpu()
+    mask = mask[0].cpu()
+    kept = f"{int(mask.sum())} of {len(mask)} patches kept"
+    words = ["picture", kept, "colour and line: the token that took most"]
+    pictures = [picture, kept_over(picture, mask), merge_map(picture, mask, flow)]
+    write_pictures([sheet([pictures, words], cell=320)], out)
 
 
 def gallery(
@@ -260,20 +263,30 @@ def gallery(
     limit: int | None = None,
     json: bool = False,
 ) -> None:
-    """Draw patches of the most used codes, the use of all codes, and the lengths of a data set's pictures."""
+    """Draw patches of the most used codes, the use of all codes, and lengths over a data set."""
     from lavit.visualize import write_gallery
 
     loaded = load_model(model).model
+    options = {"split": split, "codes": codes, "patches": patches, "limit": limit}
     with ProgressBar() as progress:
-        figures = write_gallery(
-            loaded,
-            data,
-            out,
-            split=split,
-            codes=codes,
-            patches=patches,
-            limit=limit,
-            progress=lambda done, of: progress.count("pictures", done, of),
-        )
+        counted = partial(progress.count, "pictures")
+        figures = write_gallery(loaded, data, out, **options, progress=counted)
     text = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
     answer_with(json, f"{out}: {text}", **figures)
+
+
+def demo(model: Words[str] = DEFAULT_MODEL, /, out: Path = Path("demo"), seed: int = 0) -> None:
+    """Write OUT/index.html and OUT/sheet.png: what a model of scenes reads, answers and draws.
+
+    Things that stand together there never did so in training; --seed shows others. Free
+    generation, one sample each. Parts that the model lacks are said to be missing.
+    """
+    from lavit.evaluate.demo import write_demo
+
+    with ProgressBar() as progress:
+        sections = write_demo(model, out, seed=seed, progress=progress.count)
+    for section in sections:
+        if section.score or section.missing:
+            print(f"{section.title}: {section.score or section.missing}")
+    print(out / "index.html")
+    print(out / "sheet.png")

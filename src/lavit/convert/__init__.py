@@ -1,13 +1,6 @@
 """Published weights and fixtures ⇄ ours: the only room that knows foreign names (names.py)."""
 
-from lavit.convert.fixture import Result, check_fixture, smoothing_effect
+from lavit.convert.fixture import Result, check_fixture
 from lavit.convert.published import Converted, convert_published, convert_reverse
 
-__all__ = [
-    "Converted",
-    "Result",
-    "check_fixture",
-    "convert_published",
-    "convert_reverse",
-    "smoothing_effect",
-]
+__all__ = ["Converted", "Result", "check_fixture", "convert_published", "convert_reverse"]

@@ -8,29 +8,25 @@ at the end of the chain, with their outputs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lavit.config import InputError, PixelsConfig, VisionConfig
+from lavit.config import InputError, PixelsConfig, TokenizerConfig
 from lavit.convert import names
-from lavit.modules.codebook import Codebook
+from lavit.convert.sizes import vision_config
 from lavit.modules.condition import HEADS, Condition
 from lavit.modules.layers import Ragged
-from lavit.modules.merger import Merger
-from lavit.modules.reconstructor import Reconstructor
-from lavit.modules.selector import Selector
 from lavit.modules.tokenizer import VisualTokenizer
 from lavit.modules.vision import load_vision
 from lavit.storage import load_strictly
 
-SMOOTHING = 1e-6  # of the published softmax
 TOLERANCE = 1e-4  # relative; a merger of kept rows alone agrees to 5e-6
 SIZES = ("dim", "heads", "grid", "image_size", "patch_size", "codes", "code_dim", "batch")
 # parts in the order of the data, and the outputs that each computes
@@ -43,7 +39,6 @@ PARTS = {
     "decoder": ("decoder_norm_reconstruction", "context_512"),
     "highres_decoder": ("context_1024", "pooled_1024"),
 }
-OUTPUTS = tuple(output for outputs in PARTS.values() for output in outputs)
 
 
 @dataclass(frozen=True)
@@ -55,203 +50,6 @@ class Result:
     ok: bool
 
 
-@dataclass(frozen=True)
-class Fixture:
-    """Sizes and tensors of a fixture; `part` gives the published weights of one part."""
-
-    path: Path
-    sizes: dict[str, int]
-    tensors: dict[str, Tensor]
-
-    def part(self, name: str) -> dict[str, Tensor]:
-        """Published weights of a part, fp32; empty where the fixture has none."""
-        prefix = f"weights/{name}/"
-        return {key[len(prefix) :]: value.float() for key, value in self.tensors.items() if key.startswith(prefix)}
-
-    def input(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """An input of that shape, else `InputError`."""
-        found = self.tensors.get(f"in/{name}")
-        if found is None or tuple(found.shape) != shape:
-            given = "missing" if found is None else list(found.shape)
-            raise InputError(f"{self.path}: in/{name} is {given}, expected {list(shape)}")
-        return found.float()
-
-
-def read_fixture(path: Path | str) -> Fixture:
-    """Read a fixture; any other file raises `InputError`."""
-    path = Path(path)
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except FileNotFoundError as error:
-        raise InputError(f"there is no file {path}") from error
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is no parity fixture: not a safetensors file ({error})") from error
-    try:
-        sizes = {name: int(metadata[name]) for name in SIZES}
-    except KeyError as error:
-        raise InputError(f"{path} is no parity fixture: its metadata lacks {error}") from error
-    except ValueError as error:
-        raise InputError(f"{path} is no parity fixture: a size is no whole number ({error})") from error
-    if min(sizes.values()) < 1 or sizes["dim"] % sizes["heads"]:
-        raise InputError(f"{path}: sizes {sizes} cannot be built (heads must divide dim, all must be positive)")
-    if sizes["image_size"] // sizes["patch_size"] != sizes["grid"]:
-        raise InputError(f"{path}: {sizes['grid']} patches a side do not fit {sizes['image_size']} pixels")
-    known = {f"in/{name}" for name in ("pixels", "keep")} | {f"out/{name}" for name in OUTPUTS}
-    weights = tuple(f"weights/{part}/" for part in PARTS)
-    strangers = sorted(name for name in tensors if name not in known and not name.startswith(weights))
-    if strangers or not any(name.startswith("out/") for name in tensors):
-        raise InputError(f"{path} is no parity fixture: unknown tensors {strangers[:3]}, or no outputs")
-    return Fixture(path, sizes, tensors)
-
-
-class Replay:
-    """Our parts on a fixture's inputs: one method per published part, which fills `ours`."""
-
-    def __init__(self, fixture: Fixture) -> None:
-        self.fixture = fixture
-        self.ours: dict[str, Tensor] = {}
-
-    def given(self, name: str) -> Tensor:
-        """What an earlier part of ours gave."""
-        if name not in self.ours:
-            part = next(part for part, outputs in PARTS.items() if name in outputs)
-            raise InputError(f"{self.fixture.path} has no weights/{part}, which a later part needs")
-        return self.ours[name]
-
-    @cached_property
-    def keep(self) -> Tensor:
-        """The 0/1 mask to use, as booleans [batch patches]; every picture must keep something."""
-        sizes = self.fixture.sizes
-        keep = self.fixture.input("keep", (sizes["batch"], sizes["grid"] ** 2)) > 0.5
-        if not bool(keep.any(1).all()):
-            raise InputError(f"{self.fixture.path}: in/keep keeps nothing of some picture")
-        return keep
-
-    @property
-    def rows(self) -> Ragged:
-        """Kept rows of the batch."""
-        return Ragged(self.keep.sum(1))
-
-    def load(self, module: nn.Module, part: str, renames: names.Renames, aside: tuple[str, ...] = ()) -> None:
-        """Load a part's published weights into our module, every tensor once."""
-        weights = self.fixture.part(part)
-        where = f"{self.fixture.path}: weights/{part}"
-        ours = names.convert_all(weights, renames, where=where, aside=aside)
-        load_strictly(module, ours, Path(where))
-
-    def ratio(self, part: str) -> float:
-        """MLP ratio that gives the part's hidden width exactly, whatever was rounded."""
-        bias = self.fixture.part(part).get("blocks.0.mlp.fc1.bias")
-        return 1.0 if bias is None else (len(bias) + 0.5) / self.fixture.sizes["dim"]
-
-    def vit(self) -> None:
-        """The encoder: last block before the norm, class token first."""
-        sizes, weights = self.fixture.sizes, self.fixture.part("vit")
-        depth = names.depth_of(weights)
-        architecture = names.vision_architecture(
-            dim=sizes["dim"],
-            hidden=int(self.ratio("vit") * sizes["dim"]),
-            depth=depth,
-            heads=sizes["heads"],
-            image_size=sizes["image_size"],
-            patch_size=sizes["patch_size"],
-        )
-        config = VisionConfig(
-            source="random",
-            image_size=sizes["image_size"],
-            grid=sizes["grid"],
-            dim=sizes["dim"],
-            mean=(0.0,) * 3,
-            std=(1.0,) * 3,
-            architecture=architecture,
-        )
-        vision = load_vision(config)
-        self.load(vision.encoder, "vit", names.vision(depth), names.VISION_ASIDE)
-        side = sizes["image_size"]
-        self.ours["vit_tokens"] = vision.states(self.fixture.input("pixels", (sizes["batch"], 3, side, side)))[-1]
-
-    def selector(self) -> None:
-        """Two log-probabilities per patch."""
-        selector = Selector(self.fixture.sizes["dim"])
-        self.load(selector, "selector", names.selector())
-        self.ours["selector_log_probs"] = selector(self.given("vit_tokens")[:, 1:])
-
-    def merger(self) -> None:
-        """Kept rows under the fixture's mask, image after image."""
-        sizes, depth = self.fixture.sizes, names.depth_of(self.fixture.part("merger"))
-        merger = Merger(sizes["dim"], sizes["heads"], depth, self.ratio("merger"))
-        self.load(merger, "merger", names.merger(depth))
-        self.ours["merged_kept"] = merger(self.given("vit_tokens")[:, 1:], self.keep)
-
-    def codebook(self) -> Codebook:
-        """A codebook of the fixture's sizes, its weights still random."""
-        sizes = self.fixture.sizes
-        return Codebook(sizes["dim"], sizes["codes"], sizes["code_dim"])
-
-    def encode_task_layer(self) -> None:
-        """Merged rows in code space, before they are normalised."""
-        codebook = self.codebook()
-        self.load(codebook.to_code, "encode_task_layer", names.to_code())
-        self.ours["code_input"] = codebook.to_code(self.given("merged_kept"))
-
-    def vq(self) -> None:
-        """Nearest codes, and their vectors."""
-        codebook = self.codebook()
-        rest = {name: value for name, value in codebook.state_dict().items() if name.startswith("to_code.")}
-        weights = self.fixture.part("vq")
-        ours = names.convert_all(weights, names.codebook(), where=f"{self.fixture.path}: weights/vq")
-        load_strictly(codebook, ours | names.started_codebook(ours["vectors"]) | rest, self.fixture.path)
-        vectors = torch.nn.functional.normalize(self.given("code_input"), dim=-1)
-        self.ours["code_ids"] = codebook.index(vectors)
-        self.ours["codes"] = codebook.vector(self.ours["code_ids"])
-
-    def decoder(self) -> None:
-        """The 512-px reconstructor and its context."""
-        normed, condition = self._reconstruct("decoder", "cross")
-        self.ours |= {"decoder_norm_reconstruction": normed, "context_512": condition.context}
-
-    def highres_decoder(self) -> None:
-        """The 1024-px reconstructor, its context and pooled vector."""
-        _, condition = self._reconstruct("highres_decoder", "pooled")
-        self.ours |= {"context_1024": condition.context, "pooled_1024": condition.pooled}
-
-    def _reconstruct(self, part: str, kind: Literal["cross", "pooled"]) -> tuple[Tensor, Condition]:
-        """Normed queries of a decoder, and what its condition head makes of the features."""
-        sizes, weights = self.fixture.sizes, self.fixture.part(part)
-        depth = names.depth_of(weights)
-        reconstructor = Reconstructor(
-            dim=sizes["dim"],
-            heads=sizes["heads"],
-            depth=depth,
-            mlp_ratio=self.ratio(part),
-            patches=sizes["grid"] ** 2,
-            code_dim=sizes["code_dim"],
-        )
-        widths = {"cross": ("unet_proj.bias",), "pooled": ("unet_proj_1.bias", "unet_proj_2.bias")}[kind]
-        found = [len(weights.get(name, ())) for name in widths]
-        config = PixelsConfig(
-            size=1,
-            features_dim=sizes["dim"],
-            patches=sizes["grid"] ** 2,
-            condition=kind,
-            condition_dim=found[0],
-            pooled_dim=found[-1],
-            pool_heads=sizes["heads"],
-            unconditional="zeros",
-        )
-        both = nn.ModuleDict({"reconstructor": reconstructor, "head": HEADS[kind](config)})
-        renames = (
-            *names.under(names.reconstructor(depth), "", "reconstructor."),
-            *names.under(names.condition(kind), "", "head."),
-        )
-        self.load(both, part, renames)
-        rows = self.rows
-        normed = reconstructor.normed(rows.pad(self.given("codes").float()), rows.valid)
-        return normed, both["head"](reconstructor.to_features(normed), (1, 1))
-
-
 @torch.no_grad()
 def check_fixture(path: Path | str) -> list[Result]:
     """Hold our parts against a fixture, output by output.
@@ -259,19 +57,15 @@ def check_fixture(path: Path | str) -> list[Result]:
     Raises `InputError` for a file that is no fixture, or whose weights do not map one to one onto
     our parts.
     """
-    fixture = read_fixture(path)
-    replay = Replay(fixture)
+    replay = Replay(Path(path))
+    results = []
     for part, outputs in PARTS.items():
-        wanted = [name for name in outputs if f"out/{name}" in fixture.tensors]
-        if fixture.part(part):
-            getattr(replay, part)()
-        elif wanted:
-            raise InputError(f"{fixture.path} has out/{wanted[0]} but no weights/{part} to compute it")
-    return [
-        _compare(name, replay.ours[name], fixture.tensors[f"out/{name}"])
-        for name in OUTPUTS
-        if f"out/{name}" in fixture.tensors
-    ]
+        wanted = [name for name in outputs if f"out/{name}" in replay.tensors]
+        if wanted or part in replay.weights:
+            ours = getattr(replay, part)()
+            replay.ours |= dict(zip(outputs, ours, strict=True))
+        results += [_compare(n, replay.ours[n], replay.tensors[f"out/{n}"]) for n in wanted]
+    return results
 
 
 def _compare(name: str, ours: Tensor, theirs: Tensor) -> Result:
@@ -284,19 +78,168 @@ def _compare(name: str, ours: Tensor, theirs: Tensor) -> Result:
     return Result(name, error, error <= TOLERANCE)
 
 
-@torch.no_grad()
-def smoothing_effect(
-    tokenizer: VisualTokenizer,
-    patches: Float[Tensor, "images patches dim"],
-    keep: Bool[Tensor, "images patches"],
-) -> Float[Tensor, images]:
-    """Per picture: relative difference that the published smoothing (1e-6) makes to merged rows.
+class Replay:
+    """Our parts on a fixture's inputs: a method per published part, which gives its outputs.
 
-    Ours leaves it out; on real weights it could matter where a masked logit towers above all
-    allowed ones.
+    A file that is no fixture raises `InputError`.
     """
-    inputs = tokenizer.prepare(patches)
-    ours = tokenizer.merger(inputs, keep).split(keep.sum(1).tolist())
-    theirs = tokenizer.merger.masked(inputs, keep.to(inputs.dtype), dense=True, smoothing=SMOOTHING)[0]
-    pairs = zip(ours, (rows[mask] for rows, mask in zip(theirs, keep, strict=True)), strict=True)
-    return torch.stack([(a - b).norm() / b.norm() for a, b in pairs])
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.ours: dict[str, Tensor] = {}
+        self.weights: dict[str, dict[str, Tensor]] = {}
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            self.sizes = sizes = SimpleNamespace(**{name: int(metadata[name]) for name in SIZES})
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path} is no parity fixture: {error}") from error
+        except (KeyError, ValueError) as error:
+            raise InputError(f"{path} is no parity fixture: size in metadata: {error}") from error
+        if min(vars(sizes).values()) < 1 or sizes.dim % sizes.heads:
+            raise InputError(f"{path}: {sizes} cannot be built (heads must divide dim)")
+        if sizes.image_size // sizes.patch_size != sizes.grid:
+            raise InputError(f"{path}: {sizes} cannot be built (image and patches do not fit)")
+        known = {f"out/{name}" for outputs in PARTS.values() for name in outputs}
+        for name, tensor in self.tensors.items():
+            kind, _, rest = name.partition("/")
+            part, _, inner = rest.partition("/")
+            if kind == "weights" and part in PARTS:
+                self.weights.setdefault(part, {})[inner] = tensor.float()
+            elif name not in known | {"in/pixels", "in/keep"}:
+                raise InputError(f"{path} is no parity fixture: unknown tensors such as {name}")
+        if not known & self.tensors.keys():
+            raise InputError(f"{path} is no parity fixture: no outputs")
+
+    def part(self, name: str) -> dict[str, Tensor]:
+        """Published weights of a part, fp32."""
+        if name not in self.weights:
+            raise InputError(f"{self.path} has no weights/{name}, which its outputs need")
+        return self.weights[name]
+
+    def given(self, name: str) -> Tensor:
+        """What an earlier part of ours gave."""
+        if name not in self.ours:
+            self.part(next(part for part, outputs in PARTS.items() if name in outputs))
+        return self.ours[name]
+
+    def input(self, name: str, *shape: int) -> Tensor:
+        """An input of that shape for each picture of the batch, else `InputError`."""
+        found, expected = self.tensors.get(f"in/{name}"), [self.sizes.batch, *shape]
+        if found is None or list(found.shape) != expected:
+            given = "missing" if found is None else list(found.shape)
+            raise InputError(f"{self.path}: in/{name} is {given}, expected {expected}")
+        return found.float()
+
+    @property
+    def keep(self) -> Tensor:
+        """The 0/1 mask to use, as booleans [batch patches]; every picture must keep something."""
+        keep = self.input("keep", self.sizes.grid**2) > 0.5
+        if not bool(keep.any(1).all()):
+            raise InputError(f"{self.path}: in/keep keeps nothing of some picture")
+        return keep
+
+    def load(self, module: nn.Module, part: str, renames: names.Renames) -> None:
+        """Load a part's published weights into our module, every tensor once."""
+        where = f"{self.path}: weights/{part}"
+        aside = names.VISION_ASIDE if part == "vit" else ()
+        ours = names.convert_all(self.part(part), renames, where=where, aside=aside)
+        load_strictly(module, ours, Path(where))
+
+    def tokenizer(self, part: str) -> VisualTokenizer:
+        """Our tokenizer at the fixture's sizes, its blocks as a published part has them."""
+        weights, sizes = self.part(part), self.sizes
+        depth, hidden = names.depth_of(weights), len(weights.get("blocks.0.mlp.fc1.bias", ()))
+        config = TokenizerConfig(
+            dim=sizes.dim,
+            patches=sizes.grid**2,
+            heads=sizes.heads,
+            merger_depth=depth,
+            reconstructor_depth=depth,
+            mlp_ratio=(hidden + 0.5) / sizes.dim,  # gives the width exactly, whatever was rounded
+            codes=sizes.codes,
+            code_dim=sizes.code_dim,
+        )
+        return VisualTokenizer(config)
+
+    def vit(self) -> tuple[Tensor]:
+        """The encoder: last block before the norm, class token first."""
+        weights, side = self.part("vit"), self.sizes.image_size
+        try:
+            config = vision_config(weights)
+        except (KeyError, ValueError) as error:
+            raise InputError(f"{self.path}: weights/vit: {error}") from error
+        given = {"num_attention_heads": self.sizes.heads, "image_size": side}
+        architecture = config.architecture | given
+        vision = load_vision(replace(config, source="random", architecture=architecture))
+        self.load(vision.encoder, "vit", names.vision(names.depth_of(weights)))
+        return (vision.states(self.input("pixels", 3, side, side))[-1],)
+
+    def selector(self) -> tuple[Tensor]:
+        """Two log-probabilities per patch."""
+        selector = self.tokenizer("selector").selector
+        self.load(selector, "selector", names.selector())
+        return (selector(self.given("vit_tokens")[:, 1:]),)
+
+    def merger(self) -> tuple[Tensor]:
+        """Kept rows under the fixture's mask, image after image."""
+        merger = self.tokenizer("merger").merger
+        self.load(merger, "merger", names.merger(len(merger.blocks)))
+        return (merger(self.given("vit_tokens")[:, 1:], self.keep),)
+
+    def encode_task_layer(self) -> tuple[Tensor]:
+        """Merged rows in code space, before they are normalised."""
+        to_code = self.tokenizer("encode_task_layer").codebook.to_code
+        self.load(to_code, "encode_task_layer", names.to_code())
+        return (to_code(self.given("merged_kept")),)
+
+    def vq(self) -> tuple[Tensor, Tensor]:
+        """Nearest codes, and their vectors."""
+        codebook, where = self.tokenizer("vq").codebook, f"{self.path}: weights/vq"
+        ours = names.convert_all(self.part("vq"), names.codebook(), where=where)
+        load_strictly(codebook, codebook.state_dict() | ours, Path(where))
+        ids = codebook.index(F.normalize(self.given("code_input"), dim=-1))
+        return ids, codebook.vector(ids)
+
+    def decoder(self) -> tuple[Tensor, Tensor]:
+        """The 512-px reconstructor's normed queries, and its context."""
+        normed, condition = self._reconstruct("decoder", "cross", "unet_proj", "unet_proj")
+        return normed, condition.context
+
+    def highres_decoder(self) -> tuple[Tensor, Tensor]:
+        """The 1024-px decoder's context and pooled vector."""
+        projections = "unet_proj_1", "unet_proj_2"
+        _, condition = self._reconstruct("highres_decoder", "pooled", *projections)
+        return condition.context, condition.pooled
+
+    def _reconstruct(
+        self,
+        part: str,
+        kind: Literal["cross", "pooled"],
+        narrow: str,
+        wide: str,
+    ) -> tuple[Tensor, Condition]:
+        """Normed queries of a decoder, and what its condition head makes of the features."""
+        weights, reconstructor = self.part(part), self.tokenizer(part).reconstructor
+        config = PixelsConfig(
+            size=1,
+            features_dim=self.sizes.dim,
+            patches=self.sizes.grid**2,
+            condition=kind,
+            condition_dim=len(weights.get(f"{narrow}.bias", ())),
+            pooled_dim=len(weights.get(f"{wide}.bias", ())),
+            pool_heads=self.sizes.heads,
+            unconditional="zeros",
+        )
+        both = nn.ModuleDict({"reconstructor": reconstructor, "head": HEADS[kind](config)})
+        renames = (
+            *names.under(names.reconstructor(len(reconstructor.blocks)), "", "reconstructor."),
+            *names.under(names.condition(kind), "", "head."),
+        )
+        self.load(both, part, renames)
+        normed: list[Tensor] = []
+        reconstructor.norm.register_forward_hook(lambda _, __, out: normed.append(out))
+        rows = Ragged(self.keep.sum(1))
+        features = reconstructor(rows.pad(self.given("codes").float()), rows.valid)
+        return normed[0], both["head"](features, (1, 1))

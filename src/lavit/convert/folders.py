@@ -18,7 +18,8 @@ from typing import Any
 from torch import Tensor
 
 from lavit.config import InputError, read_json
-from lavit.convert.tensors import read_pickle, read_safetensors, write_safetensors
+from lavit.convert.tensors import read_pickle, write_safetensors
+from lavit.storage import load_tensors
 
 KEPT = "published"
 # rotary tables of old LLaMA files, computed today; and the trainer's own pickle, never opened
@@ -42,16 +43,25 @@ class Manifest:
 
     def write(self) -> None:
         """Inverse of `read`."""
-        path = self.new / KEPT / "manifest.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"tensors": self.tensors, "files": self.files}) + "\n")
+        noted = {"tensors": self.tensors, "files": self.files}
+        write_json(self.new / KEPT / "manifest.json", noted, indent=None)
 
-    def knows(self, path: str) -> bool:
-        """True if the published file has been dealt with."""
-        return path in self.tensors or path in self.files
+    def unknown(self, published: Path, part: str = ".") -> Iterator[tuple[Path, str]]:
+        """Published files below `part` that were not dealt with; not those in hidden folders."""
+        for path in sorted((published / part).rglob("*")):
+            relative = path.relative_to(published)
+            hidden = any(name.startswith(".") for name in relative.parent.parts)
+            known = self.tensors | self.files
+            if path.is_file() and not hidden and relative.as_posix() not in known:
+                yield path, relative.as_posix()
 
     def keep_tensors(
-        self, path: str, tensors: Mapping[str, Tensor], *, aside: set[str], ours: str | None = None
+        self,
+        path: str,
+        tensors: Mapping[str, Tensor],
+        *,
+        aside: set[str],
+        ours: str | None = None,
     ) -> None:
         """Note a published tensor file, and write aside what has no place in ours.
 
@@ -64,7 +74,7 @@ class Manifest:
 
     def aside(self, path: str) -> dict[str, Tensor]:
         """Tensors of a published file that were kept aside."""
-        return read_safetensors(self._aside(path)) if self.tensors[path]["aside"] else {}
+        return load_tensors(self._aside(path)) if self.tensors[path]["aside"] else {}
 
     def copy(self, source: Path, path: str, ours: str) -> None:
         """Copy a published file to its place in ours, and note it."""
@@ -77,37 +87,25 @@ class Manifest:
 
 def convert_folder(folder: Path, theirs: str, ours: str, manifest: Manifest) -> None:
     """Copy a transformers or diffusers folder; pickles become safetensors under today's names."""
-    for path, relative in files_below(folder, theirs):
-        if manifest.knows(relative):
-            continue
-        place = f"{ours}/{path.relative_to(folder / theirs).as_posix()}"
+    for path, relative in manifest.unknown(folder, theirs):
+        place = Path(ours) / path.relative_to(folder / theirs)
         if path.name in NEVER_OPENED:
             manifest.copy(path, relative, f"{KEPT}/{relative}")
         elif path.suffix == ".bin":
-            _convert_pickle(path, relative, f"{place[: -len(path.name)]}{safe_name(path)}", manifest)
+            _convert_pickle(path, relative, place.with_name(safe_name(path)).as_posix(), manifest)
         elif path.name.endswith(".bin.index.json"):
             manifest.copy(path, relative, f"{KEPT}/{relative}")
             _write_index(path, (manifest.new / place).with_name(safe_name(path)))
         else:
-            manifest.copy(path, relative, place)
+            manifest.copy(path, relative, place.as_posix())
 
 
 def copy_rest(folder: Path, manifest: Manifest) -> None:
     """Keep readme and licence aside; weights that nobody knows raise `InputError`."""
-    for path, relative in files_below(folder, "."):
-        if manifest.knows(relative):
-            continue
+    for path, relative in manifest.unknown(folder):
         if path.suffix in WEIGHT_SUFFIXES:
             raise InputError(f"{relative} is a weight file that nobody knows: move it away")
         manifest.copy(path, relative, f"{KEPT}/{relative}")
-
-
-def files_below(folder: Path, part: str) -> Iterator[tuple[Path, str]]:
-    """Files below `folder/part` and their paths in `folder`; hidden folders are left out."""
-    for path in sorted((folder / part).rglob("*")):
-        relative = path.relative_to(folder)
-        if path.is_file() and not any(name.startswith(".") for name in relative.parent.parts):
-            yield path, relative.as_posix()
 
 
 def safe_name(path: Path) -> str:
@@ -117,10 +115,8 @@ def safe_name(path: Path) -> str:
 
 def folder_tensors(folder: Path) -> dict[str, Tensor]:
     """Tensors of all safetensors files in a folder, mapped."""
-    tensors: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        tensors |= read_safetensors(path)
-    return tensors
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_tensors(file).items()}
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -132,12 +128,18 @@ def copy_file(source: Path, target: Path) -> None:
         raise InputError(f"cannot copy {source} to {target}: {error.strerror}") from error
 
 
+def write_json(path: Path, data: Any, *, indent: int | None = 1) -> None:
+    """Write JSON, making its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=indent) + "\n")
+
+
 def _convert_pickle(path: Path, relative: str, ours: str, manifest: Manifest) -> None:
     if path.with_name(safe_name(path)).exists():
         raise InputError(f"{relative} lies beside {safe_name(path)}, the same weights: remove one")
     tensors = read_pickle(path)
     aside = {name for name in tensors if INVERSE_FREQUENCIES.fullmatch(name)}
-    rest = {name: value for name, value in tensors.items() if name not in aside}
+    rest = {name: tensors[name] for name in tensors if name not in aside}
     write_safetensors(manifest.new / ours, rest)
     manifest.keep_tensors(relative, tensors, aside=aside, ours=ours)
 
@@ -149,5 +151,4 @@ def _write_index(path: Path, target: Path) -> None:
         for name, file in index["weight_map"].items()
         if not INVERSE_FREQUENCIES.fullmatch(name)
     }
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(index, indent=1) + "\n")
+    write_json(target, index)

@@ -3,8 +3,8 @@
 A `Rename` says which published tensors become which of ours. Nearly all are the same tensor under
 another name; two kinds are not: tables with a leading axis of one ("squeeze"), and the encoder's
 q_bias and v_bias, which transformers keeps in one vector with zeros for the key between them
-("qkv_bias"). `theirs_to_ours` and `ours_to_theirs` are inverses to the bit and strict: a name that
-nobody knows, or a missing one, raises `InputError`. No other room knows a foreign name.
+("qkv_bias"). `theirs_to_ours` and `ours_to_theirs` are inverses to the bit. No other room knows a
+foreign name.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,10 +27,6 @@ class Rename:
     theirs: tuple[str, ...]
     ours: str
     kind: Literal["same", "squeeze", "qkv_bias"] = "same"
-
-    def under(self, theirs: str, ours: str) -> Rename:
-        """The same rule with a prefix on each side."""
-        return replace(self, theirs=tuple(theirs + name for name in self.theirs), ours=ours + self.ours)
 
 
 Renames = tuple[Rename, ...]
@@ -47,46 +43,37 @@ def pairs(modules: Mapping[str, str]) -> Renames:
 
 def under(renames: Iterable[Rename], theirs: str, ours: str) -> Renames:
     """Rules with prefixes on both sides."""
-    return tuple(rename.under(theirs, ours) for rename in renames)
+    found = []
+    for rename in renames:
+        moved = tuple(theirs + name for name in rename.theirs)
+        found.append(replace(rename, theirs=moved, ours=ours + rename.ours))
+    return tuple(found)
 
 
-def stack(block: Renames, depth: int, theirs: str = "blocks", ours: str = "blocks") -> Renames:
+def stack(block: Renames, depth: int, ours: str = "blocks") -> Renames:
     """The rules of a block, for each of `depth` blocks."""
-    return tuple(rename.under(f"{theirs}.{i}.", f"{ours}.{i}.") for i in range(depth) for rename in block)
+    return tuple(r for i in range(depth) for r in under(block, f"blocks.{i}.", f"{ours}.{i}."))
 
 
 def _cross_block(self_attention: str, cross_attention: str) -> Renames:
     """A block of merger or reconstructor, which differ in the names of their attentions only."""
-    cross = {f"{cross_attention}.{part}": f"cross_attention.{part}" for part in ("query", "key", "value")}
-    return pairs(
-        {
-            "norm0": "norm_self",
-            f"{self_attention}.qkv": "self_attention.qkv",
-            f"{self_attention}.proj": "self_attention.out",
-            "norm1": "norm_cross",
-            **cross,
-            f"{cross_attention}.proj": "cross_attention.out",
-            "norm2": "norm_mlp",
-            "mlp.fc1": "mlp.0",
-            "mlp.fc2": "mlp.2",
-        }
+    norms = {"norm0": "norm_self", "norm1": "norm_cross", "norm2": "norm_mlp"}
+    parts = {"query": "query", "key": "key", "value": "value", "proj": "out"}
+    return (
+        *pairs(norms | {"mlp.fc1": "mlp.0", "mlp.fc2": "mlp.2"}),
+        *under(pairs({"qkv": "qkv", "proj": "out"}), f"{self_attention}.", "self_attention."),
+        *under(pairs(parts), f"{cross_attention}.", "cross_attention."),
     )
 
 
 def vision(depth: int) -> Renames:
     """EVA ViT → transformers' `blip_2_vision_model`, which has no place for its head."""
+    kept = {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
     block = (
         Rename(("attn.q_bias", "attn.v_bias"), "self_attn.qkv.bias", "qkv_bias"),
         Rename(("attn.qkv.weight",), "self_attn.qkv.weight"),
-        *pairs(
-            {
-                "attn.proj": "self_attn.projection",
-                "norm1": "layer_norm1",
-                "norm2": "layer_norm2",
-                "mlp.fc1": "mlp.fc1",
-                "mlp.fc2": "mlp.fc2",
-            }
-        ),
+        *pairs({"attn.proj": "self_attn.projection", **kept}),
+        *pairs({"norm1": "layer_norm1", "norm2": "layer_norm2"}),
     )
     return (
         Rename(("cls_token",), "embeddings.class_embedding"),
@@ -127,14 +114,8 @@ def reconstructor(depth: int) -> Renames:
     return (
         Rename(("pos_embed",), "positions", "squeeze"),
         Rename(("query_embed",), "queries", "squeeze"),
-        *pairs(
-            {
-                "in_proj": "from_code",
-                "norm": "norm",
-                "decode_task_layer.0": "to_features.0",
-                "decode_task_layer.2": "to_features.2",
-            }
-        ),
+        *pairs({"in_proj": "from_code", "norm": "norm"}),
+        *pairs({f"decode_task_layer.{i}": f"to_features.{i}" for i in (0, 2)}),
         *stack(_cross_block("self_attn", "cross_attn"), depth),
     )
 
@@ -143,31 +124,12 @@ def condition(kind: str) -> Renames:
     """Condition heads of a decoder: "cross" (512 px) or "pooled" (1024 px)."""
     if kind == "cross":
         return pairs({"unet_proj": "to_context"})
-    pool = {f"unet_attnpool.{theirs}_proj": f"pool.{ours}" for theirs, ours in POOL.items()}
+    pool = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "c_proj": "out"}
     return (
-        *pairs({"unet_proj_1": "to_narrow", "unet_proj_2": "to_wide", **pool}),
+        *pairs({"unet_proj_1": "to_narrow", "unet_proj_2": "to_wide"}),
+        *under(pairs(pool), "unet_attnpool.", "pool."),
         Rename(("unet_attnpool.positional_embedding",), "pool.positions"),
     )
-
-
-POOL = {"q": "query", "k": "key", "v": "value", "c": "out"}
-
-
-def vision_architecture(
-    *, dim: int, hidden: int, depth: int, heads: int, image_size: int, patch_size: int
-) -> dict[str, Any]:
-    """EVA ViT as a transformers configuration: eps 1e-6, q and v biases."""
-    return {
-        "model_type": "blip_2_vision_model",
-        "hidden_size": dim,
-        "intermediate_size": hidden,
-        "num_hidden_layers": depth,
-        "num_attention_heads": heads,
-        "image_size": image_size,
-        "patch_size": patch_size,
-        "layer_norm_eps": 1e-6,
-        "qkv_bias": True,
-    }
 
 
 def depth_of(names: Iterable[str], prefix: str = "") -> int:
@@ -176,12 +138,23 @@ def depth_of(names: Iterable[str], prefix: str = "") -> int:
     return 1 + max((int(match[1]) for match in found if match), default=-1)
 
 
-def check_names(found: Iterable[str], renames: Renames, *, where: str, aside: Iterable[str] = ()) -> None:
-    """Raise `InputError` unless `found` are the rules' published names, plus some of `aside`."""
-    found, expected = set(found), {name for rename in renames for name in rename.theirs}
+def check_names(
+    found: Iterable[str],
+    expected: Iterable[str],
+    *,
+    where: str,
+    aside: Iterable[str] = (),
+) -> None:
+    """Raise `InputError` unless `found` are the expected names, plus some of `aside`."""
+    found, expected = set(found), set(expected)
     missing, unknown = sorted(expected - found), sorted(found - expected - set(aside))
     if missing or unknown:
-        raise InputError(f"{where} is not the published form: missing {missing[:3]}, not expected {unknown[:3]}")
+        raise InputError(f"{where}: missing {missing[:3]}, not expected {unknown[:3]}")
+
+
+def published(renames: Renames) -> set[str]:
+    """All published names of rules."""
+    return {name for rename in renames for name in rename.theirs}
 
 
 def theirs_to_ours(rename: Rename, tensors: Mapping[str, Tensor], *, where: str = "") -> Tensor:
@@ -192,7 +165,8 @@ def theirs_to_ours(rename: Rename, tensors: Mapping[str, Tensor], *, where: str 
     if rename.kind == "squeeze":
         table = parts[0]
         if table.dim() < 2 or table.numel() != table.shape[-2] * table.shape[-1]:
-            raise InputError(f"{where}: {rename.theirs[0]} is {list(table.shape)}, expected [1, rows, channels]")
+            given = f"{rename.theirs[0]} is {list(table.shape)}"
+            raise InputError(f"{where}: {given}, expected [1, rows, channels]")
         return table.reshape(table.shape[-2:])
     return parts[0]
 
@@ -205,16 +179,20 @@ def ours_to_theirs(rename: Rename, tensor: Tensor) -> dict[str, Tensor]:
     if rename.kind == "qkv_bias":
         query, key, value = tensor.chunk(3)
         if bool(key.any()):
-            raise InputError(f"{rename.ours} has a key bias, which the published form has no place for")
+            raise InputError(f"{rename.ours} has a key bias, which the published form has not")
         return dict(zip(rename.theirs, (query, value), strict=True))
     return {rename.theirs[0]: tensor[None] if rename.kind == "squeeze" else tensor}
 
 
 def convert_all(
-    tensors: Mapping[str, Tensor], renames: Renames, *, where: str, aside: Iterable[str] = ()
+    tensors: Mapping[str, Tensor],
+    renames: Renames,
+    *,
+    where: str,
+    aside: Iterable[str] = (),
 ) -> dict[str, Tensor]:
     """All our tensors of a part at once, names checked."""
-    check_names(tensors, renames, where=where, aside=aside)
+    check_names(tensors, published(renames), where=where, aside=aside)
     return {rename.ours: theirs_to_ours(rename, tensors, where=where) for rename in renames}
 
 
@@ -223,6 +201,6 @@ def started_codebook(vectors: Tensor) -> dict[str, Tensor]:
     codes = len(vectors)
     return {
         "mass": torch.ones(codes, device=vectors.device),
-        "sums": vectors.float(),
+        "sums": vectors.float().clone(),
         "idle": torch.zeros(codes, dtype=torch.long, device=vectors.device),
     }

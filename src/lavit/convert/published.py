@@ -8,7 +8,7 @@
     pixel_decoding/                                ⇄  pixels/
     visual_tokenizer/highres_tokenizer_decoder.bin ⇄  the same below highres/
     highres_pixel_decoding/                        ⇄  highres/pixels/
-    pixel_decoding/safety_checker/                 ⇄  safety_checker/ (asked for by the configuration)
+    pixel_decoding/safety_checker/                 ⇄  safety_checker/
 
 The 1024-px decoder has a reconstructor of its own, so `highres/` is a model folder too; it links to
 the parts that it shares. What feeds nothing in ours is kept aside under `published/`, with a list
@@ -17,19 +17,26 @@ of every file and tensor.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lavit.config import InputError, ModelConfig, to_json
 from lavit.convert import names, sizes
-from lavit.convert.folders import Manifest, convert_folder, copy_file, copy_rest, folder_tensors
-from lavit.convert.tensors import read_pickle, read_safetensors, write_pickle, write_safetensors
-from lavit.presets import lavit_7b
-from lavit.storage import replacing
+from lavit.convert.folders import (
+    Manifest,
+    convert_folder,
+    copy_file,
+    copy_rest,
+    folder_tensors,
+    write_json,
+)
+from lavit.convert.tensors import read_pickle, write_pickle, write_safetensors
+from lavit.storage import load_tensors, replacing
 from lavit.vocabulary import MARKERS
 
 EVA = "visual_tokenizer/eva_vitg_psz14.bin"
@@ -47,7 +54,7 @@ FOLDERS = {
 }
 WEIGHTS = "model.safetensors"
 CONDITION = f"pixels/condition/{WEIGHTS}"
-HIGHRES = "highres"
+HIGHRES = "highres/"
 LINKED = ("vision", "language", "reader", "safety_checker")
 REQUIRED = (
     "language_model/config.json",
@@ -96,7 +103,7 @@ def routes(files: Mapping[str, Collection[str]]) -> list[Route]:
         Route(READER, f"reader/{WEIGHTS}", reader),
         Route(NULL, CONDITION, (null,)),
     ]
-    for file, kind, below in ((DECODER, "cross", ""), (HIGHRES_DECODER, "pooled", f"{HIGHRES}/")):
+    for file, kind, below in ((DECODER, "cross", ""), (HIGHRES_DECODER, "pooled", HIGHRES)):
         if file in files:
             renames = names.reconstructor(names.depth_of(files[file]))
             renames = names.under(renames, "", "reconstructor.")
@@ -105,10 +112,10 @@ def routes(files: Mapping[str, Collection[str]]) -> list[Route]:
     return found
 
 
-def renames_of(file: str, files: Mapping[str, Collection[str]]) -> names.Renames:
-    """All rules of a published file, whichever of ours they lead to."""
-    every = routes(files)
-    return tuple(rename for route in every if route.theirs == file for rename in route.renames)
+def used(file: str, files: Mapping[str, Collection[str]]) -> set[str]:
+    """Names of a published file's tensors that feed something in ours."""
+    every = (names.published(route.renames) for route in routes(files) if route.theirs == file)
+    return set().union(*every)
 
 
 def allowed_aside(file: str, files: Mapping[str, Collection[str]]) -> set[str]:
@@ -119,8 +126,7 @@ def allowed_aside(file: str, files: Mapping[str, Collection[str]]) -> set[str]:
     if file == EVA:
         return set(names.VISION_ASIDE)
     if file == ENCODER:
-        renames = names.vision(names.depth_of(files[EVA]))
-        theirs = {name for rename in renames for name in rename.theirs}
+        theirs = names.published(names.vision(names.depth_of(files[EVA])))
         return {f"encoder.{name}" for name in theirs | set(names.VISION_ASIDE)}
     return set()
 
@@ -133,7 +139,7 @@ def map_tensors(files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str
     ours: dict[str, dict[str, Tensor]] = {}
     for file, found in files.items():
         aside = allowed_aside(file, files)
-        names.check_names(found, renames_of(file, files), where=file, aside=aside)
+        names.check_names(found, used(file, files), where=file, aside=aside)
     for route in routes(files):
         found, part = files[route.theirs], ours.setdefault(route.ours, {})
         for rename in route.renames:
@@ -143,7 +149,7 @@ def map_tensors(files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str
     tokenizer |= {f"codebook.{name}": value for name, value in started.items()}
     if HIGHRES_DECODER in files:
         shared = {n: t for n, t in tokenizer.items() if not n.startswith("reconstructor.")}
-        ours[f"{HIGHRES}/tokenizer/{WEIGHTS}"] |= shared
+        ours[f"{HIGHRES}tokenizer/{WEIGHTS}"] |= shared
     return ours
 
 
@@ -151,12 +157,10 @@ def configs(
     files: Mapping[str, Mapping[str, Tensor]], ours: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, ModelConfig]:
     """Configurations by place ("" or "highres/"), held against our modules."""
-    heads = lavit_7b().model.tokenizer.heads
-    shapes = {"vision": files[EVA], "encoder": files[ENCODER]}
-    found = {"": sizes.model_config(shapes, files[DECODER], files[NULL], heads=heads)}
+    shared = files[EVA], files[ENCODER]
+    found = {"": sizes.model_config(*shared, files[DECODER], files[NULL])}
     if HIGHRES_DECODER in files:
-        found[f"{HIGHRES}/"] = sizes.model_config(shapes, files[HIGHRES_DECODER], None, heads=heads)
-    _, architecture = sizes.vision_config(files[EVA], heads=heads)
+        found[HIGHRES] = sizes.model_config(*shared, files[HIGHRES_DECODER], None)
     for below, config in found.items():
         parts = {
             "vision": ours[f"vision/{WEIGHTS}"],
@@ -164,7 +168,7 @@ def configs(
             "reader": ours[f"reader/{WEIGHTS}"],
             "condition": ours[f"{below}{CONDITION}"],
         }
-        sizes.check_parts(config, parts, architecture=architecture)
+        sizes.check_parts(config, parts)
     return found
 
 
@@ -186,13 +190,12 @@ def convert_published(folder: Path | str, out: Path | str) -> Converted:
         for path, tensors in ours.items():
             write_safetensors(new / path, tensors)
         for path, tensors in files.items():
-            used = {name for rename in renames_of(path, files) for name in rename.theirs}
-            manifest.keep_tensors(path, tensors, aside=set(tensors) - used)
+            manifest.keep_tensors(path, tensors, aside=set(tensors) - used(path, files))
         for theirs, place in FOLDERS.items():
             convert_folder(folder, theirs, place, manifest)
         _check_language(new / "language", ours[f"reader/{WEIGHTS}"], found[""])
         copy_rest(folder, manifest)
-        _write_configs(new, files, found)
+        _write_configs(new, found)
         manifest.write()
     return _summary(manifest)
 
@@ -250,9 +253,6 @@ def _open_published(folder: Path) -> dict[str, dict[str, Tensor]]:
 
 def _check_language(folder: Path, reader: Mapping[str, Tensor], config: ModelConfig) -> None:
     """Hold the LM's tensors against transformers' own model of its configuration."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     try:
         architecture = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -264,19 +264,18 @@ def _check_language(folder: Path, reader: Mapping[str, Tensor], config: ModelCon
     rows, visual = architecture.vocab_size, MARKERS + config.tokenizer.codes
     if rows <= visual:
         raise InputError(f"language_model has {rows} rows, but {visual} of them must be visual")
-    width = reader["to_language.weight"].shape[0]
-    if width != architecture.hidden_size:
-        lm = architecture.hidden_size
-        raise InputError(f"{READER}: vit_proj leads to {width} channels, the LM has {lm}")
+    width, own = reader["to_language.weight"].shape[0], architecture.hidden_size
+    if width != own:
+        raise InputError(f"{READER}: vit_proj leads to {width} channels, the LM has {own}")
 
 
-def _write_configs(new: Path, files: Mapping[str, Mapping[str, Tensor]], found: Mapping[str, ModelConfig]) -> None:
-    """Configurations, which ask for the safety check, and the links of `highres/` to the parts it shares."""
-    _, architecture = sizes.vision_config(files[EVA], heads=found[""].tokenizer.heads)
-    (new / "vision" / "config.json").write_text(json.dumps(architecture, indent=1) + "\n")
+def _write_configs(new: Path, found: Mapping[str, ModelConfig]) -> None:
+    """Configurations, which ask for the safety check, and links of `highres/` to shared parts."""
+    write_json(new / "vision" / "config.json", found[""].vision.architecture)
     for below, config in found.items():
-        config = replace(config, pixels=replace(config.pixels, safety=True))
-        (new / below / "config.json").write_text(json.dumps(to_json(config), indent=1) + "\n")
+        vision = replace(config.vision, architecture={})
+        config = replace(config, vision=vision, pixels=replace(config.pixels, safety=True))
+        write_json(new / below / "config.json", to_json(config))
         for part in LINKED if below else ():
             if (new / part).is_dir():
                 (new / below / part).symlink_to(Path("..") / part, target_is_directory=True)
@@ -290,7 +289,7 @@ def _published_tensors(folder: Path, path: str, manifest: Manifest) -> dict[str,
     files = {file: list(entry["shapes"]) for file, entry in manifest.tensors.items()}
     for route in routes(files):
         if route.theirs == path:
-            ours = read_safetensors(folder / route.ours)
+            ours = load_tensors(folder / route.ours)
             for rename in route.renames:
                 if rename.ours not in ours:
                     raise InputError(f"{folder / route.ours} has no {rename.ours}")

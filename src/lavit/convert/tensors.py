@@ -1,40 +1,23 @@
-"""Tensor files larger than memory: pickles read without running them, safetensors in and out.
+"""Tensor files larger than memory: pickles read without running them, safetensors written.
 
-Tensors come mapped from disk (the kernel loads and drops their pages), so converting a 7B model
-needs memory for one tensor, not for one file. The safetensors format is eight bytes of header
-length, a JSON header, and the raw data.
+Tensors come mapped from disk (the kernel loads and drops their pages) and are written from there,
+so converting a 7B model needs memory for one tensor, not for one file.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import math
-import mmap
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lavit.config import InputError
 
 log = logging.getLogger(__name__)
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 BARE = ""  # name of the tensor in a pickle that holds a single tensor instead of a dictionary
 
 
@@ -47,16 +30,17 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         data = _load(path, mapped=True)
     except FileNotFoundError as error:
-        raise InputError(f"{path} is missing: is this the published folder, fully downloaded?") from error
+        raise InputError(f"{path} is missing: is the published folder fully downloaded?") from error
     except pickle.UnpicklingError as error:
-        raise InputError(f"{path} holds more than tensors and is not opened: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path} holds more than tensors and is not opened: {reason}") from error
     except (RuntimeError, ValueError, EOFError, OSError) as error:
-        raise InputError(f"{path} is not a readable PyTorch file: {str(error).splitlines()[0]}") from error
-    if isinstance(data, Tensor):
-        data = {BARE: data}
-    if not isinstance(data, Mapping) or not all(isinstance(value, Tensor) for value in data.values()):
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path} is not a readable PyTorch file: {reason}") from error
+    data = {BARE: data} if isinstance(data, Tensor) else data
+    if not isinstance(data, Mapping) or not all(isinstance(part, Tensor) for part in data.values()):
         raise InputError(f"{path} holds no plain dictionary of tensors")
-    return {str(name): value.detach() for name, value in data.items()}
+    return {str(name): tensor.detach() for name, tensor in data.items()}
 
 
 def _load(path: Path, *, mapped: bool) -> object:
@@ -76,52 +60,7 @@ def write_pickle(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors one after the other, wide types first so that every one is aligned."""
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in order:
-        tensor = tensors[name]
-        if tensor.dtype not in NAMES:
-            raise InputError(f"{name} has type {tensor.dtype}, which safetensors files cannot hold here")
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    """Inverse of `storage.load_tensors`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            if tensors[name].numel():
-                file.write(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, mapped; writing to them changes no file.
-
-    Inverse of `write_safetensors`.
-    """
-    try:
-        with path.open("rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        size = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + size])
-        header.pop("__metadata__", None)
-        return {name: _view(data, 8 + size, entry) for name, entry in header.items()}
-    except FileNotFoundError as error:
-        raise InputError(f"{path} is missing: is this folder a complete model?") from error
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise InputError(f"{path} is not a readable safetensors file: {error}") from error
-
-
-def _view(data: mmap.mmap, start: int, entry: Mapping[str, object]) -> Tensor:
-    shape, dtype = entry["shape"], DTYPES[entry["dtype"]]
-    count = math.prod(shape)
-    if count == 0:
-        return torch.empty(shape, dtype=dtype)
-    offset = start + entry["data_offsets"][0]
-    return torch.frombuffer(data, dtype=dtype, count=count, offset=offset).reshape(shape)
+    plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(plain, path, {"format": "pt"})

@@ -1,12 +1,16 @@
-"""A whole data set as visual tokens on disk: parquet shards written by Ray Data workers, and the reader of them.
+"""A whole data set as visual tokens on disk: parquet shards written by Ray Data workers.
 
-    DIR/manifest.json         what was tokenised, by which tokenizer (a hash of weights and sizes), counts, broken pictures
+    DIR/manifest.json         what was tokenised, by which tokenizer (a hash), counts, broken ones
     DIR/shard-00000.parquet   a row a picture: index, name, codes, keep, length
 
-Every picture is encoded alone, as `lavit tokenize` does, so the tokens are the same to the last code; a worker
-runs on one thread. A shard appears under its name when it is complete, so a killed run goes on with the shards that
-are missing; another tokenizer, data set or policy in the same folder is refused.
-Broken pictures are left out, counted and named.
+Every picture is encoded alone, as `lavit tokenize` does, so the tokens are the same to the last
+code; a worker runs on one thread. A shard appears under its name when it is complete, so a killed
+run goes on with the shards that are missing; another tokenizer, data set or policy in the same
+folder is refused. Broken pictures are left out, counted and named.
+
+`corpus_codes` gives such codes to a training of stage 2 on data too large to encode there. Codes
+are all that writing needs; reading needs features, which are not kept, so such a training has
+[text, image], edits and text alone.
 """
 
 from __future__ import annotations
@@ -28,14 +32,14 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lavit.config import InputError, read_json, require, to_json
-from lavit.data.sources import Pictures, load_records
+from lavit.data.corpus import Broken, Corpus
+from lavit.data.sources import Pictures, below, load_records
 from lavit.model import LaVIT
 from lavit.modules.selector import KeepPolicy
 from lavit.modules.vision import sha256
 from lavit.sequence import VisualTokens
 
 log = logging.getLogger(__name__)
-Progress = Callable[[int, int], None]
 MANIFEST = "manifest.json"
 KEY = b"lavit"  # of our JSON in a shard's schema
 
@@ -47,8 +51,6 @@ class TokenCorpus:
     tokens: VisualTokens
     names: tuple[str, ...]
     records: Int[Tensor, "rows"]
-    tokenizer: str  # hash of the tokenizer that made them
-    broken: tuple[tuple[str, str], ...]  # (name, reason) of pictures left out
 
     def __len__(self) -> int:
         return len(self.names)
@@ -56,7 +58,7 @@ class TokenCorpus:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is tokenised, by which model, into which folder; plain data that travels to the workers."""
+    """What is tokenised, by which model, into which folder; plain data, sent to the workers."""
 
     data: str | Path  # any source of data/sources.py
     out: str | Path
@@ -76,11 +78,8 @@ class Job:
     def absolute(self) -> Job:
         """The same with absolute paths: workers stand in folders of their own."""
         data = Path(self.data).resolve() if Path(self.data).exists() else self.data
-        return replace(self, data=str(data), out=str(Path(self.out).resolve()), model=str(Path(self.model).resolve()))
-
-    def shard(self, number: int) -> Path:
-        """The file of a shard."""
-        return _shard(Path(self.out), number)
+        out, model = (str(Path(path).resolve()) for path in (self.out, self.model))
+        return replace(self, data=str(data), out=out, model=model)
 
     def records(self, shard: int, count: int) -> range:
         """Numbers of a shard's records, of `count` in all."""
@@ -88,26 +87,35 @@ class Job:
 
 
 def tokenizer_hash(model: LaVIT) -> str:
-    """SHA-256 of all that decides over a picture's tokens: weights and sizes of tokenizer and encoder.
+    """SHA-256 of all that decides over tokens: weights and sizes of tokenizer and encoder.
 
     An encoder that is only referenced (a package, a hub id) enters by its configuration.
     """
-    if model.folder is None:
-        raise InputError("this model lies in no folder: save it before a corpus is tokenised with it")
-    tokenizer = model.folder / "tokenizer" / "model.safetensors"
-    if not tokenizer.is_file():
-        raise InputError(f"{model.folder} holds no trained tokenizer: lavit train tokenizer --out {model.folder}")
-    weights = sorted((model.folder / "vision").glob("*.safetensors")) if model.config.vision.source == "folder" else []
-    said = [to_json(model.config.vision), to_json(model.config.tokenizer), *map(sha256, [tokenizer, *weights])]
+    folder, config = model.folder, model.config
+    if folder is None:
+        lacks = "this model lies in no folder"
+        raise InputError(f"{lacks}: save it before a corpus is tokenised with it")
+    weights = [folder / "tokenizer" / "model.safetensors"]
+    if not weights[0].is_file():
+        lacks = f"{folder} holds no trained tokenizer"
+        raise InputError(f"{lacks}: lavit train tokenizer --out {folder}")
+    if config.vision.source == "folder":
+        weights += sorted((folder / "vision").glob("*.safetensors"))
+    said = [to_json(config.vision), to_json(config.tokenizer), *map(sha256, weights)]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
-def tokenize_corpus(job: Job, *, workers: int = 2, progress: Progress | None = None) -> dict[str, Any]:
-    """Tokenise a split of a source; returns the manifest. The same job goes on after an interruption.
+def tokenize_corpus(
+    job: Job,
+    *,
+    workers: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Tokenise a split of a source; returns the manifest. The same job goes on when interrupted.
 
-    `workers` are processes of Ray Data; 0 works in this one, without Ray. `progress` hears (records done, of all). Raises
-    `InputError` for a source that cannot be opened, a folder that holds tokens of another tokenizer or job, and where
-    every picture is broken.
+    `workers` are processes of Ray Data; 0 works in this one, without Ray. `progress` hears (records
+    done, of all). Raises `InputError` for a source that cannot be opened, a folder that holds
+    tokens of another tokenizer or job, and where every picture is broken.
     """
     if workers < 0:
         raise InputError(f"workers must be at least 0, not {workers}")
@@ -115,7 +123,7 @@ def tokenize_corpus(job: Job, *, workers: int = 2, progress: Progress | None = N
     job = job.absolute()
     records = load_records(job.data, job.split)
     settings = _settle(job, records, LaVIT.from_pretrained(job.model))
-    missing = [shard for shard in range(settings["shards"]) if not job.shard(shard).exists()]
+    missing = [n for n in range(settings["shards"]) if not _shard(job.out, n).exists()]
     done = len(records) - sum(len(job.records(shard, len(records))) for shard in missing)
     for shard in _on_ray(job, missing, workers) if workers else map(ShardWriter(job), missing):
         done += len(job.records(shard, len(records)))
@@ -130,33 +138,38 @@ class ShardWriter:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.records = load_records(job.data, job.split)
-        self.model = LaVIT.from_pretrained(job.model, device=job.device, dtype=getattr(torch, job.dtype))
+        dtype = getattr(torch, job.dtype)
+        self.model = LaVIT.from_pretrained(job.model, device=job.device, dtype=dtype)
         self.policy, self.tokenizer = KeepPolicy.parse(job.keep), tokenizer_hash(self.model)
 
     def __call__(self, shard: int) -> int:
         """Write a shard, atomically; returns its number."""
         job = self.job
         rows: list[dict[str, Any]] = []
-        broken: list[tuple[str, str]] = []
+        broken: Broken = []
         for index in job.records(shard, len(self.records)):
             record = self.records[index]
-            name = _name(record.name, job.data)
+            name = below(record.name, job.data)
             try:
                 image = record.open()
             except InputError as error:
                 broken.append((name, str(error)))
                 continue
             generator = torch.Generator().manual_seed(job.seed)
-            rows.append(_row(index, name, self.model.encode([image], self.policy, generator=generator)))
-        _write(job.shard(shard), rows, broken, tokenizer=self.tokenizer)
+            tokens = self.model.encode([image], self.policy, generator=generator)
+            codes, keep = tokens.codes.tolist(), tokens.keep[0].tolist()
+            row = {"record": index, "name": name, "codes": codes, "keep": keep}
+            rows.append({**row, "length": int(tokens.lengths[0])})
+        _write(_shard(job.out, shard), rows, broken, tokenizer=self.tokenizer)
         return shard
 
 
 def load_tokens(folder: str | Path, *, tokenizer: str | None = None) -> TokenCorpus:
     """Read what `tokenize_corpus` wrote, in the order of the source.
 
-    Give the `tokenizer_hash` of the model that is to be trained on them to be sure that they are its own. An unfinished
-    folder, a missing or damaged shard and tokens of another tokenizer raise `InputError`.
+    Give the `tokenizer_hash` of the model that is to be trained on them, to be sure that they are
+    its own. An unfinished folder, a missing or damaged shard and tokens of another tokenizer raise
+    `InputError`.
     """
     folder = Path(folder)
     manifest = read_json(folder / MANIFEST)
@@ -164,10 +177,11 @@ def load_tokens(folder: str | Path, *, tokenizer: str | None = None) -> TokenCor
         raise InputError(f"{folder} is not finished: run the same lavit tokenize-corpus again")
     if tokenizer is not None and tokenizer != manifest["tokenizer"]:
         raise InputError(
-            f"{folder} holds tokens of tokenizer {manifest['tokenizer'][:12]}, not of this model's {tokenizer[:12]}: "
-            "tokenise the corpus with this model"
+            f"{folder} holds tokens of tokenizer {manifest['tokenizer'][:12]}, "
+            f"not of this model's {tokenizer[:12]}: tokenise the corpus with this model"
         )
-    tables = [_read(_shard(folder, shard), manifest["tokenizer"])[0] for shard in range(manifest["shards"])]
+    shards = [_shard(folder, number) for number in range(manifest["shards"])]
+    tables = [_read(shard, manifest["tokenizer"])[0] for shard in shards]
     table = require("pyarrow", extra="ray").concat_tables(tables).combine_chunks()
     if len(table) == 0:
         raise InputError(f"{folder} holds no tokens: every picture was broken")
@@ -177,21 +191,42 @@ def load_tokens(folder: str | Path, *, tokenizer: str | None = None) -> TokenCor
         torch.from_numpy(table["length"].to_numpy().astype(np.int64)),
         torch.from_numpy(keep.reshape(len(table), manifest["patches"]).copy()),
     )
-    if not torch.equal(tokens.keep.sum(1), tokens.lengths) or len(tokens.codes) != int(tokens.lengths.sum()):
-        raise InputError(f"{folder}: codes, masks and lengths do not agree; delete the folder and tokenise again")
-    return TokenCorpus(
-        tokens,
-        tuple(table["name"].to_pylist()),
-        torch.from_numpy(table["record"].to_numpy().copy()),
-        manifest["tokenizer"],
-        tuple((line["name"], line["reason"]) for line in manifest["broken"]),
-    )
+    agree = torch.equal(tokens.keep.sum(1), tokens.lengths)
+    if not agree or len(tokens.codes) != int(tokens.lengths.sum()):
+        lacks = f"{folder}: codes, masks and lengths do not agree"
+        raise InputError(f"{lacks}; delete the folder and tokenise again")
+    records = torch.from_numpy(table["record"].to_numpy().copy())
+    return TokenCorpus(tokens, tuple(table["name"].to_pylist()), records)
+
+
+def corpus_codes(
+    folder: str | Path,
+    corpus: Corpus,
+    data: str | Path,
+    *,
+    tokenizer: str,
+) -> tuple[tuple[int, ...], ...]:
+    """Codes of every picture of a corpus, in its order, from tokens of the source `data`.
+
+    `tokenizer` is the `tokenizer_hash` of the run. Tokens of another tokenizer, and pictures that
+    have none, raise `InputError`.
+    """
+    found = load_tokens(folder, tokenizer=tokenizer)
+    codes = dict(zip(found.names, found.tokens.split(), strict=True))
+    names = [below(picture.record.name, data) for picture in corpus.pictures]
+    missing = [name for name in names if name not in codes]
+    if missing:
+        lacks = f"no tokens of {len(missing)} of {len(names)} pictures of {data} ({missing[0]})"
+        cure = f"tokenise that source, lavit tokenize-corpus {data} --out {folder}"
+        raise InputError(f"{folder} has {lacks}: {cure}")
+    return tuple(tuple(codes[name].tolist()) for name in names)
 
 
 def _settle(job: Job, records: Pictures, lavit: LaVIT) -> dict[str, Any]:
     """Write what this folder is to hold, or check that it holds the like."""
     path = Path(job.out) / MANIFEST
-    edges = [records[index].name for index in sorted({*range(0, len(records), job.shard_size), len(records) - 1})]
+    edges = sorted({*range(0, len(records), job.shard_size), len(records) - 1})
+    names = json.dumps([below(records[index].name, job.data) for index in edges])
     settings = {
         "tokenizer": tokenizer_hash(lavit),
         "dtype": job.dtype,
@@ -199,7 +234,7 @@ def _settle(job: Job, records: Pictures, lavit: LaVIT) -> dict[str, Any]:
         "seed": job.seed,
         "split": job.split,
         "records": len(records),
-        "order": hashlib.sha256(json.dumps([_name(edge, job.data) for edge in edges]).encode()).hexdigest()[:16],
+        "order": hashlib.sha256(names.encode()).hexdigest()[:16],
         "shard_size": job.shard_size,
         "shards": math.ceil(len(records) / job.shard_size),
         "patches": lavit.config.tokenizer.patches,
@@ -209,9 +244,8 @@ def _settle(job: Job, records: Pictures, lavit: LaVIT) -> dict[str, Any]:
         found = read_json(path)
         others = [name for name, value in settings.items() if found.get(name) != value]
         if others:
-            raise InputError(
-                f"{job.out} holds tokens made with another {', '.join(others)}: give another --out, or delete it"
-            )
+            made = f"{job.out} holds tokens made with another {', '.join(others)}"
+            raise InputError(f"{made}: give another --out, or delete it")
         return settings
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -223,33 +257,31 @@ def _settle(job: Job, records: Pictures, lavit: LaVIT) -> dict[str, Any]:
 
 def _finish(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Count what the shards say of themselves and close the manifest."""
-    pictures = tokens = 0
-    broken: list[tuple[str, str]] = []
-    for shard in range(settings["shards"]):
-        said = _read(_shard(folder, shard), settings["tokenizer"], columns=())[1]
-        pictures, tokens = pictures + said["rows"], tokens + said["tokens"]
-        broken += [tuple(line) for line in said["broken"]]
+    shards = [_shard(folder, number) for number in range(settings["shards"])]
+    said = [_read(shard, settings["tokenizer"], columns=[])[1] for shard in shards]
+    broken = [line for one in said for line in one["broken"]]
     manifest = {
         **settings,
         "complete": True,
-        "pictures": pictures,
-        "tokens": tokens,
+        "pictures": sum(one["rows"] for one in said),
+        "tokens": sum(one["tokens"] for one in said),
         "broken": [{"name": name, "reason": reason} for name, reason in broken],
     }
     _replace(folder / MANIFEST, manifest)
     for name, reason in broken:
         log.warning("left out %s: %s", name, reason)
-    if not pictures:
-        raise InputError(f"none of the {settings['records']} pictures can be read: lavit data check says why")
+    if not manifest["pictures"]:
+        none = f"none of the {settings['records']} pictures can be read"
+        raise InputError(f"{none}: lavit data check says why")
     return manifest
 
 
 def _on_ray(job: Job, shards: Sequence[int], workers: int) -> Iterator[int]:
-    """Numbers of shards as the workers finish them. A Ray that runs already is used and left running."""
+    """Numbers of shards as they are finished. A Ray that runs already is used and left running."""
     if not shards:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray starts: no telemetry,
-    os.environ.setdefault("RAY_worker_niceness", "0")  # and workers as important as the one who waits for them
+    os.environ.setdefault("RAY_worker_niceness", "0")  # and workers as important as this process
     ray = require("ray", extra="ray")
     from ray.data import ActorPoolStrategy, DataContext, from_items
 
@@ -258,9 +290,8 @@ def _on_ray(job: Job, shards: Sequence[int], workers: int) -> Iterator[int]:
     mine = not ray.is_initialized()
     if mine:
         logging.getLogger("ray").setLevel(logging.ERROR)
-        ray.init(
-            num_cpus=workers + 1, num_gpus=gpus, include_dashboard=False, log_to_driver=False, logging_level="error"
-        )
+        quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
+        ray.init(num_cpus=workers + 1, num_gpus=gpus, **quiet)
     context = DataContext.get_current()
     before = context.enable_progress_bars
     context.enable_progress_bars = False
@@ -268,9 +299,11 @@ def _on_ray(job: Job, shards: Sequence[int], workers: int) -> Iterator[int]:
     try:
         with warnings.catch_warnings():  # of `max_restarts`, which has no other name yet
             warnings.simplefilter("ignore", DeprecationWarning)
-            # half a slot each: actors that hold every slot leave none for the tasks that feed them, and all wait for ever;
-            # no restarts: a worker that dies (of memory) would be started for ever, where the same call can go on
-            finished = from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards)).map(
+            # half a slot each: actors that hold every slot leave none for the tasks that feed them,
+            # and all wait for ever; no restarts: a worker that dies (of memory) would be started
+            # for ever, where the same call can go on
+            waiting = from_items([{"shard": n} for n in shards], override_num_blocks=len(shards))
+            finished = waiting.map(
                 _RayWorker,
                 fn_constructor_kwargs={"job": job},
                 compute=ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
@@ -289,7 +322,7 @@ def _on_ray(job: Job, shards: Sequence[int], workers: int) -> Iterator[int]:
 
 
 class _RayWorker:
-    """A `ShardWriter` as Ray Data wants it: rows in, rows out; one thread, since every worker has one slot."""
+    """A `ShardWriter` as Ray Data wants it: rows in, rows out; on one thread."""
 
     def __init__(self, job: Job) -> None:
         torch.set_num_threads(1)
@@ -302,40 +335,21 @@ class _RayWorker:
 def _cause(error: BaseException) -> BaseException:
     """The `InputError` that a worker raised, out of Ray's wrappers; else the error itself."""
     seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, InputError):
-            return InputError(str(seen).strip().splitlines()[-1])
+    while seen and not isinstance(seen, InputError):
         seen = getattr(seen, "cause", None) or seen.__cause__
-    return error
+    return InputError(str(seen).strip().splitlines()[-1]) if seen else error
 
 
-def _name(name: str, data: str) -> str:
-    """A record's name below its source, so that a corpus may move."""
-    try:
-        return Path(name).resolve().relative_to(Path(data).resolve()).as_posix()
-    except (ValueError, OSError):
-        return name.removeprefix(data)
+def _shard(folder: str | Path, number: int) -> Path:
+    return Path(folder) / f"shard-{number:05d}.parquet"
 
 
-def _shard(folder: Path, number: int) -> Path:
-    return folder / f"shard-{number:05d}.parquet"
-
-
-def _row(record: int, name: str, tokens: VisualTokens) -> dict[str, Any]:
-    return {
-        "record": record,
-        "name": name,
-        "codes": tokens.codes.tolist(),
-        "keep": tokens.keep[0].tolist(),
-        "length": int(tokens.lengths[0]),
-    }
-
-
-def _write(path: Path, rows: list[dict[str, Any]], broken: list[tuple[str, str]], *, tokenizer: str) -> None:
+def _write(path: Path, rows: list[dict[str, Any]], broken: Broken, *, tokenizer: str) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
-    said = {"tokenizer": tokenizer, "rows": len(rows), "tokens": sum(r["length"] for r in rows), "broken": broken}
+    total = sum(row["length"] for row in rows)
+    said = {"tokenizer": tokenizer, "rows": len(rows), "tokens": total, "broken": broken}
     schema = pa.schema(
         {
             "record": pa.int64(),
@@ -351,23 +365,23 @@ def _write(path: Path, rows: list[dict[str, Any]], broken: list[tuple[str, str]]
     os.replace(part, path)
 
 
-def _read(path: Path, tokenizer: str, *, columns: Sequence[str] | None = None) -> tuple[Any, dict[str, Any]]:
-    """Table and what the shard says of itself; `columns=()` reads the footer alone."""
+def _read(path: Path, tokenizer: str, columns: list[str] | None = None) -> tuple[Any, Any]:
+    """Table and what the shard says of itself; no `columns` read the footer alone."""
     pa = require("pyarrow", extra="ray")
     from pyarrow import parquet
 
+    again = "run the same lavit tokenize-corpus again"
     try:
-        table = parquet.read_table(path, columns=None if columns is None else list(columns))
+        table = parquet.read_table(path, columns=columns)
         said = json.loads(table.schema.metadata[KEY])
     except FileNotFoundError as error:
-        raise InputError(f"{path} is missing: run the same lavit tokenize-corpus again") from error
+        raise InputError(f"{path} is missing: {again}") from error
     except (pa.ArrowInvalid, OSError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path} is no readable shard of tokens ({str(error).splitlines()[0]}): delete it and run "
-            "the same lavit tokenize-corpus again"
-        ) from error
+        lacks = f"{path} is no readable shard of tokens ({str(error).splitlines()[0]})"
+        raise InputError(f"{lacks}: delete it and {again}") from error
     if said["tokenizer"] != tokenizer:
-        raise InputError(f"{path} was made by another tokenizer than its folder says: delete it and tokenise again")
+        other = f"{path} was made by another tokenizer than its folder says"
+        raise InputError(f"{other}: delete it and tokenise again")
     return table, said
 
 

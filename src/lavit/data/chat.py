@@ -1,26 +1,28 @@
-"""Conversations as text and pictures in order: one layout for training (data/) and for use (generate/).
+"""Conversations as text and pictures in order: one layout for training (data/) and use (generate/).
 
-Messages are those of Hugging Face chats: {"role": "user", "content": "…"} or, with pictures, a list of parts,
-{"type": "text", "text": …} and {"type": "image", "image": path or PIL image}. A picture that the assistant wrote may
-carry its "codes": they, not a new look at the picture, stand in the conversation then.
+Messages are those of Hugging Face chats: {"role": "user", "content": "…"} or, with pictures, a list
+of parts, {"type": "text", "text": …} and {"type": "image", "image": path or PIL image}. A picture
+that the assistant wrote may carry its "codes": they, not a new look at the picture, stand in the
+conversation then.
 
-The text around them is the text tokenizer's chat template where it has one. Where it has none, one turn is laid out as
-the documents of stage 2 are (data/documents.py), and turns are lines:
+The text around them is the text tokenizer's chat template where it has one. Where it has none, one
+turn is laid out as the documents of stage 2 are (data/documents.py), and turns are lines:
 
-    reply in words      [image] Question: … Answer: | answer ⏎       (a picture alone is answered as captions are)
-    reply is a picture  [image] instruction | [image written] ⏎      (what stands before | gives no loss)
-    reply left open     [image] words |
+    reply in words      [image] Question: … Answer: | answer ⏎
+                        (a picture alone is answered as captions are)
+    reply is a picture  [image] instruction | [image written] ⏎
+    reply left open     [image] words |             (what stands before | gives no loss)
 
-A picture of the user's is read, as features, where the reply to its message is in words, and enters as its codes where
-the reply holds a picture (method, Sec. 5: prompts for writing); the assistant's pictures are codes. Each part is
-tokenised on its own, so both sides get the same ids.
+A picture of the user's is read, as features, where the reply to its message is in words, and enters
+as its codes where the reply holds a picture (method, Sec. 5: prompts for writing); the assistant's
+pictures are codes. Each part is tokenised on its own, so both sides get the same ids.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -30,7 +32,9 @@ from lavit.data.documents import answer_text, question_text
 
 Reply = Literal["text", "image", "auto"]
 ROLES = ("system", "user", "assistant")
-MARK = re.compile("\ue000(\\d+)\ue001")  # stands for a picture while text is laid out; private characters
+Flat = list[tuple[str, str]]  # role, and text with marks for pictures
+Spans = list[tuple[str, bool]]  # text with marks, and whether the assistant wrote it
+MARK = re.compile("\ue000(\\d+)\ue001")  # a picture while text is laid out; private characters
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class ChatText:
 
 @dataclass(frozen=True, eq=False)
 class ChatPicture:
-    """A picture as the message gave it; `read`: it enters as features, else as its codes (`codes`, if known).
+    """A picture as the message gave it; `read`: as features, else as its `codes` (if known).
 
     `keep` is the keep policy of a look at it, in any form that `KeepPolicy.parse` takes.
     """
@@ -69,29 +73,35 @@ class Turn:
 
 
 def render_chat(
-    messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, *, reply: Reply | None = None
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    reply: Reply | None = None,
 ) -> list[ChatText | ChatPicture]:
     """Text and pictures of a conversation, in order.
 
-    reply: what the assistant is to write next; the layout then ends where it begins. None: the conversation is
-    complete (training) and ends with what the assistant wrote. Neighbours of one role are one turn.
-    Raises `InputError` for messages of another form.
+    reply: what the assistant is to write next; the layout then ends where it begins. None: the
+    conversation is complete (training) and ends with what the assistant wrote. Neighbours of one
+    role are one turn. Raises `InputError` for messages of another form.
     """
     turns = _turns(messages, reply)
+    # what the message after each one is: "text", "image", or what is asked for
+    replies = [*("image" if turn.pictured else "text" for turn in turns[1:]), reply]
     pictures: list[ChatPicture] = []
-    flat: list[tuple[str, str]] = []  # role, text with marks for pictures
-    for turn in turns:
+    flat: Flat = []
+    for turn, kind in zip(turns, replies, strict=True):
+        mine = turn.role == "assistant"
         text = ""
         for piece in turn.pieces:
             if isinstance(piece, ChatPicture):
                 text += f"\ue000{len(pictures)}\ue001"
-                pictures.append(piece)
+                pictures.append(replace(piece, read=not mine and kind != "image", target=mine))
             else:
                 text += piece
         flat.append((turn.role, text))
-    templated = bool(tokenizer.chat_template)
-    spans = _templated(flat, tokenizer, reply) if templated else _plain(flat, _replies(turns, reply))
-    return _parts(spans, pictures)
+    if tokenizer.chat_template:
+        return _parts(_templated(flat, tokenizer, reply), pictures)
+    return _parts(_plain(flat, replies), pictures)
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -103,42 +113,31 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _turns(messages: Any, reply: Any) -> list[Turn]:
+    """Checked messages, with one turn for neighbours of one role, a line each."""
     if reply not in (None, "text", "image", "auto"):
         raise InputError(f"reply {reply!r} is not known: use 'text', 'image' or 'auto'")
     if isinstance(messages, Mapping | str) or not messages:
-        raise InputError('a conversation is a list of messages such as {"role": "user", "content": "hello"}')
-    turns = _joined([_turn(message, number) for number, message in enumerate(messages)])
+        like = '{"role": "user", "content": "hello"}'
+        raise InputError(f"a conversation is a list of messages such as {like}")
+    turns: list[Turn] = []
+    for turn in [_turn(message, number) for number, message in enumerate(messages)]:
+        if turns and turns[-1].role == turn.role:
+            turns[-1] = Turn(turn.role, (*turns[-1].pieces, "\n", *turn.pieces))
+        else:
+            turns.append(turn)
     roles = [turn.role for turn in turns]
-    if "user" not in roles or (roles[0] == "assistant"):
-        raise InputError("a conversation begins with the user (or a system message): the assistant answers")
+    if "user" not in roles or roles[0] == "assistant":
+        begin = "a conversation begins with the user (or a system message)"
+        raise InputError(f"{begin}: the assistant answers")
     if reply is not None and roles[-1] != "user":
-        raise InputError(f"the last message is of the {roles[-1]}: add the user's, which is to be answered")
+        last = f"the last message is of the {roles[-1]}"
+        raise InputError(f"{last}: add the user's, which is to be answered")
     if reply is None and roles[-1] != "assistant":
         raise InputError("a complete conversation ends with the assistant's message")
-    found = []
-    for turn, kind in zip(turns, _replies(turns, reply), strict=True):
-        mine = turn.role == "assistant"
-        if turn.role == "system" and turn.pictured:
-            raise InputError("a system message holds text only: put the picture into a user's message")
-        pieces = (
-            p
-            if isinstance(p, str)
-            else ChatPicture(p.picture, read=not mine and kind != "image", target=mine, codes=p.codes)
-            for p in turn.pieces
-        )
-        found.append(Turn(turn.role, tuple(pieces)))
-    return found
-
-
-def _joined(turns: list[Turn]) -> list[Turn]:
-    """One turn for neighbours of one role, a line each."""
-    found: list[Turn] = []
-    for turn in turns:
-        if found and found[-1].role == turn.role:
-            found[-1] = Turn(turn.role, (*found[-1].pieces, "\n", *turn.pieces))
-        else:
-            found.append(turn)
-    return found
+    if any(turn.role == "system" and turn.pictured for turn in turns):
+        cure = "put the picture into a user's message"
+        raise InputError(f"a system message holds text only: {cure}")
+    return turns
 
 
 def _turn(message: Any, number: int) -> Turn:
@@ -157,9 +156,8 @@ def _piece(part: Any, number: int) -> str | ChatPicture:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text" and isinstance(part.get("text"), str):
         if "\ue000" in part["text"] or "\ue001" in part["text"]:
-            raise InputError(
-                f"message {number} holds the characters U+E000 or U+E001, which mark pictures: remove them"
-            )
+            marks = "the characters U+E000 or U+E001, which mark pictures"
+            raise InputError(f"message {number} holds {marks}: remove them")
         return part["text"]
     picture = part.get("image", part.get("path")) if kind == "image" else None
     if picture is None:
@@ -168,56 +166,49 @@ def _piece(part: Any, number: int) -> str | ChatPicture:
             "{'type': 'image', 'image': path or PIL image}"
         )
     codes = part.get("codes")
-    if codes is not None and not len(codes):
-        raise InputError(f"message {number} has a picture of no codes: leave 'codes' out, or give at least one")
-    return ChatPicture(picture, read=False, codes=None if codes is None else tuple(int(code) for code in codes))
+    if codes is None:
+        return ChatPicture(picture, read=False)
+    if not len(codes):
+        empty = f"message {number} has a picture of no codes"
+        raise InputError(f"{empty}: leave 'codes' out, or give at least one")
+    return ChatPicture(picture, read=False, codes=tuple(map(int, codes)))
 
 
-def _replies(turns: Sequence[Turn], reply: Reply | None) -> list[str | None]:
-    """What the message after each one is: "text", "image", or what is asked for."""
-    after: list[str | None] = ["image" if turn.pictured else "text" for turn in turns[1:]]
-    return [*after, reply]
-
-
-def _templated(
-    flat: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, reply: Reply | None
-) -> list[tuple[str, bool]]:
+def _templated(flat: Flat, tokenizer: PreTrainedTokenizerBase, reply: Reply | None) -> Spans:
     """Text and whether it is the assistant's, from the tokenizer's own template."""
-    spans: list[tuple[str, bool]] = []
-    done = ""
-
-    def extend(text: str, target: bool) -> None:
-        nonlocal done
-        if not text.startswith(done):
-            raise InputError(
-                "the chat template of this tokenizer changes earlier turns when a message is added: "
-                "set tokenizer.chat_template to one that only appends"
-            )
-        spans.append((text[len(done) :], target))
-        done = text
-
+    ends = []  # of what is said up to there: how many turns, and whether a reply is opened
     for number, (role, _) in enumerate(flat):
         if role == "assistant":
-            extend(_apply(flat[:number], tokenizer, open_reply=True), False)
-            extend(_apply(flat[: number + 1], tokenizer), True)
+            ends += [(number, True), (number + 1, False)]
     if reply is not None:
-        extend(_apply(flat, tokenizer, open_reply=True), False)
+        ends.append((len(flat), True))
+    spans: Spans = []
+    done = ""
+    for turns, opens in ends:
+        text = _apply(flat[:turns], tokenizer, open_reply=opens)
+        if not text.startswith(done):
+            bad = "the chat template of this tokenizer changes earlier turns when a message is added"
+            raise InputError(f"{bad}: set tokenizer.chat_template to one that only appends")
+        spans.append((text[len(done) :], not opens))
+        done = text
     return spans
 
 
-def _apply(flat: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, *, open_reply: bool = False) -> str:
+def _apply(flat: Flat, tokenizer: PreTrainedTokenizerBase, *, open_reply: bool = False) -> str:
     from jinja2 import TemplateError
 
     messages = [{"role": role, "content": text} for role, text in flat]
+    options = {"tokenize": False, "add_generation_prompt": open_reply}
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_reply)
+        return tokenizer.apply_chat_template(messages, **options)
     except TemplateError as error:
-        raise InputError(f"the tokenizer's chat template refuses this conversation: {error}") from error
+        refused = "the tokenizer's chat template refuses this conversation"
+        raise InputError(f"{refused}: {error}") from error
 
 
-def _plain(flat: list[tuple[str, str]], replies: list[str | None]) -> list[tuple[str, bool]]:
+def _plain(flat: Flat, replies: list[str | None]) -> Spans:
     """The layout of the header for tokenizers without a template."""
-    spans: list[tuple[str, bool]] = []
+    spans: Spans = []
     framed = False
     for number, ((role, text), kind) in enumerate(zip(flat, replies, strict=True)):
         last = number == len(flat) - 1
@@ -232,7 +223,7 @@ def _plain(flat: list[tuple[str, str]], replies: list[str | None]) -> list[tuple
     return spans
 
 
-def _parts(spans: list[tuple[str, bool]], pictures: list[ChatPicture]) -> list[ChatText | ChatPicture]:
+def _parts(spans: Spans, pictures: list[ChatPicture]) -> list[ChatText | ChatPicture]:
     """Spans with their marks turned into pictures; neighbours of one kind are joined."""
     parts: list[ChatText | ChatPicture] = []
     for text, target in spans:

@@ -1,32 +1,35 @@
-"""Conversations with pictures on both sides, from JSON lines, as documents of fine-tuning (instruction data).
+"""Conversations with pictures on both sides, from JSON lines, as documents of fine-tuning.
 
-    {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "…"}]},
+    {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"},
+                                               {"type": "text", "text": "…"}]},
                   {"role": "assistant", "content": "…"}]}
 
-Text and pictures are laid out by data/chat.py: by the text tokenizer's chat template, or plainly where it has none. Only what
-the assistant wrote gives loss, text up to and including the template's end of turn, and pictures as their codes. Paths
-are below the file's folder. A conversation that cannot be used (a picture that is missing or broken, no answer, longer than
-a row) is left out, counted and named; none left raises `InputError`. Every epoch shows each conversation once.
+Text and pictures are laid out by data/chat.py: by the text tokenizer's chat template, or plainly
+where it has none. Only what the assistant wrote gives loss, text up to and including the template's
+end of turn, and pictures as their codes. Paths are below the file's folder. A conversation that
+cannot be used (a picture that is missing or broken, no answer, longer than a row) is left out,
+counted and named; none left raises `InputError`. Every epoch shows each conversation once.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+from bisect import bisect
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
-from lavit.config import InputError, LanguageTraining
+from lavit.config import InputError
 from lavit.data.chat import ChatText, render_chat
 from lavit.data.corpus import Corpus
+from lavit.data.documents import Rows
 from lavit.data.sources import Record, readable
-from lavit.sequence import IGNORE, Batch, Document, Image, Sequence, Text, fill_rows, lay_out, pack
-from lavit.vocabulary import Vocabulary
+from lavit.sequence import IGNORE, Batch, Document, Image, Sequence, Text, fill_rows, lay_out
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +44,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Conversations:
-    """All usable conversations of a file, their pictures (each once), and the others with reasons."""
+    """All usable conversations, their pictures (each once), and the others with reasons."""
 
     items: tuple[Conversation, ...]
     pictures: tuple[Record, ...]
@@ -52,13 +55,12 @@ class Conversations:
 
     def counts(self) -> dict[str, int]:
         """How much there is of what."""
-        messages = [message for item in self.items for message in item.messages]
-        said = {"user": 0, "assistant": 0, "system": 0}
-        images = dict.fromkeys(said, 0)
-        for message in messages:
+        said = Counter({"user": 0, "assistant": 0, "system": 0})
+        images: Counter[str] = Counter()
+        for message in (message for item in self.items for message in item.messages):
             role = str(message["role"])
-            said[role] = said.get(role, 0) + 1
-            images[role] = images.get(role, 0) + sum(_is_image(part) for part in _parts(message))
+            said[role] += 1
+            images[role] += sum(map(_is_image, _parts(message)))
         return {
             "conversations": len(self.items),
             "left out": len(self.broken),
@@ -83,7 +85,7 @@ def is_conversations(data: str | Path) -> bool:
 
 
 def load_conversations(data: str | Path) -> Conversations:
-    """Read a file of conversations and look at every picture; raises `InputError` if none can be used."""
+    """Read a file of conversations and look at every picture; `InputError` if none can be used."""
     path = Path(data)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -108,7 +110,8 @@ def load_conversations(data: str | Path) -> Conversations:
         if missing:
             broken.append((name, reasons[missing[0]]))
         else:
-            items.append(Conversation(name, tuple(_numbered(message, numbers) for message in messages)))
+            numbered = tuple(_numbered(message, numbers) for message in messages)
+            items.append(Conversation(name, numbered))
     found = Conversations(tuple(items), tuple(good), tuple(broken))
     _refuse_none(found.items, broken, path)
     return found
@@ -118,20 +121,21 @@ def _refuse_none(items: Any, broken: list[tuple[str, str]], path: Any) -> None:
     for name, reason in broken:
         log.warning("left out %s: %s", name, reason)
     if not items:
-        why = f"{len(broken)} left out, the first, {broken[0][0]}: {broken[0][1]}" if broken else "it is empty"
+        why = "it is empty"
+        if broken:
+            why = f"{len(broken)} left out, the first, {broken[0][0]}: {broken[0][1]}"
         raise InputError(f"{path} has no conversation that can be used ({why})")
 
 
 def _messages(line: Any) -> list[dict[str, Any]]:
     messages = line.get("messages") if isinstance(line, dict) else None
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise InputError('no list of messages: a line is {"messages": [{"role": "user", "content": …}, …]}')
+        like = '{"messages": [{"role": "user", "content": …}, …]}'
+        raise InputError(f"no list of messages: a line is {like}")
     if not any(message.get("role") == "assistant" for message in messages):
         raise InputError("no turn of the assistant: there is nothing to learn")
-    for message in messages:
-        for part in _parts(message):
-            if _is_image(part) and not isinstance(part.get("image"), str):
-                raise InputError('a picture has no path: {"type": "image", "image": "a.png"}')
+    if not all(isinstance(part.get("image"), str) for part in _images(messages)):
+        raise InputError('a picture has no path: {"type": "image", "image": "a.png"}')
     return messages
 
 
@@ -149,14 +153,18 @@ def _images(messages: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _numbered(message: Mapping[str, Any], numbers: Mapping[str, int]) -> dict[str, Any]:
-    if not isinstance(message.get("content"), list):
+    parts = message.get("content")
+    if not isinstance(parts, list):
         return dict(message)
-    parts = [{**part, "image": numbers[part["image"]]} if _is_image(part) else part for part in message["content"]]
+    parts = [{**p, "image": numbers[p["image"]]} if _is_image(p) else p for p in parts]
     return {**message, "content": parts}
 
 
-class ConversationDocuments:
-    """Conversations as packed rows; a batch is a function of (seed, step). `codes[picture]` are the stage-1 codes."""
+class ConversationDocuments(Rows):
+    """Conversations as packed rows: a batch is a function of (seed, step).
+
+    `codes[picture]` are the stage-1 codes.
+    """
 
     corpus = Corpus(())  # fine-tuning knows no other data
 
@@ -164,14 +172,10 @@ class ConversationDocuments:
         self,
         conversations: Conversations,
         codes: tuple[tuple[int, ...], ...],
-        *,
-        text: PreTrainedTokenizerBase,
-        vocabulary: Vocabulary,
-        config: LanguageTraining,
-        seed: int,
+        **shared: Any,
     ) -> None:
-        self.codes, self.tokenizer, self.vocabulary = codes, text, vocabulary
-        self.config, self.seed = config, seed
+        super().__init__(**shared)
+        self.codes = codes
         self.sequences: list[Sequence] = []
         broken: list[tuple[str, str]] = []
         for item in conversations.items:
@@ -190,26 +194,26 @@ class ConversationDocuments:
         closes = not self.tokenizer.chat_template  # a template has an end of turn of its own
         for part in render_chat(conversation.messages, self.tokenizer):
             if isinstance(part, ChatText):
-                segments.append(Text(self._ids(part.text), target=part.target, closes=closes))
+                segments.append(Text(self.ids(part.text), target=part.target, closes=closes))
             else:
-                number = int(part.picture)
-                segments.append(Image(self.codes[number], read=part.read, index=number, target=part.target))
+                at = int(part.picture)
+                image = Image(self.codes[at], read=part.read, index=at, target=part.target)
+                segments.append(image)
         return tuple(segments)
-
-    def _ids(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _lay_out(self, conversation: Conversation) -> Sequence:
         sequence = lay_out(self.document(conversation), self.vocabulary)
         if len(sequence) > self.config.tokens:
-            raise InputError(f"{len(sequence)} tokens are more than a row of {self.config.tokens}: use longer rows")
+            long = f"{len(sequence)} tokens are more than a row of {self.config.tokens}"
+            raise InputError(f"{long}: use longer rows")
         if all(label == IGNORE for label in sequence.labels):
             raise InputError("every label is masked: the assistant's turns are empty")
         return sequence
 
     def _epoch(self, number: int) -> list[list[int]]:
         """Rows of an epoch, in which each conversation stands once."""
-        order = np.random.default_rng([self.seed, number]).permutation(len(self.sequences)).tolist()
+        rng = np.random.default_rng([self.seed, number])
+        order = rng.permutation(len(self.sequences)).tolist()
         lengths = [len(self.sequences[item]) for item in order]
         rows = -(-sum(lengths) // self.config.tokens)
         filled, left = fill_rows(lengths, rows, self.config.tokens)
@@ -221,15 +225,16 @@ class ConversationDocuments:
     def _row(self, number: int) -> list[Sequence]:
         """A row of the endless list of epochs."""
         while True:
-            epoch = next((e for e, first in enumerate(self._epochs[1:]) if number < first), len(self._epochs) - 1)
+            epoch = bisect(self._epochs, number) - 1
             if self._rows is None or self._rows[0] != epoch:
                 self._rows = (epoch, self._epoch(epoch))
+            rows, at = self._rows[1], number - self._epochs[epoch]
             if epoch + 1 == len(self._epochs):
-                self._epochs.append(self._epochs[epoch] + len(self._rows[1]))
-            if number < self._epochs[epoch + 1]:
-                return [self.sequences[item] for item in self._rows[1][number - self._epochs[epoch]]]
+                self._epochs.append(self._epochs[epoch] + len(rows))
+            if at < len(rows):
+                return [self.sequences[item] for item in rows[at]]
 
     def batch(self, step: int) -> Batch:
         """Rows of a step."""
         numbers = range(step * self.config.rows, (step + 1) * self.config.rows)
-        return pack([self._row(number) for number in numbers], self.vocabulary, tokens=self.config.tokens)
+        return self.pack([self._row(number) for number in numbers])

@@ -1,7 +1,7 @@
-"""Encoder features of a data set, computed once, and their tokens: training reads a file instead of running the encoder.
+"""Encoder features of a data set, computed once, and their tokens: training reads them from a file.
 
-The file is a float16 array [pictures, patches, dim]. An interrupted computation goes on where it stopped; another list of
-pictures or another encoder makes another file.
+The file is a float16 array [pictures, patches, dim]. An interrupted computation goes on where it
+stopped; another list of pictures or another encoder makes another file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lavit.config import to_json
+from lavit.config import VisionConfig, to_json
 from lavit.data.sources import Record
 from lavit.images import pixels
 from lavit.modules.selector import KeepPolicy
@@ -25,7 +25,7 @@ from lavit.modules.tokenizer import VisualTokenizer
 from lavit.modules.vision import Vision
 from lavit.sequence import VisualTokens
 
-BLOCK = 32  # pictures encoded at a time
+BLOCK = 8  # pictures encoded at a time: more do not fit a CPU's cache
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,19 @@ def compute_features(
 ) -> Features:
     """Features of pictures, from `folder` where they are there already.
 
-    `progress` is called with (pictures done, pictures in all). The pictures must be readable (`data.corpus` sorts out).
+    `progress` is called with (pictures done, pictures in all). The pictures must be readable
+    (`data.corpus` sorts out).
     """
-    encoder = to_json(replace(vision.config, sha256=None))  # the same encoder before its file is pinned and after
-    key = hashlib.sha256(json.dumps([[record.name for record in records], encoder]).encode()).hexdigest()[:16]
+    encoder = to_json(replace(vision.config, sha256=None))  # the same once its file is pinned
+    said = json.dumps([[record.name for record in records], encoder])
+    key = hashlib.sha256(said.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     path, mark = folder / f"features-{key}.npy", folder / f"features-{key}.json"
     config = vision.config
     done = json.loads(mark.read_text())["done"] if mark.exists() and path.exists() else 0
     shape = None if done else (len(records), config.patches, config.dim)
-    array = np.lib.format.open_memmap(path, mode="r+" if done else "w+", dtype=np.float16, shape=shape)
+    mode = "r+" if done else "w+"
+    array = np.lib.format.open_memmap(path, mode=mode, dtype=np.float16, shape=shape)
     device = next(vision.parameters()).device
     while done < len(records):
         images = [record.open() for record in records[done : done + BLOCK]]
@@ -84,11 +87,14 @@ def tokenize_features(
 ) -> VisualTokens:
     """Visual tokens of every picture of cached features, in order."""
     device = next(tokenizer.parameters()).device
-    parts = []
-    for pictures in torch.arange(len(features)).split(batch):
-        parts.append(tokenizer.encode(features.rows(pictures).to(device), policy))
-    return VisualTokens(
-        torch.cat([p.codes for p in parts]).cpu(),
-        torch.cat([p.lengths for p in parts]).cpu(),
-        torch.cat([p.keep for p in parts]).cpu(),
-    )
+    batches = torch.arange(len(features)).split(batch)
+    parts = [tokenizer.encode(features.rows(one).to(device), policy) for one in batches]
+    names = ("codes", "lengths", "keep")
+    return VisualTokens(*(torch.cat([getattr(p, name) for p in parts]).cpu() for name in names))
+
+
+def nothing_read(vision: VisionConfig) -> tuple[Features, VisualTokens]:
+    """Features and tokens of no picture, for trainings that read none."""
+    none, masks = torch.zeros(0, dtype=torch.long), torch.zeros(0, vision.patches, dtype=torch.bool)
+    features = Features(np.zeros((0, vision.patches, vision.dim), dtype=np.float16))
+    return features, VisualTokens(none, none, masks)

@@ -11,6 +11,8 @@ A source of fewer than 40 pictures is all training; streams are always divided.
 from __future__ import annotations
 
 import hashlib
+import itertools
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,19 +31,19 @@ def divides(path: Path) -> bool:
         return True
     if not path.is_dir():
         return False  # a hub name: its own splits
-    card = path / "README.md"
-    if card.is_file() and "data_files:" in card.read_text(encoding="utf-8", errors="replace"):
+    if lists_splits(path):
         return False
-    folders = [sub for sub in path.iterdir() if sub.is_dir()]
     if (path / "train").is_dir():
-        others = [sub for sub in folders if sub.name != "train" and any(file.is_file() for file in sub.rglob("*"))]
-        return not others
-    stems = {word for file in path.rglob("*") for word in (file.parent.name, *_words(file.stem))}
-    return not stems & set(OTHERS)
+        others = [sub for sub in path.iterdir() if sub.is_dir() and sub.name != "train"]
+        return not any(file.is_file() for sub in others for file in sub.rglob("*"))
+    files = ((file.parent.name, *re.split(r"[-.\s]", file.stem)) for file in path.rglob("*"))
+    return set(OTHERS).isdisjoint(itertools.chain(*files))
 
 
-def _words(stem: str) -> list[str]:
-    return stem.replace("-", " ").replace(".", " ").split()
+def lists_splits(folder: Path) -> bool:
+    """Does a data set's card say which files its splits are?"""
+    card = folder / "README.md"
+    return card.is_file() and "data_files:" in card.read_text(encoding="utf-8", errors="replace")
 
 
 def is_held_out(row: Mapping[str, Any], image: str, folder: Path) -> bool:
@@ -64,27 +66,21 @@ def _name(row: Mapping[str, Any], image: str, folder: Path) -> bytes:
         return str(value).encode()
 
 
-def part_of(rows: Any, split: str, *, image: str, folder: Path, data: str, streaming: bool) -> Any:
+def part_of(rows: Any, split: str, image: str, folder: Path, data: str, *, streaming: bool) -> Any:
     """The rows of one split of a source that is divided; few pictures are all training."""
-    columns = [name for name in (image, "__key__") if name in rows.column_names]
+    out = split == HELD_OUT
     if streaming:
-        return rows.filter(lambda row: is_held_out(row, image, folder) == (split == HELD_OUT))
-    if len(rows) < FEWEST:
-        if split == "train":
-            return rows
-        raise InputError(
-            f"{data!r} has no split {split!r}: of fewer than {FEWEST} pictures ({len(rows)}) "
-            "none is held out, and all are in the split train"
-        )
-    held = [is_held_out(row, image, folder) for row in rows.select_columns(columns)]
-    if not any(held):
-        if split == "train":
-            return rows
-        raise InputError(f"{data!r} has no split {split!r}: by chance none of {len(rows)} pictures is held out")
-    return rows.select([number for number, out in enumerate(held) if out == (split == HELD_OUT)])
-
-
-def check_split(data: str, split: str) -> None:
-    """Raise `InputError` unless a source that is divided has such a split."""
-    if split not in ("train", HELD_OUT):
-        raise InputError(f"{data!r} has no split {split!r}: it has train and {HELD_OUT}, by hash")
+        return rows.filter(lambda row: is_held_out(row, image, folder) == out)
+    count = len(rows)
+    if count >= FEWEST:
+        columns = [name for name in (image, "__key__") if name in rows.column_names]
+        held = [is_held_out(row, image, folder) for row in rows.select_columns(columns)]
+        if any(held):
+            return rows.select([number for number, one in enumerate(held) if one == out])
+    if not out:
+        return rows
+    why = f"by chance none of {count} pictures is held out"
+    if count < FEWEST:
+        few = f"of fewer than {FEWEST} pictures ({count})"
+        why = f"{few} none is held out, and all are in the split train"
+    raise InputError(f"{data!r} has no split {split!r}: {why}")

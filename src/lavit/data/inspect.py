@@ -1,4 +1,4 @@
-"""Looking into data before training: every source of a mixture, or a file of conversations, as figures (lavit data check)."""
+"""Looking into data before training: sources, or conversations, as figures (lavit data check)."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ STREAMED = (".tar", ".parquet")
 
 
 def inspect_data(data: str, split: str = "train", *, workers: int = 1) -> list[dict[str, Any]]:
-    """A report for each source of `data`, which is read as a whole: counts, what is broken, text lengths, licences.
+    """A report for each source of `data`, read as a whole: counts, what is broken, texts, licences.
 
-    Beside them its share of a training's documents, and where its shards can be streamed whether they suffice for
-    `workers` processes. A source that cannot be opened raises `InputError`.
+    Beside them its share of a training's documents, and where its shards can be streamed whether
+    they suffice for `workers` processes. A source that cannot be opened raises `InputError`.
     """
     mixture = parse_mixture(data)
     total = sum(weight for _, weight in mixture)
@@ -45,11 +45,12 @@ def _report(name: str, split: str) -> dict[str, Any]:
 
 def _texts(texts: Texts) -> dict[str, Any]:
     lengths = texts.characters
-    column = next((c for c in getattr(texts.rows, "column_names", ()) if c.lower() in ("license", "licence")), None)
+    columns = getattr(texts.rows, "column_names", ())
+    column = next((one for one in columns if one.lower() in ("license", "licence")), None)
     return {
         "texts": len(lengths),
-        "empty": int((lengths == 0).sum()),
-        "characters": _spread(lengths.tolist()),
+        "empty": lengths.count(0),
+        "characters": _spread(lengths),
         "licences": dict(Counter(map(str, texts.rows[column])).most_common()) if column else {},
         "licence_files": licence_files(Path(texts.name)),
     }
@@ -58,9 +59,9 @@ def _texts(texts: Texts) -> dict[str, Any]:
 def _conversations(name: str) -> dict[str, Any]:
     found = load_conversations(name)
     answers, asked = [], []
-    for item in found.items:
-        for message in item.messages:
-            (answers if message["role"] == "assistant" else asked).append(len(_words(message["content"])))
+    for message in (message for item in found.items for message in item.messages):
+        lengths = answers if message["role"] == "assistant" else asked
+        lengths.append(len(_words(message["content"])))
     return {
         **{key.replace(" ", "_"): count for key, count in found.counts().items()},
         "broken": found.broken,
@@ -77,7 +78,8 @@ def _words(content: Any) -> str:
 
 def _spread(lengths: list[int]) -> tuple[int, float, int]:
     """Shortest, mean and longest."""
-    return min(lengths, default=0), round(sum(lengths) / max(1, len(lengths)), 1), max(lengths, default=0)
+    mean = round(sum(lengths) / max(1, len(lengths)), 1)
+    return min(lengths, default=0), mean, max(lengths, default=0)
 
 
 def _shards(name: str, split: str) -> int:

@@ -1,12 +1,11 @@
-"""Pictures with texts from wherever they lie, read through Hugging Face `datasets`; nothing decoded
-until asked.
+"""Pictures with texts from wherever they lie, read through Hugging Face `datasets`.
 
 A source is a folder of pictures (`imagefolder`, splits by its README.md or sub-folders, columns by
 metadata.jsonl), a .jsonl/.json/.csv/.parquet file with an image column, WebDataset .tar shards (one
-file or a folder of them), or the name of a data set on the hub; without pictures, a .txt file, a folder
-of them, or a table with a text column is a source of text. Pictures are kept encoded, so that
-a broken one never ends an iteration: `readable` sorts such records out and names them, `check`
-reports on a whole source.
+file or a folder of them), or the name of a data set on the hub; without pictures, a .txt file, a
+folder of them, or a table with a text column is a source of text. Pictures stay encoded until
+asked for, so a broken one never ends an iteration: `readable` sorts such records out and names
+them, `check` reports on a whole source.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import Any
 from PIL import Image
 
 from lavit.config import InputError, require
-from lavit.data.held_out import check_split, divides, part_of
+from lavit.data.held_out import HELD_OUT, divides, lists_splits, part_of
 from lavit.data.text import Texts, text_files
 from lavit.images import open_image
 
@@ -29,12 +28,8 @@ IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "file_name", "ima
 TEXT_COLUMNS = ("text", "caption", "captions", "name", "txt", "texts", "prompt", "sentences")
 PROSE_COLUMNS = ("content", "document", "body")  # of tables without pictures
 BUILDERS = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".parquet": "parquet",
-    ".tar": "webdataset",
-}
+    ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".tar": "webdataset",
+}  # fmt: skip
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 LICENCE_WORDS = ("license", "licence", "attribution", "copying", "notice")
 
@@ -58,15 +53,27 @@ class Record:
             raise
 
 
-class Pictures(Sequence[Record]):
-    """A map-style source: `len`, index, iterate; rows are read from disk when asked for."""
+@dataclass(frozen=True, eq=False)
+class Streamed:
+    """A source that is read as it comes: rows of `datasets`, pictures not decoded."""
 
-    def __init__(self, rows: Any, *, image: str, text: str | None, folder: Path, name: str) -> None:
-        """`rows` is a `datasets.Dataset` whose image column is not decoded; paths are below
-        `folder`.
-        """
-        self.rows, self.image, self.text = rows, image, text
-        self.folder, self.name = folder, name
+    rows: Any
+    image: str | None  # the column of pictures; None: texts alone
+    text: str | None
+    folder: Path  # of pictures that are paths
+    name: str
+
+    def record(self, row: Mapping[str, Any], place: object = None) -> Record:
+        """A row as a record, of texts alone without a picture; `place` names what has no path."""
+        cells = dict(row)
+        name = f"{self.name}[{cells.get('__key__', '') if place is None else place}]"
+        image, name = _encoded(cells.pop(self.image, None), self.folder, name)
+        texts = _texts(cells.get(self.text)) if self.text else ()
+        return Record(image, texts, name, cells)
+
+
+class Pictures(Streamed, Sequence[Record]):
+    """A map-style source: `len`, index, iterate; rows are read from disk when asked for."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -74,25 +81,7 @@ class Pictures(Sequence[Record]):
     def __getitem__(self, index: int) -> Record:
         if not -len(self) <= index < len(self):  # iteration ends by IndexError
             raise IndexError(index)
-        return _record(self.rows[index], self.image, self.text, self.folder, f"{self.name}[{index}]")
-
-
-@dataclass(frozen=True)
-class Streamed:
-    """A source of which nothing is read before it is asked for: a `datasets.IterableDataset` and its columns."""
-
-    rows: Any
-    image: str | None  # None: texts alone
-    text: str | None
-    folder: Path
-    name: str
-
-    def record(self, row: Mapping[str, Any]) -> Record:
-        """A row as a record; one of texts alone has no picture."""
-        name = f"{self.name}[{row.get('__key__', '')}]"
-        if self.image is None:
-            return Record(image=b"", texts=_texts(row[self.text]), name=name, columns=row)
-        return _record(row, self.image, self.text, self.folder, name)
+        return self.record(self.rows[index], index)
 
 
 @dataclass(frozen=True)
@@ -110,22 +99,12 @@ class Report:
     licence_files: tuple[str, ...]
 
 
-def load_records(
-    data: str | Path,
-    split: str = "train",
-    *,
-    image_column: str | None = None,
-    text_column: str | None = None,
-    cache: Path | None = None,
-    whole: bool = False,
-) -> Pictures:
-    """Open one split of a source; columns are found by name unless given, `cache` is where
-    `datasets` writes, `whole` takes a source without splits of its own whole.
+def load_records(data: str | Path, split: str = "train", **options: Any) -> Pictures:
+    """Open one split of a source of pictures; keyword arguments as `open_source`.
 
     A missing or empty source, an unknown split and a source without pictures raise `InputError`.
     """
-    columns = {"image_column": image_column, "text_column": text_column}
-    found = open_source(data, split, cache=cache, whole=whole, **columns)
+    found = open_source(data, split, **options)
     if isinstance(found, Texts):
         raise InputError(f"{str(data)!r} holds no pictures, only texts")
     return found
@@ -140,25 +119,18 @@ def open_source(
     cache: Path | None = None,
     whole: bool = False,
 ) -> Pictures | Texts:
-    """Open one split of a source as `load_records` does; where there are no pictures, its texts.
+    """Open one split of a source; where there are no pictures, its texts.
 
-    A source without splits of its own has "train" and "held_out" (data/held_out.py); `whole`: both together, as "train".
+    Columns are found by name unless given; `cache` is where `datasets` writes. A source without
+    splits of its own has "train" and "held_out" (data/held_out.py); `whole`: both, as "train".
     """
-    path = Path(data)
-    if _is_text(path):
-        return text_files(path)
-    datasets = require("datasets", extra="train")
-    rows, divided = _load_split(datasets, data, split, cache)
-    if len(rows) == 0:
-        raise InputError(f"{str(data)!r} is empty: split {split!r} holds no records")
-    rows, image, text = _columns(datasets, rows, data, image_column, text_column)
+    if _is_text(Path(data)):
+        return text_files(Path(data))
+    given = (image_column, text_column)
+    rows, image, text = _open(data, split, cache=cache, given=given, whole=whole)
     if image is None:
-        if divided and split != "train":
-            raise InputError(f"{str(data)!r} holds texts alone and has no split {split!r}")
         return Texts(rows, column=text, name=str(data))
-    if divided and not whole:
-        rows = part_of(rows, split, image=image, folder=_folder(path), data=str(data), streaming=False)
-    return Pictures(rows, image=image, text=text, folder=_folder(path), name=str(data))
+    return Pictures(rows, image, text, _folder(data), str(data))
 
 
 def stream_source(data: str | Path, split: str = "train") -> Streamed:
@@ -166,52 +138,62 @@ def stream_source(data: str | Path, split: str = "train") -> Streamed:
 
     "scenes", or "scenes:SEED", are scenes without end (data/scenes).
     """
-    datasets = require("datasets", extra="train")
     kind, _, seed = str(data).partition(":")
     if kind == "scenes" and (not seed or seed.isdigit()) and not Path(data).exists():
+        require("datasets", extra="train")
         from lavit.data.scenes.dataset import stream_rows
 
         rows = stream_rows(int(seed or 0), split=split)
         return Streamed(rows, "image", "texts", Path(), str(data))
-    rows, divided = _load_split(datasets, data, split, None, streaming=True)
-    rows, image, text = _columns(datasets, rows, data, None, None)
-    folder = _folder(Path(data))
-    if divided and image is not None:
-        rows = part_of(rows, split, image=image, folder=folder, data=str(data), streaming=True)
-    return Streamed(rows, image, text, folder, str(data))
+    return Streamed(*_open(data, split, streaming=True), _folder(data), str(data))
 
 
-def _load_split(
-    datasets: Any, data: str | Path, split: str, cache: Path | None, *, streaming: bool = False
-) -> tuple[Any, bool]:
-    """Rows of a split, or of all of a source that has none of its own, and whether it has none."""
-    divided = divides(Path(data))
-    if divided:
-        check_split(str(data), split)
-    return _load(datasets, data, "train" if divided else split, cache, streaming=streaming), divided
-
-
-def _folder(path: Path) -> Path:
+def _folder(data: str | Path) -> Path:
+    path = Path(data)
     return path.parent if path.is_file() else path
 
 
-def _columns(
-    datasets: Any, rows: Any, data: str | Path, image_column: str | None, text_column: str | None
+def _open(
+    data: str | Path,
+    split: str,
+    *,
+    cache: Path | None = None,
+    given: tuple[str | None, str | None] = (None, None),
+    whole: bool = False,
+    streaming: bool = False,
 ) -> tuple[Any, str | None, str | None]:
-    """Rows whose pictures stay encoded, the column of pictures (None: texts alone) and that of texts."""
+    """Rows of a split whose pictures stay encoded, the column of pictures (None: texts alone) and
+    that of texts, found by name unless `given`.
+    """
+    datasets = require("datasets", extra="train")
+    name, divided = str(data), divides(Path(data))
+    if divided and split not in ("train", HELD_OUT):
+        raise InputError(f"{name!r} has no split {split!r}: it has train and {HELD_OUT}, by hash")
+    rows = _load(datasets, data, "train" if divided else split, cache, streaming)
+    if not streaming and len(rows) == 0:
+        raise InputError(f"{name!r} is empty: split {split!r} holds no records")
     if rows.features is None:
         rows = rows._resolve_features()
-    image = _column(rows.column_names, image_column, IMAGE_COLUMNS, data)
-    if image is not None and image_column is None and not _shows(rows, image):
+    names = rows.column_names
+    for one in given:
+        if one is not None and one not in names:
+            raise InputError(f"{name!r} has no column {one!r}: it has {', '.join(names)}")
+    image = given[0] or next((one for one in IMAGE_COLUMNS if one in names), None)
+    if image is not None and given[0] is None and not _shows(rows, image):
         image = None  # a path of something else
-    text = _column(rows.column_names, text_column, TEXT_COLUMNS if image else (*TEXT_COLUMNS, *PROSE_COLUMNS), data)
+    words = TEXT_COLUMNS if image else (*TEXT_COLUMNS, *PROSE_COLUMNS)
+    text = given[1] or next((one for one in words if one in names), None)
     if image is None and text is None:
-        raise InputError(
-            f"{str(data)!r} has no picture column among {', '.join(rows.column_names)}: "
-            f"name it image, or give image_column"
-        )
-    if image is not None and isinstance(rows.features[image], datasets.Image):
+        lacks = f"{name!r} has no picture column among {', '.join(names)}"
+        raise InputError(f"{lacks}: name it image, or give image_column")
+    if image is None:
+        if divided and split != "train" and not streaming:
+            raise InputError(f"{name!r} holds texts alone and has no split {split!r}")
+        return rows, None, text
+    if isinstance(rows.features[image], datasets.Image):
         rows = rows.cast_column(image, datasets.Image(decode=False))
+    if divided and not whole:
+        rows = part_of(rows, split, image, _folder(data), name, streaming=streaming)
     return rows, image, text
 
 
@@ -233,17 +215,13 @@ def _shows(rows: Any, column: str) -> bool:
 
 def readable(records: Iterable[Record]) -> tuple[list[Record], list[tuple[str, str]]]:
     """Decode every picture once: the records that open, and (name, reason) of those that do not."""
-    good, bad = [], []
-    for record, reason in _tried(records):
-        if isinstance(reason, str):
-            bad.append((record.name, reason))
-        else:
-            good.append(record)
-    return good, bad
+    tried = list(_tried(records))
+    good = [record for record, size in tried if not isinstance(size, str)]
+    return good, [(record.name, why) for record, why in tried if isinstance(why, str)]
 
 
 def check(data: str | Path, split: str = "train", **columns: Any) -> Report:
-    """Read all of a split and report on it, held-out records too; keyword arguments as `load_records`."""
+    """Read all of a split, held-out records too, and report; keyword arguments as `open_source`."""
     records = load_records(data, split, whole=split == "train", **columns)
     sizes: Counter[str] = Counter()
     licences: Counter[str] = Counter()
@@ -281,81 +259,66 @@ def _tried(records: Iterable[Record]) -> Iterator[tuple[Record, tuple[int, int] 
             yield record, str(error)
 
 
-def _load(datasets: Any, data: str | Path, split: str, cache: Path | None, *, streaming: bool = False) -> Any:
-    """A `datasets.Dataset`, or `IterableDataset` if `streaming`; whatever the library raises on bad data becomes one line."""
-    path = Path(data)
+def _load(datasets: Any, data: str | Path, split: str, cache: Path | None, streaming: bool) -> Any:
+    """A `datasets.Dataset`, or `IterableDataset`; what the library raises becomes one line."""
+    path, name = Path(data), str(data)
     if cache is None and path.exists() and not streaming:
         cache = Path(datasets.config.HF_DATASETS_CACHE) / f"lavit-{_fingerprint(path)}"
     where = {"cache_dir": None if cache is None else str(cache), "streaming": streaming}
     try:
         if path.is_file():
-            builder = BUILDERS.get(path.suffix.lower())
+            builder, files = BUILDERS.get(path.suffix.lower()), {split: str(path)}
             if builder is None:
                 kinds = ", ".join(BUILDERS)
-                raise InputError(f"{str(data)!r} is no data file that is known here: {kinds}")
-            return datasets.load_dataset(builder, data_files={split: str(path)}, split=split, **where)
+                raise InputError(f"{name!r} is no data file that is known here: {kinds}")
+            return datasets.load_dataset(builder, data_files=files, split=split, **where)
         if path.is_dir():
             return _load_folder(datasets, path, split, where)
         named = path.suffix.lower() in (*BUILDERS, ".txt")  # a hub name ends otherwise
-        if named or isinstance(data, Path) or str(data).count("/") > 1 or str(data).startswith((".", "~")):
-            raise InputError(f"{str(data)!r} does not exist: give a folder, a file or a hub name")
-        return datasets.load_dataset(str(data), split=split, **where)
+        if named or isinstance(data, Path) or name.count("/") > 1 or name.startswith((".", "~")):
+            raise InputError(f"{name!r} does not exist: give a folder, a file or a hub name")
+        return datasets.load_dataset(name, split=split, **where)
     except InputError:
         raise
     except Exception as error:  # datasets has no common error class
         lines = str(error).splitlines() or [type(error).__name__]
         cause = error.__cause__ or error.__context__
         why = f"{lines[0]}{f' ({str(cause).splitlines()[0]})' if cause and str(cause) else ''}"
-        raise InputError(f"{str(data)!r}, split {split!r}, cannot be opened: {why}") from error
+        raise InputError(f"{name!r}, split {split!r}, cannot be opened: {why}") from error
 
 
 def _fingerprint(path: Path) -> str:
-    """Of names, sizes and times of all files: a folder that was made anew is never served from the old one's cache."""
+    """Of names, sizes and times of all files: data made anew never come from the old cache."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+    files = [(str(file.resolve()), file.stat()) for file in files if file.is_file()]
+    stats = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
     return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
 
 
 def _load_folder(datasets: Any, path: Path, split: str, where: Mapping[str, Any]) -> Any:
-    """By README.md if it lists splits; tar or parquet shards; else pictures, in SPLIT/ or all in
-    one.
-    """
+    """By README.md if it lists splits; tar or parquet shards; else pictures, in SPLIT/ or not."""
     files = sorted(file for file in path.rglob("*") if file.is_file())
     if not files:
         raise InputError(f"{str(path)!r} is empty: no pictures, no shards, no tables")
-    card = path / "README.md"
-    if card.is_file() and "data_files:" in card.read_text(encoding="utf-8", errors="replace"):
+    if lists_splits(path):
         return datasets.load_dataset(str(path), split=split, **where)
-    inside = path / split if (path / split).is_dir() else None
-    kinds = Counter(file.suffix.lower() for file in files)
-    for suffix in (".tar", ".parquet"):
-        if kinds[suffix] and not any(kinds[picture] for picture in PICTURES):
-            shards = [str(file) for file in files if file.suffix.lower() == suffix]
-            named = [shard for shard in shards if split in Path(shard).relative_to(path).as_posix()]
-            if not named and split != "train":
+    if PICTURES.isdisjoint(file.suffix.lower() for file in files):
+        for suffix in (".tar", ".parquet"):
+            shards = [file for file in files if file.suffix.lower() == suffix]
+            named = [file for file in shards if split in file.relative_to(path).as_posix()]
+            if shards and not named and split != "train":
                 raise InputError(f"{str(path)!r} has no {suffix} shard named {split!r}")
-            chosen = {split: named or shards}
-            return datasets.load_dataset(BUILDERS[suffix], data_files=chosen, split=split, **where)
-    if not any(kinds[picture] for picture in PICTURES):
+            if shards:
+                chosen = {split: [str(file) for file in named or shards]}
+                builder = BUILDERS[suffix]
+                return datasets.load_dataset(builder, data_files=chosen, split=split, **where)
         raise InputError(f"{str(path)!r} holds no pictures and no .tar or .parquet shards")
-    if inside is None and split != "train":
+    inside = (path / split).is_dir()
+    if not inside and split != "train":
         found = ", ".join(sorted(sub.name for sub in path.iterdir() if sub.is_dir())) or "none"
         raise InputError(f"{str(path)!r} has no split {split!r}: its sub-folders are {found}")
-    pattern = f"{(inside or path).resolve()}/**"
+    pattern = f"{(path / split if inside else path).resolve()}/**"
     return datasets.load_dataset("imagefolder", data_files={split: pattern}, split=split, **where)
-
-
-def _column(names: Sequence[str], given: str | None, known: Sequence[str], data: str | Path) -> str | None:
-    if given is not None and given not in names:
-        raise InputError(f"{str(data)!r} has no column {given!r}: it has {', '.join(names)}")
-    return given or next((name for name in known if name in names), None)
-
-
-def _record(cells: Mapping[str, Any], image: str, text: str | None, folder: Path, name: str) -> Record:
-    """A row as a record; `name` is for rows whose picture has no path."""
-    row = dict(cells)
-    encoded, name = _encoded(row.pop(image), folder, name)
-    return Record(image=encoded, texts=_texts(row.get(text)) if text else (), name=name, columns=row)
 
 
 def _encoded(value: Any, folder: Path, name: str) -> tuple[str | bytes, str]:
@@ -376,6 +339,14 @@ def _encoded(value: Any, folder: Path, name: str) -> tuple[str | bytes, str]:
 def _texts(value: Any) -> tuple[str, ...]:
     items = value if isinstance(value, list | tuple) else [value]
     return tuple(str(item).strip() for item in items if item is not None and str(item).strip())
+
+
+def below(name: str, data: str | Path) -> str:
+    """A record's name below its source, so that a source may move."""
+    try:
+        return Path(name).resolve().relative_to(Path(data).resolve()).as_posix()
+    except (ValueError, OSError):
+        return name.removeprefix(str(data))
 
 
 def licence_files(folder: Path) -> tuple[str, ...]:

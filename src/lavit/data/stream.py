@@ -1,9 +1,10 @@
-"""Streams: sources that are read as they come (WebDataset tars, parquet shards, hub names), for data that outgrow a disk.
+"""Streams: sources that are read as they come (WebDataset tars, parquet shards, hub names).
 
-Each process reads its own part of the shards and never looks ahead: pictures are encoded on the fly, block by block, and
-become documents as data/documents.py makes them (reading, writing, text). Rows are filled window by window with the
-documents in the order of the stream, so none is lost. The place in the stream is a small JSON state; a run that resumes from
-it reads the same records, into the same rows. (datasets' `IterableDataset.state_dict`.)
+Each process reads its own part of the shards and never looks ahead: pictures are encoded on the
+fly, block by block, and become documents as data/documents.py makes them (reading, writing, text).
+Rows are filled window by window with the documents in the order of the stream, so none is lost. The
+place in the stream is a small JSON state; a run that resumes from it reads the same records, into
+the same rows. (datasets' `IterableDataset.state_dict`.)
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,41 +21,39 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image as Picture
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from lavit.config import InputError, LanguageTraining, require
+from lavit.config import InputError, require
 from lavit.data.corpus import Corpus, Part, parse_mixture
-from lavit.data.documents import WINDOW
+from lavit.data.documents import WINDOW, Rng, Rows, by_shares
 from lavit.data.sources import Record, stream_source
 from lavit.data.text import cut
-from lavit.sequence import Batch, Image, Text, VisualTokens, fill_from_front, lay_out, pack, supervise_some
+from lavit.sequence import Batch, Image, Text, VisualTokens, lay_out
 from lavit.sequence import Sequence as Document
-from lavit.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 BLOCK = 32  # records that are read and encoded together
 EMPTY = 16  # blocks without any document before a stream is given up
 Encode = Callable[[list[Picture.Image]], tuple[Float[Tensor, "images patches dim"], VisualTokens]]
+Shown = tuple[Float[Tensor, "images patches dim"], Bool[Tensor, "images patches"]]
 
 
 class Stream:
     """One source as an endless sequence of this process's records; its place can be saved."""
 
     def __init__(self, name: str, *, split: str = "train", rank: int = 0, ranks: int = 1) -> None:
-        """Fewer shards than processes raise `InputError`: some of them would have nothing to read."""
+        """Fewer shards than processes raise `InputError`: some would have nothing to read."""
         parts = require("datasets.distributed", extra="train")
         self.source, self.name = stream_source(name, split), name
         shards = self.source.rows.num_shards
         if shards < ranks:
-            raise InputError(
-                f"{name!r} has {shards} shards for {ranks} processes: make more shards, or start at most {shards} processes"
-            )
+            few = f"{name!r} has {shards} shards for {ranks} processes"
+            raise InputError(f"{few}: make more shards, or start at most {shards} processes")
         self.rows = parts.split_dataset_by_node(self.source.rows, rank, ranks)
         self.epoch = 0
         self._records: Any = None
 
     def take(self) -> Record:
-        """The next record; after the last comes the first again. A record of texts has an empty picture."""
+        """The next record; after the last comes the first again."""
         for _ in range(2):
             if self._records is None:
                 self.rows.set_epoch(self.epoch)
@@ -65,14 +64,10 @@ class Stream:
             self.epoch, self._records = self.epoch + 1, None
         raise InputError(f"{self.name!r} has no records for this process")
 
-    @property
-    def pictured(self) -> bool:
-        """Whether its records are pictures."""
-        return self.source.image is not None
-
     def state(self) -> dict[str, Any]:
         """The place in the stream, as JSON data."""
-        return {"epoch": self.epoch, "rows": self.rows.state_dict() if self._records is not None else None}
+        rows = None if self._records is None else self.rows.state_dict()
+        return {"epoch": self.epoch, "rows": rows}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go to a place."""
@@ -85,7 +80,10 @@ class Stream:
 
 @dataclass(frozen=True)
 class Block:
-    """Documents of some records, and where the streams stood before them. Read pictures are numbered within the block."""
+    """Documents of some records, and where the streams stood before them.
+
+    Read pictures are numbered within the block.
+    """
 
     start: dict[str, Any]
     documents: tuple[Document, ...]
@@ -93,11 +91,11 @@ class Block:
     keep: Bool[Tensor, "images patches"]
 
 
-class StreamingDocuments:
+class StreamingDocuments(Rows):
     """Packed rows of this process from streams; call `batch` step after step.
 
-    `config.rows` are those of all processes; `encode` gives features and tokens of pictures, `sizes` are the number of
-    patches and their channels.
+    `config.rows` are those of all processes; `encode` gives features and tokens of pictures,
+    `sizes` are the number of patches and their channels.
     """
 
     def __init__(
@@ -105,22 +103,20 @@ class StreamingDocuments:
         data: str,
         encode: Encode,
         *,
-        text: PreTrainedTokenizerBase,
-        vocabulary: Vocabulary,
-        config: LanguageTraining,
-        seed: int,
         sizes: tuple[int, int],
         rank: int = 0,
         ranks: int = 1,
+        **shared: Any,
     ) -> None:
-        mixture = parse_mixture(data)
+        super().__init__(**shared)
+        config, mixture = self.config, parse_mixture(data)
         self.streams = [Stream(name, rank=rank, ranks=ranks) for name, _ in mixture]
         self.until = np.cumsum([weight for _, weight in mixture])
         if config.rows % ranks:
-            raise InputError(f"{config.rows} rows a step cannot be shared evenly by {ranks} processes of a stream")
-        self.encode, self.tokenizer, self.vocabulary = encode, text, vocabulary
-        self.config, self.seed, self.rank, self.ranks = config, seed, rank, ranks
-        self.rows, self.sizes = config.rows // ranks, sizes
+            rows = f"{config.rows} rows a step"
+            raise InputError(f"{rows} cannot be shared evenly by {ranks} processes of a stream")
+        self.encode, self.sizes, self.rank, self.ranks = encode, sizes, rank, ranks
+        self.rows = config.rows // ranks
         share = np.array(config.mixture[:2])
         self.reading = float(share[0] / share.sum()) if share.sum() else 1.0
         self.broken: dict[str, str] = {}  # records that were left out, each named once, and why
@@ -132,47 +128,49 @@ class StreamingDocuments:
         self._start: dict[str, Any] = {}  # where the window began
 
     def batch(self, step: int) -> Batch:
-        """The next rows of this process; `images` number the pictures of `pictures`. Steps must come in order."""
+        """The next rows; `images` number the pictures of `pictures`. Steps must come in order."""
         if self._served == len(self._window):
             self._fill()
         rows = self._window[self._served : self._served + self.rows]
         self._served += self.rows
-        shown = [(block, image) for row in rows for block, document in row for image in document.images]
-        self._patches = torch.stack([block.patches[image] for block, image in shown]) if shown else None
-        self._keep = torch.stack([block.keep[image] for block, image in shown]) if shown else None
-        packed = pack([[d for _, d in row] for row in rows], self.vocabulary, tokens=self.config.tokens)
-        numbers = torch.arange(len(shown))
-        return Batch(packed.ids, packed.labels, packed.positions, packed.documents, packed.slots, numbers)
+        served = [(block, document) for row in rows for block, document in row]
+        shown = [(block, image) for block, document in served for image in document.images]
+        self._patches, self._keep = self._no_pictures()
+        if shown:
+            self._patches = torch.stack([block.patches[image] for block, image in shown])
+            self._keep = torch.stack([block.keep[image] for block, image in shown])
+        packed = self.pack([[document for _, document in row] for row in rows])
+        return replace(packed, images=torch.arange(len(shown)))
 
-    def pictures(
-        self, images: Int[Tensor, "images"]
-    ) -> tuple[Float[Tensor, "images patches dim"], Bool[Tensor, "images patches"]]:
+    def _no_pictures(self) -> Shown:
+        return torch.zeros(0, *self.sizes), torch.zeros(0, self.sizes[0], dtype=torch.bool)
+
+    def pictures(self, images: Int[Tensor, "images"]) -> Shown:
         """Features and masks of pictures of the last batch."""
-        if self._patches is None:
-            return torch.zeros(0, *self.sizes), torch.zeros(0, self.sizes[0], dtype=torch.bool)
         return self._patches[images], self._keep[images]
 
     def _fill(self) -> None:
         """A new window: as many of the next documents as fit together."""
         rows = self.rows * -(-WINDOW // self.rows)
-        while self._waiting() <= rows * self.config.tokens:
+        while sum(len(one) for _, one in self._waiting()) <= rows * self.config.tokens:
             self._blocks.append(self._next_block())
-            if len(self._blocks) >= EMPTY and not any(block.documents for block in self._blocks[-EMPTY:]):
-                raise InputError(f"{EMPTY * BLOCK} records in a row give no document: lavit data check says why")
+            empty = not any(block.documents for block in self._blocks[-EMPTY:])
+            if len(self._blocks) >= EMPTY and empty:
+                none = f"{EMPTY * BLOCK} records in a row give no document"
+                raise InputError(f"{none}: lavit data check says why")
         self._start = {**self._blocks[0].start, "skip": self._skip}
-        waiting = [(block, document) for block in self._blocks for document in block.documents][self._skip :]
-        filled = fill_from_front([len(document) for _, document in waiting], rows, self.config.tokens)
-        order = np.random.default_rng([self.seed, self.rank, self._read, 1]).permutation(rows)
-        self._window = [[waiting[number] for number in filled[row]] for row in order]
+        waiting = self._waiting()
+        lengths, seed = [len(one) for _, one in waiting], [self.seed, self.rank, self._read, 1]
+        filled = self.spread(lengths, rows, seed)
+        self._window = [[waiting[number] for number in row] for row in filled]
         self._skip += sum(map(len, filled))
         while self._blocks and self._skip >= len(self._blocks[0].documents):
             self._skip -= len(self._blocks.pop(0).documents)
         self._served = 0
 
-    def _waiting(self) -> int:
-        """Tokens that are read and not served."""
-        documents = [document for block in self._blocks for document in block.documents]
-        return sum(len(document) for document in documents[self._skip :])
+    def _waiting(self) -> list[tuple[Block, Document]]:
+        """Documents that are read and not served."""
+        return [(block, one) for block in self._blocks for one in block.documents][self._skip :]
 
     def _next_block(self) -> Block:
         start = {"streams": [stream.state() for stream in self.streams], "block": self._read}
@@ -181,10 +179,10 @@ class StreamingDocuments:
         texts: list[str] = []
         pictures: list[tuple[Picture.Image, str]] = []
         for _ in range(BLOCK):
-            at = int(np.searchsorted(self.until, rng.random() * self.until[-1], side="right"))
-            record = self.streams[at].take()
+            stream = self.streams[by_shares(self.until, rng)]
+            record = stream.take()
             text = record.texts[int(rng.integers(len(record.texts)))] if record.texts else ""
-            if not self.streams[at].pictured:
+            if stream.source.image is None:
                 texts += [text] * bool(text)
                 continue
             try:
@@ -193,32 +191,26 @@ class StreamingDocuments:
                 if record.name not in self.broken:
                     log.warning("left out %s: %s", record.name, error)
                 self.broken[record.name] = str(error)
-        pieces = [piece for text in texts for piece in cut(self._ids(text), self.config.tokens)]
+        pieces = [piece for text in texts for piece in cut(self.ids(text), self.config.tokens)]
         documents = [lay_out((piece,), self.vocabulary) for piece in pieces]
-        patches, keep = torch.zeros(0, *self.sizes), torch.zeros(0, self.sizes[0], dtype=torch.bool)
+        patches, keep = self._no_pictures()
         if pictures:
             patches, tokens = self.encode([image for image, _ in pictures])
             patches, keep = patches.cpu(), tokens.keep.cpu()
-            codes = [tuple(part.tolist()) for part in tokens.split()]
-            documents += [self._document(codes[n], n, text, rng) for n, (_, text) in enumerate(pictures)]
+            for number, (codes, (_, text)) in enumerate(zip(tokens.split(), pictures, strict=True)):
+                documents.append(self._document(tuple(codes.tolist()), number, text, rng))
         order = rng.permutation(len(documents))
         return Block(start, tuple(documents[number] for number in order), patches, keep)
 
-    def _document(self, codes: tuple[int, ...], number: int, text: str, rng: np.random.Generator) -> Document:
-        """A picture with its text, read or written; one without text is written without a prompt."""
-        reads, drops = rng.random() < self.reading, rng.random() < self.config.unconditional_fraction
-        words = Text(self._ids(text))
-        if not text or (not reads and drops):
-            document: tuple[Any, ...] = (Image(codes, read=False),)
-        elif reads:
-            document = (Image(codes, read=True, index=number), words)
-        else:
-            document = (words, Image(codes, read=False))
-        laid = lay_out(document, self.vocabulary, supervise_read_images=self.config.supervise_read_images)
-        return supervise_some(laid, self.config.read_share, rng)
-
-    def _ids(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    def _document(self, codes: tuple[int, ...], number: int, text: str, rng: Rng) -> Document:
+        """A picture with its text, read or written; without text, it is written unasked."""
+        reads, luck = rng.random() < self.reading, rng.random()
+        words = Text(self.ids(text))
+        if not text or (not reads and luck < self.config.unconditional_fraction):
+            return self.lay_out((Image(codes, read=False),), rng)
+        if reads:
+            return self.lay_out((Image(codes, read=True, index=number), words), rng)
+        return self.lay_out((words, Image(codes, read=False)), rng)
 
     def share(self) -> None:
         """Tell every process the places of all, for `state`; every process must call."""
@@ -233,12 +225,11 @@ class StreamingDocuments:
         return torch.tensor(list(json.dumps(self._places).encode()), dtype=torch.uint8)
 
     def load_state(self, state: UInt8[Tensor, "bytes"]) -> None:
-        """Go to where `state` was taken: the window is read again, and what was served of it passed over."""
+        """Go to where `state` was taken: the window is read again, what was served passed over."""
         places = json.loads(bytes(state.tolist()))
         if len(places) != self.ranks:
-            raise InputError(
-                f"this run read its stream with {len(places)} processes: go on with as many, not {self.ranks}"
-            )
+            before = f"this run read its stream with {len(places)} processes"
+            raise InputError(f"{before}: go on with as many, not {self.ranks}")
         place = places[self.rank]
         start = place["start"]
         for stream, saved in zip(self.streams, start["streams"], strict=True):
@@ -249,10 +240,10 @@ class StreamingDocuments:
 
 
 def stream_texts(data: str, *, records: int = 10_000) -> Corpus:
-    """Texts of the first records of each source, as a corpus without pictures: what a text tokenizer is trained on."""
+    """Texts of the first records of each source, to train a text tokenizer on."""
     parts = []
     for name, weight in parse_mixture(data):
-        source, nothing = stream_source(name), range(0)
+        source = stream_source(name)
         told = tuple(text for row in source.rows.take(records) for text in source.record(row).texts)
-        parts.append(Part(name, weight, nothing, nothing, nothing, told))
+        parts.append(Part(name, weight, texts=told))
     return Corpus((), parts=tuple(parts))

@@ -1,8 +1,9 @@
-"""Text without pictures: sources of it, and how a long text is cut into documents of a row's length.
+"""Text without pictures: sources of it, and how a long text is cut into documents.
 
-Text alone keeps a language model's own language alive while it learns pictures (paper Sec. 3.2 mixes RedPajama in). A text
-is drawn with a probability proportional to its length and then one of its pieces evenly, so that every piece of a source
-comes about equally often. Only the piece that finishes its text ends with the LM's end token.
+Text alone keeps a language model's own language alive while it learns pictures (paper Sec. 3.2
+mixes RedPajama in). A text is drawn by its length and then one of its pieces evenly, so that every
+piece of a source comes about equally often. Only the piece that finishes its text ends with the
+LM's end token.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ CACHED = 5000  # texts whose pieces are kept
 
 
 class Texts(Sequence[str]):
-    """A map-style source of text alone: `len`, index, iterate; rows are read from disk when asked for."""
+    """A map-style source of text alone; rows are read from disk when asked for."""
 
     def __init__(self, rows: Any, *, column: str | None, name: str) -> None:
-        """`rows` is a `datasets.Dataset` with a text `column`, or (`column` None) a sequence of strings."""
+        """`rows`: a `datasets.Dataset` with a text `column`, or (None) a list of strings."""
         self.rows, self.column, self.name = rows, column, name
 
     def __len__(self) -> int:
@@ -38,45 +39,47 @@ class Texts(Sequence[str]):
         return str((found if self.column is None else found[self.column]) or "").strip()
 
     @cached_property
-    def characters(self) -> np.ndarray:
+    def characters(self) -> list[int]:
         """Length of each text."""
-        return np.array([len(text) for text in self])
+        return [len(text) for text in self]
 
 
 def text_files(path: Path) -> Texts:
     """A .txt file as one text, or a folder of .txt files as one text each."""
     files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
     try:
-        return Texts([file.read_text(encoding="utf-8") for file in files], column=None, name=str(path))
+        texts = [file.read_text(encoding="utf-8") for file in files]
+        return Texts(texts, column=None, name=str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is no readable UTF-8 text: {error}") from error
 
 
+def ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    """Ids of a text, without the tokenizer's own begin and end."""
+    return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
 def cut(ids: Sequence[int], tokens: int) -> tuple[Text, ...]:
-    """Ids of one text as documents of at most `tokens`: full rows, and a last one that leaves room for the end token."""
-    whole = len(ids) // tokens
-    pieces = [Text(tuple(ids[n * tokens : (n + 1) * tokens]), closes=False) for n in range(whole)]
-    rest = tuple(ids[whole * tokens :])
-    if not rest and pieces:  # the text ends where a row ends: its last token stands with the end token
-        pieces[-1], rest = Text(pieces[-1].ids[:-1], closes=False), pieces[-1].ids[-1:]
-    return (*pieces, Text(rest))
+    """Ids of one text as documents of at most `tokens`, the last with room for the end token."""
+    *whole, last = [tuple(ids[at : at + tokens]) for at in range(0, len(ids), tokens)] or [()]
+    if len(last) == tokens:  # the text's last token stands in a row with the end token
+        whole, last = [*whole, last[:-1]], last[-1:]
+    return (*(Text(piece, closes=False) for piece in whole), Text(last))
 
 
 class TextPieces:
     """Draws pieces of a text source as documents."""
 
-    def __init__(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, tokens: int) -> None:
+    def __init__(self, texts: Sequence[str], text: PreTrainedTokenizerBase, tokens: int) -> None:
         """`tokens` is the length of a row. A source without any text raises `InputError`."""
-        self.texts, self.tokenizer, self.tokens = texts, tokenizer, tokens
-        lengths = texts.characters if isinstance(texts, Texts) else np.array([len(text) for text in texts])
-        self.until = np.cumsum(lengths)
+        self.texts, self.tokenizer, self.tokens = texts, text, tokens
+        self.until = np.cumsum(getattr(texts, "characters", None) or [len(text) for text in texts])
         if not len(self.until) or self.until[-1] == 0:
             raise InputError(f"{getattr(texts, 'name', 'a source of text')} has no text in it")
         self._of = lru_cache(maxsize=CACHED)(self._cut)
 
     def _cut(self, number: int) -> tuple[Text, ...]:
-        ids = self.tokenizer(self.texts[number], add_special_tokens=False, verbose=False)["input_ids"]
-        return cut(ids, self.tokens)
+        return cut(ids_of(self.tokenizer, self.texts[number]), self.tokens)
 
     def draw(self, rng: np.random.Generator) -> Text:
         """A text by its length, one of its pieces evenly."""

@@ -17,22 +17,17 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from lavit.evaluate.exam import BATCH, Exam
-from lavit.evaluate.figures import Figure, ratio
-from lavit.modules.tokenizer import VisualTokenizer, cosine_distance
+from lavit.evaluate.exam import BATCH, Exam, Features
+from lavit.evaluate.figures import Figure, average, ratio
+from lavit.evaluate.tokens import distances
+from lavit.modules.tokenizer import VisualTokenizer
 
 PERMUTATIONS = 20
 
-Distortion = Callable[[int, int], float]
-
 
 def dealt(lengths: Sequence[int], groups: Sequence[int] | None = None) -> np.ndarray:
-    """The lengths in 20 other orders, [permutations, pictures]; with `groups` only among pictures
-    of one group.
-    """
+    """The lengths in 20 other orders, [permutations, pictures]; with `groups` inside these."""
     rng = np.random.default_rng(0)
     given = np.asarray(lengths)
     found = np.empty((PERMUTATIONS, len(given)), dtype=np.int64)
@@ -44,13 +39,15 @@ def dealt(lengths: Sequence[int], groups: Sequence[int] | None = None) -> np.nda
     return found
 
 
-def gains(distortion: Distortion, lengths: Sequence[int], orders: np.ndarray) -> tuple[list[float], list[float]]:
-    """What each picture loses by other lengths (mean over orders), and its distortion at the mean
-    length.
-    """
+def gains(
+    distortion: Callable[[int, int], float],
+    lengths: Sequence[int],
+    orders: np.ndarray,
+) -> tuple[list[float], list[float]]:
+    """Each picture's loss by other lengths (mean over orders), and d at the mean length."""
     middle = mean_length(lengths)
     lost = [
-        float(np.mean([distortion(i, int(other)) - distortion(i, own) for other in orders[:, i]]))
+        average([distortion(i, int(other)) - distortion(i, own) for other in orders[:, i]])
         for i, own in enumerate(lengths)
     ]
     return lost, [distortion(i, middle) for i in range(len(lengths))]
@@ -58,7 +55,7 @@ def gains(distortion: Distortion, lengths: Sequence[int], orders: np.ndarray) ->
 
 def mean_length(lengths: Sequence[int]) -> int:
     """The mean length as a number of tokens."""
-    return max(1, round(float(np.mean(lengths))))
+    return max(1, round(average(lengths)))
 
 
 def allocation_gain(exam: Exam) -> Figure:
@@ -69,7 +66,8 @@ def allocation_gain(exam: Exam) -> Figure:
     things = [len(exam.scene("ladder", n).things) for n in range(count)]
     orders, inside = dealt(lengths), dealt(lengths, things)
     middle = mean_length(lengths)
-    wanted = [sorted({lengths[i], middle, *orders[:, i].tolist(), *inside[:, i].tolist()}) for i in range(count)]
+    dealt_out = np.concatenate([orders, inside]).T.tolist()
+    wanted = [sorted({lengths[i], middle, *dealt_out[i]}) for i in range(count)]
 
     def make(numbers: list[int]) -> list[dict[str, float]]:
         pairs = [(i, length) for i in numbers for length in wanted[i]]
@@ -81,33 +79,31 @@ def allocation_gain(exam: Exam) -> Figure:
     def distortion(i: int, length: int) -> float:
         return table[i][str(length)]
 
-    equal = ratio("", *gains(distortion, lengths, inside))
-    details = {
-        "equal_things": equal.value,
-        "equal_things_low": equal.low,
-        "equal_things_high": equal.high,
-        "mean_tokens": float(np.mean(lengths)),
-    }
-    floor = ("lengths dealt out by chance", 0.0)
-    return ratio("allocation_gain", *gains(distortion, lengths, orders), floor=floor, details=details)
+    equal = ratio(*gains(distortion, lengths, inside))
+    return ratio(
+        *gains(distortion, lengths, orders),
+        floor=("lengths dealt out by chance", 0.0),
+        details={
+            "equal_things": equal.value,
+            "equal_things_low": equal.low,
+            "equal_things_high": equal.high,
+            "mean_tokens": average(lengths),
+        },
+    )
 
 
 @torch.no_grad()
 def distortions(
     tokenizer: VisualTokenizer,
-    features: Float[Tensor, "images patches dim"],
+    features: Features,
     pairs: Sequence[tuple[int, int]],
 ) -> list[float]:
     """d(i, L) of pairs: 1 - cos, mean over patches, in the tokenizer's own space."""
     found: list[float] = []
     for at in range(0, len(pairs), BATCH):
-        part = pairs[at : at + BATCH]
-        patches = features[[i for i, _ in part]]
+        images, lengths = torch.tensor(pairs[at : at + BATCH], device=features.device).T
+        patches = features[images]
         score = tokenizer.selector(tokenizer.prepare(patches))[..., 0].exp()
-        order = score.argsort(dim=1, descending=True, stable=True)
-        place = torch.arange(order.shape[1], device=order.device).expand_as(order)
-        rank = torch.empty_like(order).scatter_(1, order, place)
-        keep = rank < torch.tensor([length for _, length in part], device=rank.device)[:, None]
-        rebuilt = tokenizer.reconstruct(patches, keep, quantise=True)
-        found += cosine_distance(rebuilt, tokenizer.standard(patches)).tolist()
+        rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        found += distances(tokenizer, patches, rank < lengths[:, None])
     return found

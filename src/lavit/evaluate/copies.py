@@ -18,14 +18,15 @@ from lavit.data.scenes.language import prompt
 from lavit.data.scenes.sample import build, scene_at
 from lavit.data.scenes.splits import facts_key
 from lavit.data.scenes.world import Scene, facts
-from lavit.evaluate.drawing import codes_for, painted
+from lavit.evaluate.drawing import drawn
 from lavit.evaluate.exam import Exam
-from lavit.evaluate.figures import Figure, share
+from lavit.evaluate.figures import Figure, average, share
 from lavit.evaluate.known import scenes_of
 
 POOL = 2_000  # training pictures
 RENDERS = 40  # of each scene, to measure how near two of them are
 NEAR = 5.0  # percentile
+Pictures = Sequence[Image.Image]
 
 
 def draw_copies(exam: Exam) -> Figure:
@@ -35,26 +36,21 @@ def draw_copies(exam: Exam) -> Figure:
     pool = [scene_at("train", number, seed=seed, rules=exam.rules) for number in range(POOL)]
     items = [number for number, scene in enumerate(pool) if scene.things][: exam.count]
 
-    def make(numbers: list[int]) -> list[list[int]]:
-        words = [[prompt(pool[number], exam.rng(number, 30), full=True)] for number in numbers]
-        return codes_for(exam, words, exam.seeds(numbers))
+    def parts(item: int) -> list[str]:
+        return [prompt(pool[item], exam.rng(item, 30), full=True)]
 
-    codes = exam.made(f"write train {seed}", items, make)
-    drawn = painted(exam, f"draw train {seed}", items, codes)
-    same: dict[str, list[int]] = {}
-    for number, scene in enumerate(pool):
-        same.setdefault(facts_key(facts(scene)), []).append(number)
+    pictures = drawn(exam, f"train {seed}", items, parts)
+    same: dict[str, list[Scene]] = {}
+    for scene in pool:
+        same.setdefault(facts_key(facts(scene)), []).append(scene)
     hits, floor = [], []
-    for place, (item, picture) in enumerate(zip(items, drawn, strict=True)):
-        scenes = [pool[number] for number in same[facts_key(facts(pool[item]))]]
-        renders = [exam.small(jittered(pool[item], n)) for n in range(RENDERS)]
-        fresh = exam.small(jittered(pool[item], RENDERS))
-        true = [exam.small(scene) for scene in scenes]
+    for item, picture in zip(items, pictures, strict=True):
+        true = [exam.small(scene) for scene in same[facts_key(facts(pool[item]))]]
+        *renders, fresh = [exam.small(jittered(pool[item], n)) for n in range(RENDERS + 1)]
         hits.append(is_copy(picture, true, renders))
         floor.append(is_copy(fresh, true, renders))
-        if exam.progress:
-            exam.progress("copies", place + 1, len(items))
-    return share("draw_copies", hits, floor=("fresh renders", float(np.mean(floor))))
+        exam.progress("copies", len(hits), len(items))
+    return share(hits, floor=("fresh renders", average(floor)))
 
 
 def jittered(scene: Scene, number: int) -> Scene:
@@ -68,17 +64,13 @@ def jittered(scene: Scene, number: int) -> Scene:
     return build(scene.background, scene.pattern, scene.style, wanted, rng) or scene
 
 
-def is_copy(picture: Image.Image, training: Sequence[Image.Image], renders: Sequence[Image.Image]) -> bool:
-    """Is a picture nearer to one of training than the 5th percentile of two renders of the same
-    facts?
-    """
-    near = [nearest(render, training) for render in renders]
-    return nearest(picture, training) < float(np.percentile(near, NEAR))
+def is_copy(picture: Image.Image, training: Pictures, renders: Pictures) -> bool:
+    """Is a picture nearer to one of training than 95 % of renders of the same facts are?"""
 
+    def nearest(picture: Image.Image) -> float:
+        return min(distance(picture, one) for one in training)
 
-def nearest(picture: Image.Image, others: Sequence[Image.Image]) -> float:
-    """The distance to the nearest of other pictures."""
-    return min(distance(picture, one) for one in others)
+    return nearest(picture) < float(np.percentile([nearest(one) for one in renders], NEAR))
 
 
 def distance(a: Image.Image, b: Image.Image) -> float:

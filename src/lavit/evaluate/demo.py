@@ -6,7 +6,7 @@ it: free generation, one sample each, nothing is chosen among several.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 import lavit
 from lavit.config import InputError
-from lavit.data.scenes.edits import Edit, edit
+from lavit.data.scenes.edits import edit
 from lavit.data.scenes.language import describe, prompt
 from lavit.data.scenes.parse import parse
 from lavit.data.scenes.questions import Question, questions, right
@@ -25,6 +25,7 @@ from lavit.data.scenes.splits import valid_world
 from lavit.data.scenes.tasks import several
 from lavit.data.scenes.world import Scene, facts
 from lavit.evaluate.demo_page import Item, Section, page, save_sheet, sheet
+from lavit.evaluate.exam import Progress
 from lavit.evaluate.known import rules_of, scenes_of, strange_words
 from lavit.storage import model_folder
 from lavit.visualize import kept_over
@@ -37,11 +38,16 @@ SHOWN = (0, 1, 3, 6, 9)  # rungs of which a picture is shown
 STRANGE = "a purplish wombat on a blue background"
 APART = 1000  # pictures between those of two seeds
 TRIES = 200  # pictures that are looked at for one that allows an edit
+PARTS = {  # what they are called, and where they are
+    "tokenizer": ("visual tokenizer", "tokenizer/model.safetensors"),
+    "language": ("language part", "language", "reader"),
+    "pixels": ("pixel decoder", "pixels"),
+}
 
-Progress = Callable[[str, int, int], None]
 
-
-def write_demo(model: str | Path, out: Path, *, seed: int = 0, progress: Progress | None = None) -> list[Section]:
+def write_demo(
+    model: str | Path, out: Path, *, seed: int = 0, progress: Progress | None = None,
+) -> list[Section]:  # fmt: skip
     """Write OUT/index.html and OUT/sheet.png, and return what they show.
 
     Sections whose parts the model lacks say so. Raises `InputError` for a model that was not
@@ -130,8 +136,7 @@ class Show:
         for (scene, one), picture, answer in zip(asked, pictures, answers, strict=True):
             good = right(answer, one.question, scene)
             truth = "" if good else f"Right would be: {one.answer}"
-            shown = (("picture", picture),)
-            items.append(Item(shown, asked=one.question, said=answer, truth=truth, right=good))
+            items.append(Item((("picture", picture),), one.question, answer, truth, good))
         return Section(title, about, tuple(items))
 
     def questions(self) -> list[tuple[Scene, Question]]:
@@ -139,30 +144,34 @@ class Show:
         rng, found, kinds = self.rng(2), [], set()
         for scene in self.scenes(100):
             each = [one for one in questions(scene, rng, self.rules, 4) if one.kind != "contents"]
-            if not each:
-                continue
-            one = next((one for one in each if one.kind not in kinds), each[0])
-            found.append((scene, one))
-            kinds.add(one.kind)
+            if each:
+                one = next((one for one in each if one.kind not in kinds), each[0])
+                found.append((scene, one))
+                kinds.add(one.kind)
             if len(found) == ASKED:
                 break
         return found
 
     def drawing(self) -> Section:
         """Prompts for pictures that training never showed."""
-        rng = self.rng(3)
-        tasks = [Task((), prompt(scene, rng, full=True), scene) for scene in self.scenes(300, DRAWN)]
+        rng, scenes = self.rng(3), self.scenes(300, DRAWN)
+        tasks = [Task((), prompt(scene, rng, full=True), scene) for scene in scenes]
         about = (
-            "Prompts that name things never seen together in training, and the first picture that comes out for each."
-        )
+            "Prompts that name things never seen together in training, and the first picture "
+            "that comes out for each."
+        )  # fmt: skip
         return self.made("Drawing", about, tasks)
 
     def editing(self) -> Section:
         """Instructions for pictures of things never seen together."""
         rng, tasks = self.rng(4), []
+
+        def allowed(scene: Scene) -> bool:
+            return valid_world(scene) is None
+
         for number, kind in enumerate(EDITS):
             for scene in self.scenes(400 + 50 * number):
-                one: Edit | None = edit(scene, rng, self.rules, kind, allowed=lambda other: valid_world(other) is None)
+                one = edit(scene, rng, self.rules, kind, allowed=allowed)
                 if one is not None:
                     tasks.append(Task((one.source,), one.prompt, one.target))
                     break
@@ -201,8 +210,9 @@ class Show:
         sources = [[self.picture(scene) for scene in task.sources] for task in tasks]
         prompts = [[*shown, task.words] for shown, task in zip(sources, tasks, strict=True)]
         seeds = [self.seed * APART + number for number in range(len(tasks))]
+        made = self.pipe.generate(prompts, seed=seeds)
         items = []
-        for task, shown, (drawn,) in zip(tasks, sources, self.pipe.generate(prompts, seed=seeds), strict=True):
+        for task, shown, (drawn,) in zip(tasks, sources, made, strict=True):
             names = ("before",) if len(shown) == 1 else ("first", "second")
             pictures = [*zip(names, shown, strict=False), ("drawn", drawn)]
             if shown:
@@ -247,18 +257,12 @@ class Show:
 
     def lacking(self, *parts: str) -> str:
         """What is missing of these parts, as a sentence; empty if nothing is."""
-        places = {
-            "tokenizer": ("tokenizer/model.safetensors",),
-            "language": ("language", "reader"),
-            "pixels": ("pixels",),
-        }
-        found = [part for part in parts if not all((self.folder / place).exists() for place in places[part])]
-        names = {
-            "tokenizer": "visual tokenizer",
-            "language": "language part",
-            "pixels": "pixel decoder",
-        }
+        found = []
+        for part in parts:
+            name, *places = PARTS[part]
+            if not all((self.folder / place).exists() for place in places):
+                found.append(name)
         if not found:
             return ""
-        listed = " and no ".join(names[part] for part in found)
+        listed = " and no ".join(found)
         return f"This model has no {listed} yet, so there is nothing to show here."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import io
 from collections.abc import Sequence
@@ -10,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+
+from lavit.evaluate.drawing import packed
 
 WIDTH, MARGIN, CELL, GAP = 1560, 30, 112, 6  # pixels of the sheet
 LARGEST = 500_000  # bytes of the sheet
@@ -67,7 +68,7 @@ def page(name: str, sections: Sequence[Section]) -> str:
 
 def _card(item: Item) -> str:
     figures = "".join(
-        f'<figure><img src="{_data(picture)}" alt="{html.escape(label)}">'
+        f'<figure><img src="data:image/png;base64,{packed(picture)}" alt="{html.escape(label)}">'
         f"<figcaption>{html.escape(label)}</figcaption></figure>"
         for label, picture in item.pictures
     )
@@ -81,12 +82,6 @@ def _card(item: Item) -> str:
     if item.truth:
         lines.append(f'<p class="truth">{html.escape(item.truth)}</p>')
     return f'<article style="--pictures:{len(item.pictures)}">{"".join(lines)}</article>'
-
-
-def _data(picture: Image.Image) -> str:
-    stream = io.BytesIO()
-    picture.convert("RGB").save(stream, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
 def _axis(counts: Counts) -> tuple[int, int]:
@@ -119,10 +114,11 @@ def svg(counts: Counts) -> str:
     parts.append(f'<polyline points="{line}"/>')
     middle = (left + right) / 2
     parts.append(f'<text x="{middle}" y="{height - 8}" text-anchor="middle">things</text>')
-    parts.append(f'<text transform="translate(14 {(top + bottom) / 2}) rotate(-90)" '
-                 'text-anchor="middle">tokens</text>')  # fmt: skip
+    turn = f"translate(14 {(top + bottom) / 2}) rotate(-90)"
+    parts.append(f'<text transform="{turn}" text-anchor="middle">tokens</text>')
     label = "; ".join(f"{n} things: {', '.join(map(str, rung))}" for n, rung in enumerate(counts))
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="tokens, {label}">{"".join(parts)}</svg>'
+    head = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="tokens, {label}">'
+    return head + "".join(parts) + "</svg>"
 
 
 class Sheet:
@@ -133,7 +129,9 @@ class Sheet:
         self.draw = ImageDraw.Draw(self.image)
         self.top = MARGIN
 
-    def words(self, text: str, left: int, top: int, width: int, size: int = 14, fill: tuple = INK) -> int:
+    def words(
+        self, text: str, left: int, top: int, width: int, size: int = 14, fill: tuple = INK,
+    ) -> int:  # fmt: skip
         """Text broken to a width; returns where it ends."""
         font = ImageFont.load_default(size)
         lines = [""]
@@ -148,14 +146,11 @@ class Sheet:
             top += round(size * 1.3)
         return top
 
-    def mark(self, good: bool, left: int, top: int) -> None:
+    def mark(self, good: bool, x: int, y: int) -> None:
         """A tick or a cross."""
-        x, y = left, top + 3
-        if good:
-            self.draw.line([(x, y + 6), (x + 4, y + 10), (x + 12, y)], fill=GOOD, width=3)
-        else:
-            self.draw.line([(x, y), (x + 10, y + 10)], fill=BAD, width=3)
-            self.draw.line([(x, y + 10), (x + 10, y)], fill=BAD, width=3)
+        tick = [(x, y + 9), (x + 4, y + 13), (x + 12, y + 3)]
+        cross = [(x, y + 3), (x + 10, y + 13), (x + 5, y + 8), (x, y + 13), (x + 10, y + 3)]
+        self.draw.line(tick if good else cross, fill=GOOD if good else BAD, width=3)
 
     def item(self, item: Item, left: int, top: int, width: int) -> int:
         """Pictures side by side, with words below; returns where it ends."""
@@ -241,7 +236,8 @@ def save_sheet(image: Image.Image, path: Path) -> None:
             if stream.tell() <= LARGEST:
                 path.write_bytes(stream.getvalue())
                 return
-        image = image.resize((image.width * 4 // 5, image.height * 4 // 5), Image.Resampling.LANCZOS)
+        smaller = (image.width * 4 // 5, image.height * 4 // 5)
+        image = image.resize(smaller, Image.Resampling.LANCZOS)
 
 
 NOTE = (

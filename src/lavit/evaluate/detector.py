@@ -85,7 +85,9 @@ class Detector(nn.Module):
         return Maps(said[0][:, 0], *said[1:], ground, pattern)
 
 
-def conv(wide: int, out: int, kernel: int, *, stride: int = 1, padding: int | None = None, norm: bool) -> nn.Module:
+def conv(
+    wide: int, out: int, kernel: int, *, stride: int = 1, padding: int | None = None, norm: bool,
+) -> nn.Module:  # fmt: skip
     """A convolution, with batch normalisation while it is trained."""
     padding = kernel // 2 if padding is None else padding
     layer = nn.Conv2d(wide, out, kernel, stride, padding, bias=not norm)

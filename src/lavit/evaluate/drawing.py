@@ -10,65 +10,62 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from PIL import Image
 
 from lavit.data.scenes.language import prompt
 from lavit.data.scenes.world import Facts, facts
+from lavit.evaluate import judge
 from lavit.evaluate.exam import Exam
-from lavit.evaluate.figures import Figure, mean, share
-from lavit.generate.jobs import writing
-from lavit.generate.prompts import written_from
+from lavit.evaluate.figures import Figure, average, averages, mean, share
+from lavit.evaluate.judge import Seen
+from lavit.generate.prompts import writing, written_from
 
 T = TypeVar("T")
 APART = 4  # prompts of 1, 2, 3 and 4 things come in turn: another prompt of as many things
+Parts = Callable[[int], list[Any]]  # the pictures and words that an item is written after
 
 
-def prompts(exam: Exam, split: str, items: Iterable[int]) -> list[str]:
-    """The full prompts of scenes."""
-    return [prompt(exam.scene(split, item), exam.rng(item), full=True) for item in items]
+def prompt_of(exam: Exam, split: str, item: int) -> str:
+    """The full prompt of a scene."""
+    return prompt(exam.scene(split, item), exam.rng(item), full=True)
 
 
-def codes_for(exam: Exam, inputs: Sequence[Sequence[Any]], seeds: list[int]) -> list[list[int]]:
-    """Codes that are written after words and pictures, one image each, as `Pipeline.generate`
-    samples them.
-    """
-    jobs = writing(
-        exam.model,
-        exam.pipe.protocol,
-        [written_from(one, read=False) for one in inputs],
-        out="image",
-        n=1,
-        seed=list(seeds),
-        sampling=None,
-        picture=None,
-        guidance=None,
-    )
-    done = exam.pipe.engine.complete([job.request for job in jobs])
-    return [list(samples[0].images[0]) for samples in done]
-
-
-def written(exam: Exam, split: str, items: Sequence[int]) -> list[list[int]]:
-    """Codes written from the prompts of scenes."""
+def written(exam: Exam, task: str, items: Sequence[int], parts: Parts) -> list[list[int]]:
+    """Codes of one image for each item, as `Pipeline.generate` samples them, kept by item."""
     exam.needs("language")
 
     def make(numbers: list[int]) -> list[list[int]]:
-        return codes_for(exam, [[words] for words in prompts(exam, split, numbers)], exam.seeds(numbers))
+        jobs = writing(
+            exam.model,
+            exam.pipe.protocol,
+            [written_from(parts(number), read=False) for number in numbers],
+            out="image",
+            n=1,
+            seed=exam.seeds(numbers),
+            sampling=None,
+            picture=None,
+            guidance=None,
+        )
+        done = exam.pipe.engine.complete([job.request for job in jobs])
+        return [list(samples[0].images[0]) for samples in done]
 
-    return exam.made(f"write {split}", items, make)
+    return exam.made(f"write {task}", items, make)
 
 
-def painted(exam: Exam, task: str, items: Sequence[int], codes: Sequence[Sequence[int]]) -> list[Image.Image]:
+def painted(
+    exam: Exam, task: str, items: Sequence[int], codes: Sequence[list[int]],
+) -> list[Image.Image]:  # fmt: skip
     """Pictures of codes, kept by item."""
     exam.needs("pixels")
-    place = {item: number for number, item in enumerate(items)}
+    of = dict(zip(items, codes, strict=True))
 
     def make(numbers: list[int]) -> list[str]:
-        chosen = [torch.tensor(codes[place[item]]) for item in numbers]
+        chosen = [torch.tensor(of[number]) for number in numbers]
         return [packed(picture) for picture in exam.pipe.paint(chosen, seeds=exam.seeds(numbers))]
 
     return [unpacked(text) for text in exam.made(task, items, make)]
@@ -86,19 +83,15 @@ def unpacked(text: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB")
 
 
+def drawn(exam: Exam, task: str, items: Sequence[int], parts: Parts) -> list[Image.Image]:
+    """One drawing for each item, kept by item."""
+    exam.needs("language", "pixels")
+    return painted(exam, f"draw {task}", items, written(exam, task, items, parts))
+
+
 def drawings(exam: Exam, split: str) -> list[Image.Image]:
     """Drawings of the prompts of a split."""
-    exam.needs("language", "pixels")
-    items = range(exam.count)
-    return painted(exam, f"draw {split}", items, written(exam, split, items))
-
-
-def rebuilt(exam: Exam, split: str) -> list[Image.Image]:
-    """The true pictures of a split through their own tokens and the decoder."""
-    exam.needs("tokenizer", "pixels")
-    _, tokens = exam.encoded(split, exam.count)
-    codes = [one.tolist() for one in tokens.split()]
-    return painted(exam, f"reconstruct {split}", range(exam.count), codes)
+    return drawn(exam, split, range(exam.count), lambda item: [prompt_of(exam, split, item)])
 
 
 def wanted(exam: Exam, split: str) -> list[Facts]:
@@ -106,49 +99,77 @@ def wanted(exam: Exam, split: str) -> list[Facts]:
     return [facts(exam.scene(split, item)) for item in range(exam.count)]
 
 
-def seen(exam: Exam, name: str, pictures: Sequence[Image.Image]) -> list[Any]:
+def seen(exam: Exam, name: str, pictures: Sequence[Image.Image]) -> list[Seen]:
     """What the judge sees in pictures, looked at once for all figures."""
     if ("seen", name) not in exam.cache:
         exam.cache["seen", name] = exam.judge.look(pictures)
     return exam.cache["seen", name]
 
 
-def all_of(said: Sequence[Facts], looks: Sequence[Any]) -> list[bool]:
+def seen_drawn(exam: Exam, split: str) -> list[Seen]:
+    """What is seen in drawings of the prompts of a split."""
+    return seen(exam, f"draw {split}", drawings(exam, split))
+
+
+def seen_rebuilt(exam: Exam, split: str) -> list[Seen]:
+    """What is seen of a split's pictures after their own tokens and the decoder."""
+    exam.needs("tokenizer", "pixels")
+    _, tokens = exam.encoded(split, exam.count)
+    codes = [one.tolist() for one in tokens.split()]
+    pictures = painted(exam, f"reconstruct {split}", range(exam.count), codes)
+    return seen(exam, f"reconstruct {split}", pictures)
+
+
+def seen_true(exam: Exam, split: str) -> list[Seen]:
+    """What is seen in a split's true pictures, at the decoder's size."""
+    pictures = [exam.small(exam.scene(split, item)) for item in range(exam.count)]
+    return seen(exam, f"true {split}", pictures)
+
+
+def all_of(said: Sequence[Facts], looks: Sequence[Seen]) -> list[bool]:
     """Is every fact right and nothing more there, picture by picture?"""
-    from lavit.evaluate.judge import all_right
-
-    return [all_right(facts_, look) for facts_, look in zip(said, looks, strict=True)]
+    return [judge.all_right(one, look) for one, look in zip(said, looks, strict=True)]
 
 
-def atoms_of(said: Sequence[Facts], looks: Sequence[Any]) -> list[float]:
+def atoms_of(said: Sequence[Facts], looks: Sequence[Seen]) -> list[float]:
     """Share of the facts that are right, picture by picture."""
-    from lavit.evaluate.judge import atoms
-
-    found = [atoms(facts_, look) for facts_, look in zip(said, looks, strict=True)]
+    found = [judge.atoms(one, look) for one, look in zip(said, looks, strict=True)]
     return [right / max(1, count) for right, count in found]
 
 
 def turned(items: Sequence[T], by: int = APART) -> list[T]:
     """The same items, each in another's place (one alone stays)."""
     by = by if len(items) > by else 1
-    return [items[(n + by) % len(items)] for n in range(len(items))]
+    return [*items[by:], *items[:by]]
 
 
 def by_number(said: Sequence[Facts], values: Sequence[float]) -> dict[str, float]:
     """The mean of values for each number of things."""
-    numbers = sorted({one.number for one in said})
-    return {
-        f"of_{n}": float(np.mean([v for v, one in zip(values, said, strict=True) if one.number == n])) for n in numbers
-    }
+    return averages([f"of_{one.number}" for one in said], values)
+
+
+def failures(said: Sequence[Facts], looks: Sequence[Seen]) -> dict[str, float]:
+    """Shares of drawings that fail at each skill."""
+    rows = []
+    for one, look in zip(said, looks, strict=True):
+        names = Counter({group.name: group.number for group in one.groups})
+        shown = look.counts()
+        rows.append({
+            "wrong_background": one.background != look.background,
+            "wrong_pattern": one.pattern != look.pattern,
+            "wrong_count": names.total() != shown.total(),
+            "wrong_things": names != shown,
+            "extra_things": bool(shown - names),
+        })  # fmt: skip
+    return {name: average([row[name] for row in rows]) for name in rows[0]}
 
 
 def _scored(exam: Exam, split: str, score: Callable[..., list[Any]]) -> tuple[Any, ...]:
     """Facts, what is seen in their drawings, the scores of these, and what they lie between."""
-    said, looks = wanted(exam, split), seen(exam, f"draw {split}", drawings(exam, split))
-    true = seen(exam, f"reconstruct {split}", rebuilt(exam, split))
+    said, looks = wanted(exam, split), seen_drawn(exam, split)
     ends = {
-        "floor": ("another prompt's drawing", float(np.mean(score(said, turned(looks))))),
-        "ceiling": ("true tokens", float(np.mean(score(said, true)))),
+        "floor": ("another prompt's drawing", average(score(said, turned(looks)))),
+        "ceiling": ("true tokens", average(score(said, seen_rebuilt(exam, split)))),
     }
     return said, looks, score(said, looks), ends
 
@@ -156,58 +177,32 @@ def _scored(exam: Exam, split: str, score: Callable[..., list[Any]]) -> tuple[An
 def draw_all(exam: Exam, split: str) -> Figure:
     """Share of drawings in which every fact is right."""
     said, looks, hits, ends = _scored(exam, split, all_of)
-    details = {**by_number(said, hits), **failures(said, looks)}
-    return share(f"draw_{split}_all", hits, **ends, details=details)
+    return share(hits, **ends, details={**by_number(said, hits), **failures(said, looks)})
 
 
 def draw_atoms(exam: Exam, split: str) -> Figure:
     """Mean share of a prompt's facts that are right."""
     said, _, values, ends = _scored(exam, split, atoms_of)
-    details = by_number(said, values)
-    return mean(f"draw_{split}_atoms", values, **ends, details=details, within=(0.0, 1.0))
-
-
-def failures(said: Sequence[Facts], looks: Sequence[Any]) -> dict[str, float]:
-    """Shares of drawings that fail at each skill."""
-    found: dict[str, list[bool]] = {}
-    for one, look in zip(said, looks, strict=True):
-        names = sorted(group.name for group in one.groups for _ in range(group.number))
-        shown = [thing.name for thing in look.things]
-        found.setdefault("wrong_background", []).append(one.background != look.background)
-        found.setdefault("wrong_pattern", []).append(one.pattern != look.pattern)
-        found.setdefault("wrong_count", []).append(len(names) != len(shown))
-        found.setdefault("wrong_things", []).append(names != sorted(shown))
-        extra = sum(max(0, shown.count(name) - names.count(name)) for name in set(shown))
-        found.setdefault("extra_things", []).append(extra > 0)
-    return {name: float(np.mean(values)) for name, values in found.items()}
+    return mean(values, **ends, details=by_number(said, values), within=(0.0, 1.0))
 
 
 def draw_swaps(exam: Exam) -> Figure:
     """Share of drawings of two coloured shapes in which their colours or places are swapped."""
-    from lavit.evaluate.judge import swapped
 
-    said, looks = wanted(exam, "binding"), seen(exam, "draw binding", drawings(exam, "binding"))
-    hits = [swapped(one, look) for one, look in zip(said, looks, strict=True)]
-    true = seen(exam, "reconstruct binding", rebuilt(exam, "binding"))
-    floor = float(np.mean([swapped(one, look) for one, look in zip(said, true, strict=True)]))
-    return share("draw_swaps", hits, floor=("true tokens", floor))
+    def swapped(looks: list[Seen]) -> list[bool]:
+        pairs = zip(wanted(exam, "binding"), looks, strict=True)
+        return [judge.swapped(one, look) for one, look in pairs]
+
+    hits = swapped(seen_drawn(exam, "binding"))
+    return share(hits, floor=("true tokens", average(swapped(seen_rebuilt(exam, "binding")))))
 
 
 def reconstruct_all(exam: Exam) -> Figure:
-    """Share of test pictures in which every fact is right after tokens and decoder, without the
-    language model.
-    """
-    said = wanted(exam, "test")
-    looks = seen(exam, "reconstruct test", rebuilt(exam, "test"))
-    hits = all_of(said, looks)
-    real = all_of(
-        said,
-        seen(exam, "true test", [exam.small(exam.scene("test", n)) for n in range(exam.count)]),
-    )
+    """Share of test pictures in which every fact is right after tokens and decoder alone."""
+    said, looks = wanted(exam, "test"), seen_rebuilt(exam, "test")
     return share(
-        "reconstruct_test_all",
-        hits,
-        floor=("another picture", float(np.mean(all_of(said, turned(looks))))),
-        ceiling=("true pictures", float(np.mean(real))),
-        details={"atoms": float(np.mean(atoms_of(said, looks))), **failures(said, looks)},
+        all_of(said, looks),
+        floor=("another picture", average(all_of(said, turned(looks)))),
+        ceiling=("true pictures", average(all_of(said, seen_true(exam, "test")))),
+        details={"atoms": average(atoms_of(said, looks)), **failures(said, looks)},
     )

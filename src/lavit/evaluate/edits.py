@@ -9,19 +9,17 @@ see every thing in the style asked for.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
-
-import numpy as np
-from PIL import Image
 
 from lavit.data.scenes.edits import EDIT_KINDS, Edit, edit
 from lavit.data.scenes.sample import belongs
 from lavit.data.scenes.tasks import several
 from lavit.data.scenes.world import STYLES, Facts, Scene, facts
-from lavit.evaluate.drawing import all_of, atoms_of, codes_for, failures, painted, seen, turned
+from lavit.evaluate.drawing import all_of, atoms_of, drawn, failures, painted, seen, turned
 from lavit.evaluate.exam import Exam, tokens_of
-from lavit.evaluate.figures import Figure, share
+from lavit.evaluate.figures import Figure, average, averages, share
+from lavit.evaluate.judge import Seen
 
 TRIES = 8  # scenes of `test` looked at for each edit that is wanted
 
@@ -42,11 +40,11 @@ def edits(exam: Exam) -> list[Asked]:
     if "edits" not in exam.cache:
         found: list[Asked] = []
         for item in range(TRIES * exam.count):
-            if len(found) == exam.count:
-                break
             made = edit_of(exam, item, tuple(EDIT_KINDS)[len(found) % len(EDIT_KINDS)])
             if made is not None:
                 found.append(Asked(item, (made.source,), made.prompt, made.target, made.kind))
+            if len(found) == exam.count:
+                break
         exam.cache["edits"] = found
     return exam.cache["edits"]
 
@@ -70,47 +68,30 @@ def edit_of(exam: Exam, item: int, kind: str) -> Edit | None:
 
 def compositions(exam: Exam) -> list[Asked]:
     """Prompts with several pictures."""
-    if "compositions" not in exam.cache:
-        found = []
-        for item in range(exam.count):
-            made = several(exam.rng(item, 61), exam.rules, split=exam.split("test"))
-            found.append(Asked(item, tuple(made.sources), made.prompt, made.target, made.kind))
-        exam.cache["compositions"] = found
-    return exam.cache["compositions"]
+    found = []
+    for item in range(exam.count):
+        made = several(exam.rng(item, 61), exam.rules, split=exam.split("test"))
+        found.append(Asked(item, tuple(made.sources), made.prompt, made.target, made.kind))
+    return found
 
 
-def drawn(exam: Exam, task: str, asked: list[Asked], shown: list[Asked] | None = None) -> list[Image.Image]:
-    """What the model draws; with `shown` the pictures of those stand in place of an edit's own."""
-    exam.needs("language", "pixels")
-    by_item = {one.item: (one, other) for one, other in zip(asked, shown or asked, strict=True)}
+def seen_drawn(exam: Exam, task: str, asked: list[Asked]) -> list[Seen]:
+    """What is seen in what the model draws."""
+    of = {one.item: one for one in asked}
 
-    def make(numbers: list[int]) -> list[list[int]]:
-        inputs = []
-        for number in numbers:
-            one, other = by_item[number]
-            inputs.append([*(exam.picture(scene) for scene in other.sources), one.prompt])
-        return codes_for(exam, inputs, exam.seeds(numbers))
+    def parts(item: int) -> list[Any]:
+        return [*(exam.picture(scene) for scene in of[item].sources), of[item].prompt]
 
-    items = [one.item for one in asked]
-    codes = exam.made(f"write {task}", items, make)
-    return painted(exam, f"draw {task}", items, codes)
+    return seen(exam, task, drawn(exam, task, list(of), parts))
 
 
-def oracle(exam: Exam, task: str, asked: list[Asked]) -> list[Image.Image]:
-    """The targets through their own tokens and the decoder."""
+def seen_oracle(exam: Exam, task: str, asked: list[Asked]) -> list[Seen]:
+    """What is seen of the targets after their own tokens and the decoder."""
     exam.needs("tokenizer", "pixels")
     tokens = tokens_of(exam.tokenizer, exam.features([exam.picture(one.target) for one in asked]))
     codes = [one.tolist() for one in tokens.split()]
-    return painted(exam, f"oracle {task}", [one.item for one in asked], codes)
-
-
-def done(asked: Sequence[Asked], looks: Sequence[Any]) -> list[bool]:
-    """Is the change made and everything else as it was?"""
-    hits = all_of(targets(list(asked)), looks)
-    return [
-        hit and (one.kind != "style" or all(thing.style == STYLES[one.target.style] for thing in look.things))
-        for one, look, hit in zip(asked, looks, hits, strict=True)
-    ]
+    pictures = painted(exam, f"oracle {task}", [one.item for one in asked], codes)
+    return seen(exam, f"{task} oracle", pictures)
 
 
 def targets(asked: list[Asked]) -> list[Facts]:
@@ -118,31 +99,29 @@ def targets(asked: list[Asked]) -> list[Facts]:
     return [facts(one.target) for one in asked]
 
 
-def by_kind(asked: list[Asked], hits: list[bool]) -> dict[str, float]:
-    """Share of hits for each kind of request."""
-    kinds = sorted({one.kind for one in asked})
-    found = {}
-    for kind in kinds:
-        own = [hit for one, hit in zip(asked, hits, strict=True) if one.kind == kind]
-        found[kind.replace(" ", "_")] = float(np.mean(own))
-    return found
+def done(asked: list[Asked], looks: Sequence[Seen]) -> list[bool]:
+    """Is the change made and everything else as it was?"""
+    hits = []
+    for one, look, hit in zip(asked, looks, all_of(targets(asked), looks), strict=True):
+        styles = {thing.style for thing in look.things}
+        hits.append(hit and (one.kind != "style" or styles <= {STYLES[one.target.style]}))
+    return hits
 
 
 def edit_all(exam: Exam) -> Figure:
     """Share of edits after which the change is made and everything else is as before."""
     asked = edits(exam)
-    looks = seen(exam, "edit", drawn(exam, "edit", asked))
+    looks = seen_drawn(exam, "edit", asked)
     hits = done(asked, looks)
     unchanged = seen(exam, "edit sources", [exam.small(one.sources[0]) for one in asked])
-    best = done(asked, seen(exam, "edit oracle", oracle(exam, "edit", asked)))
+    best = done(asked, seen_oracle(exam, "edit", asked))
     return share(
-        "edit_test_all",
         hits,
-        floor=("the source unchanged", float(np.mean(done(asked, unchanged)))),
-        ceiling=("true tokens of the target", float(np.mean(best))),
+        floor=("the source unchanged", average(done(asked, unchanged))),
+        ceiling=("true tokens of the target", average(best)),
         details={
-            "atoms": float(np.mean(atoms_of(targets(asked), looks))),
-            **by_kind(asked, hits),
+            "atoms": average(atoms_of(targets(asked), looks)),
+            **averages([one.kind for one in asked], hits),
             **failures(targets(asked), looks),
         },
     )
@@ -151,39 +130,40 @@ def edit_all(exam: Exam) -> Figure:
 def edit_blind(exam: Exam) -> Figure:
     """The same with another picture as the source: what the instruction alone can do."""
     asked = edits(exam)
-    looks = seen(exam, "edit blind", drawn(exam, "edit blind", asked, turned(asked)))
-    return share("edit_blind", done(asked, looks))
+    pairs = zip(asked, turned(asked), strict=True)
+    blind = [replace(one, sources=other.sources) for one, other in pairs]
+    return share(done(asked, seen_drawn(exam, "edit blind", blind)))
 
 
 def edit_oracle(exam: Exam) -> Figure:
     """The ceiling of edits: true tokens of the target through the decoder."""
     asked = edits(exam)
-    looks = seen(exam, "edit oracle", oracle(exam, "edit", asked))
     real = done(asked, seen(exam, "edit targets", [exam.small(one.target) for one in asked]))
-    ceiling = ("true pictures", float(np.mean(real)))
-    return share("edit_oracle_all", done(asked, looks), ceiling=ceiling)
+    hits = done(asked, seen_oracle(exam, "edit", asked))
+    return share(hits, ceiling=("true pictures", average(real)))
 
 
 def source_copies(exam: Exam) -> Figure:
     """Share of edits that give the source again: all its facts, and nothing of the change."""
     asked = edits(exam)
-    looks = seen(exam, "edit", drawn(exam, "edit", asked))
-    before = [Asked(one.item, one.sources, one.prompt, one.sources[0], one.kind) for one in asked]
-    best = seen(exam, "edit oracle", oracle(exam, "edit", asked))
-    floor = ("true tokens of the target", float(np.mean(done(before, best))))
-    return share("edit_source_copies", done(before, looks), floor=floor)
+    before = [replace(one, target=one.sources[0]) for one in asked]
+    hits = done(before, seen_drawn(exam, "edit", asked))
+    best = done(before, seen_oracle(exam, "edit", asked))
+    return share(hits, floor=("true tokens of the target", average(best)))
 
 
 def compose_all(exam: Exam) -> Figure:
     """Share of prompts with several pictures whose drawing has every fact right."""
     asked = compositions(exam)
-    looks = seen(exam, "compose", drawn(exam, "compose", asked))
+    looks = seen_drawn(exam, "compose", asked)
     hits = done(asked, looks)
-    best = done(asked, seen(exam, "compose oracle", oracle(exam, "compose", asked)))
+    best = done(asked, seen_oracle(exam, "compose", asked))
     return share(
-        "compose_test_all",
         hits,
-        floor=("another prompt's drawing", float(np.mean(done(asked, turned(looks))))),
-        ceiling=("true tokens of the target", float(np.mean(best))),
-        details={"atoms": float(np.mean(atoms_of(targets(asked), looks))), **by_kind(asked, hits)},
+        floor=("another prompt's drawing", average(done(asked, turned(looks)))),
+        ceiling=("true tokens of the target", average(best)),
+        details={
+            "atoms": average(atoms_of(targets(asked), looks)),
+            **averages([one.kind for one in asked], hits),
+        },
     )

@@ -10,12 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from lavit.config import InputError, LanguageConfig, from_json, read_json
+from lavit.config import InputError
 from lavit.data.scenes import frozen
 from lavit.evaluate.allocation import allocation_gain
 from lavit.evaluate.conversing import chat_all
@@ -29,48 +28,10 @@ from lavit.evaluate.ladder import ladder_blank, ladder_spearman
 from lavit.evaluate.own import OWN, load_items
 from lavit.evaluate.probes import background_kept, identity_kept, write_identity
 from lavit.evaluate.reading import READING, answer_blind, answer_test, cycle_text
-from lavit.evaluate.text import perplexity
+from lavit.evaluate.text import text_ratio
 from lavit.evaluate.tokens import kept_share, live_codes, tokenizer_distance
-from lavit.storage import load_base
 
-PASSAGES = 40  # of prose, for the perplexity of text
-
-
-def text_ratio(exam: Exam) -> Figure:
-    """Perplexity of English prose (the topics of Python's manual) over that of the base language
-    model.
-    """
-    from pydoc_data.topics import topics
-
-    exam.needs("language")
-    began = exam.trained.get("model", {}).get("language")
-    if began is None:
-        began = {"source": exam.model.config.language.source} if exam.model.config.language.lora_rank else None
-    if began is not None and began["source"] == "random":
-        raise Missing("its language model was trained from scratch: there is no base to compare with")
-    if began is None or began["source"] == "folder":
-        raise Missing("the base of its language model is not known")
-    base, _ = load_base(from_json(LanguageConfig, began), exam.folder / "base")
-    texts = [topics[name] for name in sorted(topics)][: min(PASSAGES, exam.count)]
-    found = perplexity(
-        texts,
-        exam.model.text,
-        exam.model.language,
-        base,
-        where="Python's manual",
-        progress=exam.progress,
-    )
-    under = found.floor[1]
-    return Figure(
-        "text_perplexity_ratio",
-        found.value / under,
-        found.low / under,
-        found.high / under,
-        found.count,
-        ceiling=("the base itself", 1.0),
-        details={"perplexity": found.value, "base": under},
-    )
-
+T = TypeVar("T")
 
 FIGURES: dict[str, Callable[[Exam], Figure]] = {
     **READING,
@@ -107,27 +68,28 @@ FIGURES: dict[str, Callable[[Exam], Figure]] = {
 }
 
 
-def is_scenes(data: str) -> bool:
-    """Is a source, or one of a mixture, scenes: "scenes", or a data set of `lavit data scenes`?"""
-    for piece in data.split(","):
-        path = Path(piece.strip())
-        for one in (path, Path(piece.strip().rpartition(":")[0] or piece)):
-            origin = one / "origin.json"
-            if origin.is_file() and "scenes" in read_json(origin):
-                return True
-        if path.name.partition(":")[0] == "scenes" and not path.exists():
-            return True  # scenes without end
-    return False
-
-
 def chosen(names: Sequence[str], known: Mapping[str, Any]) -> list[str]:
-    """The figures that are asked for, in their usual order; none asked for: all. Unknown names
-    raise `InputError`.
-    """
+    """The figures asked for (none: all), in their usual order; `InputError` for unknown names."""
     wrong = [name for name in names if name not in known]
     if wrong:
         raise InputError(f"there is no figure {wrong[0]!r}: choose from {', '.join(known)}")
     return [name for name in known if name in names or not names]
+
+
+def measured(
+    known: Mapping[str, Callable[[T], Figure]], names: Sequence[str], subject: T,
+) -> dict[str, Any]:  # fmt: skip
+    """The figures of `names` (none: all that are known) as plain data."""
+    found = {}
+    for name in chosen(names, known):
+        try:
+            figure = known[name](subject)
+        except Missing as missing:
+            if name in names:
+                raise InputError(f"{name} cannot be had: {missing}") from missing
+            figure = nothing(str(missing))
+        found[name] = figure.entry()
+    return found
 
 
 def evaluate(
@@ -135,21 +97,12 @@ def evaluate(
     names: Sequence[str] = (),
     *,
     items: Path | None = None,
-    watch: Callable[[Figure], None] | None = None,
-    figures: Mapping[str, Callable[[Exam], Figure]] | None = None,
+    figures: Mapping[str, Callable[[Exam], Figure]] = FIGURES,
 ) -> dict[str, Any]:
-    """Figures of a model on scenes as plain data; `watch` hears of each as it comes."""
-    known = FIGURES if figures is None else figures
-    wanted = chosen(names, known)
+    """Figures of a model on scenes as plain data; `items` is a file of a user's own."""
     exam.items = None if items is None else load_items(items)
-    found: dict[str, Any] = {}
-    for name in wanted:
-        figure = _figure(exam, name, known[name], named=name in names)
-        found[name] = figure.entry()
-        if watch:
-            watch(figure)
     return {
-        "figures": found,
+        "figures": measured(figures, names, exam),
         "config_hash": config_hash(exam.folder),
         "weights_hash": exam.weights,
         **({"test_hash": None, "comparable": False} if exam.valid else test_hash(exam)),
@@ -161,36 +114,20 @@ def evaluate(
     }
 
 
-def _figure(exam: Exam, name: str, make: Callable[[Exam], Figure], *, named: bool) -> Figure:
-    try:
-        return replace(make(exam), name=name)
-    except Missing as missing:
-        if named:
-            raise InputError(f"{name} cannot be had: {missing}") from missing
-        return nothing(name, str(missing))
-
-
 def test_hash(exam: Exam) -> dict[str, Any]:
-    """The hash of the test sets, the versions that drew them, and whether figures compare with
-    published ones.
-    """
+    """The hash of the test sets, what drew them, and whether published figures compare."""
     made_by = frozen.versions()
     task = "hash " + hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:12]
+    splits = frozen.MEASURING
 
     def make(numbers: list[int]) -> list[str]:
-        return [frozen.split_hash(frozen.MEASURING[number], exam.rules) for number in numbers]
+        return [frozen.split_hash(splits[number], exam.rules) for number in numbers]
 
-    hashes = dict(
-        zip(
-            frozen.MEASURING,
-            exam.made(task, range(len(frozen.MEASURING)), make, together=1),
-            strict=True,
-        )
-    )
-    known = frozen.frozen(exam.rules)
+    made = exam.made(task, range(len(splits)), make, together=1)
+    hashes = dict(zip(splits, made, strict=True))
     return {
         "test_hash": frozen.joint_hash(hashes),
-        "comparable": known == hashes,
+        "comparable": frozen.frozen(exam.rules) == hashes,
         "packages": made_by,
     }
 

@@ -8,10 +8,10 @@ only.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,26 +20,25 @@ from PIL.Image import Image
 from torch import Tensor
 
 import lavit
-from lavit.config import InputError, read_json
+from lavit.config import InputError
 from lavit.data.scenes.render import render
 from lavit.data.scenes.sample import scene_at
 from lavit.data.scenes.splits import Rules
 from lavit.data.scenes.world import Scene
-from lavit.evaluate.kept import Kept
+from lavit.evaluate.kept import Kept, Progress
+from lavit.evaluate.known import training_of
 from lavit.modules.tokenizer import VisualTokenizer
 from lavit.sequence import VisualTokens
 from lavit.storage import model_folder
-
-if TYPE_CHECKING:
-    from lavit.generate.pipeline import Pipeline
 
 COUNT = 500  # items of a figure, where a user does not say
 BATCH = 16  # pictures that are encoded together
 WORDS = 0x5CE7E6  # moves wording and questions, and nothing else
 TO_CHOOSE_BY = {"test": "valid", "pairs": "valid_pairs", "ladder": "valid_ladder"}  # in place of
 SEED_STEP = 1_000_003  # between the user's seeds, so that no two items of two seeds share one
+Features = Float[Tensor, "images patches dim"]
 
-Progress = Callable[[str, int, int], None]
+_scene = lru_cache(maxsize=8192)(scene_at)
 
 
 class Missing(InputError):
@@ -59,7 +58,7 @@ class Exam:
         count: int | None = None,
         rules: Rules | None = None,
         kept: Path | None = None,
-        progress: Progress | None = None,
+        progress: Progress = lambda task, done, count: None,
         valid: bool = False,
     ) -> None:
         if seed < 0:
@@ -67,30 +66,23 @@ class Exam:
         if count is not None and count < 1:
             raise InputError(f"count is {count}: give the number of items of a figure, 1 or more")
         self.folder = model_folder(model)
-        self.pipe: Pipeline = lavit.load(model, safety=False)  # what is measured is not released
+        self.pipe = lavit.load(model, safety=False)  # what is measured is not released
         self.model = self.pipe.model
-        self.seed, self.asked, self.rules = seed, count, rules or Rules()
+        self.asked, self.count = count, count or COUNT  # items of a figure
+        self.seed, self.rules = seed, rules or Rules()
         self.progress, self.valid = progress, valid
+        self.trained = training_of(self.folder)
         self.weights = weights_hash(self.folder)
-        said = f"{self.weights} {config_hash(self.folder)} {world_hash()} {seed} {self.rules}{' valid' * valid}"
-        self.kept = Kept(kept, hashlib.sha256(said.encode()).hexdigest()[:16])
+        said = f"{self.weights} {config_hash(self.folder)} {world_hash()} {seed} {self.rules}"
+        said += " valid" * valid
+        self.kept = Kept(kept, hashlib.sha256(said.encode()).hexdigest()[:16], self.progress)
+        self.made = self.kept.made  # what the model said and drew
         self.cache: dict[Any, Any] = {}  # what several figures need, in memory
         self.items: list[Any] | None = None  # a user's own (evaluate/own.py)
 
     def scaled(self, default: int) -> int:
         """`default` items, or as many fewer or more as the user asks beside 500."""
-        return default if self.asked is None else max(1, round(default * self.asked / COUNT))
-
-    @property
-    def count(self) -> int:
-        """Items of a figure."""
-        return self.scaled(COUNT)
-
-    @property
-    def trained(self) -> dict[str, Any]:
-        """The training that made the model, if its folder says."""
-        path = self.folder / "training.json"
-        return read_json(path) if path.is_file() else {}
+        return max(1, round(default * self.count / COUNT))
 
     @cached_property
     def tokenizer(self) -> VisualTokenizer:
@@ -132,7 +124,7 @@ class Exam:
 
     def scene(self, split: str, item: int) -> Scene:
         """Picture `item` of a split."""
-        return _scene(self.split(split), item, self.rules)
+        return _scene(self.split(split), item, rules=self.rules)
 
     def picture(self, scene: Scene) -> Image:
         """A scene as the encoder sees it."""
@@ -147,58 +139,41 @@ class Exam:
         """A scene at the decoder's size."""
         return render(scene, self.drawn_size)
 
-    def made(
-        self,
-        task: str,
-        items: Sequence[int],
-        make: Callable[[list[int]], list[Any]],
-        *,
-        together: int = 32,
-    ) -> list[Any]:
-        """What the model made of items, each made once and kept: see `Kept.made`."""
-        return self.kept.made(task, items, make, together=together, progress=self.progress)
-
-    def features(self, pictures: Sequence[Image]) -> Float[Tensor, "images patches dim"]:
+    def features(self, pictures: Sequence[Image]) -> Features:
         """Encoder features of pictures."""
-        parts = [self.model.patches(pictures[at : at + BATCH]) for at in range(0, len(pictures), BATCH)]
-        return torch.cat(parts)
+        starts = range(0, len(pictures), BATCH)
+        return torch.cat([self.model.patches(pictures[at : at + BATCH]) for at in starts])
 
-    def encoded(self, split: str, count: int) -> tuple[Float[Tensor, "images patches dim"], VisualTokens]:
+    def encoded(self, split: str, count: int) -> tuple[Features, VisualTokens]:
         """Encoder features and visual tokens of the first pictures of a split, kept in memory."""
-        at_hand = ("encoded", split, count)
-        if at_hand not in self.cache:
+        if ("encoded", split, count) not in self.cache:
             parts = []
             for at in range(0, count, BATCH):
                 numbers = range(at, min(at + BATCH, count))
                 parts.append(self.features([self.picture(self.scene(split, n)) for n in numbers]))
-                if self.progress:
-                    self.progress(f"encode {split}", numbers[-1] + 1, count)
+                self.progress(f"encode {split}", numbers[-1] + 1, count)
             features = torch.cat(parts)
-            self.cache[at_hand] = features, tokens_of(self.tokenizer, features)
-        return self.cache[at_hand]
-
-
-@lru_cache(maxsize=8192)
-def _scene(split: str, item: int, rules: Rules) -> Scene:
-    return scene_at(split, item, rules=rules)
+            self.cache["encoded", split, count] = features, tokens_of(self.tokenizer, features)
+        return self.cache["encoded", split, count]
 
 
 @torch.no_grad()
-def tokens_of(tokenizer: VisualTokenizer, features: Float[Tensor, "images patches dim"]) -> VisualTokens:
+def tokens_of(tokenizer: VisualTokenizer, features: Features) -> VisualTokens:
     """Visual tokens of features, under the default policy."""
     parts = [tokenizer.encode(part) for part in features.split(BATCH)]
-    codes, lengths, keep = ([getattr(part, name) for part in parts] for name in ("codes", "lengths", "keep"))
-    return VisualTokens(torch.cat(codes), torch.cat(lengths), torch.cat(keep))
+    return VisualTokens(
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.lengths for part in parts]),
+        torch.cat([part.keep for part in parts]),
+    )
 
 
 @torch.no_grad()
-def decoded(tokenizer: VisualTokenizer, tokens: VisualTokens) -> Float[Tensor, "images patches dim"]:
-    """Features from true codes, in the tokenizer's own space."""
-    parts, first = [], 0
-    for lengths, keep in zip(tokens.lengths.split(BATCH), tokens.keep.split(BATCH), strict=True):
-        codes = tokens.codes[first : first + int(lengths.sum())]
-        first += len(codes)
-        parts.append(tokenizer.decode(codes, lengths, keep=keep))
+def rebuilt(tokenizer: VisualTokenizer, features: Features) -> Features:
+    """Features through their own codes, in the tokenizer's own space."""
+    parts = []
+    for part in features.split(BATCH):
+        parts.append(tokenizer.reconstruct(part, tokenizer.select(part), quantise=True))
     return torch.cat(parts)
 
 
@@ -221,20 +196,18 @@ def weights_hash(folder: Path) -> str:
 
 def config_hash(folder: Path) -> str:
     """A hash of a model's configuration and, where it says, of its training's."""
-    digest = hashlib.sha256()
-    for name in ("config.json", "training.json"):
-        path = folder / name
-        if path.is_file():
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    paths = [folder / name for name in ("config.json", "training.json")]
+    return _hash(path for path in paths if path.is_file())
 
 
 def world_hash() -> str:
-    """A hash of the code that makes scenes and words of them: what was kept under another is made
-    anew.
-    """
+    """A hash of the code that makes scenes and words of them."""
     folder = Path(lavit.__file__).parent / "data" / "scenes"
+    return _hash(sorted([*folder.glob("*.py"), *folder.glob("*.tsv")]))
+
+
+def _hash(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.py"), *folder.glob("*.tsv")]):
+    for path in paths:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,6 @@ Values = Sequence[float] | np.ndarray
 class Figure:
     """One number of a report; `value` None: it cannot be had, and `note` says why."""
 
-    name: str
     value: float | None
     low: float | None
     high: float | None
@@ -35,21 +34,6 @@ class Figure:
     ceiling: Level | None = None
     note: str = ""
     details: Mapping[str, Any] = field(default_factory=dict)  # figures beside it
-
-    def line(self) -> str:
-        """The figure as one line of a report."""
-        if self.value is None:
-            return f"{self.name:<44}    none  {self.note}"
-        text = f"{self.name:<44} {self.value:7.3f}  [{self.low:.3f}, {self.high:.3f}]  n={self.count}"
-        if self.floor:
-            text += f"  floor {self.floor[1]:.3f} ({self.floor[0]})"
-        if self.ceiling:
-            text += f"  ceiling {self.ceiling[1]:.3f} ({self.ceiling[0]})"
-        return text + (f"  {self.note}" if self.note else "")
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
 
     def entry(self) -> dict[str, Any]:
         """Plain data as `lavit eval --json` writes it: numbers, and beside them what they are."""
@@ -77,73 +61,62 @@ def _short(value: Any) -> Any:
     return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
-def share(
-    name: str,
-    hits: Sequence[bool],
-    *,
-    floor: Level | None = None,
-    ceiling: Level | None = None,
-    note: str = "",
-    details: Mapping[str, Any] | None = None,
-) -> Figure:
+def average(values: Values) -> float:
+    """The mean of values, as a plain number."""
+    return float(np.mean(values))
+
+
+def averages(keys: Sequence[str], values: Values) -> dict[str, float]:
+    """The mean of the values of each key."""
+    found: dict[str, list[float]] = {}
+    for key, value in zip(keys, values, strict=True):
+        found.setdefault(key.replace(" ", "_"), []).append(value)
+    return {key: average(found[key]) for key in sorted(found)}
+
+
+# `beside` of the following are the last fields of a figure: floor, ceiling, note, details
+
+
+def share(hits: Sequence[bool], **beside: Any) -> Figure:
     """Share of hits with Wilson's interval."""
-    n, p = len(hits), sum(hits) / max(1, len(hits))
-    denominator = 1 + Z**2 / max(1, n)
-    centre = (p + Z**2 / (2 * max(1, n))) / denominator
-    half = Z * math.sqrt(p * (1 - p) / max(1, n) + Z**2 / (4 * max(1, n) ** 2)) / denominator
-    low, high = max(0.0, centre - half), min(1.0, centre + half)
-    return Figure(name, p, low, high, n, floor, ceiling, note, details or {})
+    n = max(1, len(hits))
+    p = sum(hits) / n
+    denominator = 1 + Z**2 / n
+    centre = (p + Z**2 / (2 * n)) / denominator
+    half = Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2)) / denominator
+    return Figure(p, max(0.0, centre - half), min(1.0, centre + half), len(hits), **beside)
 
 
 def mean(
-    name: str,
-    values: Sequence[float],
-    *,
-    floor: Level | None = None,
-    ceiling: Level | None = None,
-    note: str = "",
-    details: Mapping[str, Any] | None = None,
-    within: tuple[float, float] = (-math.inf, math.inf),
-) -> Figure:
+    values: Values, *, within: tuple[float, float] = (-math.inf, math.inf), **beside: Any,
+) -> Figure:  # fmt: skip
     """Mean with a normal interval, cut where values cannot lie."""
     array = np.asarray(values, dtype=np.float64)
     half = Z * array.std(ddof=1) / math.sqrt(len(array)) if len(array) > 1 else 0.0
     centre = float(array.mean())
     low, high = max(within[0], float(centre - half)), min(within[1], float(centre + half))
-    return Figure(name, centre, low, high, len(array), floor, ceiling, note, details or {})
+    return Figure(centre, low, high, len(array), **beside)
 
 
-def plain(name: str, value: float, count: int, *, note: str = "") -> Figure:
+def plain(value: float, count: int, *, note: str = "") -> Figure:
     """A figure without an interval (a count over everything there is)."""
-    return Figure(name, value, value, value, count, note=note)
+    return Figure(value, value, value, count, note=note)
 
 
-def nothing(name: str, reason: str) -> Figure:
+def nothing(reason: str) -> Figure:
     """A figure that cannot be had."""
-    return Figure(name, None, None, None, 0, note=reason)
+    return Figure(None, None, None, 0, note=reason)
 
 
-def bootstrapped(
-    name: str,
-    statistic: Callable[[np.ndarray], float],
-    count: int,
-    *,
-    floor: Level | None = None,
-    ceiling: Level | None = None,
-    note: str = "",
-    details: Mapping[str, Any] | None = None,
-) -> Figure:
-    """A statistic of items, given as a function of their numbers, with the percentiles of
-    resamplings.
-    """
+def bootstrapped(statistic: Callable[[np.ndarray], float], count: int, **beside: Any) -> Figure:
+    """A statistic of items, a function of their numbers, with percentiles of resamplings."""
     rng = np.random.default_rng(0)
     drawn = [statistic(rng.integers(count, size=count)) for _ in range(DRAWS)]
     low, high = (float(x) for x in np.percentile(drawn, (2.5, 97.5)))
-    value = float(statistic(np.arange(count)))
-    return Figure(name, value, low, high, count, floor, ceiling, note, details or {})
+    return Figure(float(statistic(np.arange(count))), low, high, count, **beside)
 
 
-def ratio(name: str, over: Values, under: Values, **options: Any) -> Figure:
+def ratio(over: Values, under: Values, **beside: Any) -> Figure:
     """Mean of one thing over the mean of another, item by item; 0 where the second is 0."""
     a, b = np.asarray(over, dtype=np.float64), np.asarray(under, dtype=np.float64)
 
@@ -151,7 +124,7 @@ def ratio(name: str, over: Values, under: Values, **options: Any) -> Figure:
         below = float(b[at].mean())
         return float(a[at].mean()) / below if below else 0.0
 
-    return bootstrapped(name, quotient, len(a), **options)
+    return bootstrapped(quotient, len(a), **beside)
 
 
 def ranks(values: Values) -> np.ndarray:
@@ -169,7 +142,8 @@ def spearman(a: Values, b: Values, given: Values | None = None) -> float:
     columns = [ranks(a), ranks(b)]
     if given is not None:
         held = np.stack([np.ones(len(columns[0])), ranks(given)], 1)
-        columns = [column - held @ np.linalg.lstsq(held, column, rcond=None)[0] for column in columns]
+        fits = [held @ np.linalg.lstsq(held, column, rcond=None)[0] for column in columns]
+        columns = [column - fit for column, fit in zip(columns, fits, strict=True)]
     x, y = (column - column.mean() for column in columns)
     size = float(np.sqrt((x @ x) * (y @ y)))
     return float(x @ y) / size if size > 1e-9 else 0.0

@@ -19,6 +19,7 @@ import hashlib
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,29 +30,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lavit.config import InputError
-from lavit.data.scenes.world import (
-    BACKGROUNDS,
-    CLEAR,
-    COLOURS,
-    EXTENTS,
-    PATTERNS,
-    SHAPES,
-    STYLES,
-    Box,
-    Facts,
-    Group,
-    Relation,
-    Size,
-    extent,
-    gap,
-    relations,
-)
+from lavit.data.scenes import world
+from lavit.data.scenes.world import Box, Facts, Group, Relation, Size, extent, gap
 from lavit.evaluate.detector import SIDE, Detector, Found, find
 
 FOLDER = Path(__file__).with_name("judge")
 UNKNOWN = "unknown"
-BETWEEN = math.sqrt(max(EXTENTS["small"]) * min(EXTENTS["big"]))  # a longer thing is big
-LOOSE = CLEAR / 2  # relations of measured boxes are clear by this much
+BETWEEN = math.sqrt(max(world.EXTENTS["small"]) * min(world.EXTENTS["big"]))  # longer is big
+LOOSE = world.CLEAR / 2  # relations of measured boxes are clear by this much
 SHARED = 0.25  # and share this much of the other axis
 BATCH = 32
 FAINT = 0.1  # what is cooler than this is not even considered
@@ -81,6 +67,10 @@ class Seen:
         """The things of one name."""
         return tuple(thing for thing in self.things if thing.name == name)
 
+    def counts(self) -> Counter[str]:
+        """How many things of each name there are."""
+        return Counter(thing.name for thing in self.things)
+
     def boxes(self) -> dict[str, list[Box]]:
         """Where the things of each name stand, unknown ones left out."""
         boxes: dict[str, list[Box]] = {}
@@ -92,29 +82,20 @@ class Seen:
     def facts(self) -> Facts:
         """Groups of like things, and how they stand. Things of one name that differ in size or
         colour make several groups, and unknown ones groups of that name, as no scene has them."""
-        kinds = [(thing.name, thing.size, thing.colour) for thing in self.things]
-        groups = (Group(kind[0], kinds.count(kind), kind[1], kind[2]) for kind in set(kinds))
-        related = relations(self.boxes(), clear=LOOSE)
+        kinds = Counter((thing.name, thing.size, thing.colour) for thing in self.things)
+        groups = [Group(name, count, *how) for (name, *how), count in kinds.items()]
+        related = world.relations(self.boxes(), clear=LOOSE)
         return Facts(self.background, self.pattern, frozenset(groups), related)
 
 
 class Judge:
     """Looks at pictures. The same pictures are always seen the same."""
 
-    def __init__(
-        self,
-        detector: Detector,
-        names: Sequence[str],
-        *,
-        heat: float,
-        sure: float,
-        recipe: str = "",
-    ) -> None:
+    def __init__(self, detector: Detector, names: Sequence[str], heat: float, sure: float) -> None:
         self.detector = detector.eval()
         self.names = tuple(names)  # that of the last logit is "unknown"
         self.heat = heat  # a cell that is as hot as this holds a thing
         self.sure = sure  # a name that is less probable than this is unknown
-        self.recipe = recipe
 
     @classmethod
     def load(cls, folder: Path = FOLDER) -> Judge:
@@ -124,21 +105,19 @@ class Judge:
         if hashlib.sha256(weights.read_bytes()).hexdigest() != said["sha256"]:
             raise InputError(f"{weights} is not the file that {folder / 'judge.json'} names")
         detector = Detector(sizes(said["names"]))
-        state = {key: value.float() for key, value in load_file(weights).items()}
-        detector.load_state_dict(state)
-        return cls(detector, said["names"], heat=said["heat"], sure=said["sure"], recipe=said["recipe"])
+        detector.load_state_dict(load_file(weights))  # half precision: copied into fp32
+        return cls(detector, said["names"], said["heat"], said["sure"])
 
     @torch.inference_mode()
     def found(self, pictures: Sequence[Image.Image]) -> list[tuple[str, str, list[Found]]]:
         """Background, pattern and everything the detector finds, before the thresholds."""
         found = []
         for start in range(0, len(pictures), BATCH):
-            batch = torch.stack([_pixels(one) for one in pictures[start : start + BATCH]])
-            maps = self.detector(batch)
-            grounds, patterns = maps.ground.argmax(1).tolist(), maps.pattern.argmax(1).tolist()
-            things = find(maps, heat=FAINT)
-            for ground, pattern, some in zip(grounds, patterns, things, strict=True):
-                found.append((tuple(BACKGROUNDS)[ground], PATTERNS[pattern], some))
+            batch = [_pixels(one) for one in pictures[start : start + BATCH]]
+            maps = self.detector(torch.stack(batch))
+            grounds = [tuple(world.BACKGROUNDS)[one] for one in maps.ground.argmax(1).tolist()]
+            patterns = [world.PATTERNS[one] for one in maps.pattern.argmax(1).tolist()]
+            found += zip(grounds, patterns, find(maps, heat=FAINT), strict=True)
         return found
 
     def look(self, pictures: Sequence[Image.Image]) -> list[Seen]:
@@ -152,16 +131,17 @@ class Judge:
 
     def _named(self, found: Found) -> SeenThing:
         name = self.names[found.name] if found.sure >= self.sure else UNKNOWN
-        colour = tuple(COLOURS)[found.colour] if name in SHAPES else None
+        colour = tuple(world.COLOURS)[found.colour] if name in world.SHAPES else None
         size: Size = "big" if found.side > BETWEEN else "small"
-        style = tuple(STYLES.values())[found.style]
+        style = tuple(world.STYLES.values())[found.style]
         box = Box(found.x, found.y, found.side)
         return SeenThing(name, colour, size, box, style, found.heat * found.sure)
 
 
 def sizes(names: Sequence[str]) -> tuple[int, int, int, int, int]:
     """How many logits a detector of these names has, of each kind."""
-    return len(names), len(COLOURS), len(STYLES), len(BACKGROUNDS), len(PATTERNS)
+    colours, styles = len(world.COLOURS), len(world.STYLES)
+    return len(names), colours, styles, len(world.BACKGROUNDS), len(world.PATTERNS)
 
 
 def _pixels(picture: Image.Image) -> torch.Tensor:
@@ -208,8 +188,7 @@ def holds(relation: Relation, seen: Seen) -> bool:
 def extras(wanted: Facts, seen: Seen) -> int:
     """Things that were not wanted: of other names, unknown, or more than were asked for."""
     asked = {group.name: group.number for group in wanted.groups}
-    names = [thing.name for thing in seen.things]
-    return sum(max(0, names.count(name) - asked.get(name, 0)) for name in set(names))
+    return (seen.counts() - Counter(asked)).total()
 
 
 def all_right(wanted: Facts, seen: Seen) -> bool:
@@ -220,8 +199,7 @@ def all_right(wanted: Facts, seen: Seen) -> bool:
 
 def swapped(wanted: Facts, seen: Seen) -> bool:
     """Are the right things there, but two groups with each other's colours or places?"""
-    names = [thing.name for thing in seen.things]
-    if {g.name: g.number for g in wanted.groups} != {n: names.count(n) for n in set(names)}:
+    if Counter({group.name: group.number for group in wanted.groups}) != seen.counts():
         return False
     coloured = [group for group in wanted.groups if group.colour is not None]
     for a, b in itertools.combinations(coloured, 2):
@@ -229,36 +207,3 @@ def swapped(wanted: Facts, seen: Seen) -> bool:
         if a.colour != b.colour and shown == ({b.colour}, {a.colour}):
             return True
     return any(holds(Relation(r.kind, r.second, r.first), seen) for r in wanted.relations)
-
-
-def text_exact(text: str, wanted: Facts) -> bool:
-    """Does a text say just these facts, none missing, extra, repeated or contradictory?"""
-    return _parsed(text) == wanted
-
-
-def text_true(text: str, wanted: Facts) -> bool:
-    """Is everything that a text says so? It may say less."""
-    said = _parsed(text)
-    if said is None:
-        return False
-    if said.background not in (None, wanted.background):
-        return False
-    if said.pattern not in (None, wanted.pattern) or not said.relations <= wanted.relations:
-        return False
-    for group in said.groups:
-        real = wanted.group(group.name)
-        if real is None or group.number != real.number:
-            return False
-        if group.size not in (None, real.size) or group.colour not in (None, real.colour):
-            return False
-    return True
-
-
-def _parsed(text: str) -> Facts | None:
-    """What a text says; None if it cannot be read."""
-    from lavit.data.scenes.parse import parse  # here: pictures are judged without the language
-
-    try:
-        return parse(text)
-    except (ValueError, InputError):
-        return None

@@ -16,25 +16,26 @@ from typing import Any
 from lavit.config import InputError
 
 TOGETHER = 32  # items of a chunk
+Progress = Callable[[str, int, int], None]  # of what, how many are done, of how many
 
 
 class Kept:
     """Predictions under a key, in a file of JSON lines or (no path) in memory alone."""
 
-    def __init__(self, path: Path | None, key: str) -> None:
-        self.path, self.key = path, key
+    def __init__(
+        self, path: Path | None, key: str, progress: Progress = lambda task, done, count: None,
+    ) -> None:  # fmt: skip
+        self.path, self.key, self.progress = path, key, progress
         self.found: dict[tuple[str, int, str], Any] = {}
-        if path is not None and path.exists():
-            self._read(path)
-
-    def _read(self, path: Path) -> None:
-        for line in path.read_bytes().splitlines():
+        data = path.read_bytes() if path is not None and path.exists() else b""
+        self.torn = data[-1:] not in (b"", b"\n")  # the last line was cut off
+        for line in data.splitlines():
             try:
                 row = json.loads(line)
                 if row["key"] == self.key:
                     self.found[row["task"], row["item"], row["chunk"]] = row["made"]
             except (ValueError, KeyError, TypeError):
-                continue  # cut off when the evaluation was stopped
+                continue  # cut off when an evaluation was stopped
 
     def made(
         self,
@@ -43,7 +44,6 @@ class Kept:
         make: Callable[[list[int]], list[Any]],
         *,
         together: int = TOGETHER,
-        progress: Callable[[str, int, int], None] | None = None,
     ) -> list[Any]:
         """What `make` answers for items (plain data); those that are kept are not made again."""
         answers: list[Any] = []
@@ -55,26 +55,22 @@ class Kept:
                 known = json.loads(json.dumps(make(chunk)))  # the same whether it was read or made
                 self._add(task, chunk, name, known)
             answers += known
-            if progress:
-                progress(task, len(answers), len(items))
+            self.progress(task, len(answers), len(items))
         return answers
 
     def _add(self, task: str, chunk: list[int], name: str, made: list[Any]) -> None:
+        lines = ""
         for item, one in zip(chunk, made, strict=True):
             self.found[task, item, name] = one
+            row = {"key": self.key, "task": task, "item": item, "chunk": name, "made": one}
+            lines += json.dumps(row) + "\n"
         if self.path is None:
             return
-        rows = [
-            {"key": self.key, "task": task, "item": item, "chunk": name, "made": one}
-            for item, one in zip(chunk, made, strict=True)
-        ]
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            torn = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
             with self.path.open("a", encoding="utf-8") as file:
-                file.write("\n" * torn + "".join(json.dumps(row) + "\n" for row in rows))
-                file.flush()
+                file.write("\n" * self.torn + lines)
+            self.torn = False
         except OSError as error:
-            raise InputError(
-                f"{self.path} cannot be written ({error.strerror}): give --json FILE where predictions may be kept"
-            ) from error
+            said = f"{self.path} cannot be written ({error.strerror})"
+            raise InputError(f"{said}: give --json FILE where predictions may be kept") from error

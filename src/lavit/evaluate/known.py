@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from lavit.config import InputError, read_json
-from lavit.data.corpus import origin_of
+from lavit.data.corpus import origin_of, parse_mixture
 from lavit.data.scenes.lexicon import unknown_words
 from lavit.data.scenes.splits import Rules
 
 
-def scenes_of(folder: Path) -> dict[str, Any] | None:
-    """Options of the scenes a model learnt from; None where it learnt from other data.
-
-    They stand in its training.json under "origin", or else beside the data that it names.
-    """
+def training_of(folder: Path) -> dict[str, Any]:
+    """The training that made a model, if its folder says."""
     path = folder / "training.json"
-    said = read_json(path) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
+
+
+def scenes_of(folder: Path) -> dict[str, Any] | None:
+    """Options of the scenes a model learnt from, by training.json or else its data; or None."""
+    said = training_of(folder)
     origin = said.get("origin")
     if origin is None and said.get("data"):
         try:
@@ -29,10 +31,10 @@ def scenes_of(folder: Path) -> dict[str, Any] | None:
     return scenes if isinstance(scenes, dict) else None
 
 
-def rules_of(folder: Path, objects: int | None = None, held_out_pairs: float | None = None) -> Rules:
-    """The rules that are asked for; what is not said is as the model's training had it, else as
-    nano has it.
-    """
+def rules_of(
+    folder: Path, objects: int | None = None, held_out_pairs: float | None = None,
+) -> Rules:  # fmt: skip
+    """The rules that are asked for; the rest is as in the model's training, else as nano has it."""
     known = scenes_of(folder) or {}
     asked = {"objects": objects, "held_out_pairs": held_out_pairs}
     known |= {name: value for name, value in asked.items() if value is not None}
@@ -44,3 +46,13 @@ def strange_words(folder: Path, texts: Iterable[str]) -> list[str]:
     if scenes_of(folder) is None:
         return []
     return list(dict.fromkeys(word for text in texts for word in unknown_words(text)))
+
+
+def is_scenes(data: str) -> bool:
+    """Is a source, or one of a mixture, scenes: "scenes", or a data set of `lavit data scenes`?"""
+    for name, _ in parse_mixture(data):
+        path = Path(name)
+        endless = path.name.partition(":")[0] == "scenes" and not path.exists()
+        if endless or "scenes" in origin_of(name):
+            return True
+    return False

@@ -1,9 +1,8 @@
 """Are tokens where the content is? 500 pictures with 0 to 9 things, and pictures without any.
 
 Beside the model's selection stand four that know nothing of the tokenizer, at the same mean number
-of tokens: random patches, every so-manieth patch, patches whose features are long, patches with
-many edges. The last two keep what exceeds one threshold for all pictures, so that their numbers
-follow the picture too.
+of tokens: random patches, every so-manieth patch, and the patches with long features or many edges
+that exceed one threshold for all pictures.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch import Tensor
 from lavit.data.scenes.render import background, render, sprite
 from lavit.data.scenes.world import BACKGROUNDS, Scene, objects
 from lavit.evaluate.exam import Exam, tokens_of
-from lavit.evaluate.figures import Figure, bootstrapped, mean, spearman
+from lavit.evaluate.figures import Figure, average, bootstrapped, mean, spearman
 
 AREA_SIZE = 64  # pixels at which the covered area is measured
 BLANKS = 16  # blank pictures: the world's backgrounds and as many other colours
@@ -42,14 +41,12 @@ def ladder_spearman(exam: Exam) -> Figure:
     for name, own in others.items():
         details[name] = spearman(own, things)
         details[f"{name}_same_area"] = spearman(own, things, area)
-    details |= outside(exam)
     return bootstrapped(
-        "ladder_spearman",
         lambda at: spearman(lengths[at], things[at]),
         count,
         floor=("random patches", details["random"]),
         ceiling=("tokens in the order of things", 1.0),
-        details=details,
+        details=details | outside(exam),
     )
 
 
@@ -60,26 +57,24 @@ def ladder_blank(exam: Exam) -> Figure:
     plain = [background(colour, "plain", size) for colour in BACKGROUNDS]
     while len(plain) < BLANKS:
         plain.append(Image.new("RGB", (size, size), tuple(int(x) for x in rng.integers(0, 256, 3))))
-    noise = [Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)) for _ in range(BLANKS)]
+    noise = [rng.integers(0, 256, (size, size, 3), dtype=np.uint8) for _ in range(BLANKS)]
     whole = [exam.picture(exam.scene("ladder", 10 * n + 5)) for n in range(BLANKS)]
     kinds = {
         "blank": plain,
         "striped": [background(colour, "striped", size) for colour in BACKGROUNDS],
         "dotted": [background(colour, "dotted", size) for colour in BACKGROUNDS],
-        "noise": noise,
+        "noise": [Image.fromarray(pixels) for pixels in noise],
         "five_things": whole,
         "five_things_shuffled": [shuffled(picture, grid, rng) for picture in whole],
     }
-    shares = {name: _shares(exam, pictures) for name, pictures in kinds.items()}
-    patches = grid * grid
-    details = {name: float(np.mean(found)) for name, found in shares.items() if name != "blank"}
-    floor = ("one patch", 1 / patches)
-    return mean("ladder_blank", shares["blank"], floor=floor, details=details, within=(0.0, 1.0))
-
-
-def _shares(exam: Exam, pictures: Sequence[Image.Image]) -> list[float]:
-    tokens = tokens_of(exam.tokenizer, exam.features(pictures))
-    return (tokens.lengths.double() / tokens.keep.shape[1]).tolist()
+    shares = {}
+    for name, pictures in kinds.items():
+        tokens = tokens_of(exam.tokenizer, exam.features(pictures))
+        shares[name] = (tokens.lengths.double() / tokens.keep.shape[1]).tolist()
+    blank = shares.pop("blank")
+    details = {name: average(found) for name, found in shares.items()}
+    floor = ("one patch", 1 / grid**2)
+    return mean(blank, floor=floor, details=details, within=(0.0, 1.0))
 
 
 def covered(scene: Scene) -> float:
@@ -92,17 +87,14 @@ def covered(scene: Scene) -> float:
 def other_lengths(
     features: Tensor, pictures: Sequence[Image.Image], grid: int, kept: float
 ) -> Mapping[str, np.ndarray]:
-    """Numbers of tokens under selections that know nothing of the tokenizer, at the same mean
-    number of tokens.
-    """
-    patches = grid * grid
-    rng = np.random.default_rng(0)
-    norms = features.float().norm(dim=-1).cpu().numpy()
+    """Numbers of tokens, `kept` in the mean, under selections that know no tokenizer."""
+    patches, count = grid * grid, len(pictures)
+    by_chance = np.random.default_rng(0).binomial(patches, min(1.0, kept / patches), size=count)
     edges = np.stack([edge_energy(picture, grid) for picture in pictures])
     return {
-        "random": rng.binomial(patches, min(1.0, kept / patches), size=len(pictures)).astype(np.float64),
-        "strided": np.full(len(pictures), round(kept), dtype=np.float64),
-        "feature_norm": above(norms, kept),
+        "random": by_chance.astype(np.float64),
+        "strided": np.full(count, round(kept), dtype=np.float64),
+        "feature_norm": above(features.float().norm(dim=-1).cpu().numpy(), kept),
         "edge_energy": above(edges, kept),
     }
 
@@ -128,15 +120,14 @@ def shuffled(picture: Image.Image, grid: int, rng: np.random.Generator) -> Image
     """The picture with its patches in another order."""
     side = picture.width // grid
     pixels = np.asarray(picture)[: side * grid, : side * grid]
-    blocks = pixels.reshape(grid, side, grid, side, 3).swapaxes(1, 2).reshape(grid * grid, side, side, 3)
+    blocks = pixels.reshape(grid, side, grid, side, 3).swapaxes(1, 2)
+    blocks = blocks.reshape(grid * grid, side, side, 3)
     mixed = blocks[rng.permutation(len(blocks))].reshape(grid, grid, side, side, 3).swapaxes(1, 2)
     return Image.fromarray(np.ascontiguousarray(mixed.reshape(side * grid, side * grid, 3)))
 
 
 def outside(exam: Exam) -> dict[str, float]:
-    """Single drawings that no scene holds, large on white: does their number of tokens follow their
-    bytes?
-    """
+    """Single drawings that no scene holds, large on white: do tokens follow their bytes?"""
     size = exam.model.config.vision.image_size
     pictures = []
     for kind in objects()[exam.rules.objects :][: exam.scaled(OUTSIDE)]:
@@ -150,7 +141,7 @@ def outside(exam: Exam) -> dict[str, float]:
     sizes = [jpeg_bytes(picture) for picture in pictures]
     return {
         "outside_spearman_with_bytes": spearman(lengths, sizes),
-        "outside_tokens": float(np.mean(lengths)),
+        "outside_tokens": average(lengths),
         "outside_pictures": len(pictures),
     }
 

@@ -5,7 +5,7 @@ facts.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,23 +13,23 @@ import numpy as np
 from PIL.Image import Image
 
 from lavit.data.scenes.language import describe
-from lavit.data.scenes.questions import normal, questions, right
+from lavit.data.scenes.parse import parse
+from lavit.data.scenes.questions import Question, normal, questions, right
 from lavit.data.scenes.sample import scene_at
 from lavit.data.scenes.world import Facts, facts
 from lavit.evaluate.drawing import by_number, drawings, turned, wanted
 from lavit.evaluate.exam import Exam
-from lavit.evaluate.figures import Figure, share
+from lavit.evaluate.figures import Figure, average, averages, share
 from lavit.evaluate.tokens import OTHER_SEED
 
 KNOWN = 3_000  # scenes like training's, whose questions a text-only answer is learnt from
 SPLITS = ("test", "pairs", "binding", "number", "style", "noto")
+Shown = Callable[[int], Image]  # the picture of an item
 
 
 def exact(texts: Sequence[str], said: Sequence[Facts]) -> list[bool]:
-    """Does each text state just these facts?"""
-    from lavit.evaluate.judge import text_exact
-
-    return [text_exact(text, one) for text, one in zip(texts, said, strict=True)]
+    """Does each text state just these facts, none missing, extra, repeated or contradictory?"""
+    return [parse(text) == one for text, one in zip(texts, said, strict=True)]
 
 
 def items_of(exam: Exam, split: str) -> list[int]:
@@ -44,12 +44,12 @@ def items_of(exam: Exam, split: str) -> list[int]:
     return found
 
 
-def captions(exam: Exam, task: str, items: Sequence[int], pictures: Any) -> list[str]:
-    """Captions of pictures, which `pictures(item)` opens."""
+def captions(exam: Exam, task: str, items: Sequence[int], shown: Shown) -> list[str]:
+    """Captions of pictures, kept by item."""
     exam.needs("language")
 
     def make(numbers: list[int]) -> list[str]:
-        return exam.pipe.caption([pictures(number) for number in numbers], seed=exam.seed)
+        return exam.pipe.caption([shown(number) for number in numbers], seed=exam.seed)
 
     return exam.made(task, items, make)
 
@@ -58,43 +58,40 @@ def read_exact(exam: Exam, split: str) -> Figure:
     """Share of captions that state all facts of their picture and nothing else."""
     items = items_of(exam, split)
     scenes = {item: exam.scene(split, item) for item in items}
-    said = [facts(scenes[item]) for item in items]
+    said = [facts(scene) for scene in scenes.values()]
     if split == "noto":
         exam.picture(scenes[items[0]])  # without its font nothing is asked
     texts = captions(exam, f"read {split}", items, lambda item: exam.picture(scenes[item]))
     hits = exact(texts, said)
-    truth = [describe(scenes[item], exam.rng(item)) for item in items]
+    truth = [describe(scene, exam.rng(item)) for item, scene in scenes.items()]
     return share(
-        f"read_{split}_exact",
         hits,
-        floor=("another picture's caption", float(np.mean(exact(turned(texts, 1), said)))),
-        ceiling=("true descriptions", float(np.mean(exact(truth, said)))),
+        floor=("another picture's caption", average(exact(turned(texts, 1), said))),
+        ceiling=("true descriptions", average(exact(truth, said))),
         details={**by_number(said, hits), **mistakes(texts, said)},
     )
 
 
 def mistakes(texts: Sequence[str], said: Sequence[Facts]) -> dict[str, float]:
     """Shares of texts that fail at each skill; one that cannot be read fails at all."""
-    from lavit.data.scenes.parse import parse
+    rows = []
+    for text, true in zip(texts, said, strict=True):
+        read = parse(text)
+        own = {} if read is None else skills(read)
+        wrong = {f"wrong_{name}": own.get(name) != value for name, value in skills(true).items()}
+        rows.append({"unreadable": read is None, **wrong})
+    return {name: average([row[name] for row in rows]) for name in rows[0]}
 
-    parsed = [parse(text) for text in texts]
-    found = {"unreadable": [one is None for one in parsed]}
-    for name in ("background", "pattern", "relations"):
-        found[f"wrong_{name}"] = [
-            one is None or getattr(one, name) != getattr(true, name) for one, true in zip(parsed, said, strict=True)
-        ]
+
+def skills(said: Facts) -> dict[str, Any]:
+    """What facts say, skill by skill."""
+    found = {"background": said.background, "pattern": said.pattern, "relations": said.relations}
     for name in ("name", "number", "size", "colour"):
-        found[f"wrong_{name}"] = [
-            one is None or _each(one, name) != _each(true, name) for one, true in zip(parsed, said, strict=True)
-        ]
-    return {name: float(np.mean(values)) for name, values in found.items()}
+        found[name] = sorted((group.name, str(getattr(group, name))) for group in said.groups)
+    return found
 
 
-def _each(said: Facts, name: str) -> list[tuple[str, Any]]:
-    return sorted((group.name, str(getattr(group, name))) for group in said.groups)
-
-
-def question_of(exam: Exam, item: int) -> Any:
+def question_of(exam: Exam, item: int) -> Question:
     """One question about a test scene."""
     for again in range(20):
         found = questions(exam.scene("test", item), exam.rng(item, 1 + again), exam.rules, 1)
@@ -103,59 +100,64 @@ def question_of(exam: Exam, item: int) -> Any:
     raise ValueError(f"no question about test scene {item}")
 
 
-def answers(exam: Exam, task: str, pictures: Any) -> list[bool]:
-    """Are the model's answers right, when `pictures(item)` is shown?"""
+def answers(
+    exam: Exam, task: str, items: Sequence[int], shown: Shown, question: Callable[[int], str],
+) -> list[str]:  # fmt: skip
+    """The model's answers to questions about pictures, kept by item."""
     exam.needs("language")
 
     def make(numbers: list[int]) -> list[str]:
-        asked = [question_of(exam, number).question for number in numbers]
-        return exam.pipe.ask([pictures(number) for number in numbers], asked, seed=exam.seed)
+        pictures = [shown(number) for number in numbers]
+        return exam.pipe.ask(pictures, [question(number) for number in numbers], seed=exam.seed)
 
-    items = range(exam.count)
-    said = exam.made(task, items, make)
-    return [
-        right(answer, question_of(exam, item).question, exam.scene("test", item))
-        for item, answer in zip(items, said, strict=True)
-    ]
+    return exam.made(task, items, make)
 
 
-def text_only(exam: Exam) -> list[bool]:
-    """Is the commonest right answer to a question's words right, or to its kind where the words are
-    new?
-    """
+def _right(exam: Exam, said: Sequence[str]) -> list[bool]:
+    """Are answers to the questions about the test scenes right?"""
+    hits = []
+    for item, answer in enumerate(said):
+        hits.append(right(answer, question_of(exam, item).question, exam.scene("test", item)))
+    return hits
+
+
+def _answered(exam: Exam, task: str, shown: Shown) -> list[bool]:
+    """Are the model's answers right, when these pictures are shown?"""
+
+    def question(item: int) -> str:
+        return question_of(exam, item).question
+
+    return _right(exam, answers(exam, task, range(exam.count), shown, question))
+
+
+def text_only(exam: Exam) -> tuple[str, float]:
+    """How often the commonest answer to a question's words, or else to its kind, is right."""
     if "text only" not in exam.cache:
         words: dict[str, Counter[str]] = {}
         for number in range(min(KNOWN, exam.scaled(KNOWN) * 4)):
             scene = scene_at("train", number, seed=OTHER_SEED + 2, rules=exam.rules)
-            for one in questions(scene, np.random.default_rng([OTHER_SEED, number]), exam.rules, 3):
+            rng = np.random.default_rng([OTHER_SEED, number])
+            for one in questions(scene, rng, exam.rules, 3):
                 for key in (one.question, one.kind):
                     words.setdefault(key, Counter())[normal(one.answer)] += 1
-        hits = []
+        said = []
         for item in range(exam.count):
             one = question_of(exam, item)
             known = words.get(one.question) or words.get(one.kind) or Counter({"yes": 1})
-            answer = min(known, key=lambda text: (-known[text], text))
-            hits.append(right(answer, one.question, exam.scene("test", item)))
-        exam.cache["text only"] = hits
-    return exam.cache["text only"]
+            said.append(min(known, key=lambda text: (-known[text], text)))
+        exam.cache["text only"] = average(_right(exam, said))
+    return "best answer from the words alone", exam.cache["text only"]
 
 
 def answer_test(exam: Exam) -> Figure:
     """Share of questions about test scenes that are answered right."""
-    hits = answers(exam, "answer", lambda item: exam.picture(exam.scene("test", item)))
-    kinds: dict[str, list[bool]] = {}
-    for item, hit in enumerate(hits):
-        kinds.setdefault(question_of(exam, item).kind, []).append(hit)
-    own = [
-        right(one.answer, one.question, exam.scene("test", item))
-        for item, one in ((n, question_of(exam, n)) for n in range(exam.count))
-    ]
+    hits = _answered(exam, "answer", lambda item: exam.picture(exam.scene("test", item)))
+    asked = [question_of(exam, item) for item in range(exam.count)]
     return share(
-        "answer_test",
         hits,
-        floor=("best answer from the words alone", float(np.mean(text_only(exam)))),
-        ceiling=("true answers", float(np.mean(own))),
-        details={kind.replace(" ", "_"): float(np.mean(found)) for kind, found in sorted(kinds.items())},
+        floor=text_only(exam),
+        ceiling=("true answers", average(_right(exam, [one.answer for one in asked]))),
+        details=averages([one.kind for one in asked], hits),
     )
 
 
@@ -165,26 +167,19 @@ def answer_blind(exam: Exam) -> Figure:
     def other(item: int) -> Image:
         return exam.picture(exam.scene("test", (item + 4) % exam.count))
 
-    hits = answers(exam, "answer blind", other)
-    return share(
-        "answer_blind",
-        hits,
-        floor=("best answer from the words alone", float(np.mean(text_only(exam)))),
-    )
+    return share(_answered(exam, "answer blind", other), floor=text_only(exam))
 
 
 def cycle_text(exam: Exam) -> Figure:
     """Share of prompts whose drawing the model itself reads as what was asked for."""
-    said = wanted(exam, "test")
-    drawn = drawings(exam, "test")
-    texts = captions(exam, "cycle", range(exam.count), lambda item: drawn[item])
-    real = captions(exam, "cycle ceiling", range(exam.count), lambda item: exam.small(exam.scene("test", item)))
+    said, drawn, items = wanted(exam, "test"), drawings(exam, "test"), range(exam.count)
+    texts = captions(exam, "cycle", items, lambda item: drawn[item])
+    real = captions(exam, "cycle ceiling", items, lambda item: exam.small(exam.scene("test", item)))
     hits = exact(texts, said)
     return share(
-        "cycle_text_exact",
         hits,
-        floor=("another prompt's drawing", float(np.mean(exact(turned(texts), said)))),
-        ceiling=("true pictures of the decoder's size", float(np.mean(exact(real, said)))),
+        floor=("another prompt's drawing", average(exact(turned(texts), said))),
+        ceiling=("true pictures of the decoder's size", average(exact(real, said))),
         details=by_number(said, hits),
     )
 

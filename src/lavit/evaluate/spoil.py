@@ -13,10 +13,11 @@ from PIL import Image, ImageFilter
 
 BLOBS = ("blurred", "coarse", "scrambled", "blended")
 SHOWS = 0.3  # what differs less from the drawing as it was may still pass for it
+Rng = np.random.Generator
 COLOURFUL = 40.0  # of 255: a drawing less colourful than this looks the same in other hues
 
 
-def half(drawing: Image.Image, rng: np.random.Generator, *, share: float = 0.5) -> Image.Image:
+def half(drawing: Image.Image, rng: Rng, *, share: float = 0.5) -> Image.Image:
     """A drawing of which one side is gone: `share` of its width or height is kept."""
     width, height = drawing.size
     side = int(rng.integers(4))
@@ -27,7 +28,7 @@ def half(drawing: Image.Image, rng: np.random.Generator, *, share: float = 0.5) 
     return drawing.crop(box)
 
 
-def hue(drawing: Image.Image, rng: np.random.Generator) -> Image.Image | None:
+def hue(drawing: Image.Image, rng: Rng) -> Image.Image | None:
     """A drawing in other hues; None if it has too little colour for that to show."""
     pixels = np.asarray(drawing).astype(np.float32)
     rgb, solid = pixels[..., :3], pixels[..., 3:] / 255
@@ -49,8 +50,8 @@ def _rotation(degrees: int) -> np.ndarray:
 
 
 def blob(
-    drawing: Image.Image, other: Image.Image, rng: np.random.Generator, first: str | None = None
-) -> Image.Image | None:
+    drawing: Image.Image, other: Image.Image, rng: Rng, first: str | None = None,
+) -> Image.Image | None:  # fmt: skip
     """A drawing as bad painters leave it: one of `BLOBS`, `first` if it shows; `other` is mixed in
     by one kind. None if nothing shows, as a square stays a square."""
     kinds = rng.permutation(BLOBS).tolist()
@@ -61,7 +62,7 @@ def blob(
     return None
 
 
-def _as(kind: str, soft: Image.Image, other: Image.Image, rng: np.random.Generator) -> Image.Image:
+def _as(kind: str, soft: Image.Image, other: Image.Image, rng: Rng) -> Image.Image:
     """A blob of one kind. Drawings are premultiplied, so that nothing bleeds in."""
     size, side = soft.size, max(soft.size)
     if kind == "blurred":
@@ -76,7 +77,7 @@ def _as(kind: str, soft: Image.Image, other: Image.Image, rng: np.random.Generat
     return Image.blend(soft, mixed, float(rng.uniform(0.4, 0.6)))
 
 
-def joined(drawing: Image.Image, other: Image.Image, rng: np.random.Generator) -> Image.Image | None:
+def joined(drawing: Image.Image, other: Image.Image, rng: Rng) -> Image.Image | None:
     """Half of one drawing joined to half of another; None if it does not show."""
     soft = drawing.convert("RGBa")
     mixed = other.convert("RGBa").resize(soft.size, Image.Resampling.BICUBIC)
@@ -93,7 +94,7 @@ def difference(a: Image.Image, b: Image.Image) -> float:
     return float(np.abs(first - second).max(axis=-1).sum() / max(1.0, float(covered)))
 
 
-def _scrambled(drawing: Image.Image, rng: np.random.Generator) -> Image.Image:
+def _scrambled(drawing: Image.Image, rng: Rng) -> Image.Image:
     """Its pieces, three by three, in another order."""
     width, height = (max(1, side // 3) for side in drawing.size)
     order = rng.permutation(9)

@@ -1,8 +1,9 @@
-"""Does the language model keep its language? Perplexity on text that nobody trained on, beside the base LM's.
+"""Does the language model keep its language? Perplexity on text that nobody trained on, beside the
+base language model's.
 
-A text alone, as stage 2 sees it (paper Sec. 3.2 mixes text in for this): cut into documents of a row, each token predicted
-from those before it in its document. Ours spends probability on codes as well (one softmax over both, Eq. 6), the base
-LM does not: what is lost to codes counts against us.
+A text alone, as stage 2 sees it (paper Sec. 3.2 mixes text in for this): cut into documents of a
+row, each token predicted from those before it in its document. Ours spends probability on codes as
+well (one softmax over both, Eq. 6), the base does not: what is lost to codes counts against us.
 """
 
 from __future__ import annotations
@@ -16,10 +17,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lavit.config import LanguageConfig, from_json
+from lavit.evaluate.exam import Exam, Missing, Progress
 from lavit.evaluate.figures import Figure, mean
 from lavit.modules.language import Language
+from lavit.storage import load_base
 
 WINDOW = 512  # tokens of a document
+PASSAGES = 40  # of prose, for the ratio
 
 Logits = Callable[[Int[Tensor, "1 tokens"]], Float[Tensor, "1 tokens ids"]]
 
@@ -31,9 +36,9 @@ def perplexity(
     base: PreTrainedModel | None,
     *,
     where: str,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Figure:
-    """Perplexity of `language` over `texts`; the floor is the base LM's and the note the ratio of the two.
+    """Perplexity of `language` over `texts`; the floor is that of the base model, if there is one.
 
     The interval is that of the mean log-likelihood, text by text; `count` counts texts.
     """
@@ -57,20 +62,17 @@ def perplexity(
             found.append(_log_likelihood(ids, logits))
         if progress:
             progress(f"text, {where}", number + 1, len(texts))
-    ours, *others = [sum(total for total, _ in found) / sum(count for _, count in found) for found in scores]
-    spread = mean("", [total / count for total, count in scores[0]])
-    half = (spread.high - spread.low) / 2
-    floor, note = None, ""
-    if others:
-        floor = ("base language model", math.exp(-others[0]))
-        note = f"{math.exp(others[0] - ours):.3f} of the base"
-    low, high = math.exp(-ours - half), math.exp(-ours + half)
-    return Figure(f"perplexity of text, {where}", math.exp(-ours), low, high, len(scores[0]), floor, None, note)
+    sums = [[sum(column) for column in zip(*found, strict=True)] for found in scores]
+    ours, *others = [math.exp(-total / count) for total, count in sums]
+    spread = mean([total / count for total, count in scores[0]])
+    factor = math.exp((spread.high - spread.low) / 2)
+    floor = ("base language model", others[0]) if others else None
+    return Figure(ours, ours / factor, ours * factor, len(scores[0]), floor)
 
 
 @torch.no_grad()
 def _log_likelihood(ids: Int[Tensor, "1 tokens"], logits: Logits) -> tuple[float, int]:
-    """Sum of log-probabilities of one text, document by document, and how many tokens were predicted."""
+    """Sum of log-probabilities of a text, document by document, and how many tokens it predicts."""
     total, count = 0.0, 0
     for document in ids.split(WINDOW, dim=1):
         if document.shape[1] > 1:
@@ -78,3 +80,32 @@ def _log_likelihood(ids: Int[Tensor, "1 tokens"], logits: Logits) -> tuple[float
             total -= float(F.cross_entropy(found, document[0, 1:], reduction="sum"))
             count += document.shape[1] - 1
     return total, count
+
+
+def text_ratio(exam: Exam) -> Figure:
+    """Perplexity of English prose (Python's manual) over that of the base language model."""
+    from pydoc_data.topics import topics
+
+    exam.needs("language")
+    language = exam.model.config.language
+    began = exam.trained.get("model", {}).get("language")
+    if began is None and language.lora_rank:
+        began = {"source": language.source}
+    if began is not None and began["source"] == "random":
+        reason = "its language model was trained from scratch"
+        raise Missing(f"{reason}: there is no base to compare with")
+    if began is None or began["source"] == "folder":
+        raise Missing("the base of its language model is not known")
+    base, _ = load_base(from_json(LanguageConfig, began), exam.folder / "base")
+    texts = [topics[name] for name in sorted(topics)][: min(PASSAGES, exam.count)]
+    text, where = exam.model.text, "Python's manual"
+    found = perplexity(texts, text, exam.model.language, base, where=where, progress=exam.progress)
+    under = found.floor[1]
+    return Figure(
+        found.value / under,
+        found.low / under,
+        found.high / under,
+        found.count,
+        ceiling=("the base itself", 1.0),
+        details={"perplexity": found.value, "base": under},
+    )

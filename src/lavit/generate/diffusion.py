@@ -1,11 +1,10 @@
-"""The pixel decoder as a diffusers pipeline: progress bar, step callbacks, offload, schedulers to swap.
+"""The pixel decoder as a diffusers pipeline: progress bar, callbacks, offload, schedulers to swap.
 
     pipe = PixelsPipeline.of(lv.model.pixels)
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     pipe(lv.model.features([codes]), seeds=[0]).images[0]
 
-One loop paints for both: this class gives `Pixels.sample` its parts, and gives the same pictures. It is as bare as
-`Pixels.sample`: the safety check belongs to the `Pipeline` (generate/safety.py).
+It gives `Pixels.sample` its parts, and the same pictures. The safety check is the `Pipeline`'s.
 """
 
 from __future__ import annotations
@@ -14,15 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DiffusionPipeline,
-    ImagePipelineOutput,
-    SchedulerMixin,
-    UNet2DConditionModel,
-    UNet2DModel,
-)
 from jaxtyping import Float
 from torch import Tensor
 
@@ -32,13 +24,11 @@ from lavit.modules.condition import Head
 from lavit.modules.diffusion import solver_of
 from lavit.modules.pixels import Pixels
 
-OUTPUTS = ("pil", "pt")
 
-
-class PixelsPipeline(DiffusionPipeline):
+class PixelsPipeline(diffusers.DiffusionPipeline):
     """Reconstructed features in, pictures out.
 
-    `scheduler` is the solver, `noise` the schedule of the training, `pixels` a `PixelsConfig` as JSON data.
+    `scheduler` is the solver, `noise` the training's schedule, `pixels` a `PixelsConfig` as JSON.
     """
 
     model_cpu_offload_seq = "condition->unet->vae"
@@ -49,22 +39,24 @@ class PixelsPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        unet: UNet2DModel | UNet2DConditionModel,
-        scheduler: SchedulerMixin,
-        noise: SchedulerMixin,
+        unet: diffusers.UNet2DModel | diffusers.UNet2DConditionModel,
+        scheduler: diffusers.SchedulerMixin,
+        noise: diffusers.SchedulerMixin,
         condition: Head,
-        vae: AutoencoderKL | None,
+        vae: diffusers.AutoencoderKL | None,
         pixels: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, noise=noise, condition=condition, vae=vae)
+        parts = {"unet": unet, "scheduler": scheduler, "noise": noise, "condition": condition}
+        self.register_modules(**parts, vae=vae)
         self.register_to_config(pixels=pixels)
 
     @classmethod
     def of(cls, pixels: Pixels) -> PixelsPipeline:
-        """The pipeline over a decoder's own modules, not copies; its solver is the configured one."""
-        solver = solver_of(pixels.config.sampler, pixels.scheduler)
-        return cls(pixels.unet, solver, pixels.scheduler, pixels.condition, pixels.vae, to_json(pixels.config))
+        """The pipeline over a decoder's own modules, not copies, with its configured solver."""
+        config, noise = pixels.config, pixels.scheduler
+        solver = solver_of(config.sampler, noise)
+        return cls(pixels.unet, solver, noise, pixels.condition, pixels.vae, to_json(config))
 
     @property
     def decoder(self) -> Pixels:
@@ -83,23 +75,23 @@ class PixelsPipeline(DiffusionPipeline):
         size: tuple[int, int] | str | None = None,
         output_type: str = "pil",
         callback_on_step_end: Callable[..., dict[str, Tensor]] | None = None,
-    ) -> ImagePipelineOutput:
+    ) -> diffusers.ImagePipelineOutput:
         """One picture per row of features; `seeds` defaults to 0, 1, …
 
-        size: (height, width) or an aspect ratio. output_type: "pil", or "pt" (float, 0..1). callback_on_step_end is
-        diffusers': called with (pipeline, step, timestep, {"latents": latents}), and may return other latents.
+        size: (height, width) or an aspect ratio. output_type: "pil", or "pt" (float, 0..1).
+        callback_on_step_end is diffusers': called with (pipeline, step, timestep, {"latents":
+        latents}), and may return other latents.
         """
-        if output_type not in OUTPUTS:
-            raise InputError(f"output_type is {output_type!r}, expected one of {', '.join(OUTPUTS)}")
-        decoder = self.decoder
+        if output_type not in ("pil", "pt"):
+            raise InputError(f"output_type is {output_type!r}, expected one of pil, pt")
+        decoder, callback = self.decoder, callback_on_step_end
         times = decoder.solver(self.scheduler, num_inference_steps).timesteps
         with self.progress_bar(total=len(times)) as bar:
 
             def after(step: int, latents: Tensor) -> Tensor | None:
                 bar.update()
-                if callback_on_step_end is None:
-                    return None
-                return callback_on_step_end(self, step, times[step], {"latents": latents}).get("latents")
+                given = {"latents": latents}
+                return callback(self, step, times[step], given).get("latents") if callback else None
 
             pictures = decoder.sample(
                 features.to(self._execution_device),
@@ -112,8 +104,8 @@ class PixelsPipeline(DiffusionPipeline):
             )
         self.maybe_free_model_hooks()
         if output_type == "pt":
-            return ImagePipelineOutput(images=pictures / 2 + 0.5)
-        return ImagePipelineOutput(images=[to_image(picture) for picture in pictures])
+            return diffusers.ImagePipelineOutput(images=pictures / 2 + 0.5)
+        return diffusers.ImagePipelineOutput(images=[to_image(picture) for picture in pictures])
 
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
         """Write the decoder's folder, as `Pixels.save` does."""

@@ -1,41 +1,39 @@
-"""The engine: many requests for text and images in one batch of lanes. Tokens only: no files, prompts or HTTP.
+"""The engine: many requests for text and images in one batch of lanes. It speaks tokens only.
 
-Each step reads one id per lane in one forward, for text lanes, image lanes and their unconditional twins alike:
-
-    read      one forward over all lanes (`decoder.step`)
+    read      one id per lane in one forward: text and image lanes, and their unconditional twins
     admit     prompts that wait are read once each, in one padded batch, and their samples get lanes
-    choose    logits of the modality each lane is in, guidance (paper Eq. 7), one id per sample, events
+    choose    logits of the modality each lane is in, guidance (paper Eq. 7), one id per sample
 
-A sample draws from its own generator and its lanes attend to their own past, so its tokens do not depend on the batch
-that it happens to run in (up to the rounding of the products).
+A sample draws from its own generator and its lanes attend to their own past, so its tokens do not
+depend on the batch that it happens to run in (up to the rounding of the products).
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lavit.generate.beam import Beams
-from lavit.generate.cache import LaneCache
-from lavit.generate.decoder import Decoder
+from lavit.generate.decoder import Decoder, Hidden, LaneCache
 from lavit.generate.packed import decoder_for
 from lavit.generate.request import Completion, Event, Request, collect
 from lavit.generate.sampling import choose, guide
-from lavit.generate.writer import Writer
+from lavit.generate.writer import Beams, Writer
 from lavit.modules.language import Language
 
 LANES = 32  # rows of one forward at most, unless a single request needs more
+Logits = dict[int, Float[Tensor, "rows allowed"]]  # of each stream, by its place
 STATIC_COLUMNS = 256  # static caches are multiples of this
 
 
 class Engine:
-    """Generation with one language model. Reads the weights when built: build a new one after training.
+    """Generation with one language model. Reads the weights when built: build anew after training.
 
-    `compile` names a `torch.compile` backend for the plain step (`decoder_for`). `decoder` overrides the choice.
+    `compile` is that of `decoder_for`; `decoder` overrides its choice.
     """
 
     def __init__(
@@ -69,7 +67,8 @@ class Engine:
     def complete(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """Run to the end: the n completions of each request."""
         done = collect(self.generate(requests), self.vocabulary)
-        return [[done[number, i] for i in range(request.sampling.n)] for number, request in enumerate(requests)]
+        counts = [request.sampling.n for request in requests]
+        return [[done[number, i] for i in range(n)] for number, n in enumerate(counts)]
 
 
 class Session:
@@ -93,14 +92,14 @@ class Session:
         return bool(self.waiting or self.streams)
 
     def add(self, request: Request) -> int:
-        """Queue a request; returns its number, which its events carry. Raises `InputError` if it cannot be served."""
+        """Queue a request, or raise `InputError`; returns its number, which its events carry."""
         request.check(self.vocabulary, self.decoder.context)
         self.waiting.append((self._numbers, request))
         self._numbers += 1
         return self._numbers - 1
 
     def cancel(self, number: int, sample: int | None = None) -> None:
-        """Drop a request, or one running sample of it (beams stay together); no more events of it come."""
+        """Drop a request, or one running sample of it (beams stay together); its events end."""
         if sample is None:
             self.waiting = deque(item for item in self.waiting if item[0] != number)
         for stream in self.streams:
@@ -110,13 +109,16 @@ class Session:
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """Read, admit, choose: one id for every sample. Returns what happened."""
-        hidden = self._read()
-        hidden, events = self._admit(hidden)
+        hidden, events = self._admit(self._read())
         if hidden is not None:
-            events += self._choose(hidden)
+            logits = self._logits(hidden)
+            chosen = self._draw(logits)
+            for place, stream in enumerate(self.streams):
+                own = logits[place] if isinstance(stream, Beams) else chosen[place]
+                events += stream.take(own)
         return events
 
-    def _read(self) -> Float[Tensor, "lanes width"] | None:
+    def _read(self) -> Hidden | None:
         parents, ids, at = [], [], 0
         for stream, lanes in zip(self.streams, self._layout, strict=True):
             parents += [at + lane if lane >= 0 else -1 for lane, _ in stream.moves]
@@ -131,14 +133,11 @@ class Session:
         self.memory.keep(parents)
         return self.decoder.step(torch.tensor(ids, device=self.decoder.device), self.memory)
 
-    def _admit(
-        self, hidden: Float[Tensor, "lanes width"] | None
-    ) -> tuple[Float[Tensor, "more_lanes width"] | None, list[Event]]:
+    def _admit(self, hidden: Hidden | None) -> tuple[Tensor | None, list[Event]]:
         """Read the prompts that there is room for, each once, and give lanes to their samples."""
-        used = sum(stream.request.lanes for stream in self.streams if isinstance(stream, Beams))
-        used += sum(1 + stream.guided for stream in self.streams if isinstance(stream, Writer))
+        used = sum(stream.most_lanes for stream in self.streams)
         admitted: list[tuple[int, Request]] = []
-        while self.waiting and (used == 0 or used + self.waiting[0][1].lanes <= self.engine.lanes):
+        while self.waiting and (not used or used + self.waiting[0][1].lanes <= self.engine.lanes):
             used += self.waiting[0][1].lanes
             admitted.append(self.waiting.popleft())
         if not admitted:
@@ -147,12 +146,20 @@ class Session:
         rows: list[int] = []
         events: list[Event] = []
         for row, (number, request) in enumerate(admitted):
-            for stream in self._streams(number, request):
-                own = [row, len(admitted)][: stream.lanes] if isinstance(stream, Writer) else [row] * stream.lanes
-                rows += own
+            room = self.decoder.context - len(request.ids) - (request.mode == "image")
+            common, how = (request, self.vocabulary, room), request.sampling
+            if how.beams > 1:
+                streams: list[Any] = [Beams(number, *common)]
+            else:
+                streams = [Writer(number, sample, *common) for sample in range(how.n)]
+            for stream in streams:
+                inside, lanes = stream.inside, stream.lanes
+                rows += [row, len(admitted)][:lanes] if inside else [row] * lanes
                 self.streams.append(stream)
-                self._layout.append(len(own))
-                events += stream.open() if isinstance(stream, Writer) else []
+                self._layout.append(lanes)
+                if inside:
+                    start = self.vocabulary.image_start
+                    events.append(Event(number, stream.sample, "image_start", start))
         memory.keep(rows)
         last = last[rows]
         if self.memory is None or hidden is None:
@@ -161,65 +168,43 @@ class Session:
         self.memory.join(memory)
         return torch.cat([hidden, last]), events
 
-    def _streams(self, number: int, request: Request) -> list[Writer] | list[Beams]:
-        room = self.decoder.context - len(request.ids) - (request.mode == "image")
-        if request.sampling.beams > 1:
-            return [Beams(number, request, self.vocabulary, room)]
-        return [
-            Writer(number, sample, request, self.vocabulary, generator, room)
-            for sample, generator in enumerate(request.sampling.generators())
-        ]
-
     def _prefill(self, requests: list[Request]) -> tuple[LaneCache, Float[Tensor, "prompts width"]]:
-        """Prompts in order; behind them the unconditional one, a bare image start, if any of them is guided."""
-        start = self.vocabulary.image_start
-        prompts = [(*request.ids, *([start] * (request.mode == "image"))) for request in requests]
-        slots = [request.slots for request in requests]
-        if any(request.mode == "image" and request.inside.guidance != 1 for request in requests):
+        """Prompts in order; behind them a bare image start, the unconditional one, if wanted."""
+        start, end = self.vocabulary.image_start, self.vocabulary.end
+        prompts = [(*each.ids, *[start] * (each.mode == "image")) for each in requests]
+        marks = [request.slots for request in requests]
+        if any(request.mode == "image" and request.guided for request in requests):
             prompts.append((start,))
-            slots.append(())
-        longest = max(map(len, prompts))
-        device = self.decoder.device
-        ids = torch.full((len(prompts), longest), self.vocabulary.end)
-        marks = torch.zeros(ids.shape, dtype=torch.bool)
-        for row, (prompt, marked) in enumerate(zip(prompts, slots, strict=True)):
-            ids[row, : len(prompt)] = torch.tensor(prompt)
-            marks[row, : len(marked)] = torch.tensor(marked, dtype=torch.bool)
+            marks.append(())
+        lengths = [len(prompt) for prompt in prompts]
+        longest, device = max(lengths), self.decoder.device
+        ids = [[*prompt, *[end] * (longest - len(prompt))] for prompt in prompts]
+        slots = [[*marked, *[False] * (longest - len(marked))] for marked in marks]
         features = [request.features for request in requests if request.features is not None]
         embeddings = self.engine.language.embed(
-            ids.to(device),
-            slots=marks.to(device),
+            torch.tensor(ids, device=device),
+            slots=torch.tensor(slots, device=device),
             features=torch.cat(features).to(device) if features else None,
         )
         columns = longest + 1
-        if self.decoder.static:  # room for all that may come, in few sizes, because each is compiled anew
+        if self.decoder.static:  # room for all that may come, in few sizes: each is compiled anew
             most = max(map(_most, requests))
-            columns = min(-(-(longest + most) // STATIC_COLUMNS) * STATIC_COLUMNS, max(self.decoder.context, longest))
-        return self.decoder.prefill(embeddings, [len(prompt) for prompt in prompts], columns)
+            columns = -(-(longest + most) // STATIC_COLUMNS) * STATIC_COLUMNS
+            columns = min(columns, max(self.decoder.context, longest))
+        return self.decoder.prefill(embeddings, lengths, columns)
 
-    def _choose(self, hidden: Float[Tensor, "lanes width"]) -> list[Event]:
-        """One id for every sample, and what comes of it."""
-        logits = self._logits(hidden)
-        chosen = self._draw(logits)
-        events: list[Event] = []
-        for place, stream in enumerate(self.streams):
-            events += stream.take(logits[place]) if isinstance(stream, Beams) else stream.take(chosen[place])
-        return events
-
-    def _logits(self, hidden: Float[Tensor, "lanes width"]) -> dict[int, Float[Tensor, "rows allowed"]]:
-        """Logits of each stream, by its place: text ids outside images, image end and codes (guided) inside."""
+    def _logits(self, hidden: Hidden) -> Logits:
+        """Logits of each stream, by place: of text ids, or of image end and the (guided) codes."""
         found: dict[int, Tensor] = {}
-        lanes = torch.arange(len(hidden)).split(self._layout)
-        for inside, head in (
-            (False, self.decoder.text_logits),
-            (True, self.decoder.writing_logits),
-        ):
-            places = [place for place, stream in enumerate(self.streams) if stream.inside == inside]
+        lanes = torch.arange(len(hidden), device=hidden.device).split(self._layout)
+        heads = (self.decoder.text_logits, self.decoder.writing_logits)
+        for inside, head in enumerate(heads):
+            places = [at for at, stream in enumerate(self.streams) if stream.inside == inside]
             if not places:
                 continue
-            mine = torch.cat([lanes[place] for place in places])
-            logits = head(hidden if len(mine) == len(hidden) else hidden[mine.to(hidden.device)])
-            for place, own in zip(places, logits.split([self._layout[place] for place in places]), strict=True):
+            logits = head(hidden[torch.cat([lanes[place] for place in places])])
+            each = logits.split([self._layout[place] for place in places])
+            for place, own in zip(places, each, strict=True):
                 stream = self.streams[place]
                 if inside and len(own) == 2:
                     own = guide(own[:1], own[1:], own.new_tensor([stream.sampling.guidance]))
@@ -228,29 +213,30 @@ class Session:
                 found[place] = own
         return found
 
-    def _draw(self, logits: dict[int, Float[Tensor, "rows allowed"]]) -> dict[int, int]:
-        """The next joint id of each writer, by its place; writers that draw alike are drawn together."""
+    def _draw(self, logits: Logits) -> dict[int, int]:
+        """The next joint id of each writer, by place; those that draw alike are drawn together."""
         chosen: dict[int, int] = {}
-        groups: dict[tuple, list[tuple[int, Writer]]] = {}
+        groups: dict[tuple, list[int]] = defaultdict(list)
         for place, stream in enumerate(self.streams):
-            if isinstance(stream, Writer):
-                forced = stream.forced()
-                if forced is None:
-                    key = (stream.inside, stream.may_open, stream.sampling.drawing)
-                    groups.setdefault(key, []).append((place, stream))
-                else:
-                    chosen[place] = forced
-        for members in groups.values():
-            together = torch.cat([logits[place] for place, _ in members])
-            for row, (_, stream) in enumerate(members):
+            if isinstance(stream, Beams):
+                continue
+            if (forced := stream.forced()) is not None:
+                chosen[place] = forced
+                continue
+            how = stream.sampling
+            drawing = (how.temperature, how.top_k, how.top_p, how.min_p)
+            groups[stream.inside, stream.may_open, *drawing].append(place)
+        for (inside, *_), places in groups.items():
+            together = torch.cat([logits[place] for place in places])
+            members = [self.streams[place] for place in places]
+            allowed = self._writing_ids if inside else torch.arange(together.shape[-1])
+            for row, stream in enumerate(members):
                 if forbidden := stream.forbidden():
-                    allowed = self._writing_ids if stream.inside else torch.arange(together.shape[-1])
                     hidden = torch.isin(allowed, torch.tensor(forbidden))
                     together[row, hidden.to(together.device)] = -torch.inf
-            sampling, inside = members[0][1].sampling, members[0][1].inside
-            index = choose(together, sampling, [stream.generator for _, stream in members]).cpu()
-            ids = self._writing_ids[index] if inside else index  # a text id is its own index, and image start follows
-            chosen |= {place: id for (place, _), id in zip(members, ids.tolist(), strict=True)}
+            index = choose(together, members[0].sampling, [each.generator for each in members])
+            # a text id is its own index, and image start follows
+            chosen |= zip(places, allowed[index.cpu()].tolist(), strict=True)
         return chosen
 
 

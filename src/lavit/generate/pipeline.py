@@ -1,17 +1,16 @@
 """What people call: pictures and words in, words and pictures out, one loaded model for all of it.
 
-Prompts are laid out as in training (data/): a picture that is read enters as features, a picture inside a prompt
-for writing enters as its codes (method, Sec. 5). The engine below speaks tokens only; this file turns files, pictures
-and words into its requests, all inputs of a call into one batch, and what it writes into words and pictures.
-
-Every verb takes one input or a list of them, and gives back one result or a list. With `stream=True` it gives an
-iterator of `Update`s (stream.py) instead, whose `input` and `sample` say what they belong to.
+Prompts are laid out as in training (data/): a picture that is read enters as features, a picture
+inside a prompt for writing enters as its codes (method, Sec. 5). All inputs of a call are one batch
+of the engine. Every verb takes one input or a list of them, and gives back one result or a list.
+With `stream=True` it gives an iterator of `Update`s (stream.py) instead, whose `input` and `sample`
+say what they belong to.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -22,8 +21,16 @@ from lavit.config import InputError
 from lavit.data.chat import ChatPicture, ChatText, Reply, render_chat
 from lavit.data.documents import question_text
 from lavit.generate.engine import Engine
-from lavit.generate.jobs import Parts, Seed, message, reading, result, writing
-from lavit.generate.prompts import Picture, lay_prompt, pictures_of, words_of, written_from
+from lavit.generate.prompts import (
+    Picture,
+    Seed,
+    jobs_of,
+    lay_prompt,
+    pictures_of,
+    words_of,
+    writing,
+    written_from,
+)
 from lavit.generate.protocols import UNANSWERABLE, Protocol, answerable, asked, protocol_of, refuses
 from lavit.generate.safety import Release, release_of
 from lavit.generate.sampling import Sampling
@@ -34,6 +41,8 @@ from lavit.model import LaVIT
 from lavit.modules.selector import KeepPolicy
 from lavit.sequence import VisualTokens
 
+Pictures = Picture | Sequence[Picture]
+Keep = str | int | float | KeepPolicy
 Size = tuple[int, int] | str
 TOGETHER = 16  # pictures that are painted in one batch
 
@@ -41,9 +50,10 @@ TOGETHER = 16  # pictures that are painted in one batch
 class Pipeline:
     """A loaded LaVIT.
 
-    `protocol` says how verbs sample and cut where a call does not: "default", "paper", "published", or a `Protocol`.
-    Written pictures pass `release`: with `safety` (default: on for published weights) the checker's refusal raises
-    `Refused`; `watermark` is text to hide in them. Their `size` is (height, width) in pixels or an aspect ratio such as "4:3".
+    `protocol` says how verbs sample and cut where a call does not: "default", "paper", "published",
+    or a `Protocol`. `safety` (default: on for published weights): a written picture that the
+    checker refuses raises `Refused`; `watermark` is text to hide in them. Their `size` is (height,
+    width) in pixels or an aspect ratio such as "4:3".
     """
 
     def __init__(
@@ -70,33 +80,34 @@ class Pipeline:
 
     def caption(
         self,
-        images: Picture | Sequence[Picture],
+        images: Pictures,
         *,
         n: int | None = None,
         seed: Seed = 0,
         sampling: Sampling | None = None,
-        keep: str | int | float | KeepPolicy = "auto",
+        keep: Keep = "auto",
         stream: bool = False,
     ) -> Any:
-        """Say what each picture shows: the text up to and without the first full stop. With `n`, lists of n texts.
+        """Say what each picture shows, up to and without what cuts captions (`Protocol`).
 
-        `keep` is the policy under which pictures are looked at ("auto", "all", 64 tokens, 0.25 of the patches, …).
+        With `n`, lists of n texts. `keep` is the policy under which pictures are looked at ("auto",
+        "all", 64 tokens, 0.25 of the patches, …).
         """
         pictures, one = pictures_of(images)
-        prompts = [[ChatPicture(open_image(picture), read=True, keep=keep)] for picture in pictures]
-        how = self.protocol.caption if sampling is None else sampling
-        jobs = reading(self.model, prompts, how, 1 if n is None else n, seed, self.protocol.caption_ends)
+        prompts = [[_read(picture, keep)] for picture in pictures]
+        how, ends = sampling or self.protocol.caption, self.protocol.caption_ends
+        jobs = jobs_of(self.model, prompts, how, n=n, seed=seed, ends=ends)
         return self._texts(jobs, one, n, stream)
 
     def choose(
         self,
-        images: Picture | Sequence[Picture],
+        images: Pictures,
         among: Sequence[str],
         *,
         n: int | None = None,
-        keep: str | int | float | KeepPolicy = "auto",
+        keep: Keep = "auto",
     ) -> Any:
-        """The likeliest of the texts `among` as the caption of each picture; with `n`, the list of the n best.
+        """The likeliest of the texts `among` as the caption of each picture; with `n`, the n best.
 
         Likelihoods are of whole texts, with or without a full stop.
         """
@@ -109,58 +120,58 @@ class Pipeline:
             raise InputError(f"n is {n}: choose from 1 to all {len(texts)} texts")
         ranked = []
         for picture in pictures:
-            seen = lay_prompt(self.model, [ChatPicture(open_image(picture), read=True, keep=keep)])
+            seen = lay_prompt(self.model, [_read(picture, keep)])
             ranked.append(best(texts, choices(self.model, seen, texts), count))
-        results = ranked if n is not None else [texts[0] for texts in ranked]
-        return results[0] if one else results
+        return _shaped(ranked, one, n, str)
 
     def ask(
         self,
-        images: Picture | Sequence[Picture],
+        images: Pictures,
         questions: str | Sequence[str],
         *,
         n: int | None = None,
         seed: Seed = 0,
         sampling: Sampling | None = None,
-        keep: str | int | float | KeepPolicy = "auto",
+        keep: Keep = "auto",
         check_answerable: bool = False,
         stream: bool = False,
     ) -> Any:
-        """Answer a question about each picture; lists must have the same length. With `n`, lists of n texts; `keep` as above.
+        """Answer a question about each picture; lists must have the same length.
 
-        check_answerable: as for VizWiz, ask first whether the question can be answered, else say "unanswerable".
+        With `n`, lists of n texts; `keep` as in `caption`. check_answerable: as for VizWiz, ask
+        first whether the question can be answered, else say "unanswerable".
         """
         pictures, one = pictures_of(images)
-        texts, _ = words_of(questions, "question")
-        _same_length(pictures, texts, "questions")
-        prompts: list[Parts] = [
-            [ChatPicture(open_image(picture), read=True, keep=keep), ChatText(question_text(asked(question)))]
+        texts = words_of(questions, "question", pictures)[0]
+        if check_answerable and (stream or n is not None):
+            raise InputError("check_answerable asks twice: leave stream and n out")
+        prompts = [
+            [_read(picture, keep), ChatText(question_text(asked(question)))]
             for picture, question in zip(pictures, texts, strict=True)
         ]
-        how = self.protocol.answer if sampling is None else sampling
-        jobs = reading(self.model, prompts, how, 1 if n is None else n, seed, self.protocol.answer_ends)
+        how, ends = sampling or self.protocol.answer, self.protocol.answer_ends
+        jobs = jobs_of(self.model, prompts, how, n=n, seed=seed, ends=ends)
         if not check_answerable:
             return self._texts(jobs, one, n, stream)
-        if stream or n is not None:
-            raise InputError("check_answerable asks twice: leave stream and n out")
-        asking = {"seed": seed, "sampling": sampling, "keep": keep}
-        first = self.ask(pictures, [answerable(question) for question in texts], **asking)
-        answers = self._texts(jobs, False, None, False)
-        found = [UNANSWERABLE if refuses(said) else answer for said, answer in zip(first, answers, strict=True)]
+        first = [answerable(question) for question in texts]
+        said = self.ask(pictures, first, seed=seed, sampling=sampling, keep=keep)
+        found = self._texts(jobs, False, None, False)
+        for place, answer in enumerate(said):
+            if refuses(answer):
+                found[place] = UNANSWERABLE
         return found[0] if one else found
 
     def draw(self, prompts: str | Sequence[str], **options: Any) -> Any:
-        """Draw `n` pictures of each prompt; the options are those of `generate`. One prompt gives the list of its n."""
+        """Draw `n` pictures of each prompt (one: the list of its n); options as in `generate`."""
         texts, one = words_of(prompts, "prompt")
         inputs = [[text] for text in texts]
         return self.generate(inputs[0] if one else inputs, **options)
 
-    def edit(self, images: Picture | Sequence[Picture], prompts: str | Sequence[str], **options: Any) -> Any:
-        """Draw from pictures and an instruction for each, `n` times; the options are those of `generate`."""
+    def edit(self, images: Pictures, prompts: str | Sequence[str], **options: Any) -> Any:
+        """Draw from pictures and an instruction for each, `n` times; options as in `generate`."""
         pictures, one = pictures_of(images)
-        texts, _ = words_of(prompts, "prompt")
-        _same_length(pictures, texts, "prompts")
-        inputs = [[open_image(picture), text] for picture, text in zip(pictures, texts, strict=True)]
+        texts = words_of(prompts, "prompt", pictures)[0]
+        inputs = [[open_image(pair[0]), pair[1]] for pair in zip(pictures, texts, strict=True)]
         return self.generate(inputs[0] if one else inputs, **options)
 
     def generate(
@@ -180,36 +191,33 @@ class Pipeline:
         stream: bool = False,
         previews: bool = False,
     ) -> Any:
-        """Go on from any order of words (strings) and pictures (paths, bytes, PIL images), `n` times; a list of such
-        lists is many inputs.
+        """Go on from any order of words (strings) and pictures (paths, bytes, PIL images), `n`
+        times; a list of such lists is many inputs.
 
-        out: "image", "text", or "auto", where the model opens pictures by itself and a result is a list of strings and
-        pictures. Returns the n results of one input, or a list of them for each input. `sampling` writes the pictures
-        ("image") or the text; `picture` the pictures of "auto"; `guidance` is theirs (Eq. 7), `steps` and `size` the
-        pixel decoder's. best_of: draw so many candidates and keep the n that `scorer` likes most: "likelihood" of the
-        prompt when the model reads its own picture, or a function (prompt, picture) -> float. `previews` adds, to a
-        stream, the picture as it comes out of the noise.
+        out: "image", "text", or "auto", where the model opens pictures by itself and a result is a
+        list of strings and pictures. Returns the n results of one input, or a list of them for each
+        input. `sampling` writes the pictures ("image") or the text; `picture` the pictures of
+        "auto"; `guidance` is theirs (Eq. 7), `steps` and `size` the pixel decoder's. best_of: draw
+        so many candidates and keep the n that `scorer` likes most: "likelihood" of the prompt when
+        the model reads its own picture, or a function (prompt, picture) -> float. `previews` adds,
+        to a stream, the picture as it comes out of the noise.
         """
         many = bool(parts) and all(isinstance(item, list | tuple) for item in parts)
         inputs = [list(item) for item in parts] if many else [list(parts)]
         prompts = [written_from(item, read=out != "image") for item in inputs]
-        count = self._candidates(out, n, best_of, scorer, stream)
+        count, score = self._ranking(out, n, best_of, scorer, stream)
         jobs = writing(
-            self.model, self.protocol, prompts,
-            out=out, n=count, seed=seed, sampling=sampling, picture=picture, guidance=guidance,
+            self.model, self.protocol, prompts, out=out, n=count, seed=seed,
+            sampling=sampling, picture=picture, guidance=guidance,
         )  # fmt: skip
-        found = self._run(jobs, out, stream, steps=steps, size=size, previews=previews)
-        if stream:
-            return found
-        results = [[result(sample, out) for sample in samples] for samples in found]
-        if best_of is not None or count > n:
-            score = scorer_of(self.model, scorer or "likelihood")
+        found = self._run(jobs, out, stream, previews, steps=steps, size=size)
+        if score is not None:
             words = [" ".join(part for part in item if isinstance(part, str)) for item in inputs]
-            results = [
-                best(made, [score(prompt, each) for each in made], n)
-                for prompt, made in zip(words, results, strict=True)
+            found = [
+                best(made, [score(prompt, sample[0].picture) for sample in made], n)
+                for prompt, made in zip(words, found, strict=True)
             ]
-        return results if many else results[0]
+        return _shaped(found, not many, n, partial(_result, out=out))
 
     def chat(
         self,
@@ -226,24 +234,20 @@ class Pipeline:
         stream: bool = False,
         previews: bool = False,
     ) -> Any:
-        """Answer a conversation (the messages of Hugging Face chats, data/chat.py), or a list of conversations.
+        """Answer a conversation (the messages of Hugging Face chats, data/chat.py), or a list.
 
-        Returns the assistant's message, to be appended to the messages; its pictures carry their codes. With `n`, lists
-        of n messages. The other options are those of `generate`.
+        Returns the assistant's message, to be appended to the messages; its pictures carry their
+        codes. With `n`, lists of n messages. The other options are those of `generate`.
         """
         many = bool(messages) and not isinstance(messages[0], Mapping)
-        talks = list(messages) if many else [messages]
+        talks = messages if many else [messages]
         prompts = [render_chat(talk, self.model.text, reply=out) for talk in talks]
         jobs = writing(
-            self.model, self.protocol, prompts, chat=True,
-            out=out, n=1 if n is None else n, seed=seed, sampling=sampling, picture=picture, guidance=guidance,
+            self.model, self.protocol, prompts, out=out, n=n, seed=seed, chat=True,
+            sampling=sampling, picture=picture, guidance=guidance,
         )  # fmt: skip
-        found = self._run(jobs, out, stream, steps=steps, size=size, previews=previews)
-        if stream:
-            return found
-        replies = [[message(sample) for sample in samples] for samples in found]
-        results = replies if n is not None else [samples[0] for samples in replies]
-        return results if many else results[0]
+        found = self._run(jobs, out, stream, previews, steps=steps, size=size)
+        return _shaped(found, not many, n, _message)
 
     def paint(
         self,
@@ -255,18 +259,17 @@ class Pipeline:
         size: Size | None = None,
         watch: Callable[[int, Tensor], None] | None = None,
     ) -> list[Image.Image]:
-        """Pictures of codes through reconstructor and pixel decoder, released (`Refused` if the checker says so).
+        """Pictures of codes through reconstructor and pixel decoder, released (or `Refused`).
 
         `watch` is called with the step's number and the latents after each step.
         """
-        release, config = self.release, self.model.config.pixels
-        done: list[Image.Image] = []
+        release, done = self.release, []
         for at in range(0, len(codes), TOGETHER):
             with torch.inference_mode():
                 pictures = self.model.pixels.sample(
                     self.model.features(codes[at : at + TOGETHER]),
-                    steps=config.steps if steps is None else steps,
-                    guidance=config.guidance if guidance is None else guidance,
+                    steps=steps,
+                    guidance=guidance,
                     seeds=list(seeds)[at : at + TOGETHER],
                     size=size,
                     callback=watch,
@@ -274,24 +277,17 @@ class Pipeline:
             done += [to_image(picture) for picture in pictures]
         return release(done, seeds)
 
-    def tokenize(
-        self,
-        images: Picture | Sequence[Picture],
-        *,
-        keep: str | int | float | KeepPolicy = "auto",
-        seed: int = 0,
-    ) -> VisualTokens:
-        """Visual tokens of pictures under a keep policy ("auto", 64 tokens, 0.25 of the patches, …)."""
-        pictures, _ = pictures_of(images)
+    def tokenize(self, images: Pictures, *, keep: Keep = "auto", seed: int = 0) -> VisualTokens:
+        """Visual tokens under a keep policy ("auto", 64 tokens, 0.25 of the patches)."""
+        pictures = [open_image(picture) for picture in pictures_of(images)[0]]
         generator = torch.Generator().manual_seed(seed)
-        policy = KeepPolicy.parse(keep)
-        return self.model.encode([open_image(picture) for picture in pictures], policy, generator=generator)
+        return self.model.encode(pictures, KeepPolicy.parse(keep), generator=generator)
 
     def reconstruct(
         self,
         image: Picture,
         *,
-        keep: str | int | float | KeepPolicy = "auto",
+        keep: Keep = "auto",
         seed: int = 0,
         steps: int | None = None,
         guidance: float | None = None,
@@ -299,71 +295,95 @@ class Pipeline:
     ) -> Image.Image:
         """A picture through its visual tokens and back, without the language model."""
         self._ready(size)
-        tokens = self.tokenize(image, keep=keep, seed=seed)
-        return self.paint([tokens.codes], seeds=[seed], steps=steps, guidance=guidance, size=size)[0]
+        codes = [self.tokenize(image, keep=keep, seed=seed).codes]
+        return self.paint(codes, seeds=[seed], steps=steps, guidance=guidance, size=size)[0]
 
     def _ready(self, size: Size | None) -> None:
         """Raise what would stop the picture at the end before work begins."""
         self.model.pixels.check_size(self.model.pixels.picture_size(size))
         _ = self.release
 
-    def _candidates(self, out: str, n: int, best_of: int | None, scorer: Any, stream: bool) -> int:
-        """The number of pictures to draw for n, after a request for the best of them has been checked."""
-        usual = self.protocol.best_of or 0
-        if best_of is None and scorer is None:
-            return usual if usual > n and out == "image" and not stream else n
-        if out != "image" or stream:
-            raise InputError("best_of ranks finished pictures: leave it out with stream=True, or where text comes out")
+    def _ranking(self, out: str, n: int, best_of: Any, scorer: Any, stream: bool) -> tuple:
+        """The number of pictures to draw for n, and the scorer where the best of them are kept."""
+        usual, finished = self.protocol.best_of or 0, out == "image" and not stream
+        if best_of is None and scorer is None and not (finished and usual > n):
+            return n, None
+        if not finished:
+            remedy = "leave it out with stream=True, or where text comes out"
+            raise InputError(f"best_of ranks finished pictures: {remedy}")
         count = usual if best_of is None else best_of
         if isinstance(count, bool) or not isinstance(count, int) or count < max(n, 1):
-            raise InputError(f"best_of is {count!r} for n={n}: give the number of candidates to choose from, n or more")
-        scorer_of(self.model, scorer or "likelihood")
-        return count
+            remedy = "give the number of candidates to choose from, n or more"
+            raise InputError(f"best_of is {count!r} for n={n}: {remedy}")
+        score = scorer_of(self.model, scorer or "likelihood")
+        return count, score if best_of is not None or count > n else None
 
     def _texts(self, jobs: list[Job], one: bool, n: int | None, stream: bool) -> Any:
-        """What jobs that write text say: strings, or with `n` lists of them; or a stream."""
-        found = self._run(jobs, "text", stream)
-        if stream:
-            return found
-        said = [[result(sample, "text") for sample in samples] for samples in found]
-        results = said if n is not None else [samples[0] for samples in said]
-        return results[0] if one else results
+        """What jobs say about pictures that are read, or a stream of it."""
+        how = jobs[0].request.sampling
+        if how.n > 1 and how.temperature == 0 and how.beams == 1:
+            remedy = "give sampling=Sampling(temperature=1.0)"
+            raise InputError(f"n={n} samples at temperature 0 are all alike: {remedy}")
+        return _shaped(self._run(jobs, "text", stream), one, n, "".join)
 
     def _run(
         self,
         jobs: list[Job],
         out: str,
         stream: bool,
-        *,
-        steps: int | None = None,
-        size: Size | None = None,
         previews: bool = False,
+        **painting: Any,
     ) -> Any:
         """Updates of jobs as they happen, or what all of them wrote."""
         if previews and (out == "text" or not stream):
-            raise InputError(
-                "previews are part of a stream that holds pictures: give stream=True, out='image' or 'auto'"
-            )
+            remedy = "give stream=True, out='image' or 'auto'"
+            raise InputError(f"previews are part of a stream that holds pictures: {remedy}")
         if out != "text":
-            self._ready(size)
+            self._ready(painting["size"])
         if previews and self.release.checker is not None:
-            raise InputError(
-                "previews would pass the safety checker unseen: leave previews out, or load with safety=False"
-            )
+            remedy = "leave previews out, or load with safety=False"
+            raise InputError(f"previews would pass the safety checker unseen: {remedy}")
 
-        def paint(codes: Sequence[Tensor], seeds: Sequence[int], watch: Any = None) -> list[Image.Image]:
-            return self.paint(codes, seeds=seeds, steps=steps, size=size, watch=watch)
-
-        show = self._preview if previews else None
-        happening: Iterator[Update] = updates(self.engine, self.model.text, jobs, paint, together=not stream, show=show)
-        return happening if stream else gathered(happening, jobs)
+        paint = partial(self.paint, **painting)
+        run = partial(updates, self.engine, self.model.text, jobs)
+        if stream:
+            return run(paint=paint, show=self._preview if previews else None)
+        return gathered(run(), jobs, paint)
 
     @torch.inference_mode()
     def _preview(self, latents: Tensor) -> list[Image.Image]:
         pixels = self.model.pixels
-        return [to_image(picture) for picture in pixels.decode(latents.to(pixels.unet.dtype)).clamp(-1, 1)]
+        return [to_image(picture) for picture in pixels.decode(latents.to(pixels.unet.dtype))]
 
 
-def _same_length(pictures: Sequence[Any], texts: Sequence[str], what: str) -> None:
-    if len(pictures) != len(texts):
-        raise InputError(f"{len(pictures)} pictures but {len(texts)} {what}: give one of the {what} a picture")
+def _read(picture: Picture, keep: Keep) -> ChatPicture:
+    return ChatPicture(open_image(picture), read=True, keep=keep)
+
+
+def _shaped(found: Any, one: bool, n: int | None, form: Callable[[Any], Any]) -> Any:
+    """A stream as it is, else results: n of each input (without an n, one), or those of one input.
+
+    `form` makes a result of a sample.
+    """
+    if isinstance(found, Iterator):
+        return found
+    results = [[form(sample) for sample in samples] for samples in found]
+    results = [samples[0] for samples in results] if n is None else results
+    return results[0] if one else results
+
+
+def _result(sample: list[str | Update], out: str) -> Any:
+    """What one sample wrote: a string, a picture, or ("auto") a list of both."""
+    parts = [part if isinstance(part, str) else part.picture for part in sample]
+    return "".join(parts) if out == "text" else parts if out == "auto" else parts[0]
+
+
+def _message(sample: list[str | Update]) -> dict[str, Any]:
+    """The assistant's message, in the form of Hugging Face chats; pictures carry their codes."""
+    content = [
+        {"type": "text", "text": part}
+        if isinstance(part, str)
+        else {"type": "image", "image": part.picture, "codes": part.codes}
+        for part in sample
+    ]
+    return {"role": "assistant", "content": content or [{"type": "text", "text": ""}]}

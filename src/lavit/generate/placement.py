@@ -1,11 +1,9 @@
-"""Fit and place: which device and number type, how coarse the language model's weights, and over which devices they lie.
+"""Fit and place: device and number type, how coarse the LM's weights are, and where its layers lie.
 
-int8   LLM.int8() of bitsandbytes, or torchao's weights, on CUDA
-nf4    4-bit weights of bitsandbytes, on CUDA
-
-The language model alone is rounded, by transformers' own quantisers; the rows, the reader and the other parts stay as they
-are. LoRA is merged first. `device_map` spreads the language model over devices through accelerate; the rows, the
-reader and the other parts are on `device`. Layers for which there is no memory go to "disk", into a temporary folder.
+On CUDA the language model alone may be rounded, by transformers' own quantisers, after LoRA is
+merged: int8 (LLM.int8() of bitsandbytes, or torchao's weights) or nf4 (bitsandbytes). `device_map`
+spreads it over devices through accelerate; layers without memory go to "disk", into a temporary
+folder. The rows, the reader and the other parts stay as they are, on `device`.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,7 +25,6 @@ from lavit.storage import merge_lora
 
 log = logging.getLogger(__name__)
 
-Quantization = Literal["int8", "nf4"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -37,27 +34,30 @@ def place(
 ) -> tuple[torch.device, torch.dtype]:
     """Device and dtype: what is asked for, or by capability; logs one line.
 
-    "auto" is CUDA where there is a GPU, else the CPU. dtype None is bf16 on GPUs that have it, fp16 on older ones, and
-    fp32 elsewhere: bf16 products crawl on CPUs without AMX, and the CPU's fast step is made for fp32.
+    "auto" is CUDA where there is a GPU, else the CPU. dtype None is bf16 on GPUs that have it, fp16
+    on older ones, and fp32 elsewhere: bf16 products crawl on CPUs without AMX, and the CPU's fast
+    step is made for fp32.
     """
+    cuda = torch.cuda.is_available()
     if str(device) == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if cuda else "cpu"
     try:
         where = torch.device(device)
     except RuntimeError as error:
-        raise InputError(f"device {device!r} is not known: use 'auto', 'cpu', 'cuda' or 'cuda:1'") from error
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("no CUDA GPU can be used here: leave the device on 'auto', or install a torch built for CUDA")
+        known = "use 'auto', 'cpu', 'cuda' or 'cuda:1'"
+        raise InputError(f"device {device!r} is not known: {known}") from error
+    if where.type == "cuda" and not cuda:
+        remedy = "leave the device on 'auto', or install a torch built for CUDA"
+        raise InputError(f"no CUDA GPU can be used here: {remedy}")
     if where.type == "mps" and not torch.backends.mps.is_available():
         raise InputError("no Apple GPU can be used here: leave the device on 'auto'")
-    if dtype is None:
-        fast = (torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16) if where.type == "cuda" else None
-        kind = fast or torch.float32
-    else:
-        found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-        if found is None:
-            raise InputError(f"dtype {dtype!r} is not known: use one of {', '.join(DTYPES)}")
-        kind = found
+    kind = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if kind is None and dtype is not None:
+        raise InputError(f"dtype {dtype!r} is not known: use one of {', '.join(DTYPES)}")
+    if kind is None:
+        half = where.type == "cuda"
+        bf16 = half and torch.cuda.is_bf16_supported()
+        kind = torch.bfloat16 if bf16 else torch.float16 if half else torch.float32
     log.info("running on %s in %s", where, str(kind).removeprefix("torch."))
     return where, kind
 
@@ -71,80 +71,70 @@ def placer(
     """
     if quantization not in (None, "int8", "nf4"):
         raise InputError(f"quantization {quantization!r} is not known: use 'int8', 'nf4' or None")
-    if quantization is None:
-        return None if device_map is None else lambda language: dispatched(language, device, dtype, device_map)
-    config = quantizer(quantization, device, dtype)
-    log.info(
-        "the language model's weights are %s through %s", quantization, type(config).__name__.removesuffix("Config")
-    )
-    where = {"": str(device)} if device_map is None else device_map
-    return lambda language: quantized(language, config, device, dtype, where)
+    if quantization is not None:
+        config = quantizer(quantization, device, dtype)
+        name = type(config).__name__.removesuffix("Config")
+        log.info("the language model's weights are %s through %s", quantization, name)
+        where = {"": str(device)} if device_map is None else device_map
+        return lambda language: quantized(language, config, device, dtype, where)
+    if device_map is None:
+        return None
+    return lambda language: dispatched(language, device, dtype, device_map)
 
 
 def quantizer(quantization: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """The configuration of transformers' quantiser for this platform; raises `InputError` where there is none."""
+    """What configures transformers' quantiser here; raises `InputError` where there is none."""
     if device.type != "cuda":
-        raise InputError(f"{quantization} weights need a CUDA GPU, this runs on {device.type}: leave quantization out")
+        where = f"this runs on {device.type}: leave quantization out"
+        raise InputError(f"{quantization} weights need a CUDA GPU, {where}")
     if importlib.util.find_spec("bitsandbytes"):
-        return bitsandbytes(quantization, dtype)
+        from transformers import BitsAndBytesConfig
+
+        if quantization == "int8":
+            return BitsAndBytesConfig(load_in_8bit=True)
+        options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+        return BitsAndBytesConfig(load_in_4bit=True, **options)
     if quantization == "int8" and importlib.util.find_spec("torchao"):
-        return torchao()
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig())
     others = " (or torchao)" if quantization == "int8" else ""
-    raise InputError(f"{quantization} weights need the package bitsandbytes{others}: pip install bitsandbytes")
+    need = f"the package bitsandbytes{others}: pip install bitsandbytes"
+    raise InputError(f"{quantization} weights need {need}")
 
 
-def bitsandbytes(quantization: str, dtype: torch.dtype) -> Any:
-    """LLM.int8(), or NF4 with products in `dtype`."""
-    from transformers import BitsAndBytesConfig
-
-    if quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-
-
-def torchao() -> Any:
-    """int8 weights, products in the LM's own type."""
-    from torchao.quantization import Int8WeightOnlyConfig
-    from transformers import TorchAoConfig
-
-    return TorchAoConfig(Int8WeightOnlyConfig())
-
-
-def quantized(language: Language, config: Any, device: torch.device, dtype: torch.dtype, device_map: Any) -> Language:
+def quantized(
+    language: Language,
+    config: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    device_map: Any,
+) -> Language:
     """The same `Language` around a rounded LM; its own rows and reader are moved and stay exact."""
     if any(hasattr(module, "get_base_layer") for module in language.lm.modules()):
         merge_lora(language)
-    lm = language.lm
-    language.lm = nn.Identity()  # so that the rest moves without it
+    lm, language.lm = language.lm, nn.Identity()  # so that the rest moves without it
     language.to(device, dtype)
-    language.lm = (
-        type(lm)
-        .from_pretrained(
-            None,
-            config=lm.config,
-            state_dict=lm.state_dict(),
-            quantization_config=config,
-            device_map=device_map,
-            dtype=dtype,
-        )
-        .eval()
-    )
+    options = {"quantization_config": config, "device_map": device_map, "dtype": dtype}
+    weights = lm.state_dict()
+    rounded = type(lm).from_pretrained(None, config=lm.config, state_dict=weights, **options)
+    language.lm = rounded.eval()
     return language
 
 
-def dispatched(language: Language, device: torch.device, dtype: torch.dtype, device_map: Any) -> Language:
-    """The same `Language`, its LM spread over devices by accelerate: "auto", or a map of modules to devices."""
+def dispatched(language: Language, device: torch.device, dtype: torch.dtype, to: Any) -> Language:
+    """The same `Language`, its LM spread by accelerate: "auto", or a map of modules to devices."""
     from accelerate import dispatch_model, infer_auto_device_map
 
-    lm = language.lm.to(dtype)
-    language.lm = nn.Identity()
+    lm, language.lm = language.lm.to(dtype), nn.Identity()
     language.to(device, dtype)
-    if device_map == "auto":
-        device_map = infer_auto_device_map(lm, no_split_module_classes=lm._no_split_modules)
+    if to == "auto":
+        to = infer_auto_device_map(lm, no_split_module_classes=lm._no_split_modules)
     folder = None
-    if "disk" in device_map.values():
+    if "disk" in to.values():
         folder = tempfile.mkdtemp(prefix="lavit-")
         weakref.finalize(language, shutil.rmtree, folder, ignore_errors=True)
-    language.lm = dispatch_model(lm, device_map, main_device=device, offload_dir=folder)
-    log.info("the language model lies on %s", ", ".join(sorted({str(where) for where in device_map.values()})))
+    language.lm = dispatch_model(lm, to, main_device=device, offload_dir=folder)
+    log.info("the language model lies on %s", ", ".join(sorted(set(map(str, to.values())))))
     return language

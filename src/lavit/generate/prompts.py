@@ -1,13 +1,13 @@
-"""Prompts as the LM reads them: words and pictures to ids, slots and features.
+"""Words and pictures to prompts as the LM reads them, and to jobs that go on from them.
 
-A picture that is read enters as features of its merged patches, others as codes (method, Sec. 5). Each picture is
-encoded alone, so that a prompt does not depend on its batch. The words of training and of use are laid out in data/.
+A picture that is read enters as features of its merged patches, others as codes (method, Sec. 5);
+each is encoded alone, so that a prompt does not depend on its batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,21 @@ from PIL import Image
 from torch import Tensor
 
 from lavit.config import InputError
-from lavit.data.chat import ChatPicture, ChatText
+from lavit.data.chat import ChatPicture, ChatText, Reply, turn_end
+from lavit.generate.protocols import Protocol, fitted
+from lavit.generate.request import Request
+from lavit.generate.sampling import Sampling
+from lavit.generate.stream import Job
 from lavit.images import open_image
 from lavit.model import LaVIT
 from lavit.modules.selector import KeepPolicy
 
 Picture = str | Path | bytes | Image.Image
+Parts = Sequence[ChatText | ChatPicture]
+# sample i of every input takes seed + i, or entry i of a tuple; a list has one of these for each
+# input; None: fresh ones
+Seed = int | tuple[int, ...] | list[Any] | None
+MODES = {"text": "text", "image": "image", "auto": "mixed"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,48 +44,43 @@ class Prompt:
 
 
 @torch.inference_mode()
-def lay_prompt(model: LaVIT, parts: Sequence[ChatText | ChatPicture]) -> Prompt:
-    """Ids, slots and features of words and pictures in order; each part of text is tokenised on its own."""
-    vocabulary = model.language.vocabulary
+def lay_prompt(model: LaVIT, parts: Parts) -> Prompt:
+    """Ids, slots and features of words and pictures in order; each text is tokenised on its own."""
+    language, vocabulary = model.language, model.language.vocabulary
+    start, end = vocabulary.image_start, vocabulary.image_end
     ids: list[int] = []
     slots: list[bool] = []
     features: list[Tensor] = []
     for part in parts:
         if isinstance(part, ChatText):
-            piece = model.text(part.text, add_special_tokens=False)["input_ids"]
-            slot = [False] * len(piece)
+            ids += model.text(part.text, add_special_tokens=False)["input_ids"]
         elif part.read and model.config.language.read_as == "features":
-            rows = read(model, open_image(part.picture), KeepPolicy.parse(part.keep))
-            # the slots' ids are never looked at: features stand there
-            piece = [vocabulary.image_start, *[vocabulary.image_end] * len(rows), vocabulary.image_end]
-            slot = [False, *[True] * len(rows), False]
-            features.append(rows)
+            patches = model.patches([open_image(part.picture)])
+            keep = model.tokenizer.select(patches, KeepPolicy.parse(part.keep))
+            prepared = model.tokenizer.prepare(patches).to(language.rows.dtype)
+            features.append(language.read(prepared, keep))
+            slots += [False] * (len(ids) + 1 - len(slots)) + [True] * len(features[-1])
+            inside = [end] * len(features[-1])  # ids that are never looked at
+            ids += [start, *inside, end]
         else:
-            codes = codes_of(model, part)
-            piece = [vocabulary.image_start, *vocabulary.ids(codes).tolist(), vocabulary.image_end]
-            slot = [False] * len(piece)
-        ids += piece
-        slots += slot
-    return Prompt(tuple(ids), tuple(slots) if features else (), torch.cat(features) if features else None)
+            ids += [start, *vocabulary.ids(_codes(model, part)).tolist(), end]
+    if not features:
+        return Prompt(tuple(ids), (), None)
+    slots += [False] * (len(ids) - len(slots))
+    return Prompt(tuple(ids), tuple(slots), torch.cat(features))
 
 
-def read(model: LaVIT, image: Image.Image, policy: KeepPolicy) -> Float[Tensor, "kept width"]:
-    """Continuous features of a picture, as the LM reads them."""
-    patches = model.patches([image])
-    keep = model.tokenizer.select(patches, policy)
-    return model.language.read(model.tokenizer.prepare(patches).to(model.language.rows.dtype), keep)
-
-
-def codes_of(model: LaVIT, part: ChatPicture) -> Tensor:
+def _codes(model: LaVIT, part: ChatPicture) -> Tensor:
     """Codes of a picture: those it came with, else those of a look at it."""
     if part.codes is None:
         return model.encode([open_image(part.picture)], KeepPolicy.parse(part.keep)).codes
     config = model.config.tokenizer
     wrong = [code for code in part.codes if not 0 <= code < config.codes]
     if wrong or not 1 <= len(part.codes) <= config.patches:
+        among = f", among them {wrong[0]}" if wrong else ""
         raise InputError(
-            f"a picture came with {len(part.codes)} codes{f', among them {wrong[0]}' if wrong else ''}: this model's "
-            f"pictures have 1 to {config.patches} codes of 0..{config.codes - 1}; leave 'codes' out to look at it anew"
+            f"a picture came with {len(part.codes)} codes{among}: this model's pictures have 1 to "
+            f"{config.patches} codes of 0..{config.codes - 1}; leave 'codes' out to look at it anew"
         )
     return torch.tensor(part.codes)
 
@@ -90,19 +94,90 @@ def pictures_of(items: Picture | Sequence[Picture]) -> tuple[list[Picture], bool
     return list(items), False
 
 
-def words_of(items: str | Sequence[str], what: str) -> tuple[list[str], bool]:
-    """A list of texts, and whether it was one that was given; empty ones raise `InputError`."""
-    texts, one = ([items], True) if isinstance(items, str) else (list(items), False)
+def words_of(
+    items: str | Sequence[str], what: str, pictures: Sequence[Picture] | None = None
+) -> tuple[list[str], bool]:
+    """A list of texts, none empty, as many as `pictures` (if given); and whether it was one."""
+    one = isinstance(items, str)
+    texts = [text.strip() for text in ([items] if one else items)]
     if not texts:
         raise InputError(f"give at least one {what}")
-    for text in texts:
-        if not text.strip():
-            raise InputError(f"the {what} is empty: say in words what is wanted")
-    return [text.strip() for text in texts], one
+    if not all(texts):
+        raise InputError(f"the {what} is empty: say in words what is wanted")
+    if pictures is not None and len(texts) != len(pictures):
+        counts = f"{len(pictures)} pictures but {len(texts)} {what}s"
+        raise InputError(f"{counts}: give one of the {what}s a picture")
+    return texts, one
 
 
 def written_from(parts: Sequence[Any], *, read: bool) -> list[ChatText | ChatPicture]:
     """Words (strings) and pictures (anything else) of a prompt, as parts."""
     if not parts:
         raise InputError("give at least one picture or word to draw from")
-    return [ChatText(part) if isinstance(part, str) else ChatPicture(open_image(part), read=read) for part in parts]
+    pictures = (part if isinstance(part, str) else open_image(part) for part in parts)
+    return [ChatText(p) if isinstance(p, str) else ChatPicture(p, read=read) for p in pictures]
+
+
+def jobs_of(
+    model: LaVIT,
+    prompts: Sequence[Parts],
+    sampling: Sampling,
+    *,
+    n: int | None,
+    seed: Seed,
+    ends: tuple[str, ...] = (),
+    **options: Any,
+) -> list[Job]:
+    """A job of n samples (None: one) for each prompt, seeds resolved; options as in `Request`."""
+    if isinstance(seed, list) and len(seed) != len(prompts):
+        counts = f"{len(seed)} seeds for {len(prompts)} inputs"
+        raise InputError(f"{counts}: a list has one entry for each input")
+    seeds = seed if isinstance(seed, list) else [seed] * len(prompts)
+    samplings = [replace(sampling, n=1 if n is None else n, seed=own) for own in seeds]
+    jobs = []
+    for parts, how in zip(prompts, samplings, strict=True):
+        how, prompt = replace(how, seed=how.seeds()), lay_prompt(model, parts)
+        jobs.append(Job(Request(sampling=how, **vars(prompt), **options), ends))
+    return jobs
+
+
+def writing(
+    model: LaVIT,
+    protocol: Protocol,
+    prompts: Sequence[Parts],
+    *,
+    out: Reply,
+    n: int | None = None,
+    seed: Seed = 0,
+    sampling: Sampling | None = None,
+    picture: Sampling | None = None,
+    guidance: float | None = None,
+    chat: bool = False,
+) -> list[Job]:
+    """Jobs that go on with text, a picture, or both. In a chat text ends where the turn does."""
+    if out not in MODES:
+        raise InputError(f"out {out!r} is not known: use 'text', 'image' or 'auto'")
+    patches = model.config.tokenizer.patches
+    inside = (sampling if out == "image" else picture) or fitted(protocol.drawing, patches)
+    if guidance is not None:
+        inside = replace(inside, guidance=guidance)
+    if out != "text" and inside.max_tokens > patches:
+        raise InputError(
+            f"max_tokens is {inside.max_tokens}, but pictures of this model have at most {patches} "
+            f"codes: set max_tokens={patches} or fewer"
+        )
+    how = inside if out == "image" else sampling
+    if how is None:  # a reply that may hold pictures need not hold text
+        how = replace(protocol.chat, min_tokens=0) if out == "auto" else protocol.chat
+    ends, stop = _turn_end(model) if chat and out != "image" else ((), ())
+    options = {"mode": MODES[out], "picture": inside, "stop": stop}
+    return jobs_of(model, prompts, how, n=n, seed=seed, ends=ends, **options)
+
+
+def _turn_end(model: LaVIT) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """How an assistant's turn ends: strings that cut its text, ids that stop it."""
+    closing = turn_end(model.text)
+    ids = model.text(closing, add_special_tokens=False)["input_ids"]
+    if ids and not model.text.decode(ids[:1], skip_special_tokens=True):  # a special token
+        return (), (ids[0],)
+    return (closing.strip() or closing,), ()

@@ -1,14 +1,13 @@
 """Named ways to ask and draw: prompts, lengths, cuts and normalisation (method, Sec. 5).
 
 CAPTION     the paper's captions: no prompt, beam 2, 8-36 new tokens, cut at the first full stop
-QUESTION    its answers: "Question: … Answer:", beam 5, 2-10 new tokens, length penalty 0, early stopping
-DRAW        its pictures: top-k 200, T = 1, guidance 2, the best of four (by CLIP-L; a scorer of ours, or yours)
-PUBLISHED   its authors' code draws with top-k 50, guidance 4 (5 with pictures in the prompt), 20-200 codes
+QUESTION    its answers: "Question: … Answer:", beam 5, 2-10 new tokens, no length penalty
+DRAW        its pictures: top-k 200, T = 1, guidance 2, the best of four (by CLIP-L; here a scorer)
+PUBLISHED   its authors' code: top-k 50, guidance 4 (5 with pictures in the prompt), 20-200 codes
 
-A `Protocol` is one of each, and what a pipeline goes by. Not done here: the paper lemmatises nouns and verbs of answers
-before they are compared; no library of ours has word lists, so `answer_words` takes a `lemmatise` function and leaves
-words as they are without one. VizWiz's question of whether a question can be answered is in words of our own: the
-paper's are not known.
+A `Protocol` is one of each. The paper lemmatises nouns and verbs of answers before they are
+compared; we have no word lists, so `answer_words` takes a function for it. VizWiz's question of
+whether a question can be answered is in words of our own: the paper's are not known.
 """
 
 from __future__ import annotations
@@ -18,12 +17,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from lavit.config import InputError
-from lavit.generate.sampling import Sampling, caption, draw_paper, draw_published, question
+from lavit.generate.sampling import Sampling
 
-CAPTION = caption()
-QUESTION = question()
-DRAW = replace(draw_paper(), n=1)
-PUBLISHED = draw_published()
+CAPTION = Sampling(temperature=0.0, beams=2, min_tokens=8, max_tokens=36)
+QUESTION = Sampling(
+    temperature=0.0,
+    beams=5,
+    min_tokens=2,
+    max_tokens=10,
+    length_penalty=0.0,
+    early_stopping=True,
+)
+DRAW = Sampling(top_k=200, guidance=2.0, min_tokens=20, max_tokens=200)
+PUBLISHED = Sampling(top_k=50, guidance=4.0, min_tokens=20, max_tokens=200)
 BEST_OF = 4  # of DRAW
 CHAT = Sampling(temperature=0.0, max_tokens=200)
 
@@ -51,10 +57,7 @@ class Protocol:
 
 
 def protocol_of(name: str, patches: int) -> Protocol:
-    """The protocol "default" (greedy text to the end token, guidance 3), "paper" or "published".
-
-    Pictures have at most `patches` codes.
-    """
+    """The protocol "default", "paper" or "published", for pictures of at most `patches` codes."""
     greedy = Protocol(
         name="default",
         caption=Sampling(temperature=0.0, max_tokens=96),
@@ -63,18 +66,10 @@ def protocol_of(name: str, patches: int) -> Protocol:
         answer_ends=(),
         drawing=Sampling(top_k=50, guidance=3.0, min_tokens=1, max_tokens=patches),
     )
-    paper = Protocol(
-        name="paper",
-        caption=CAPTION,
-        answer=QUESTION,
-        drawing=fitted(DRAW, patches),
-        best_of=BEST_OF,
-    )
-    known = {
-        "default": greedy,
-        "paper": paper,
-        "published": replace(paper, name="published", drawing=fitted(PUBLISHED, patches), best_of=None),
-    }
+    texts = {"caption": CAPTION, "answer": QUESTION}
+    paper = Protocol(name="paper", drawing=fitted(DRAW, patches), best_of=BEST_OF, **texts)
+    published = Protocol(name="published", drawing=fitted(PUBLISHED, patches), **texts)
+    known = {protocol.name: protocol for protocol in (greedy, paper, published)}
     if name not in known:
         raise InputError(f"protocol {name!r} is not known: use one of {', '.join(known)}")
     return known[name]
@@ -87,10 +82,7 @@ def fitted(sampling: Sampling, patches: int) -> Sampling:
 
 
 def asked(question: str) -> str:
-    """A question as the paper puts it: lower case, without the characters it removes, at most 50 words.
-
-    Raises `InputError` where no word is left.
-    """
+    """A question in the paper's form: lower case, cleaned, 50 words; `InputError` without any."""
     words = UNWANTED.sub("", question.lower()).split()
     if not any(character.isalnum() for word in words for character in word):
         raise InputError(f"the question {question!r} has no words: ask about the picture")
@@ -108,9 +100,9 @@ def refuses(answer: str) -> bool:
 
 
 def answer_words(answer: str, *, lemmatise: Callable[[str], str] | None = None) -> str:
-    """An answer as it is compared with others: lower case, no punctuation, no articles, single spaces.
+    """An answer as it is compared: lower case, no punctuation, no articles, single spaces.
 
-    `lemmatise` turns one word into its base form (the paper does that with nouns and verbs). None: words stay.
+    `lemmatise` turns one word into its base form (the paper: nouns and verbs). None: words stay.
     """
     text = re.sub(r"[^\w\s']", " ", answer.lower())
     words = ARTICLES.sub(" ", text).split()

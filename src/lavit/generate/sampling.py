@@ -1,8 +1,8 @@
-"""How the next token is chosen: a frozen `Sampling`, the paper's protocols as presets, pure functions on logits.
+"""How the next token is chosen: a frozen `Sampling`, and pure functions on logits.
 
-Guidance works on logits (paper Eq. 7): l = l_u + a (l_c - l_u), where the unconditional stream is a bare [image start].
-Filters set what is forbidden to -inf; `draw` inverts the cumulative distribution at one uniform number per row, which
-comes from that row's own generator. So a row's tokens depend on its seed and its logits, and on no other row.
+Filters set what is forbidden to -inf; `draw` inverts the cumulative distribution at one uniform
+number per row, which comes from that row's own generator. So a row's tokens depend on its seed and
+its logits, and on no other row.
 """
 
 from __future__ import annotations
@@ -14,9 +14,13 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Generator, Tensor
 
 from lavit.config import InputError
+
+Logits = Float[Tensor, "rows vocab"]
+REALS = ("temperature", "top_p", "min_p", "guidance", "length_penalty")
+WHOLES = ("top_k", "min_tokens", "max_tokens", "n", "beams")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,22 +37,27 @@ class Sampling:
     guidance: float = 1.0  # a of Eq. 7, inside images; 1 leaves the conditional logits as they are
     min_tokens: int = 1  # the end is forbidden before
     max_tokens: int = 200  # the end is forced here
-    seed: int | tuple[int, ...] | None = 0  # sample i takes seed + i, or its own entry; None: a fresh one each time
+    # sample i takes seed + i, or its own entry; None: a fresh one each time
+    seed: int | tuple[int, ...] | None = 0
     n: int = 1  # samples of one prompt
     beams: int = 1  # above 1: beam search, text only; the n best come out
     length_penalty: float = 1.0  # a beam's score is its log-probability / length ** penalty
-    # True: stop as soon as `beams` answers are finished; False: when the running ones look no better; "never": when
-    # no running one can be better any more
+    # True: stop as soon as `beams` answers are finished; False: when the running ones look no
+    # better; "never": when no running one can be better any more
     early_stopping: bool | Literal["never"] = False
 
     def __post_init__(self) -> None:
         self._check_kinds()
         for holds, line in (
-            (self.temperature >= 0, f"temperature {self.temperature} is below 0: use 0 for the most likely token"),
+            (self.temperature >= 0,
+             f"temperature {self.temperature} is below 0: use 0 for the most likely token"),
             (self.top_k >= 0, f"top_k {self.top_k} is below 0: use 0 to keep every token"),
-            (0 < self.top_p <= 1, f"top_p {self.top_p} is not in (0, 1]: use 1 to keep every token"),
-            (0 <= self.min_p <= 1, f"min_p {self.min_p} is not in [0, 1]: use 0 to keep every token"),
-            (self.guidance >= 0, f"guidance {self.guidance} is below 0: use 1 for none, 3 or 4 to draw"),
+            (0 < self.top_p <= 1,
+             f"top_p {self.top_p} is not in (0, 1]: use 1 to keep every token"),
+            (0 <= self.min_p <= 1,
+             f"min_p {self.min_p} is not in [0, 1]: use 0 to keep every token"),
+            (self.guidance >= 0,
+             f"guidance {self.guidance} is below 0: use 1 for none, 3 or 4 to draw"),
             (self.max_tokens >= 1, f"max_tokens {self.max_tokens} must be at least 1"),
             (0 <= self.min_tokens <= self.max_tokens,
              f"min_tokens {self.min_tokens} is not in 0..{self.max_tokens} (max_tokens)"),
@@ -63,117 +72,77 @@ class Sampling:
                 raise InputError(line)
 
     def _check_kinds(self) -> None:
-        for name in ("temperature", "top_p", "min_p", "guidance", "length_penalty"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise InputError(f"{name} is {value!r}: give a finite number")
-        for name in ("top_k", "min_tokens", "max_tokens", "n", "beams"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise InputError(f"{name} is {value!r}: give a whole number")
-        if self.early_stopping not in (True, False, "never"):
-            raise InputError(f"early_stopping is {self.early_stopping!r}: give True, False or 'never'")
-        seeds = self.seed if isinstance(self.seed, tuple) else (self.seed,)
-        for seed in seeds:
-            known = isinstance(seed, int) and not isinstance(seed, bool) and -(2**63) <= seed < 2**63
-            if not known and (seed is not None or isinstance(self.seed, tuple)):
-                raise InputError(f"seed {seed!r} is no seed: give an int below 2**63, a tuple of n of them, or None")
-        if isinstance(self.seed, tuple) and len(self.seed) != self.n:
-            raise InputError(f"{len(self.seed)} seeds for n={self.n} samples: give one seed for each")
-
-    @property
-    def drawing(self) -> tuple[float, int, float, float]:
-        """What `choose` goes by: rows that agree in it can be drawn together."""
-        return (self.temperature, self.top_k, self.top_p, self.min_p)
+        for name in (*REALS, *WHOLES):
+            value, kind = getattr(self, name), int if name in WHOLES else int | float
+            if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
+                what = "whole" if name in WHOLES else "finite"
+                raise InputError(f"{name} is {value!r}: give a {what} number")
+        stopping = self.early_stopping
+        if stopping not in (True, False, "never"):
+            raise InputError(f"early_stopping is {stopping!r}: give True, False or 'never'")
+        several = isinstance(self.seed, tuple)
+        for seed in self.seed if several else (self.seed,):
+            known = type(seed) is int and -(2**63) <= seed < 2**63
+            if not known and (seed is not None or several):
+                usable = "give an int below 2**63, a tuple of n of them, or None"
+                raise InputError(f"seed {seed!r} is no seed: {usable}")
+        if several and len(self.seed) != self.n:
+            counts = f"{len(self.seed)} seeds for n={self.n} samples"
+            raise InputError(f"{counts}: give one seed for each")
 
     def seeds(self) -> tuple[int, ...]:
-        """The seed of each of the n samples; sample i of seed s is the single sample of seed s + i."""
+        """The seed of each of the n samples; sample i of seed s is the single one of seed s + i."""
         if isinstance(self.seed, tuple):
             return self.seed
         first = secrets.randbits(48) if self.seed is None else self.seed
         return tuple(first + i for i in range(self.n))
 
-    def generators(self) -> list[torch.Generator]:
-        """One CPU generator for each of the n samples."""
-        return [torch.Generator().manual_seed(seed) for seed in self.seeds()]
 
-
-def caption() -> Sampling:
-    """The paper's captions: beam 2, 8-36 new tokens."""
-    return Sampling(temperature=0.0, beams=2, min_tokens=8, max_tokens=36)
-
-
-def question() -> Sampling:
-    """The paper's answers to questions: beam 5, 2-10 new tokens, no length penalty, early stopping."""
-    return Sampling(
-        temperature=0.0,
-        beams=5,
-        min_tokens=2,
-        max_tokens=10,
-        length_penalty=0.0,
-        early_stopping=True,
-    )
-
-
-def draw_published() -> Sampling:
-    """Images as the published defaults write them: top-k 50, guidance 4, 20-200 codes."""
-    return Sampling(top_k=50, guidance=4.0, min_tokens=20, max_tokens=200)
-
-
-def draw_paper() -> Sampling:
-    """Images as the paper writes them: top-k 200, guidance 2, four samples of which a scorer keeps the best."""
-    return Sampling(top_k=200, guidance=2.0, min_tokens=20, max_tokens=200, n=4)
-
-
-def guide(
-    conditional: Float[Tensor, "rows vocab"],
-    unconditional: Float[Tensor, "rows vocab"],
-    scale: Float[Tensor, "rows"],
-) -> Float[Tensor, "rows vocab"]:
-    """Guided logits (Eq. 7): l_u + a (l_c - l_u), one a for each row."""
+def guide(conditional: Logits, unconditional: Logits, scale: Float[Tensor, "rows"]) -> Logits:
+    """Guided logits (paper Eq. 7): l_u + a (l_c - l_u), one a for each row."""
     return torch.lerp(unconditional, conditional, scale[:, None])
 
 
-def top_k(logits: Float[Tensor, "rows vocab"], k: int) -> Float[Tensor, "rows vocab"]:
+def top_k(logits: Logits, k: int) -> Logits:
     """Forbid all but the k most likely tokens (ties at the border stay)."""
     if not 0 < k < logits.shape[-1]:
         return logits
     return logits.masked_fill(logits < logits.topk(k).values[:, -1:], -torch.inf)
 
 
-def top_p(logits: Float[Tensor, "rows vocab"], p: float) -> Float[Tensor, "rows vocab"]:
+def top_p(logits: Logits, p: float) -> Logits:
     """Forbid all but the smallest set of most likely tokens whose probability reaches p."""
     if p >= 1:
         return logits
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     probability = ordered.softmax(-1)
-    beyond = probability.cumsum(-1) - probability >= p  # what stands before a token already reaches p
+    beyond = probability.cumsum(-1) - probability >= p  # what stands before already reaches p
     beyond[:, 0] = False
     return logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
 
 
-def min_p(logits: Float[Tensor, "rows vocab"], p: float) -> Float[Tensor, "rows vocab"]:
+def min_p(logits: Logits, p: float) -> Logits:
     """Forbid tokens less likely than p times the most likely one."""
     if p <= 0:
         return logits
-    return logits.masked_fill(logits < logits.max(-1, keepdim=True).values + math.log(p), -torch.inf)
+    least = logits.max(-1, keepdim=True).values + math.log(p)
+    return logits.masked_fill(logits < least, -torch.inf)
 
 
-def draw(logits: Float[Tensor, "rows vocab"], uniform: Float[Tensor, "rows"]) -> Int[Tensor, "rows"]:
-    """Draw one index from each row's softmax: where its cumulative distribution passes the uniform number."""
+def draw(logits: Logits, uniform: Float[Tensor, "rows"]) -> Int[Tensor, "rows"]:
+    """One index from each row's softmax: where its cumulative distribution passes the uniform."""
     cumulative = logits.double().softmax(-1).cumsum(-1)
     total = cumulative[:, -1]
-    target = torch.minimum(uniform.double() * total, total.nextafter(torch.zeros_like(total)))  # never past the last
+    below = total.nextafter(torch.zeros_like(total))  # never past the last
+    target = torch.minimum(uniform.double() * total, below)
     return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
 
 
-def choose(
-    logits: Float[Tensor, "rows vocab"], sampling: Sampling, generators: list[torch.Generator]
-) -> Int[Tensor, "rows"]:
-    """Next index of each row: filter, then draw with the row's generator (the most likely one at temperature 0)."""
+def choose(logits: Logits, sampling: Sampling, generators: list[Generator]) -> Int[Tensor, "rows"]:
+    """Next index of each row: filter, draw with the row's generator (at temperature 0 the best)."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
     logits = top_k(logits.float() / sampling.temperature, sampling.top_k)
     logits = min_p(top_p(logits, sampling.top_p), sampling.min_p)
-    uniform = torch.cat([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
-    return draw(logits, uniform.to(logits.device))
+    uniform = [torch.rand(1, generator=own, dtype=torch.float64) for own in generators]
+    return draw(logits, torch.cat(uniform).to(logits.device))

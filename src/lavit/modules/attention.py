@@ -1,18 +1,18 @@
-"""Attention inside the documents of packed rows without a mask over whole rows (paper Sec. 3.2: packed pre-training).
+"""Attention inside the documents of packed rows without a mask over whole rows (paper Sec. 3.2).
 
-    row     a a a b b c c c d d d d        batches   a a a    b b     d d d d        each causal, none masked
-                                                     c c c
+    row  a a a b b c c c d d d d     batches  a a a   b b   d d d d     each causal, none masked
+                                              c c c
 
-Documents of like length form a padded batch of their own; a causal batch needs no mask, because what pads a document
-stands behind it. Work grows with the sum of squared document lengths, where a block-diagonal mask costs rows · tokens²:
-13 % of a training step of 512-token rows of short documents (LOG.md). Any transformers LM whose attention goes through
-the library's interface takes it; padding of a row is a document of its own, seen by nobody.
+Documents of like length form a padded batch of their own; a causal batch needs no mask, because
+what pads a document stands behind it. Work grows with the sum of squared document lengths, where a
+block-diagonal mask costs rows · tokens²: 13 % of a training step of 512-token rows of short
+documents (LOG.md). Any transformers LM whose attention goes through the library's interface takes
+it; padding of a row is a document of its own, seen by nobody.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -32,8 +32,9 @@ NAME = "lavit_documents"  # of the attention, in the library's register
 class DocumentGroups:
     """Where the tokens of packed rows stand in padded batches of documents, and back.
 
-    `places` are the flat positions (row · tokens + column) of all batches, one after the other; `shapes` their (documents,
-    longest); `pads` the places that hold no token; `back` the place of each flat position.
+    `places` are the flat positions (row · tokens + column) of all batches, one after the other;
+    `pads` the places that hold no token; `back` the place of each flat position; `shapes` the
+    (documents, longest) of each batch.
     """
 
     places: Int[Tensor, "padded"]
@@ -41,14 +42,10 @@ class DocumentGroups:
     back: Int[Tensor, "total"]
     shapes: tuple[tuple[int, int], ...]
 
-    def to(self, device: torch.device) -> DocumentGroups:
-        """The same on a device."""
-        return DocumentGroups(self.places.to(device), self.pads.to(device), self.back.to(device), self.shapes)
-
 
 def group_documents(documents: Int[Tensor, "rows tokens"]) -> DocumentGroups:
     """Group the documents of packed rows by length, half an octave to a group."""
-    documents = documents.cpu()
+    device, documents = documents.device, documents.cpu()
     opens = torch.ones_like(documents, dtype=torch.bool)
     opens[:, 1:] = documents[:, 1:] != documents[:, :-1]
     starts = opens.flatten().nonzero()[:, 0]
@@ -67,33 +64,25 @@ def group_documents(documents: Int[Tensor, "rows tokens"]) -> DocumentGroups:
         places.append(place.flatten())
         shapes.append((len(start), longest))
         filled += place.numel()
-    return DocumentGroups(torch.cat(places), torch.cat(pads), back, tuple(shapes))
+    tensors = (part.to(device) for part in (torch.cat(places), torch.cat(pads), back))
+    return DocumentGroups(*tensors, tuple(shapes))
 
 
-class _Pad(torch.autograd.Function):
-    """Rows to padded batches; a gradient comes back by the inverse, not by adding, for each token stands in one place."""
+class _Reorder(torch.autograd.Function):
+    """x[there]. The gradient comes back by index too, not by adding: a token stands in one place.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, groups: DocumentGroups) -> Tensor:
-        ctx.groups = groups
-        return x.index_select(0, groups.places)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient.index_select(0, ctx.groups.back), None
-
-
-class _Unpad(torch.autograd.Function):
-    """Padded batches to rows: the inverse of `_Pad`."""
+    `empty` are the rows of x that nothing was taken from.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, groups: DocumentGroups) -> Tensor:
-        ctx.groups = groups
-        return x.index_select(0, groups.back)
+    def forward(ctx: Any, x: Tensor, there: Tensor, back: Tensor, empty: Tensor) -> Tensor:
+        ctx.save_for_backward(back, empty)
+        return x.index_select(0, there)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient.index_select(0, ctx.groups.places).index_fill(0, ctx.groups.pads, 0.0), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        back, empty = ctx.saved_tensors
+        return gradient.index_select(0, back).index_fill_(0, empty, 0.0), None, None, None
 
 
 def document_attention(
@@ -109,38 +98,36 @@ def document_attention(
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """The library's call: attention of packed rows where `groups` are given, its own `sdpa` where they are not.
+    """The library's call: attention of packed rows where `groups` are given, else its own `sdpa`.
 
-    query [rows, heads, tokens, dim], key and value [rows, kv_heads, keys, dim]; gives [rows, tokens, heads, dim]. Shapes stand
-    here, not in the annotations: a checker of shapes cannot be compiled, and the engine compiles this.
+    query [rows, heads, tokens, dim], key and value [rows, kv_heads, keys, dim]; gives [rows,
+    tokens, heads, dim]. Shapes stand here, not in the annotations: a checker of shapes cannot be
+    compiled, and the engine compiles this.
     """
     if groups is None:
-        options = {**options, "sliding_window": sliding_window}
-        common = {"dropout": dropout, "scaling": scaling}
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **common, **options)
+        options = {**options, "scaling": scaling, "sliding_window": sliding_window}
+        parts = module, query, key, value, attention_mask
+        return sdpa_attention_forward(*parts, dropout=dropout, **options)
     for name in ("softcap", "position_bias", "s_aux"):
         if options.get(name) is not None:
-            raise InputError(f"{type(module).__name__} attends with {name}, which packed rows do not support yet")
-    rows = query.shape[0]
-    padded = [_Pad.apply(x.transpose(1, 2).flatten(0, 1), groups) for x in (query, key, value)]
+            kind = type(module).__name__
+            raise InputError(f"{kind} attends with {name}, which packed rows do not support yet")
+    padded = [
+        _Reorder.apply(x.transpose(1, 2).flatten(0, 1), groups.places, groups.back, groups.pads[:0])
+        for x in (query, key, value)
+    ]
     sizes = [documents * longest for documents, longest in groups.shapes]
+    grouped = query.shape[1] != key.shape[1]
+    how = {"dropout_p": dropout, "scale": scaling, "enable_gqa": grouped}
     mixed = []
     for shape, *parts in zip(groups.shapes, *(x.split(sizes) for x in padded), strict=True):
         q, k, v = (part.unflatten(0, shape).transpose(1, 2) for part in parts)
         band = _band(shape[1], sliding_window, q.device)
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=band,
-            is_causal=band is None,
-            dropout_p=dropout,
-            scale=scaling,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
+        causal = {"attn_mask": band, "is_causal": band is None}
+        out = F.scaled_dot_product_attention(q, k, v, **causal, **how)
         mixed.append(out.transpose(1, 2).flatten(0, 1))
-    out = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
-    return _Unpad.apply(out, groups).unflatten(0, (rows, -1)), None
+    out = _Reorder.apply(torch.cat(mixed), groups.back, groups.places, groups.pads)
+    return out.unflatten(0, (len(query), -1)), None
 
 
 def _band(tokens: int, window: int | None, device: torch.device) -> Tensor | None:
@@ -151,16 +138,12 @@ def _band(tokens: int, window: int | None, device: torch.device) -> Tensor | Non
     return (distance >= 0) & (distance < window)
 
 
-@cache
-def _register() -> None:
+def attend_by_document(lm: PreTrainedModel) -> bool:
+    """Let an LM attend by `document_attention`; False if it lacks the library's interface."""
+    known = getattr(lm, "_supports_attention_backend", False)
+    if not known or lm.config._attn_implementation == "eager":
+        return False
     AttentionInterface.register(NAME, document_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-
-
-def attend_by_document(lm: PreTrainedModel) -> bool:
-    """Let an LM attend by `document_attention`; False if its attention does not go through the library's interface."""
-    if not getattr(lm, "_supports_attention_backend", False) or lm.config._attn_implementation == "eager":
-        return False
-    _register()
     lm.set_attn_implementation(NAME)
     return True

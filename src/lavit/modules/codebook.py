@@ -2,10 +2,11 @@
 
     row ─ Linear ─ tanh ─ Linear ─ z/‖z‖ ─ nearest of K unit vectors ─ code
 
-Codes move by exponential averages of the vectors assigned to them, not by gradients; k-means on gathered vectors starts
-them. Dead codes are revived from the current batch and their sums are reset with them (else the old sums overwrite the
-revived code at the next update). All statistics are fp32, count kept tokens only, and are summed over ranks.
-Decay is not published; 0.995 is the sibling's (Video-LaVIT). Codes are renormalised after each update.
+Codes move by exponential averages of the vectors assigned to them, not by gradients; k-means on
+gathered vectors starts them. Dead codes are revived from the current batch and their sums are reset
+with them (else the old sums overwrite the revived code at the next update). All statistics are
+fp32, count kept tokens only, and are summed over ranks. Decay is not published; 0.995 is the
+sibling's (Video-LaVIT). Codes are renormalised after each update.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from torch import Tensor, nn
 
 from lavit.modules.layers import initialise
 
+Vectors = Float[Tensor, "total code_dim"]
+
 
 @dataclass(frozen=True)
 class Quantised:
-    """Vectors after the look-up: straight-through `vectors`, their `codes`, and the commitment loss."""
+    """After the look-up: straight-through `vectors`, their `codes`, the commitment loss."""
 
-    vectors: Float[Tensor, "total code_dim"]
+    vectors: Vectors
     codes: Int[Tensor, "total"]
     commitment: Float[Tensor, ""]
 
@@ -34,13 +37,13 @@ def gather_rows(rows: Float[Tensor, "total dim"]) -> Float[Tensor, "all_rows dim
     """Rows of every rank, in rank order; ranks may hold different numbers of rows."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return rows
-    counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
-    longest = max(int(count) for count in counts)
-    padded = F.pad(rows, (0, 0, 0, longest - len(rows)))
+    count = torch.tensor([len(rows)], device=rows.device)
+    counts = [torch.zeros_like(count) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, count)
+    padded = F.pad(rows, (0, 0, 0, int(max(counts)) - len(rows)))
     gathered = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(gathered, padded.contiguous())
-    return torch.cat([part[: int(count)] for part, count in zip(gathered, counts, strict=True)])
+    return torch.cat([part[: int(n)] for part, n in zip(gathered, counts, strict=True)])
 
 
 class Codebook(nn.Module):
@@ -51,9 +54,10 @@ class Codebook(nn.Module):
         self.to_code = nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, code_dim))
         initialise(self)
         self.register_buffer("vectors", F.normalize(torch.randn(codes, code_dim), dim=-1))
-        self.register_buffer("mass", torch.ones(codes))  # averaged number of assigned vectors a step
-        self.register_buffer("sums", self.vectors.clone())  # averaged sum of assigned vectors
-        self.register_buffer("idle", torch.zeros(codes, dtype=torch.long))  # steps since a code was last used
+        # averages over steps of the number and the sum of assigned vectors; steps without any
+        self.register_buffer("mass", torch.ones(codes))
+        self.register_buffer("sums", self.vectors.clone())
+        self.register_buffer("idle", torch.zeros(codes, dtype=torch.long))
 
     @property
     def size(self) -> int:
@@ -68,10 +72,10 @@ class Codebook(nn.Module):
         """Unit vectors in code space."""
         return F.normalize(self.embed(rows), dim=-1)
 
-    def index(self, vectors: Float[Tensor, "total code_dim"]) -> Int[Tensor, "total"]:
+    def index(self, vectors: Vectors) -> Int[Tensor, "total"]:
         """Nearest code of each unit vector; inverse of `vector`. Ties go to the lower code.
 
-        The distance is the true one, so that published codes need not be of length one to the last bit.
+        The distance is the true one: published codes need not be of length one to the last bit.
         """
         return (vectors.float() @ self.vectors.T - self.vectors.square().sum(-1) / 2).argmax(-1)
 
@@ -79,7 +83,7 @@ class Codebook(nn.Module):
         """Vectors of codes."""
         return self.vectors[codes]
 
-    def quantise(self, vectors: Float[Tensor, "total code_dim"]) -> Quantised:
+    def quantise(self, vectors: Vectors) -> Quantised:
         """Look up, straight-through ẑ = z + sg(c - z), commitment = mean ‖z - sg(c)‖²."""
         codes = self.index(vectors.detach())
         chosen = self.vector(codes).detach()
@@ -87,15 +91,17 @@ class Codebook(nn.Module):
         return Quantised(vectors + (chosen - vectors).detach(), codes, commitment)
 
     @torch.no_grad()
-    def k_means(self, vectors: Float[Tensor, "total code_dim"], *, rounds: int, generator: torch.Generator) -> None:
+    def k_means(self, vectors: Vectors, *, rounds: int, generator: torch.Generator) -> None:
         """Start the codes by spherical k-means on the vectors of all ranks.
 
-        Starting points are distinct random vectors; an empty cluster takes the vector that is farthest from its code.
+        Starting points are random vectors, distinct as far as there are enough; an empty cluster
+        takes the vector that is farthest from its code.
         """
         vectors = gather_rows(vectors.float())
         pick = torch.randperm(len(vectors), generator=generator)[: self.size]
-        if len(pick) < self.size:  # fewer vectors than codes: the rest stay random
-            pick = torch.cat([pick, torch.randint(len(vectors), (self.size - len(pick),), generator=generator)])
+        if (short := self.size - len(pick)) > 0:
+            again = torch.randint(len(vectors), (short,), generator=generator)
+            pick = torch.cat([pick, again])
         centres = vectors[pick].clone()
         for _ in range(rounds):
             nearest, codes = (vectors @ centres.T).max(-1)
@@ -104,9 +110,11 @@ class Codebook(nn.Module):
             empty = (mass == 0).nonzero()[:, 0]
             farthest = nearest.argsort()[: len(empty)]
             sums[empty[: len(farthest)]] = vectors[farthest]
-            centres = F.normalize(torch.where(sums.norm(dim=-1, keepdim=True) > 0, sums, centres), dim=-1)
+            found = sums.norm(dim=-1, keepdim=True) > 0
+            centres = F.normalize(torch.where(found, sums, centres), dim=-1)
         self.vectors.copy_(centres)
-        mass = torch.bincount((vectors @ centres.T).argmax(-1), minlength=self.size).float().clamp(min=1.0)
+        codes = (vectors @ centres.T).argmax(-1)
+        mass = torch.bincount(codes, minlength=self.size).float().clamp(min=1.0)
         self.mass.copy_(mass / mass.mean())
         self.sums.copy_(self.vectors * self.mass[:, None])
         self.idle.zero_()
@@ -114,17 +122,17 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def update(
         self,
-        vectors: Float[Tensor, "total code_dim"],
+        vectors: Vectors,
         codes: Int[Tensor, "total"],
         *,
         decay: float,
         patience: int,
         generator: torch.Generator,
     ) -> int:
-        """Move the codes towards their vectors and revive those unused for `patience` steps; returns how many.
+        """Move the codes to their vectors; revive and count those unused for `patience` steps.
 
-        The sums over ranks make every rank's codebook the same; revival draws from the vectors of all ranks, so
-        `generator` must be in the same state everywhere. `patience` 0 revives nothing.
+        The sums over ranks make every rank's codebook the same; revival draws from the vectors of
+        all ranks, so `generator` must be in the same state everywhere. `patience` 0 revives none.
         """
         vectors = vectors.float()
         mass = torch.bincount(codes, minlength=self.size).float()
@@ -135,8 +143,9 @@ class Codebook(nn.Module):
         self.mass.lerp_(mass, 1 - decay)
         self.sums.lerp_(sums, 1 - decay)
         self.idle.copy_(torch.where(mass > 0, 0, self.idle + 1))
-        moved = F.normalize(self.sums, dim=-1)
-        self.vectors.copy_(torch.where(self.sums.norm(dim=-1, keepdim=True) > 1e-8, moved, self.vectors))
+        placed = self.sums.norm(dim=-1, keepdim=True) > 1e-8
+        moved = torch.where(placed, F.normalize(self.sums, dim=-1), self.vectors)
+        self.vectors.copy_(moved)
         dead = (self.idle >= patience).nonzero()[:, 0] if patience else self.idle[:0]
         if len(dead):
             pool = gather_rows(vectors)

@@ -1,16 +1,17 @@
-"""Condition heads of the pixel decoder: reconstructed features in, what the denoiser listens to out (paper Eq. 5).
+"""Condition heads of the pixel decoder: what the denoiser is told of the features (paper Eq. 5).
 
-CrossCondition    Linear D → C: a context of N tokens (512-px decoder). Null: learned, zeros, or the stored null-text
-                  embedding, zero-padded to the context's length and masked
-PooledCondition   two Linears side by side make SDXL's wide context; an attention pool makes its pooled vector. Null:
-                  zeros or learned
-GridCondition     Linear D → C, laid out as a map and resized to the latents, beside the noise. Not in the paper: place
-                  comes for free instead of having to be learned through attention. Null: learned or zeros
+CrossCondition    Linear D → C: a context of N tokens (512-px decoder). Null: learned, zeros, or the
+                  stored null-text embedding, zero-padded to the context's length and masked
+PooledCondition   two Linears side by side make SDXL's wide context; an attention pool makes its
+                  pooled vector. Null: zeros or learned
+GridCondition     Linear D → C, laid out as a map and resized to the latents, beside the noise. Not
+                  in the paper: place comes for free. Null: learned or zeros
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lavit.config import InputError, PixelsConfig
+from lavit.modules.layers import Patches, attend
 
 
 @dataclass(frozen=True)
@@ -31,25 +33,23 @@ class Condition:
 
     def followed_by(self, other: Condition) -> Condition:
         """Both in one batch: our pictures, then the other's."""
-        return self._zip(other, lambda ours, theirs: torch.cat([ours, theirs]))
+        return self._joined(other, lambda ours, theirs: torch.cat([ours, theirs]))
 
     def replaced(self, where: Bool[Tensor, "images"], other: Condition) -> Condition:
         """The other's parts for the pictures in `where`, ours for the rest."""
-        return self._zip(other, lambda ours, theirs: torch.where(_beside(where, ours), theirs, ours))
 
-    def _zip(self, other: Condition, join) -> Condition:
-        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
-        return Condition(
-            **{name: None if ours is None else join(ours, theirs) for name, (ours, theirs) in pairs.items()}
-        )
+        def choose(ours: Tensor, theirs: Tensor) -> Tensor:
+            return torch.where(where.view(-1, *[1] * (ours.dim() - 1)), theirs, ours)
 
+        return self._joined(other, choose)
 
-def _beside(where: Tensor, part: Tensor) -> Tensor:
-    return where.view(-1, *[1] * (part.dim() - 1))
+    def _joined(self, other: Condition, join: Callable[[Tensor, Tensor], Tensor]) -> Condition:
+        parts = {name: part for name, part in vars(self).items() if part is not None}
+        return Condition(**{name: join(part, vars(other)[name]) for name, part in parts.items()})
 
 
 class AttentionPool(nn.Module):
-    """One vector per picture: the mean asks, the mean and all tokens answer, with learned positions."""
+    """One vector per picture: the mean asks, the mean and all tokens answer."""
 
     def __init__(self, dim: int, out_dim: int, *, tokens: int, heads: int) -> None:
         super().__init__()
@@ -64,58 +64,64 @@ class AttentionPool(nn.Module):
         """The pooled vector."""
         x = torch.cat([x.mean(1, keepdim=True), x], dim=1) + self.positions
         parts = self.query(x[:, :1]), self.key(x), self.value(x)
-        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
-        return self.out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(1))
+        return self.out(attend(*parts, self.heads)[:, 0])
 
 
 class Head(nn.Module):
-    """What diffusers' pipelines ask of a part: where it is, and in which precision."""
+    """What every head has; it makes a `Condition` of features for latents of (height, width)."""
+
+    def __init__(self, config: PixelsConfig) -> None:
+        super().__init__()
+        kind, null = config.condition, config.unconditional
+        if null == "text" and kind != "cross":
+            raise InputError(f'a "{kind}" condition has no null text: use "learned" or "zeros"')
+        self.learned = null == "learned"
 
     @property
     def device(self) -> torch.device:
-        """Device of the weights."""
+        """Device of the weights, which diffusers' pipelines ask for."""
         return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the weights."""
+        """Type of the weights, which diffusers' pipelines ask for."""
         return next(self.parameters()).dtype
 
 
 class CrossCondition(Head):
-    """A context of N tokens; SD 1.5's null text may be longer than N, so both are padded to the longer and masked."""
+    """A context of N tokens, padded and masked with the null text, which may be longer."""
 
     def __init__(self, config: PixelsConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         width = config.condition_dim
         self.to_context = nn.Linear(config.features_dim, width)
-        self.kind, self.tokens = config.unconditional, config.patches
-        if self.kind == "text":
+        self.text, self.tokens = config.unconditional == "text", config.patches
+        if self.text:
             self.register_buffer("null_context", torch.zeros(config.null_tokens, width))
             self.tokens = max(self.tokens, config.null_tokens)
-        elif self.kind == "learned":
+        elif self.learned:
             self.null_context = nn.Parameter(torch.randn(config.patches, width) * 0.02)
 
-    def forward(self, features: Float[Tensor, "images patches dim"], size: tuple[int, int]) -> Condition:
-        """Condition on features; `size` (of the latents) is not used."""
+    def forward(self, features: Patches, size: tuple[int, int]) -> Condition:
+        """Condition on features; `size` is not used."""
         return self._padded(self.to_context(features))
 
     def null(self, images: int, size: tuple[int, int]) -> Condition:
         """The null condition of `images` pictures."""
         weight = self.to_context.weight
-        if self.kind == "zeros":
+        if not (self.text or self.learned):
             return self._padded(weight.new_zeros(images, self.tokens, len(weight)))
         return self._padded(self.null_context.to(weight.dtype).expand(images, -1, -1))
 
     def take_null(self, null: Float[Tensor, "tokens width"]) -> None:
         """Store the null-text embedding that training begins with."""
-        if null.shape != self.null_context.shape:
-            expected = list(self.null_context.shape)
-            raise InputError(f"the null text is {list(null.shape)}, this configuration expects {expected}")
+        given, expected = list(null.shape), list(self.null_context.shape)
+        if given != expected:
+            raise InputError(f"the null text is {given}, this configuration expects {expected}")
         self.null_context.copy_(null)
 
     def _padded(self, context: Tensor) -> Condition:
-        if self.kind != "text":
+        if not self.text:
             return Condition(context=context)
         images, rows, _ = context.shape
         valid = torch.arange(self.tokens, device=context.device).expand(images, -1) < rows
@@ -123,33 +129,28 @@ class CrossCondition(Head):
 
 
 class PooledCondition(Head):
-    """SDXL's two inputs: a context as wide as its two text encoders together, and a pooled vector."""
+    """SDXL's two inputs: a context as wide as its two text encoders together, a pooled vector."""
 
     def __init__(self, config: PixelsConfig) -> None:
-        super().__init__()
-        if config.unconditional == "text":
-            raise InputError('a "pooled" condition has no null text: use unconditional="zeros" or "learned"')
+        super().__init__(config)
         dim, narrow, wide = config.features_dim, config.condition_dim, config.pooled_dim
         self.to_narrow, self.to_wide = nn.Linear(dim, narrow), nn.Linear(dim, wide)
         self.pool = AttentionPool(dim, wide, tokens=config.patches, heads=config.pool_heads)
         self.tokens = config.patches
-        self.learned = config.unconditional == "learned"
         if self.learned:
             self.null_context = nn.Parameter(torch.randn(config.patches, narrow + wide) * 0.02)
             self.null_pooled = nn.Parameter(torch.randn(wide) * 0.02)
 
-    def forward(self, features: Float[Tensor, "images patches dim"], size: tuple[int, int]) -> Condition:
-        """Condition on features; `size` (of the latents) is not used."""
+    def forward(self, features: Patches, size: tuple[int, int]) -> Condition:
+        """Condition on features; `size` is not used."""
         context = torch.cat([self.to_narrow(features), self.to_wide(features)], dim=-1)
         return Condition(context=context, pooled=self.pool(features))
 
     def null(self, images: int, size: tuple[int, int]) -> Condition:
         """The null condition of `images` pictures."""
         if self.learned:
-            return Condition(
-                context=self.null_context.expand(images, -1, -1),
-                pooled=self.null_pooled.expand(images, -1),
-            )
+            context = self.null_context.expand(images, -1, -1)
+            return Condition(context=context, pooled=self.null_pooled.expand(images, -1))
         narrow, wide = self.to_narrow.weight, self.to_wide.weight
         context = narrow.new_zeros(images, self.tokens, len(narrow) + len(wide))
         return Condition(context=context, pooled=wide.new_zeros(images, len(wide)))
@@ -159,19 +160,17 @@ class GridCondition(Head):
     """The features as a map: projected, laid out in raster order, resized to the latents."""
 
     def __init__(self, config: PixelsConfig) -> None:
-        super().__init__()
-        self.side = round(config.patches**0.5)
-        if self.side**2 != config.patches:
-            raise InputError(f'a "grid" condition needs a square number of patches, not {config.patches}')
-        if config.unconditional == "text":
-            raise InputError('a "grid" condition has no null text: use unconditional="learned" or "zeros"')
+        super().__init__(config)
+        patches = config.patches
+        self.side = round(patches**0.5)
+        if self.side**2 != patches:
+            raise InputError(f'"grid" needs a square number of patches, not {patches}')
         self.to_map = nn.Linear(config.features_dim, config.condition_dim)
-        self.learned = config.unconditional == "learned"
         if self.learned:
             self.null_map = nn.Parameter(torch.zeros(config.condition_dim))
 
-    def forward(self, features: Float[Tensor, "images patches dim"], size: tuple[int, int]) -> Condition:
-        """Condition on features for latents of `size` (height, width)."""
+    def forward(self, features: Patches, size: tuple[int, int]) -> Condition:
+        """Condition on features."""
         grid = self.to_map(features).transpose(1, 2).unflatten(2, (self.side, self.side))
         return Condition(grid=F.interpolate(grid, size, mode="bilinear", align_corners=False))
 

@@ -1,6 +1,4 @@
-"""What the pixel decoder takes from diffusers, strictly loaded and checked (UNets, noise schedules, solvers, null text), and
-the arithmetic of noise around it.
-"""
+"""What the pixel decoder takes from diffusers, loaded strictly, and the arithmetic of noise."""
 
 from __future__ import annotations
 
@@ -28,7 +26,9 @@ STABLE_DIFFUSION_NOISE = {
     "steps_offset": 1,
 }
 MIN_SNR_GAMMA = 5.0
-UNETS = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}
+LATENT_VARIANCE = 0.5  # of folded pixels in -1..1
+UNet = UNet2DModel | UNet2DConditionModel
+Generators = torch.Generator | Sequence[torch.Generator]  # one, or one for each picture
 
 
 def options(config: dict[str, Any]) -> dict[str, Any]:
@@ -36,48 +36,44 @@ def options(config: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
-def unet_of(name: str | None) -> type[ModelMixin]:
-    """The UNet class of a name; others raise `InputError`."""
-    if name not in UNETS:
-        raise InputError(f"pixels: unknown unet class {name!r}, expected one of {', '.join(UNETS)}")
-    return UNETS[name]
+def class_of(config: dict[str, Any], what: str, kinds: Any) -> Any:
+    """diffusers' class that `_class_name` names; other than some of `kinds` raise `InputError`."""
+    name = config.get("_class_name")
+    found = getattr(diffusers, str(name), None)
+    if not (isinstance(found, type) and issubclass(found, kinds)):
+        raise InputError(f"pixels: unknown {what} class {name!r}, expected one of diffusers'")
+    return found
 
 
 def noise_schedule(config: dict[str, Any]) -> SchedulerMixin:
     """The noise schedule that a configuration with `_class_name` names."""
-    kind = getattr(diffusers, str(config.get("_class_name")), None)
-    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
-        raise InputError(f"pixels: unknown scheduler class {config.get('_class_name')!r}, expected one of diffusers'")
-    return kind.from_config(options(config))
+    return class_of(config, "scheduler", SchedulerMixin).from_config(options(config))
 
 
 def load_strictly(kind: type[ModelMixin], folder: Path, expected: dict[str, Any]) -> ModelMixin:
-    """A diffusers model with every weight from the folder and the sizes that the configuration names."""
+    """A diffusers model with every weight from the folder, of the sizes `expected` names."""
     found = read_json(folder / "config.json")
     for name, value in options(expected).items():
         moments = name in ("latents_mean", "latents_std", "scaling_factor")  # measured in training
         if not moments and found.get(name) != (list(value) if isinstance(value, tuple) else value):
-            raise InputError(f"{folder}: {name} is {found.get(name)}, this configuration expects {value}")
+            given = f"{name} is {found.get(name)}"
+            raise InputError(f"{folder}: {given}, this configuration expects {value}")
+    how = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     try:
-        model, info = kind.from_pretrained(
-            folder, use_safetensors=True, output_loading_info=True, local_files_only=True
-        )
+        model, info = kind.from_pretrained(folder, **how)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise InputError(f"{folder} cannot be read: {' '.join(str(error).split())[:300]}") from error
-    wrong = [
-        *info["missing_keys"],
-        *info["unexpected_keys"],
-        *(str(key) for key in info["mismatched_keys"]),
-    ]
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{folder} cannot be read: {reason}") from error
+    wrong = [*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])]
     if wrong:
         raise InputError(f"{folder} does not fit its own configuration: {', '.join(wrong[:3])}")
     return model
 
 
 class DPMSolver(diffusers.DPMSolverMultistepScheduler):
-    """DPM-Solver++ that clips its guess of the clean latents as DDIM does, where `thresholding` is on.
+    """DPM-Solver++ that clips its guess of the clean latents as DDIM does, if `thresholding` is on.
 
-    diffusers' own thresholding sorts every latent for a quantile first, which costs a small denoiser some percent.
+    diffusers' own sorts every latent for a quantile first: some percent of a small denoiser's time.
     """
 
     def _threshold_sample(self, sample: Tensor) -> Tensor:
@@ -85,34 +81,32 @@ class DPMSolver(diffusers.DPMSolverMultistepScheduler):
         return sample.clamp(-bound, bound)
 
 
-Parts = tuple[ModelMixin, AutoencoderKL | None, Tensor | None]
-
-
-def random_weights(config: PixelsConfig) -> Parts:
-    """A new UNet and autoencoder (of the global generator); no null text."""
+def random_weights(config: PixelsConfig) -> tuple[ModelMixin, AutoencoderKL | None]:
+    """A new UNet and autoencoder (of the global generator)."""
     vae = AutoencoderKL.from_config(options(config.vae)) if config.vae else None
-    return unet_of(config.unet.get("_class_name")).from_config(options(config.unet)), vae, None
+    return class_of(config.unet, "unet", UNet).from_config(options(config.unet)), vae
 
 
-def given_weights(config: PixelsConfig) -> Parts:
-    """UNet, autoencoder and, for "text", null text of the diffusers folder `config.start_from`, read strictly."""
-    folder = Path(config.start_from)
-    kind = unet_of(read_json(folder / "unet" / "config.json").get("_class_name"))
+def stored_weights(config: PixelsConfig, folder: Path) -> tuple[ModelMixin, AutoencoderKL | None]:
+    """UNet and autoencoder of a diffusers folder, read strictly."""
+    kind = class_of(read_json(folder / "unet" / "config.json"), "unet", UNet)
     unet = load_strictly(kind, folder / "unet", config.unet)
     vae = load_strictly(AutoencoderKL, folder / "vae", config.vae) if config.vae else None
-    return unet, vae, null_text(folder) if config.unconditional == "text" else None
+    return unet, vae
 
 
 def null_text(folder: Path) -> Float[Tensor, "tokens width"]:
     """What a diffusers folder's text encoder makes of no words: SD 1.5's unconditional context."""
     from transformers import CLIPTextModel, CLIPTokenizer
 
+    local = {"local_files_only": True}
     try:
-        text = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", use_safetensors=True, local_files_only=True)
+        text = CLIPTokenizer.from_pretrained(folder / "tokenizer", **local)
+        where = folder / "text_encoder"
+        encoder = CLIPTextModel.from_pretrained(where, use_safetensors=True, **local)
     except (OSError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{folder} has no tokenizer/ and text_encoder/ for the null text: {reason}") from error
+        raise InputError(f"{folder} has no tokenizer/ and text_encoder/: {reason}") from error
     length = min(text.model_max_length, encoder.config.max_position_embeddings)
     words = text("", padding="max_length", max_length=length, return_tensors="pt")
     with torch.no_grad():
@@ -120,7 +114,7 @@ def null_text(folder: Path) -> Float[Tensor, "tokens width"]:
 
 
 def solver_of(sampler: str | SchedulerMixin, noise: SchedulerMixin) -> SchedulerMixin:
-    """The solver of a name for the noise that the decoder was trained with; a scheduler object is copied."""
+    """The solver of a name for the noise of training; a scheduler object is copied."""
     if not isinstance(sampler, str):
         return type(sampler).from_config(sampler.config)
     trained = options(noise.config)
@@ -128,66 +122,72 @@ def solver_of(sampler: str | SchedulerMixin, noise: SchedulerMixin) -> Scheduler
         return diffusers.DDIMScheduler.from_config(trained)
     if sampler != "dpm":
         raise InputError(f'there is no sampler {sampler!r}: choose "dpm" or "ddim"')
+    spacing = trained.get("timestep_spacing")
     trained |= {
         "algorithm_type": "dpmsolver++",
         "final_sigmas_type": "zero",
         # few steps must begin at the last noise level, which "leading" never visits
-        "timestep_spacing": "trailing" if trained.get("timestep_spacing") == "trailing" else "linspace",
+        "timestep_spacing": "trailing" if spacing == "trailing" else "linspace",
         "thresholding": bool(trained.get("clip_sample", False)),
         "sample_max_value": float(trained.get("clip_sample_range", 1.0)),
     }
     return DPMSolver.from_config(trained)
 
 
-def check_widths(
-    config: PixelsConfig, unet: UNet2DModel | UNet2DConditionModel, noise: SchedulerMixin, latent: int
-) -> None:
-    """Raise `InputError` unless a denoiser's channels are those of latents and of what it listens to."""
-    widths = unet.config
+def check_widths(config: PixelsConfig, unet: UNet, latent: int) -> None:
+    """Raise `InputError` unless a denoiser's channels are those of latents and condition."""
+    takes, listens = unet.config.in_channels, unet.config.get("cross_attention_dim")
     grid = config.condition_dim if config.condition == "grid" else 0
-    if widths.in_channels != latent + grid:
-        raise InputError(f"the unet takes {widths.in_channels} channels, but latents have {latent} and the map {grid}")
+    if takes != latent + grid:
+        raise InputError(f"the unet takes {takes} channels: latents have {latent}, the map {grid}")
     if (config.condition == "grid") != isinstance(unet, UNet2DModel):
-        raise InputError('a "grid" condition goes with UNet2DModel, the others with UNet2DConditionModel')
+        raise InputError('"grid" goes with UNet2DModel, other conditions with UNet2DConditionModel')
     wide = config.condition_dim + (config.pooled_dim if config.condition == "pooled" else 0)
-    if not grid and widths.cross_attention_dim != wide:
-        raise InputError(f"the unet listens to {widths.cross_attention_dim} channels, but the context has {wide}")
+    if not grid and listens != wide:
+        raise InputError(f"the unet listens to {listens} channels, but the context has {wide}")
 
 
-def clean_latents(scheduler: SchedulerMixin, noisy: Tensor, answer: Tensor, times: Tensor) -> Tensor:
-    """The clean latents [images, channels, rows, columns] that a denoiser's answer (noise, velocity or they) stands for."""
-    kept = scheduler.alphas_cumprod.to(noisy)[times.long()].reshape(-1, 1, 1, 1)
-    if scheduler.config.prediction_type == "epsilon":
+def signal_share(schedule: SchedulerMixin, noisy: Tensor, times: Tensor) -> Tensor:
+    """Share of the clean latents in the variance of noisy ones [images, 1, 1, 1]."""
+    return schedule.alphas_cumprod.to(noisy)[times.to(noisy.device).long()].reshape(-1, 1, 1, 1)
+
+
+def clean_latents(schedule: SchedulerMixin, noisy: Tensor, answer: Tensor, times: Tensor) -> Tensor:
+    """The clean latents that a denoiser's answer (noise, velocity or they) stands for."""
+    kept = signal_share(schedule, noisy, times)
+    if schedule.config.prediction_type == "epsilon":
         return (noisy - (1 - kept).sqrt() * answer) / kept.sqrt()
-    if scheduler.config.prediction_type == "v_prediction":
+    if schedule.config.prediction_type == "v_prediction":
         return kept.sqrt() * noisy - (1 - kept).sqrt() * answer
     return answer
 
 
-def linear_guess(scheduler: SchedulerMixin, noisy: Tensor, times: Tensor, *, variance: float) -> Tensor:
-    """Best linear guess of the clean latents: it fades where noise drowns them, so that features must decide."""
-    kept = scheduler.alphas_cumprod.to(noisy)[times.to(noisy.device).long()].reshape(-1, 1, 1, 1)
-    return noisy * kept.sqrt() * variance / (kept * variance + 1 - kept)
+def linear_guess(schedule: SchedulerMixin, noisy: Tensor, times: Tensor) -> Tensor:
+    """Best linear guess of the clean latents: it fades in noise, so that features must decide."""
+    kept = signal_share(schedule, noisy, times)
+    return noisy * kept.sqrt() * LATENT_VARIANCE / (kept * LATENT_VARIANCE + 1 - kept)
 
 
-def level_weights(scheduler: SchedulerMixin, times: Int[Tensor, "images"], weighting: str) -> Float[Tensor, "images"]:
+def level_weights(
+    schedule: SchedulerMixin,
+    times: Int[Tensor, "images"],
+    weighting: str,
+) -> Float[Tensor, "images"]:
     """Weights of the loss over noise levels: "equal" or "min-snr" (arXiv 2303.09556)."""
     if weighting == "equal":
         return torch.ones(len(times), device=times.device)
-    kept = scheduler.alphas_cumprod.to(times.device)[times]
+    kept = schedule.alphas_cumprod.to(times.device)[times]
     ratio = kept / (1 - kept)
-    # weights on the squared error of the clean latents are those on the noise's, times the signal-to-noise ratio
-    scale = {"epsilon": ratio, "sample": torch.ones_like(ratio)}.get(scheduler.config.prediction_type, ratio + 1)
+    # weights on the error of the clean latents are those on the noise's, times this ratio
+    scales = {"epsilon": ratio, "sample": torch.ones_like(ratio)}
+    scale = scales.get(schedule.config.prediction_type, ratio + 1)
     return ratio.clamp(max=MIN_SNR_GAMMA) / scale
 
 
-def normal_noise(like: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
-    """Normal noise of the shape of `like`: from one generator, or each picture's from its own."""
+def normal_noise(like: Tensor, generator: Generators | None) -> Tensor:
+    """Normal noise of the shape of `like`, on the device of its generators."""
     if generator is None or isinstance(generator, torch.Generator):
-        return torch.randn(like.shape, generator=generator, device=noise_home(generator, like))
-    return torch.cat([normal_noise(one[None], own) for one, own in zip(like, generator, strict=True)])
-
-
-def noise_home(generator: torch.Generator | None, like: Tensor) -> torch.device:
-    """Where noise is drawn: on the generator's own device."""
-    return like.device if generator is None else generator.device
+        home = like.device if generator is None else generator.device
+        return torch.randn(like.shape, generator=generator, device=home)
+    pairs = zip(like.split(1), generator, strict=True)
+    return torch.cat([normal_noise(one, own) for one, own in pairs])

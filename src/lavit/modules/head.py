@@ -1,11 +1,12 @@
-"""Cross-entropy over text and codes with one softmax (paper Eq. 6), and its gradients, in one pass over the head.
+"""Cross-entropy over text and codes with one softmax (paper Eq. 6), and its gradients, in one pass.
 
-    hidden ─┬─ text head (the LM's own, with or without bias) ─┐
-            └─ visual rows ─────────────────────────────────── ┴─ logits of a chunk of targets ─ softmax − one-hot
+    hidden ─┬─ text head (with or without bias) ─┐
+            └─ visual rows ──────────────────────┴─ logits of a chunk ─ softmax − one-hot
 
-The gradient of a cross-entropy is known as soon as its logits are, so each chunk's logits turn into gradients in place
-and are gone before the next: nothing is computed twice and the full logits never exist (the idea of Liger's fused linear
-cross-entropy, arXiv 2410.10989, written anew in plain torch).
+The gradient of a cross-entropy is known as soon as its logits are, so each chunk's logits turn into
+gradients in place and are gone before the next: nothing is computed twice and the full logits never
+exist (the idea of Liger's fused linear cross-entropy, arXiv 2410.10989, written anew in plain
+torch).
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from torch import Tensor
 
 
 class HeadLoss(torch.autograd.Function):
-    """hidden, labels, text weight, text bias, visual weight, chunk, train → total (with gradient), losses, correct.
+    """hidden, labels, text weight and bias, visual weight, chunk, train → total, losses, correct.
 
-    hidden [targets width]; labels [targets], joint ids; weights [rows width]; `losses` (float) and `correct` (bool) are per
-    target and carry no gradient. Logits, sums and gradients of the weights are fp32 whatever the dtype of `hidden`.
+    hidden [targets width]; labels [targets], joint ids; weights [rows width]; `losses` (float) and
+    `correct` (bool) are per target and carry no gradient. Logits, sums and gradients of the weights
+    are fp32 whatever the dtype of `hidden`.
     """
 
     @staticmethod
@@ -37,9 +39,10 @@ class HeadLoss(torch.autograd.Function):
         """Loss and, where gradients are wanted, gradients of all that wants one."""
         wanted = [train and needed for needed in ctx.needs_input_grad]
         d_hidden = torch.empty_like(hidden) if wanted[0] else None
-        d_text = torch.zeros_like(text, dtype=torch.float32) if wanted[2] else None
-        d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wanted[3] else None
-        d_visual = torch.zeros_like(visual, dtype=torch.float32) if wanted[4] else None
+        d_text, d_bias, d_visual = (
+            torch.zeros_like(weight, dtype=torch.float32) if need else None
+            for weight, need in zip((text, bias, visual), wanted[2:5], strict=True)
+        )
         losses = hidden.new_empty(len(hidden), dtype=torch.float32)
         correct = torch.empty_like(losses, dtype=torch.bool)
         text_rows, visual_rows = text.to(hidden.dtype), visual.to(hidden.dtype)

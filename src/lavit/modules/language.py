@@ -1,15 +1,16 @@
-"""Language: any causal LM from transformers with a joint vocabulary, reading and writing images (paper Sec. 3.2).
+"""Language: any causal LM from transformers that reads and writes images too (paper Sec. 3.2).
 
     text ids ──── the LM's own embedding ───┐
     visual ids ── rows of our own ──────────┼─ LM ─ hidden ─┬─ the LM's own head ─ text logits
-    slots ─────── merger copy ─ Linear ─────┘               └─ visual head ────── logits of image start, end, codes
+    slots ─────── merger copy ─ Linear ─────┘               └─ visual head ────── visual logits
 
-The LM is left as it is: the new rows live beside it, so nothing of it is resized, the visual logits are a product with
-those rows alone, and LoRA (peft, injected in place) leaves the base weights untouched. `export` joins the rows to a
-plain transformers checkpoint. Read images enter as continuous features of a *second* merger, initialised from stage 1.
+The LM is left as it is: the new rows live beside it, so nothing of it is resized, the visual logits
+are a product with those rows alone, and LoRA (peft, injected in place) leaves the base weights
+untouched. `export` joins the rows to a plain transformers checkpoint. Read images enter as
+continuous features of a *second* merger, initialised from stage 1.
 
-Packed rows attend document by document (attention.py) and the loss makes its gradients while it goes through the head
-in chunks (head.py): neither a mask over whole rows nor the full logits ever exist.
+Packed rows attend document by document (attention.py), and the loss makes its gradients on its way
+through the head in chunks (head.py): no mask over whole rows and no full logits ever exist.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from transformers import PreTrainedModel
 from lavit.config import InputError
 from lavit.modules.attention import attend_by_document, group_documents
 from lavit.modules.head import HeadLoss
+from lavit.modules.layers import Keep, Patches
 from lavit.modules.merger import Merger, MergerBlock
 from lavit.sequence import IGNORE, Batch, attention_mask, fill_slots
 from lavit.vocabulary import Vocabulary
@@ -54,21 +56,28 @@ class LanguageLoss:
 class Language(nn.Module):
     """A causal LM with visual rows, a visual head and a reader for pictures.
 
-    `lm` is any transformers causal LM whose logits are `get_output_embeddings()(hidden)`; others (soft-capped or scaled
-    logits) raise `InputError`. `end` is the id that ends a text. `merger` is copied. `trained` says whether the LM is more
-    than freshly initialised: new rows begin accordingly.
+    `lm` is any transformers causal LM whose logits are `get_output_embeddings()(hidden)`
+    (`check_head`). `end` is the id that ends a text; `merger` is copied; `trained` says whether the
+    LM is more than freshly initialised: new rows begin accordingly.
     """
 
     def __init__(
-        self, lm: PreTrainedModel, merger: Merger, *, dim: int, codes: int, end: int, trained: bool = True
+        self,
+        lm: PreTrainedModel,
+        merger: Merger,
+        *,
+        dim: int,
+        codes: int,
+        end: int,
+        trained: bool = True,
     ) -> None:
         super().__init__()
         self.lm = lm
         self.by_document = attend_by_document(lm)
-        table = lm.get_input_embeddings().weight
-        self.vocabulary = Vocabulary(text_size=table.shape[0], codes=codes, end=end)
-        self.width = table.shape[1]
-        self.tied = lm.get_output_embeddings().weight is table
+        table, head = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
+        text_size, self.width = table.shape
+        self.vocabulary = Vocabulary(text_size=text_size, codes=codes, end=end)
+        self.tied = head is table
         shape = (self.vocabulary.visual_size, self.width)
         self.rows = nn.Parameter(torch.empty(shape))
         self.head_rows = None if self.tied else nn.Parameter(torch.empty(shape))
@@ -76,8 +85,9 @@ class Language(nn.Module):
         self.to_language = nn.Linear(dim, self.width)
         _init_like(self.rows, table, trained)
         if self.head_rows is not None:
-            _init_like(self.head_rows, lm.get_output_embeddings().weight, trained)
-        self._no_split_modules = [*(lm._no_split_modules or ()), MergerBlock.__name__]  # units of FSDP2
+            _init_like(self.head_rows, head, trained)
+        # units of FSDP2
+        self._no_split_modules = [*(lm._no_split_modules or ()), MergerBlock.__name__]
         nn.init.trunc_normal_(self.to_language.weight, std=0.02)
         nn.init.zeros_(self.to_language.bias)
 
@@ -86,11 +96,17 @@ class Language(nn.Module):
         """The LM without its head: ids or embeddings in, hidden states out."""
         return self.lm.base_model
 
+    @property
+    def visual_head(self) -> nn.Parameter:
+        """Rows of the visual head: those that embed where the LM ties its own."""
+        return self.rows if self.head_rows is None else self.head_rows
+
     def recompute(self, on: bool) -> None:
-        """Activation checkpointing of the LM's and the reader's blocks: keep their inputs, compute the rest again."""
+        """Activation checkpointing of the LM's and the reader's blocks."""
         self.merger.recompute = on
         if on and not self.lm.supports_gradient_checkpointing:
-            raise InputError(f"{type(self.lm).__name__} cannot recompute its activations: set recompute to False")
+            kind = type(self.lm).__name__
+            raise InputError(f"{kind} cannot recompute its activations: set recompute to False")
         for module in self.lm.modules():
             if hasattr(module, "gradient_checkpointing"):  # the switch of transformers' blocks
                 module.gradient_checkpointing = on
@@ -103,24 +119,16 @@ class Language(nn.Module):
             expected = self.lm(input_ids=ids).logits
             found = self.text_logits(self.body(input_ids=ids).last_hidden_state)
         if not torch.allclose(expected, found, rtol=1e-3, atol=1e-3):
-            raise InputError(
-                f"{type(self.lm).__name__} changes its logits behind the head (soft-capping or scaling): "
-                "such language models are not supported yet; use one whose logits are head(hidden)"
-            )
+            changes = "changes its logits behind the head (soft-capping or scaling)"
+            hint = "use a language model whose logits are head(hidden)"
+            raise InputError(f"{type(self.lm).__name__} {changes}, which is not supported: {hint}")
 
-    def read(
-        self, patches: Float[Tensor, "images patches dim"], keep: Bool[Tensor, "images patches"]
-    ) -> Float[Tensor, "kept width"]:
-        """Continuous features of pictures that are read, packed image after image (no quantisation).
+    def read(self, patches: Patches, keep: Keep) -> Float[Tensor, "kept width"]:
+        """Continuous features of pictures that are read (no look-up), packed image after image.
 
         `patches` are prepared (`VisualTokenizer.prepare`).
         """
         return self.to_language(self.merger(patches, keep))
-
-    def _read_nothing(self, patches: Float[Tensor, "0 patches dim"]) -> Float[Tensor, ""]:
-        """The reader on a blank picture: ranks whose rows read no picture take part in its gradients all the same."""
-        blank = patches.new_zeros(1, *patches.shape[1:])
-        return self.read(blank, torch.ones(blank.shape[:2], dtype=torch.bool, device=blank.device)).sum()
 
     def embed(
         self,
@@ -129,7 +137,7 @@ class Language(nn.Module):
         slots: Bool[Tensor, "rows tokens"] | None = None,
         features: Float[Tensor, "total width"] | None = None,
     ) -> Float[Tensor, "rows tokens width"]:
-        """Input embeddings of joint ids; where `slots` is true the next row of `features` enters instead."""
+        """Input embeddings of joint ids; at `slots` the rows of `features` enter instead."""
         visual = self.vocabulary.is_visual(ids)
         text = self.lm.get_input_embeddings()(ids.masked_fill(visual, self.vocabulary.end))
         rows = F.embedding(self.vocabulary.rows(ids).clamp(min=0), self.rows)
@@ -142,9 +150,9 @@ class Language(nn.Module):
         """Logits of the LM's own text ids."""
         return self.lm.get_output_embeddings()(hidden)
 
-    def visual_logits(self, hidden: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape visual"]:
+    def visual_logits(self, hidden: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape rows"]:
         """Logits of image start, image end and the codes, in the order of `Vocabulary.rows`."""
-        return F.linear(hidden, (self.rows if self.tied else self.head_rows).to(hidden.dtype))
+        return F.linear(hidden, self.visual_head.to(hidden.dtype))
 
     def hidden(
         self,
@@ -155,29 +163,33 @@ class Language(nn.Module):
     ) -> Float[Tensor, "rows tokens width"]:
         """Hidden states of packed rows; attention stays inside each document."""
         if self.by_document:
-            groups = group_documents(documents).to(embeddings.device)
-            nothing = embeddings.new_zeros(1, 1, 1, 1)  # four dimensions: the LM makes no mask of its own
-            inputs = {"attention_mask": nothing, "position_ids": positions, "use_cache": False, "groups": groups}
-            return self.body(inputs_embeds=embeddings, **inputs).last_hidden_state
-        mask = attention_mask(documents)
-        bias = torch.zeros(mask.shape, dtype=embeddings.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
-        out = self.body(inputs_embeds=embeddings, attention_mask=bias, position_ids=positions, use_cache=False)
-        return out.last_hidden_state
+            nothing = embeddings.new_zeros(1, 1, 1, 1)  # four dimensions: the LM makes no mask
+            how = {"attention_mask": nothing, "groups": group_documents(documents)}
+        else:
+            mask = attention_mask(documents)
+            bias = embeddings.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+            how = {"attention_mask": bias}
+        how |= {"position_ids": positions, "use_cache": False}
+        return self.body(inputs_embeds=embeddings, **how).last_hidden_state
 
     def forward(
         self,
         batch: Batch,
-        patches: Float[Tensor, "images patches dim"] | None = None,
-        keep: Bool[Tensor, "images patches"] | None = None,
+        patches: Patches | None = None,
+        keep: Keep | None = None,
     ) -> LanguageLoss:
         """Next-id cross-entropy over text and codes with one softmax (Eq. 6), summed over targets.
 
-        `patches` and `keep` are those of `batch.images`, in order; without them slots take the rows of their codes.
+        `patches` and `keep` are those of `batch.images`, in order; without them slots take the rows
+        of their codes.
         """
         features = self.read(patches, keep) if patches is not None and len(patches) else None
-        embeddings = self.embed(batch.ids, slots=batch.slots if features is not None else None, features=features)
+        embeddings = self.embed(batch.ids, slots=batch.slots, features=features)
         if patches is not None and features is None and torch.is_grad_enabled():
-            embeddings = embeddings + 0.0 * self._read_nothing(patches).to(embeddings.dtype)
+            # a rank whose rows read no picture takes part in the reader's gradients all the same
+            blank = patches.new_zeros(1, *patches.shape[1:])
+            nothing = self.read(blank, blank.new_ones(blank.shape[:2], dtype=torch.bool)).sum()
+            embeddings = embeddings + 0.0 * nothing.to(embeddings.dtype)
         hidden = self.hidden(embeddings, documents=batch.documents, positions=batch.positions)
         wanted = batch.labels != IGNORE
         return self.loss(hidden[wanted], batch.labels[wanted])
@@ -190,10 +202,9 @@ class Language(nn.Module):
         """Cross-entropy in chunks: the full logits never exist, forward or backward."""
         head = self.lm.get_output_embeddings()
         if not isinstance(head, nn.Linear):
-            raise InputError(f"the language model's head is a {type(head).__name__}, expected a plain Linear")
-        rows = self.rows if self.head_rows is None else self.head_rows
-        train = torch.is_grad_enabled()
-        total, losses, correct = HeadLoss.apply(hidden, labels, head.weight, head.bias, rows, CHUNK, train)
+            raise InputError(f"the LM's head is a {type(head).__name__}, expected a plain Linear")
+        weights, train = (head.weight, head.bias, self.visual_head), torch.is_grad_enabled()
+        total, losses, correct = HeadLoss.apply(hidden, labels, *weights, CHUNK, train)
         visual = self.vocabulary.is_visual(labels)
         return LanguageLoss(
             total,
@@ -208,10 +219,11 @@ class Language(nn.Module):
 
 @torch.no_grad()
 def _init_like(rows: Tensor, table: Tensor, trained: bool) -> None:
-    """New rows like those of a fresh table; a quarter of the spread apart around a trained one's mean (none on meta).
+    """New rows around a table's mean, as far apart as its own, a quarter of that if it is trained.
 
-    The hidden states of a trained LM have a large mean, which lifts the logits of all its text alike: rows around zero begin
-    far below them, rows with the full spread scatter as far above (SmolLM2: a loss of 24 on codes, of 14 this way).
+    The hidden states of a trained LM have a large mean, which lifts the logits of all its text
+    alike: rows around zero begin far below them, rows with the full spread scatter as far above
+    (SmolLM2: a loss of 24 on codes, of 14 this way).
     """
     if not table.is_meta:
         known = table.detach().float()

@@ -1,8 +1,9 @@
-"""A distance between pictures in the early layers of the frozen encoder, for training small decoders (stage 3).
+"""A distance between pictures in early layers of the frozen encoder, for small decoders (stage 3).
 
-Squared error alone makes a decoder that is unsure paint the mean of what might be there: a blur. Early features of a
-network that knows pictures tell a blur from an edge (Johnson et al. 2016, arXiv 1603.08155; channels normalised as in LPIPS,
-arXiv 1801.03924, without its learned weights). Not in the paper, whose decoder starts from Stable Diffusion.
+Squared error alone makes a decoder that is unsure paint the mean of what might be there: a blur.
+Early features of a network that knows pictures tell a blur from an edge (Johnson et al. 2016, arXiv
+1603.08155; channels normalised as in LPIPS, arXiv 1801.03924, without its learned weights). Not in
+the paper, whose decoder starts from Stable Diffusion.
 """
 
 from __future__ import annotations
@@ -19,28 +20,30 @@ BLOCKS = (0, 2, 4, 8)  # of EfficientNet-Lite0, beside its stem: strides 2, 4, 8
 
 
 class Perceptual(nn.Module):
-    """Mean over layers and places of the squared distance between unit feature vectors. Its weights are not trained."""
+    """Mean over layers and places of the squared distance between unit feature vectors."""
 
     def __init__(self, vision: Vision) -> None:
         super().__init__()
         if vision.config.source != EFFICIENTNET:
-            raise InputError(
-                f"a perceptual loss needs an encoder that takes pictures of any size ({EFFICIENTNET}), "
-                f"not {vision.config.source!r}: set perceptual_weight to 0"
-            )
+            needed = f"an encoder that takes pictures of any size ({EFFICIENTNET})"
+            given = repr(vision.config.source)
+            hint = "set perceptual_weight to 0"
+            raise InputError(f"a perceptual loss needs {needed}, not {given}: {hint}")
         self.vision = vision
 
     def forward(
-        self, pictures: Float[Tensor, "images 3 height width"], targets: Float[Tensor, "images 3 height width"]
+        self,
+        pictures: Float[Tensor, "images 3 height width"],
+        targets: Float[Tensor, "images 3 height width"],
     ) -> Float[Tensor, ""]:
         """Distance of pictures in -1..1 at their own size, with a gradient to `pictures`."""
         with torch.no_grad():
             wanted = self._layers(targets)
-        found = self._layers(pictures)
-        return torch.stack([(a - b).square().sum(1).mean() for a, b in zip(found, wanted, strict=True)]).mean()
+        pairs = zip(self._layers(pictures), wanted, strict=True)
+        return torch.stack([(a - b).square().sum(1).mean() for a, b in pairs]).mean()
 
     def _layers(self, pictures: Tensor) -> list[Tensor]:
-        config = self.vision.config
-        mean, std = (pictures.new_tensor(value)[:, None, None] for value in (config.mean, config.std))
+        moments = self.vision.config.mean, self.vision.config.std
+        mean, std = (pictures.new_tensor(value)[:, None, None] for value in moments)
         states = self.vision.early(((pictures + 1) / 2 - mean) / std, BLOCKS)
         return [F.normalize(state, dim=1) for state in states]

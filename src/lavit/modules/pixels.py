@@ -1,11 +1,12 @@
-"""Pixels: a diffusion decoder paints the picture of the reconstructed features (paper Sec. 3.1, Eq. 5).
+"""Pixels: a diffusion decoder paints the picture of reconstructed features (paper Sec. 3.1, Eq. 5).
 
     features ─ condition head ─┐
-    noise ──────────────────── denoiser (diffusers UNet) × steps ─ latents ─ autoencoder, or unfolded pixels ─ picture
+    noise ──────────────────── denoiser (a UNet) × steps ─ latents ─ autoencoder or unfolding
 
-One class; the 512-px (SD 1.5), the 1024-px (SDXL) and our small decoders differ by configuration alone. Guidance is one
-batched forward. Noise is drawn per picture from its own seed, so that a picture does not depend on its batch.
-The default solver is DPM-Solver++ 2M (arXiv 2211.01095) where the published decoders take 25-50 DDIM steps.
+One class; the 512-px (SD 1.5), the 1024-px (SDXL) and our small decoders differ by configuration
+alone. Guidance is one batched forward. Noise is drawn per picture from its own seed, so that a
+picture does not depend on its batch. The default solver is DPM-Solver++ 2M (arXiv 2211.01095) where
+the published decoders take 25-50 DDIM steps.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel, UNet2DModel
-from jaxtyping import Float, Shaped
+from diffusers import AutoencoderKL, SchedulerMixin, UNet2DModel
+from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -28,55 +29,59 @@ from lavit.images import ASPECT_SIZES, aspect_size
 from lavit.modules.condition import HEADS, Condition, Head
 from lavit.modules.diffusion import (
     STABLE_DIFFUSION_NOISE,
+    Generators,
+    UNet,
     check_widths,
     clean_latents,
-    given_weights,
     level_weights,
     linear_guess,
-    load_strictly,
-    noise_home,
     noise_schedule,
     normal_noise,
+    null_text,
     random_weights,
     solver_of,
-    unet_of,
+    stored_weights,
 )
+from lavit.modules.layers import Patches
 from lavit.modules.perceptual import Perceptual
 
+Loss = Float[Tensor, ""]
+Pictures = Float[Tensor, "images 3 height width"]
+Latents = Float[Tensor, "images channels rows columns"]
 KL_WEIGHT = 1e-6  # as Stable Diffusion's autoencoder
-LATENT_VARIANCE = 0.5  # of folded pixels in -1..1
 
 
 class Pixels(nn.Module):
     """Condition head, denoiser, noise schedule and, where there is one, autoencoder.
 
-    Pictures are float, -1..1. Latents have unit spread: the autoencoder's, standardised by the mean and deviation in its
-    configuration, or pixels folded `patch`² to one (no autoencoder).
+    Pictures are float, -1..1. Latents have unit spread: the autoencoder's, standardised by the mean
+    and deviation in its configuration, or pixels folded `patch`² to one (no autoencoder).
     """
 
     def __init__(
         self,
         config: PixelsConfig,
-        unet: UNet2DModel | UNet2DConditionModel,
+        unet: UNet,
         scheduler: SchedulerMixin,
         vae: AutoencoderKL | None = None,
         condition: Head | None = None,
     ) -> None:
         super().__init__()
         if (vae is None) != (not config.vae):
-            raise InputError("pixels: an autoencoder is needed exactly where the configuration names one")
+            raise InputError("pixels: an autoencoder goes with a configuration that names one")
         self.config, self.scheduler = config, scheduler
         self.condition = HEADS[config.condition](config) if condition is None else condition
         self.unet, self.vae = unet, vae
-        check_widths(config, unet, scheduler, self.latent_channels)
+        check_widths(config, unet, self.latent_channels)
 
     @classmethod
     def build(cls, config: PixelsConfig) -> Pixels:
-        """A decoder with the weights of `config.start_from`, or random ones (of the global generator)."""
-        unet, vae, null = given_weights(config) if config.start_from else random_weights(config)
+        """A decoder with the weights of `config.start_from`, or random ones (global generator)."""
+        folder = Path(config.start_from) if config.start_from else None
+        unet, vae = stored_weights(config, folder) if folder else random_weights(config)
         pixels = cls(config, unet, noise_schedule(config.scheduler or STABLE_DIFFUSION_NOISE), vae)
-        if null is not None:
-            pixels.condition.take_null(null)
+        if folder and config.unconditional == "text":
+            pixels.condition.take_null(null_text(folder))
         return pixels
 
     @property
@@ -94,31 +99,33 @@ class Pixels(nn.Module):
     def picture_size(self, size: tuple[int, int] | str | None = None) -> tuple[int, int]:
         """(height, width) in pixels of a pair, of an aspect ratio such as "4:3", or the default.
 
-        Ratios have the sizes of the 1024-px decoder (`images.ASPECT_SIZES`), scaled to this decoder's own size.
+        Ratios have the sizes of the 1024-px decoder (`images.ASPECT_SIZES`), scaled to our own.
         """
-        own = self.config.size
+        own, multiple = self.config.size, self.multiple
         if size is None:
             return own, own
         if not isinstance(size, str):
             return size
         whole = ASPECT_SIZES["1:1"][0]
-        height, width = (max(1, round(side * own / whole / self.multiple)) for side in aspect_size(size))
-        return height * self.multiple, width * self.multiple
+        height, width = (max(1, round(side * own / whole / multiple)) for side in aspect_size(size))
+        return height * multiple, width * multiple
 
     def check_size(self, size: tuple[int, int]) -> None:
         """Raise `InputError` unless the decoder can paint (height, width) pixels."""
         if any(side < 1 or side % self.multiple for side in size):
-            raise InputError(f"pixels: size is {size[0]}x{size[1]}, expected multiples of {self.multiple}")
+            given = f"{size[0]}x{size[1]}"
+            raise InputError(f"pixels: size is {given}, expected multiples of {self.multiple}")
 
     @property
     def multiple(self) -> int:
         """Height and width must be multiples of this many pixels."""
-        levels = 2 ** (len(self.unet.config.block_out_channels) - 1) if isinstance(self.unet, UNet2DModel) else 1
-        return self.factor * levels
+        if not isinstance(self.unet, UNet2DModel):
+            return self.factor
+        return self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     @torch.no_grad()
-    def encode(self, pictures: Float[Tensor, "images 3 height width"]) -> Float[Tensor, "images channels rows columns"]:
-        """Latents of pictures in -1..1; the most likely ones where there is an autoencoder. Inverse of `decode`."""
+    def encode(self, pictures: Pictures) -> Latents:
+        """Latents of pictures in -1..1, the autoencoder's most likely ones. Inverse of `decode`."""
         if self.vae is None:
             return F.pixel_unshuffle(pictures, self.config.patch)
         vae = self._steady_vae()
@@ -126,7 +133,7 @@ class Pixels(nn.Module):
         mean, deviation = self._latent_moments(latents)
         return ((latents - mean) / deviation).to(pictures.dtype)
 
-    def decode(self, latents: Float[Tensor, "images channels rows columns"]) -> Float[Tensor, "images 3 height width"]:
+    def decode(self, latents: Latents) -> Pictures:
         """Pictures of latents, not clamped."""
         if self.vae is None:
             return F.pixel_shuffle(latents, self.config.patch)
@@ -134,51 +141,46 @@ class Pixels(nn.Module):
         mean, deviation = self._latent_moments(latents)
         return vae.decode((latents * deviation + mean).to(vae.dtype)).sample.to(latents.dtype)
 
-    def autoencoder_loss(
-        self,
-        pictures: Float[Tensor, "images 3 height width"],
-        *,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
-    ) -> Float[Tensor, ""]:
-        """L1 of the reconstruction and a trace of KL to the unit normal: trains `vae` before stage 3."""
+    def autoencoder_loss(self, pictures: Pictures, *, generator: Generators | None = None) -> Loss:
+        """L1 of the reconstruction and a trace of KL to the unit normal: trains `vae`."""
         if self.vae is None:
-            raise InputError("pixels: this decoder has no autoencoder to train (its latents are folded pixels)")
+            raise InputError("pixels: this decoder has no autoencoder to train, it folds pixels")
         posterior = self.vae.encode(pictures).latent_dist
-        noise = normal_noise(posterior.mean, generator)
-        latents = posterior.mean + posterior.std * noise.to(pictures)
-        return F.l1_loss(self.vae.decode(latents).sample, pictures) + KL_WEIGHT * posterior.kl().mean()
+        noise = normal_noise(posterior.mean, generator).to(pictures)
+        found = self.vae.decode(posterior.mean + posterior.std * noise).sample
+        return F.l1_loss(found, pictures) + KL_WEIGHT * posterior.kl().mean()
 
     @torch.no_grad()
-    def calibrate(self, pictures: Float[Tensor, "images 3 height width"]) -> None:
-        """Measure mean and deviation of the autoencoder's latents, per channel, so that `encode` standardises them."""
+    def calibrate(self, pictures: Pictures) -> None:
+        """Measure mean and deviation of the latents, by which `encode` standardises them."""
         if self.vae is None:
             raise InputError("pixels: folded pixels need no calibration")
         parts = [self.vae.encode(part).latent_dist.mode() for part in pictures.split(64)]
         deviation, mean = torch.std_mean(torch.cat(parts), dim=(0, 2, 3))
-        self.vae.register_to_config(latents_mean=mean.tolist(), latents_std=deviation.tolist(), scaling_factor=1.0)
+        moments = {"latents_mean": mean.tolist(), "latents_std": deviation.tolist()}
+        self.vae.register_to_config(**moments, scaling_factor=1.0)
 
     def forward(
         self,
-        latents: Float[Tensor, "images channels rows columns"],
-        features: Float[Tensor, "images patches dim"],
+        latents: Latents,
+        features: Patches,
         *,
-        generator: torch.Generator | Sequence[torch.Generator],
+        generator: Generators,
         perceptual: Perceptual | None = None,
         perceptual_weight: float = 0.0,
-    ) -> Float[Tensor, ""]:
+    ) -> Loss:
         """Loss of Eq. 5 on latents (`encode`, computed once): squared error of the predicted noise.
 
-        Each picture gets a noise level and, with probability `condition_dropout`, the null condition; from a generator of
-        its own where there are several, whatever the batch.
+        Each picture gets a noise level and, with probability `condition_dropout`, the null
+        condition; from a generator of its own where there are several, whatever the batch.
         """
-        self._check_features(features)
         images = len(latents)
-        noise, times, dropped = (drawn.to(latents.device) for drawn in self._draw(latents, generator))
+        drawn = self._draw(latents, generator)
+        noise, times, dropped = (part.to(latents.device) for part in drawn)
         size = tuple(latents.shape[2:])
         condition = self.told(features, size).replaced(dropped, self.condition.null(images, size))
         noisy = self.scheduler.add_noise(latents, noise, times)
-        kind = self.scheduler.config.prediction_type
-        target = {"epsilon": noise, "sample": latents}.get(kind)
+        target = {"epsilon": noise, "sample": latents}.get(self.scheduler.config.prediction_type)
         if target is None:
             target = self.scheduler.get_velocity(latents, noise, times)
         found = self._predict(noisy, times, condition)
@@ -189,22 +191,22 @@ class Pixels(nn.Module):
         clean = clean_latents(self.scheduler, noisy, found, times)
         return loss + perceptual_weight * perceptual(self.decode(clean), self.decode(latents))
 
-    def _draw(
-        self, latents: Tensor, generator: torch.Generator | Sequence[torch.Generator]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _draw(self, latents: Tensor, generator: Generators) -> tuple[Tensor, Tensor, Tensor]:
         """Noise, noise levels, and which pictures lose their condition."""
         if not isinstance(generator, torch.Generator):
-            drawn = [self._draw(one[None], own) for one, own in zip(latents, generator, strict=True)]
-            return tuple(torch.cat(part) for part in zip(*drawn, strict=True))
-        images, options = len(latents), {"generator": generator, "device": noise_home(generator, latents)}
+            pairs = zip(latents.split(1), generator, strict=True)
+            drawn = zip(*(self._draw(one, own) for one, own in pairs), strict=True)
+            return tuple(torch.cat(part) for part in drawn)
+        images, levels = len(latents), self.scheduler.config.num_train_timesteps
+        where = {"generator": generator, "device": generator.device}
         noise = normal_noise(latents, generator).to(latents)
-        times = torch.randint(self.scheduler.config.num_train_timesteps, (images,), **options)
-        return noise, times, torch.rand(images, **options) < self.config.condition_dropout
+        times = torch.randint(levels, (images,), **where)
+        return noise, times, torch.rand(images, **where) < self.config.condition_dropout
 
     @torch.no_grad()
     def sample(
         self,
-        features: Float[Tensor, "images patches dim"],
+        features: Patches,
         *,
         seeds: Sequence[int],
         steps: int | None = None,
@@ -212,16 +214,22 @@ class Pixels(nn.Module):
         sampler: str | SchedulerMixin | None = None,
         size: tuple[int, int] | str | None = None,
         callback: Callable[[int, Tensor], Tensor | None] | None = None,
-    ) -> Float[Tensor, "images 3 height width"]:
+    ) -> Pictures:
         """Paint one picture per row of features, -1..1; what is None comes from the configuration.
 
-        seeds: one per picture, its noise whatever the batch. sampler: "dpm", "ddim" or any diffusers scheduler.
-        size: (height, width) in pixels, or an aspect ratio (`picture_size`). callback: called with the step's number and
-        the latents after each step; what it returns, if anything, takes their place.
+        seeds: one per picture, its noise whatever the batch. sampler: "dpm", "ddim" or any
+        diffusers scheduler. size: (height, width) in pixels, or an aspect ratio (`picture_size`).
+        callback: called with the step's number and the latents after each step; what it returns, if
+        anything, takes their place.
         """
         guidance = self.config.guidance if guidance is None else guidance
+        if not guidance >= 0:
+            raise InputError(f"pixels: guidance is {guidance}, expected 0 or more (1 is without)")
+        if len(seeds) != len(features):
+            pictures = f"{len(features)} pictures"
+            raise InputError(f"pixels: {len(seeds)} seeds for {pictures}, expected one each")
         height, width = self.picture_size(size)
-        self._check_request(features, seeds, guidance, (height, width))
+        self.check_size((height, width))
         solver = self.solver(sampler, steps, features.device)
         shape = (self.latent_channels, height // self.factor, width // self.factor)
         weight = self.unet.dtype
@@ -231,10 +239,11 @@ class Pixels(nn.Module):
         generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
         latents = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         latents = latents.to(features.device) * solver.init_noise_sigma
-        extra = {"generator": generators} if "generator" in inspect.signature(solver.step).parameters else {}
+        random = "generator" in inspect.signature(solver.step).parameters
+        extra = {"generator": generators} if random else {}
         for step, time in enumerate(solver.timesteps):
             scaled = solver.scale_model_input(latents, time).to(weight)
-            found = self._guided(scaled, time, condition, guidance, (height, width)).float()
+            found = self._guided(scaled, time, condition, guidance).float()
             latents = solver.step(found, time, latents, **extra).prev_sample
             if callback is not None:
                 changed = callback(step, latents)
@@ -242,9 +251,12 @@ class Pixels(nn.Module):
         return self.decode(latents.to(weight)).clamp(-1, 1)
 
     def solver(
-        self, sampler: str | SchedulerMixin | None = None, steps: int | None = None, device: torch.device | None = None
+        self,
+        sampler: str | SchedulerMixin | None = None,
+        steps: int | None = None,
+        device: torch.device | None = None,
     ) -> SchedulerMixin:
-        """A solver of its own for one call, its noise levels set; what is None comes from the configuration."""
+        """A solver for one call, its noise levels set; None is the configuration's."""
         steps = self.config.steps if steps is None else steps
         most = self.scheduler.config.num_train_timesteps
         if not 1 <= steps <= most:
@@ -253,73 +265,60 @@ class Pixels(nn.Module):
         solver.set_timesteps(steps, device=device)
         return solver
 
-    def told(self, features: Float[Tensor, "images patches dim"], size: tuple[int, int]) -> Condition:
+    def told(self, features: Patches, size: tuple[int, int]) -> Condition:
         """The condition that features make, for latents of `size` (height, width)."""
-        self._check_features(features)
+        patches, dim = self.config.patches, self.config.features_dim
+        if features.dim() != 3 or features.shape[1:] != (patches, dim):
+            expected = f"[pictures, {patches}, {dim}]"
+            raise InputError(f"pixels: features are {list(features.shape)}, expected {expected}")
         if self.config.direction:
             features = F.normalize(features, dim=-1) * features.shape[-1] ** 0.5
         return self.condition(features, size)
 
     def save(self, folder: Path) -> None:
-        """Write unet/, scheduler/, vae/ (each opens in diffusers) and condition/model.safetensors."""
+        """Write unet/, scheduler/, vae/ as diffusers does, and condition/model.safetensors."""
         folder = Path(folder)
         self.unet.save_pretrained(folder / "unet")
         self.scheduler.save_pretrained(folder / "scheduler")
         if self.vae is not None:
             self.vae.save_pretrained(folder / "vae")
         (folder / "condition").mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.contiguous().cpu() for name, tensor in self.condition.state_dict().items()}
+        tensors = self.condition.state_dict()
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
         save_file(tensors, folder / "condition" / "model.safetensors")
 
     @classmethod
     def load(cls, folder: Path, config: PixelsConfig) -> Pixels:
-        """Read what `save` wrote; a part that is missing or of other sizes than `config`'s raises `InputError`."""
+        """Inverse of `save`; a part that is missing or of other sizes raises `InputError`."""
         folder = Path(folder)
-        unet_class = unet_of(read_json(folder / "unet" / "config.json").get("_class_name"))
-        unet = load_strictly(unet_class, folder / "unet", config.unet)
-        vae = load_strictly(AutoencoderKL, folder / "vae", config.vae) if config.vae else None
+        unet, vae = stored_weights(config, folder)
         scheduler = noise_schedule(read_json(folder / "scheduler" / "scheduler_config.json"))
         pixels = cls(config, unet, scheduler, vae)
         where = folder / "condition" / "model.safetensors"
         try:
             pixels.condition.load_state_dict(load_file(where))
-        except FileNotFoundError as error:
-            raise InputError(f"{where} is missing: this model folder is incomplete") from error
-        except (SafetensorError, RuntimeError) as error:
+        except (OSError, SafetensorError, RuntimeError) as error:  # missing, broken, other sizes
             reason = " ".join(str(error).split())
-            raise InputError(f"{where} does not fit this configuration: {reason}") from error
+            raise InputError(f"{where} cannot be read for this configuration: {reason}") from error
         return pixels
 
-    def _guided(
-        self,
-        latents: Tensor,
-        time: Tensor,
-        condition: Condition,
-        guidance: float,
-        size: tuple[int, int],
-    ) -> Tensor:
+    def _guided(self, latents: Tensor, time: Tensor, told: Condition, guidance: float) -> Tensor:
         if guidance == 1:
-            return self._predict(latents, time, condition, size)
-        with_features, without = self._predict(latents.repeat(2, 1, 1, 1), time, condition, size).chunk(2)
+            return self._predict(latents, time, told)
+        with_features, without = self._predict(latents.repeat(2, 1, 1, 1), time, told).chunk(2)
         return without + guidance * (with_features - without)
 
-    def _predict(
-        self,
-        latents: Tensor,
-        times: Tensor,
-        condition: Condition,
-        size: tuple[int, int] | None = None,
-    ) -> Tensor:
-        """The denoiser's output; `times` is one noise level or one per picture, `size` the picture's, for SDXL's ids."""
+    def _predict(self, latents: Tensor, times: Tensor, condition: Condition) -> Tensor:
+        """The denoiser's output; `times` is one noise level or one per picture."""
         if self.config.sees == "estimate":
-            latents = linear_guess(self.scheduler, latents, times, variance=LATENT_VARIANCE)
+            latents = linear_guess(self.scheduler, latents, times)
         if condition.grid is not None:
             latents = torch.cat([latents, condition.grid.to(latents.dtype)], dim=1)
         if condition.context is None:
             return self.unet(latents, times).sample
         extra: dict[str, Any] = {"encoder_attention_mask": condition.valid}
         if condition.pooled is not None:
-            height, width = size or tuple(side * self.factor for side in latents.shape[2:])
+            height, width = (side * self.factor for side in latents.shape[2:])
             ids = latents.new_tensor([height, width, 0, 0, height, width]).expand(len(latents), -1)
             extra["added_cond_kwargs"] = {"text_embeds": condition.pooled, "time_ids": ids}
         return self.unet(latents, times, condition.context, **extra).sample
@@ -331,30 +330,10 @@ class Pixels(nn.Module):
         return self.vae
 
     def _latent_moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the autoencoder's latents, [channels, 1, 1], from its configuration."""
+        """Mean and deviation of the autoencoder's latents, [channels, 1, 1]."""
         config = self.vae.config
-        mean = config.latents_mean if config.latents_mean is not None else [config.shift_factor or 0.0]
-        deviation = config.latents_std if config.latents_std is not None else [1.0]
-        mean, deviation = (torch.tensor(v, device=like.device)[:, None, None] for v in (mean, deviation))
-        return mean, deviation / config.scaling_factor
-
-    def _check_features(self, features: Shaped[Tensor, "..."]) -> None:
-        expected = (self.config.patches, self.config.features_dim)
-        if features.dim() != 3 or tuple(features.shape[1:]) != expected:
-            raise InputError(
-                f"pixels: features are {list(features.shape)}, expected [pictures, {expected[0]}, {expected[1]}]"
-            )
-
-    def _check_request(
-        self,
-        features: Tensor,
-        seeds: Sequence[int],
-        guidance: float,
-        size: tuple[int, int],
-    ) -> None:
-        self._check_features(features)
-        if not guidance >= 0:
-            raise InputError(f"pixels: guidance is {guidance}, expected 0 or more (1 is without guidance)")
-        if len(seeds) != len(features):
-            raise InputError(f"pixels: {len(seeds)} seeds for {len(features)} pictures, expected one each")
-        self.check_size(size)
+        mean, deviation = config.latents_mean, config.latents_std
+        mean = [config.shift_factor or 0.0] if mean is None else mean
+        deviation = [1.0] if deviation is None else deviation
+        mean, deviation = (like.new_tensor(v, dtype=torch.float32) for v in (mean, deviation))
+        return mean[:, None, None], deviation[:, None, None] / config.scaling_factor

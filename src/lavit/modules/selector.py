@@ -1,11 +1,11 @@
-"""Selector: which patches deserve a token (paper Sec. 3.1, Eq. 1), and the policies that turn probabilities into masks.
+"""Selector: which patches deserve a token (paper Sec. 3.1, Eq. 1), and policies of keeping them.
 
-    patches ─ LayerNorm ─ Linear ─ GELU ─┬─ first half: local ────────────────┬─ Linear ─ GELU ─ Linear ─ GELU ─ Linear
-                                         └─ second half: mean over patches ───┘                          └ log-softmax
+    patches ─ LayerNorm ─ Linear ─ GELU ─┬─ first half: local ──────────────┬─ MLP ─ log-softmax
+                                         └─ second half: mean over patches ─┘
 
-Two logits per patch, 0 = keep and 1 = drop. Training draws a hard Gumbel-softmax mask with straight-through gradient.
-The published modules draw noise at inference too, so a picture gets other tokens every time; here inference is
-deterministic (`KeepPolicy`), and `sample` is there for who wants it.
+Two logits per patch, 0 = keep and 1 = drop. Training draws a hard Gumbel-softmax mask with
+straight-through gradient. The published modules draw noise at inference too, so a picture gets
+other tokens every time; here inference is deterministic but for the policy `sample`.
 """
 
 from __future__ import annotations
@@ -14,22 +14,24 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from lavit.config import InputError
-from lavit.modules.layers import initialise
+from lavit.modules.layers import Keep, Patches, initialise
 
-PolicyKind = Literal["auto", "threshold", "top_k", "rate", "sample", "random", "strided", "all", "norm"]
+Baseline = Literal["random", "strided", "norm", "all"]
+PolicyKind = Literal["auto", "threshold", "top_k", "rate", "sample"] | Baseline
 
 
 @dataclass(frozen=True)
 class KeepPolicy:
     """How many and which patches are kept at inference.
 
-    auto: the expected count round(Σ p) of most probable patches; threshold: p > value; top_k: value patches; rate:
-    value · N patches; sample: a Gumbel draw (needs a generator). Baselines for comparison at the rate `value`:
-    random (needs a generator), strided, norm (largest feature norm), and all. At least one patch is always kept.
+    auto: the expected count round(Σ p) of most probable patches; threshold: p > value; top_k: value
+    patches; rate: value · N patches; sample: a Gumbel draw (needs a generator). Baselines for
+    comparison at the rate `value`: random (needs a generator), strided, norm (largest feature
+    norm), and all. At least one patch is always kept.
     """
 
     kind: PolicyKind = "auto"
@@ -43,7 +45,7 @@ class KeepPolicy:
         if self.max_tokens is not None and self.max_tokens < self.min_tokens:
             raise InputError(f"max_tokens {self.max_tokens} is below min_tokens {self.min_tokens}")
         if self.kind == "top_k" and (self.value < 1 or self.value != int(self.value)):
-            raise InputError(f"top_k needs a whole number of tokens of at least 1, not {self.value}")
+            raise InputError(f"top_k needs a whole number of at least 1, not {self.value}")
         if self.kind in ("rate", "random", "strided", "norm") and not 0 < self.value <= 1:
             raise InputError(f"{self.kind} needs a share of patches in 0..1, not {self.value}")
         if self.kind == "threshold" and not 0 <= self.value <= 1:
@@ -51,11 +53,11 @@ class KeepPolicy:
 
     @classmethod
     def parse(cls, keep: str | int | float | KeepPolicy) -> KeepPolicy:
-        """Read "auto", "all", 64 (tokens), 0.25 (share of patches), or "kind:value" such as "threshold:0.5"."""
+        """Read "auto", "all", 64 (tokens), 0.25 (share of patches), or "kind:value"."""
         if isinstance(keep, KeepPolicy):
             return keep
         if isinstance(keep, bool) or not isinstance(keep, str | int | float):
-            raise InputError(f"keep must be a policy's name, a number of tokens or a share of patches, not {keep!r}")
+            raise InputError(f"keep must be a name, a number of tokens or a share, not {keep!r}")
         if isinstance(keep, int):
             return cls("top_k", keep)
         if isinstance(keep, float):
@@ -66,9 +68,8 @@ class KeepPolicy:
                 return cls.parse(float(kind) if "." in kind else int(kind))
             return cls(kind, float(value) if value else 0.0)  # type: ignore[arg-type]
         except (ValueError, TypeError) as error:
-            raise InputError(
-                f"keep={keep!r} is not understood ({error}): try auto, all, 64, 0.25 or top_k:64"
-            ) from error
+            hint = "try auto, all, 64, 0.25 or top_k:64"
+            raise InputError(f"keep={keep!r} is not understood ({error}): {hint}") from error
 
 
 class Selector(nn.Module):
@@ -87,8 +88,8 @@ class Selector(nn.Module):
         )
         initialise(self)
 
-    def forward(self, patches: Float[Tensor, "images patches dim"]) -> Float[Tensor, "images patches 2"]:
-        """Log-probabilities, channel 0 = keep, 1 = drop; each row of two sums to one in probability."""
+    def forward(self, patches: Patches) -> Float[Tensor, "images patches 2"]:
+        """Log-probabilities, channel 0 = keep, 1 = drop."""
         with torch.autocast(patches.device.type, enabled=False):
             x = nn.functional.gelu(self.local(self.norm(patches.float())))
             local, shared = x.chunk(2, -1)
@@ -110,7 +111,7 @@ def straight_through(
 ) -> Float[Tensor, "images patches"]:
     """Hard Gumbel-softmax keep mask of zeros and ones with the soft mask's gradient (Eq. 1).
 
-    A picture whose draw keeps nothing keeps its most probable patch, so that every image has a token.
+    A picture whose draw keeps nothing keeps its most probable patch.
     """
     soft = ((log_probs + noise) / temperature).softmax(-1)[..., 0]
     hard = (soft > 0.5).float()
@@ -123,12 +124,13 @@ def select(
     log_probs: Float[Tensor, "images patches 2"],
     policy: KeepPolicy,
     *,
-    patches: Float[Tensor, "images patches dim"] | None = None,
+    patches: Patches | None = None,
     generator: torch.Generator | None = None,
-) -> Bool[Tensor, "images patches"]:
+) -> Keep:
     """Keep mask of a policy, each image on its own.
 
-    `norm` needs the patches; `sample` and `random` need a generator, else `InputError`. Ties go to the earlier patch.
+    `norm` needs the patches; `sample` and `random` need a generator, else `InputError`. Ties go to
+    the earlier patch.
     """
     probability = log_probs[..., 0].exp()
     images, total = probability.shape
@@ -162,5 +164,4 @@ def select(
         raise InputError(f"there is no keep policy {policy.kind!r}")
     count = count.round().long().clamp(policy.min_tokens, min(policy.max_tokens or total, total))
     order = score.argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(total, device=order.device).expand_as(order))
-    return rank < count[:, None]
+    return order.argsort(dim=1) < count[:, None]  # an order's own order is the rank

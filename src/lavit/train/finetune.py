@@ -32,8 +32,7 @@ from lavit.config import (
     write_json,
 )
 from lavit.data.conversations import ConversationDocuments, load_conversations
-from lavit.data.features import tokenize_features
-from lavit.data.pretokenised import nothing_read
+from lavit.data.features import nothing_read, tokenize_features
 from lavit.model import LaVIT
 from lavit.modules.language import Language
 from lavit.storage import inject_lora, merge_lora, model_folder

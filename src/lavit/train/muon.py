@@ -46,19 +46,20 @@ class Muon(torch.optim.AdamW):
         ]
         turned = _shared([self._ahead(parameter) for parameter, _, _ in moving])
         for (parameter, rate, decay), matrix in zip(moving, turned, strict=True):
-            size = rate * SIZE * max(parameter.shape) ** 0.5
-            parameter.mul_(1 - rate * decay).add_(spread_as(parameter, matrix), alpha=-size)
+            size = SIZE * max(matrix.shape) ** 0.5
+            turn = spread_as(parameter, matrix.view(parameter.shape))
+            parameter.mul_(1 - rate * decay).add_(turn, alpha=-rate * size)
             parameter.grad = None  # AdamW passes it over
         super().step(closure)
 
     def _ahead(self, parameter: nn.Parameter) -> Tensor:
-        """Nesterov's look ahead, whole."""
+        """Nesterov's look ahead, whole; a kernel as a matrix with a row for each output."""
         state = self.state[parameter]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
             state["step"] = torch.zeros(())  # AdamW looks for one in each state
         momentum = state["momentum"].lerp_(parameter.grad, 1 - MOMENTUM)
-        return whole(parameter.grad.lerp(momentum, MOMENTUM))
+        return whole(parameter.grad.lerp(momentum, MOMENTUM)).flatten(1)
 
 
 def _shared(matrices: list[Tensor]) -> list[Tensor]:
@@ -88,13 +89,14 @@ def orthogonal(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows col
 def matrices_apart(
     groups: Iterable[dict[str, Any]], module: nn.Module, *, but: Iterable[Tensor] = ()
 ) -> list[dict[str, Any]]:
-    """Parameter groups with the weights of linear layers in groups of their own, for `Muon`.
+    """Parameter groups with the weights of linear and convolutional layers apart, for `Muon`.
 
     Embeddings, heads tied to them, and the tensors in `but` stay where they are.
     """
     kept = {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Embedding)}
     kept |= {id(tensor) for tensor in but}
-    linear = {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Linear)} - kept
+    kinds = (nn.Linear, nn.Conv2d)
+    linear = {id(layer.weight) for layer in module.modules() if isinstance(layer, kinds)} - kept
     found = []
     for group in groups:
         rest = [parameter for parameter in group["params"] if id(parameter) not in linear]

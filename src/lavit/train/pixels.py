@@ -20,6 +20,7 @@ from lavit.modules.vision import Vision
 from lavit.sequence import VisualTokens
 from lavit.train.batches import PictureBatch, Shard, draw_batch, seeded
 from lavit.train.loop import Stage
+from lavit.train.muon import matrices_apart
 
 
 class PixelsStage(Stage):
@@ -49,6 +50,13 @@ class PixelsStage(Stage):
             self.latents = torch.cat([pixels.encode(part) for part in pictures.split(64)])
         average = get_ema_multi_avg_fn(config.ema)
         self.averaged = AveragedModel(pixels, multi_avg_fn=average, use_buffers=False)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """One group, or kernels and matrices apart."""
+        groups = super().parameter_groups()
+        if self.config.optimizer == "adamw":
+            return groups
+        return matrices_apart(groups, self.module)
 
     def batch(self, step: int, shard: Shard) -> PictureBatch:
         """Pictures of a step."""

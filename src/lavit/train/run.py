@@ -31,11 +31,10 @@ from lavit.config import (
     to_json,
     write_json,
 )
-from lavit.data.bulk import tokenizer_hash
+from lavit.data.bulk import corpus_codes, tokenizer_hash
 from lavit.data.corpus import Corpus, load_corpus, origin_of
 from lavit.data.documents import Documents
-from lavit.data.features import Features, compute_features, tokenize_features
-from lavit.data.pretokenised import corpus_codes, nothing_read
+from lavit.data.features import Features, compute_features, nothing_read, tokenize_features
 from lavit.data.sources import Record
 from lavit.data.stream import StreamingDocuments, stream_texts
 from lavit.images import pixels as to_pixels

@@ -30,10 +30,10 @@ from typing import Any
 import numpy as np
 
 from lavit.config import InputError, read_json, require
-from lavit.data.scenes.edits import edit
+from lavit.data.scenes.edits import Edit, edit
 from lavit.data.scenes.frozen import versions
 from lavit.data.scenes.language import describe, plainly, prompt
-from lavit.data.scenes.questions import questions
+from lavit.data.scenes.questions import Question, questions
 from lavit.data.scenes.render import render
 from lavit.data.scenes.sample import scene_at
 from lavit.data.scenes.splits import SPLITS, Rules
@@ -55,25 +55,18 @@ class Told:
     scene: Scene
     texts: tuple[str, ...]
     prompts: tuple[str, ...]
-    questions: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True)
-class Change:
-    """Pictures of a unit by number: from `sources` and words to `target`."""
-
-    sources: tuple[int, ...]
-    prompt: str
-    target: int
-    kind: str
+    questions: tuple[Question, ...]
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Pictures that belong together, and the changes among them."""
+    """Pictures that belong together; of several, the last is made of the others by `change`."""
 
     pictures: tuple[Told, ...]
-    changes: tuple[Change, ...] = ()
+    change: Edit | None = None
+
+
+Drawn = tuple[Unit, list[bytes]]  # a unit and its pictures as PNG files
 
 
 def unit_at(split: str, index: int, *, seed: int = 0, rules: Rules | None = None) -> Unit:
@@ -82,17 +75,13 @@ def unit_at(split: str, index: int, *, seed: int = 0, rules: Rules | None = None
     rng = np.random.default_rng([2, seed, SPLITS.index(split), index])
     scene = scene_at(split, index, seed=seed, rules=rules)
     luck = rng.random()
+    change = None
     if split == "train" and luck >= UNITS[0] + UNITS[1]:
-        made = several(rng, rules)
-        scenes = (*made.sources, made.target)
-        pictures = tuple(told(one, rng, rules) for one in scenes)
-        at = tuple(range(len(made.sources)))
-        return Unit(pictures, (Change(at, made.prompt, len(at), made.kind),))
-    changed = edit(scene, rng, rules) if split == "train" and luck >= UNITS[0] else None
-    if changed is None:
-        return Unit((told(scene, rng, rules),))
-    pictures = (told(changed.source, rng, rules), told(changed.target, rng, rules))
-    return Unit(pictures, (Change((0,), changed.prompt, 1, changed.kind),))
+        change = several(rng, rules)
+    elif split == "train" and luck >= UNITS[0]:
+        change = edit(scene, rng, rules)
+    scenes = (*change.sources, change.target) if change else (scene,)
+    return Unit(tuple(told(one, rng, rules) for one in scenes), change)
 
 
 def told(scene: Scene, rng: np.random.Generator, rules: Rules) -> Told:
@@ -101,34 +90,28 @@ def told(scene: Scene, rng: np.random.Generator, rules: Rules) -> Told:
     """
     texts = dict.fromkeys((plainly(scene), describe(scene, rng)))
     prompts = [prompt(scene, rng, full=True), *(prompt(scene, rng) for _ in range(PROMPTED - 1))]
-    asked = [(one.question, one.answer) for one in questions(scene, rng, rules, ASKED)]
+    asked = questions(scene, rng, rules, ASKED)
     return Told(scene, tuple(texts), tuple(dict.fromkeys(prompts)), tuple(asked))
 
 
-def endless(split: str = "train", *, seed: int = 0, rules: Rules | None = None, start: int = 0) -> Iterator[Unit]:
-    """Units of a split from number `start` on, without end."""
-    for index in itertools.count(start):
-        yield unit_at(split, index, seed=seed, rules=rules)
-
-
-def stream_rows(seed: int = 0, *, split: str = "train", rules: Rules | None = None) -> Any:
-    """Pictures of `endless` as a `datasets.IterableDataset` (image, texts) for `--stream`.
+def stream_rows(seed: int = 0, *, split: str = "train") -> Any:
+    """Pictures of all units as a `datasets.IterableDataset` (image, texts) for `--stream`.
 
     Shards are stretches of units, so several processes share them, and a place can be saved.
     """
     datasets = require("datasets", extra="train")
-    shards = {"shards": list(range(STRETCHES)), "split": split, "seed": seed, "rules": rules}
+    texts = datasets.List(datasets.Value("string"))
     return datasets.IterableDataset.from_generator(
         _stretches,
-        features=datasets.Features(image=datasets.Image(decode=False), texts=datasets.List(datasets.Value("string"))),
-        gen_kwargs=shards,
+        features=datasets.Features(image=datasets.Image(decode=False), texts=texts),
+        gen_kwargs={"shards": list(range(STRETCHES)), "split": split, "seed": seed},
     )
 
 
-def _stretches(shards: list[int], split: str, seed: int, rules: Rules | None) -> Iterator[dict[str, Any]]:
+def _stretches(shards: list[int], split: str, seed: int) -> Iterator[dict[str, Any]]:
     for shard in shards:
         for index in range(shard * STRETCH, (shard + 1) * STRETCH):
-            for one in unit_at(split, index, seed=seed, rules=rules).pictures:
+            for one in unit_at(split, index, seed=seed).pictures:
                 encoded = {"bytes": png(one.scene, SIZE), "path": None}
                 yield {"image": encoded, "texts": list(one.texts)}
 
@@ -174,20 +157,20 @@ def write_pool(
     with replacing(out) as new:
         (new / split).mkdir()
         rows, asked, changes = [], [], []
-        for unit, encoded in _drawn(split, pictures, seed, rules, size, processes):
+        draw = partial(_chunk, split=split, seed=seed, rules=rules, size=size)
+        for unit, encoded in _drawn(draw, pictures, processes):
             names = []
             for one, data in zip(unit.pictures, encoded, strict=False):
                 name = f"{len(rows):06d}.png"
                 (new / split / name).write_bytes(data)
                 names.append(f"{split}/{name}")
                 rows.append({"file_name": name, "texts": one.texts, "prompts": one.prompts})
-                asked += [
-                    {"image": names[-1], "question": question, "answer": answer} for question, answer in one.questions
-                ]
-            for change in unit.changes:
-                sources = [names[number] for number in change.sources]
-                words = {"prompt": change.prompt, "kind": change.kind}
-                changes.append({"sources": sources, "target": names[change.target], **words})
+                for question in one.questions:
+                    words = {"question": question.question, "answer": question.answer}
+                    asked.append({"image": names[-1], **words})
+            if unit.change:
+                words = {"prompt": unit.change.prompt, "kind": unit.change.kind}
+                changes.append({"sources": names[:-1], "target": names[-1], **words})
             if progress:
                 progress(len(rows), pictures)
         _lines(new / split / "metadata.jsonl", rows)
@@ -210,30 +193,27 @@ def write_pool(
     return counts
 
 
-def _drawn(
-    split: str, pictures: int, seed: int, rules: Rules, size: int, processes: int
-) -> Iterator[tuple[Unit, list[bytes]]]:
-    """Units of so many pictures in all, with their pictures as PNG files."""
-    work = partial(_chunk, split=split, seed=seed, rules=rules, size=size)
+def _drawn(draw: Callable[[int], list[Drawn]], pictures: int, processes: int) -> Iterator[Drawn]:
+    """Units of so many pictures in all."""
     chunks = range(-(-pictures // CHUNK))  # a unit has one picture at least
     with contextlib.ExitStack() as stack:
         run = map
         if processes > 1:
             spawn = multiprocessing.get_context("spawn")
             run = stack.enter_context(spawn.Pool(processes)).imap
-        for unit, encoded in itertools.chain.from_iterable(run(work, chunks)):
-            if len(unit.pictures) >= pictures:  # the last; its changes may lack a picture
-                whole = len(unit.pictures) == pictures
-                yield unit if whole else Unit(unit.pictures[:pictures]), encoded
-                return
+        for unit, encoded in itertools.chain.from_iterable(run(draw, chunks)):
+            if len(unit.pictures) > pictures:  # the last, of which its change lacks a picture
+                unit = Unit(unit.pictures[:pictures])
             yield unit, encoded
             pictures -= len(unit.pictures)
+            if not pictures:
+                return
 
 
-def _chunk(number: int, *, split: str, seed: int, rules: Rules, size: int) -> list[tuple[Unit, list[bytes]]]:
-    """Units of one chunk, with their pictures as PNG files."""
-    first = number * CHUNK
-    units = itertools.islice(endless(split, seed=seed, rules=rules, start=first), CHUNK)
+def _chunk(number: int, *, split: str, seed: int, rules: Rules, size: int) -> list[Drawn]:
+    """Units of one chunk."""
+    indices = range(number * CHUNK, (number + 1) * CHUNK)
+    units = [unit_at(split, index, seed=seed, rules=rules) for index in indices]
     return [(unit, [png(one.scene, size) for one in unit.pictures]) for unit in units]
 
 
@@ -244,7 +224,7 @@ def png(scene: Scene, size: int) -> bytes:
     return stream.getvalue()
 
 
-def _talks(folder: Path, count: int, seed: int, rules: Rules, size: int) -> Iterator[dict[str, Any]]:
+def _talks(folder: Path, count: int, seed: int, rules: Rules, size: int) -> Iterator[Any]:
     """Conversations of 2 to 4 turns as messages; their pictures are written beside them."""
     (folder / "conversations").mkdir()
     for number in range(count):

@@ -48,12 +48,17 @@ TEXTS = {
 
 @dataclass(frozen=True)
 class Edit:
-    """What is asked for, of which kind, and the scenes before and after."""
+    """What is asked for, of which kind, the scenes that are shown, and the one that is right."""
 
     kind: str
     prompt: str
-    source: Scene
+    sources: tuple[Scene, ...]
     target: Scene
+
+    @property
+    def source(self) -> Scene:
+        """The first scene that is shown."""
+        return self.sources[0]
 
 
 Change = tuple[str, Scene] | None
@@ -77,8 +82,8 @@ def edit(
         document = Document(rules, training=allowed is None)
         if (document.training and rules.forbids(scene)) or not document.admits(scenes=[scene]):
             return None
-    kinds = tuple(OFTEN) if kind is None else (kind,)
-    shares = np.array([OFTEN[one] for one in kinds])
+    kinds = tuple(EDIT_KINDS) if kind is None else (kind,)
+    shares = np.array([EDIT_KINDS[one] for one in kinds])
     tries = TRIES if allowed is None else PATIENCE
     for which in rng.choice(len(kinds), len(kinds), replace=False, p=shares / shares.sum()):
         for _ in range(tries):
@@ -88,7 +93,7 @@ def edit(
             text, target = change
             fine = rules.forbids(target) is None if allowed is None else allowed(target)
             if fine and document.admits([text], [target]):
-                return Edit(kinds[which], text, scene, target)
+                return Edit(kinds[which], text, (scene,), target)
     return None
 
 
@@ -101,9 +106,8 @@ def _change(kind: str, scene: Scene, rng: Rng, rules: Rules) -> Change:
     """One attempt at an edit of a kind; None if it fails."""
     if kind in OF_SCENES:
         return OF_SCENES[kind](scene, rng, rules)
-    groups = sorted(facts(scene).groups)
-    if kind == "recolour":
-        groups = [group for group in groups if group.colour]
+    coloured = kind == "recolour"
+    groups = sorted(group for group in facts(scene).groups if group.colour or not coloured)
     return OF_GROUPS[kind](scene, pick(rng, groups), rng, rules) if groups else None
 
 
@@ -184,8 +188,8 @@ def _fresh(scene: Scene, rng: Rng, rules: Rules) -> tuple[str, str | None]:
 def _places(scene: Scene, name: str, rng: Rng) -> str:
     """Every relation of a group: " to the right of the owl and above the star"."""
     said = facts(scene)
-    words = [f"{place(kind, rng, 0.6)} {the(said.group(other))}" for kind, other in around(said, name)]
-    words = shuffled(rng, words)
+    there = ((place(kind, rng, 0.6), said.group(other)) for kind, other in around(said, name))
+    words = shuffled(rng, [f"{where} {the(group)}" for where, group in there])
     return f" {listed(words)}" if words else ""
 
 
@@ -221,10 +225,8 @@ def _swap(scene: Scene, rng: Rng, rules: Rules) -> Change:
     for one, other in zip(_members(scene, a.name), _members(scene, b.name), strict=True):
         things += [_at(one, other), _at(other, one)]
     target = _with(scene, things)
-    names = {a.name: b.name, b.name: a.name}
-    wanted = frozenset(
-        Relation(r.kind, names.get(r.first, r.first), names.get(r.second, r.second)) for r in said.relations
-    )
+    names = {**{name: name for name in scene.names}, a.name: b.name, b.name: a.name}
+    wanted = frozenset(Relation(r.kind, names[r.first], names[r.second]) for r in said.relations)
     if facts(target).relations != wanted or not wanted:
         return None
     return _say(rng, "swap", groups=f"{the(a)} and {the(b)}"), target
@@ -343,8 +345,7 @@ OF_GROUPS: dict[str, Callable[[Scene, Group, Rng, Rules], Change]] = {
     "remove": _remove, "replace": _replace, "move": _move, "recolour": _recolour,
     "resize": _resize, "number": _number,
 }  # fmt: skip
-OFTEN = {  # how often each is tried first
+EDIT_KINDS = {  # how often each is tried first
     "add": 2.5, "remove": 0.7, "replace": 1.0, "move": 3.0, "swap": 3.0, "recolour": 1.5,
     "resize": 1.0, "number": 1.0, "background": 0.6, "pattern": 0.5, "style": 0.5,
 }  # fmt: skip
-EDIT_KINDS = tuple(OFTEN)

@@ -1,5 +1,4 @@
-"""Are the test sets still those that figures were published for? A hash of what is asked and what
-is shown.
+"""Are the test sets still those that figures were published for? A hash of what is asked and shown.
 
 The hash of a split is over the facts and the raw pixels of its first 500 scenes at 96 pixels;
 frozen ones stand in frozen.json, with the versions of the packages that drew them. Figures of
@@ -8,6 +7,7 @@ another hash are not comparable. The split `noto` is left out: its font is the u
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable
@@ -45,12 +45,10 @@ def joint_hash(hashes: dict[str, str]) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of the packages that draw."""
-    found = {}
+    found = dict.fromkeys(PACKAGES, "none")
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "none"
     return found
 
 
@@ -69,12 +67,11 @@ def frozen(rules: Rules) -> dict[str, str] | None:
 def renew(report: Callable[[str], None]) -> dict[str, Any]:
     """Freeze the test sets as they are now."""
     hashes: dict[str, dict[str, str]] = {}
-    for size in SIZES:
-        rules = Rules(objects=size)
-        hashes[name_of(rules)] = {}
+    for rules in map(Rules, SIZES):
+        here = hashes[name_of(rules)] = {}
         for split in MEASURING:
-            hashes[name_of(rules)][split] = split_hash(split, rules)
-            report(f"{name_of(rules)}: {split} {hashes[name_of(rules)][split]}")
+            here[split] = split_hash(split, rules)
+            report(f"{name_of(rules)}: {split} {here[split]}")
     found = {"packages": versions(), "hashes": hashes}
     PATH.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found

@@ -6,26 +6,20 @@ two groups, both named. Lower case; a full stop after descriptions and captions,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 
 from lavit.data.scenes.chance import Rng, pick, shuffled
-from lavit.data.scenes.lexicon import NUMBERS, OPPOSITE, are, article, noun, plural
+from lavit.data.scenes.lexicon import NUMBERS, OPPOSITE, TRIMMINGS, are, article, noun, plural
 from lavit.data.scenes.world import SHAPES, Facts, Group, Relation, Scene, facts, kind_of
 
-OPENINGS = {
-    "": 3,
-    "draw ": 2,
-    "paint ": 1,
-    "show me ": 1,
-    "a picture of ": 1,
-    "draw a picture of ": 1,
-}
-REQUESTS = tuple(words for words, often in OPENINGS.items() for _ in range(often))
-TRIMMINGS = {"striped": "stripes", "dotted": "dots"}  # patterns as something that a ground has
+REQUESTS = (  # each as often as it stands here
+    "", "", "", "draw ", "draw ", "paint ", "show me ", "a picture of ", "draw a picture of ",
+)  # fmt: skip
 Triple = tuple[str, str, str]  # of a name, a kind of relation in words, and a name
 SYNONYMS = 0.08  # of the names in prompts
 KEPT = {"sizes": 0.4, "relations": 0.5, "background": 0.6, "pattern": 0.5, "colours": 0.9}
+BRIEF = {"sizes": 0.2, "relations": 0.4}  # of the facts in captions
 FRAMES = (  # of things, what stands where (`more`), and the background
     "{things} on {a_ground}{more}",
     "{things} on {a_ground}{more}",
@@ -82,9 +76,8 @@ def plainly(scene: Scene) -> str:
 
 def mention(scene: Scene, rng: Rng) -> str:
     """A short caption: the things, their numbers and colours, sometimes sizes or a relation."""
-    sizes, relations = rng.random() < 0.2, rng.random() < 0.4
-    said = thin(facts(scene), sizes=sizes, relations=relations, background=False, pattern=False)
-    return say(said, rng, order=scene.names) + "."
+    kept = {kind for kind, share in BRIEF.items() if rng.random() < share}
+    return say(thin(facts(scene), {"colours", *kept}), rng, order=scene.names) + "."
 
 
 def prompt(scene: Scene, rng: Rng, *, full: bool | None = None) -> str:
@@ -96,8 +89,7 @@ def prompt(scene: Scene, rng: Rng, *, full: bool | None = None) -> str:
     if full is None:
         full = rng.random() < 0.5
     if not full:
-        kept = zip(KEPT, rng.random(len(KEPT)) < tuple(KEPT.values()), strict=True)
-        said = thin(said, **{kind: bool(keep) for kind, keep in kept})
+        said = thin(said, {kind for kind, share in KEPT.items() if rng.random() < share})
     opening = pick(rng, REQUESTS)
     words = say(said, rng, synonyms=SYNONYMS)
     if words.startswith(FIRST) or ":" in words:
@@ -105,31 +97,26 @@ def prompt(scene: Scene, rng: Rng, *, full: bool | None = None) -> str:
     return words if "picture of" in opening and words.startswith("nothing") else opening + words
 
 
-def thin(
-    said: Facts,
-    *,
-    sizes: bool = True,
-    colours: bool = True,
-    relations: bool = True,
-    background: bool = True,
-    pattern: bool = True,
-) -> Facts:
-    """Facts without those of some kinds."""
-    groups = frozenset(
-        replace(g, size=g.size if sizes else None, colour=g.colour if colours else None) for g in said.groups
-    )
+def thin(said: Facts, kept: Container[str]) -> Facts:
+    """What things there are, and the facts of some kinds (as in `KEPT`)."""
+    groups = said.groups
+    if "sizes" not in kept:
+        groups = frozenset(replace(group, size=None) for group in groups)
+    if "colours" not in kept:
+        groups = frozenset(replace(group, colour=None) for group in groups)
     return Facts(
-        said.background if background else None,
-        said.pattern if pattern else None,
+        said.background if "background" in kept else None,
+        said.pattern if "pattern" in kept else None,
         groups,
-        said.relations if relations else frozenset(),
+        said.relations if "relations" in kept else frozenset(),
     )
 
 
 def say(said: Facts, rng: Rng, *, synonyms: float = 0.0, order: Sequence[str] | None = None) -> str:
     """Exactly these facts, without the last full stop; groups in an `order` of names, or in any."""
+    unsaid = said.background is None and said.pattern is None
     if not said.groups:
-        return _nothing(said, rng)
+        return "nothing" if unsaid else pick(rng, NOTHING).format(**_grounds(said, rng))
     groups = shuffled(rng, sorted(said.groups))
     if order is not None:
         groups.sort(key=lambda group: order.index(group.name))
@@ -143,7 +130,11 @@ def say(said: Facts, rng: Rng, *, synonyms: float = 0.0, order: Sequence[str] | 
         things = f"{words[first]} {place(kind, rng)} {words[second]}"
     else:
         things = listed(list(words.values()))
-    return _on_ground(things, _clauses(relations, names, said, rng), said, rng)
+    more = _clauses(relations, names, said, rng)
+    there = "there is" if things.startswith(("a ", "an ", "one ")) else "there are"
+    if unsaid:
+        return f"{there} {things}{more}" if rng.random() < 0.2 else things + more
+    return pick(rng, FRAMES).format(things=things, more=more, there=there, **_grounds(said, rng))
 
 
 def _clauses(relations: list[Triple], names: dict[str, str], said: Facts, rng: Rng) -> str:
@@ -164,14 +155,6 @@ def _clauses(relations: list[Triple], names: dict[str, str], said: Facts, rng: R
             text += f"{link}the {names[first]} {verb}{place(kind, rng)} the {names[second]}"
             subject = first
     return text
-
-
-def _on_ground(things: str, more: str, said: Facts, rng: Rng) -> str:
-    """Things, what stands where, and the background, if it is said."""
-    there = "there is" if things.startswith(("a ", "an ", "one ")) else "there are"
-    if said.background is None and said.pattern is None:
-        return f"{there} {things}{more}" if rng.random() < 0.2 else things + more
-    return pick(rng, FRAMES).format(things=things, more=more, there=there, **_grounds(said, rng))
 
 
 def group_words(group: Group, word: str | None = None) -> str:
@@ -228,25 +211,17 @@ def _word(group: Group, rng: Rng, synonyms: float) -> str:
 
 
 def _grounds(said: Facts, rng: Rng) -> dict[str, str]:
-    """Words for the background, as the places of `FRAMES` want them."""
+    """Words for the background, as the places of `FRAMES` and `NOTHING` want them."""
     colour, pattern = said.background, said.pattern
     adjectives = [word for word in (pattern, colour) if word]
     turned = adjectives[::-1] if pattern != "plain" and rng.random() < 0.3 else adjectives
-    plain = f"{' '.join(turned)} background"
+    ground = plain = f"{' '.join(turned)} background"
     either = adjectives if rng.random() < 0.5 else adjectives[::-1]
     painted = pick(rng, (" ".join(turned), " and ".join(either)))
-    ground = plain
     if colour and pattern in TRIMMINGS:
         if rng.random() < 0.2:
             ground = f"{colour} background with {TRIMMINGS[pattern]}"
         if rng.random() < 0.25:
             painted = f"{colour} with {TRIMMINGS[pattern]}"
-    words = {"ground": ground, "a_ground": article(ground)}
-    return {**words, "a_plain": article(plain), "painted": painted}
-
-
-def _nothing(said: Facts, rng: Rng) -> str:
-    """Words for an empty picture."""
-    if said.background is None and said.pattern is None:
-        return "nothing"
-    return pick(rng, NOTHING).format(**_grounds(said, rng))
+    a_ground, a_plain = article(ground), article(plain)
+    return {"ground": ground, "a_ground": a_ground, "a_plain": a_plain, "painted": painted}

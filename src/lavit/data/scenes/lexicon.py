@@ -13,36 +13,23 @@ SIZES = {
     "small": "small", "little": "small", "tiny": "small",
     "big": "big", "large": "big", "huge": "big",
 }  # fmt: skip
-PATTERN_WORDS = {
-    **{pattern: pattern for pattern in PATTERNS},
-    "stripy": "striped", "stripes": "striped", "dots": "dotted", "spotted": "dotted",
-}  # fmt: skip
+PATTERN_WORDS = {**{word: word for word in PATTERNS}, "stripy": "striped", "spotted": "dotted"}
+TRIMMINGS = {"striped": "stripes", "dotted": "dots"}  # patterns as something that a ground has
 SPELLINGS = {"grey": "gray", "colored": "coloured", "color": "colour", "recolor": "recolour"}
-RELATIONS = ("left of", "right of", "above", "below")  # as words; facts have the first and third
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 PLACES = {
     "above": "above", "over": "above",
     "below": "below", "under": "below", "beneath": "below", "underneath": "below",
 }  # fmt: skip
-HARD = ("unicorn",)  # words with a vowel that is not one by ear
-SILENT = ("hour",)
-GRAMMAR = frozenset(
-    re.findall(
-        r"\w+",
-        """a an the of on against in with and is are there to left right background nothing it empty picture
-    draw paint show me make create please that no stripes dots""",
-    )
-)
-TALK = frozenset(
-    re.findall(
-        r"\w+",
-        """add remove take away replace by move swap exchange places put bigger smaller larger
-        instead change into turn colour recolour pattern style flat outlined drawn become
-        so number them be should what which how many any more than fewer or where do you
-        see this describe short caption everything full together both things thing from
-        first second pictures combine now one for please delete erase get rid give its yes""",
-    )
-)
+OTHER_WORDS = """
+    a an the of on against in with and is are there to left right background nothing it empty
+    picture draw paint show me make create please that no stripes dots
+    add remove take away replace by move swap exchange places put bigger smaller larger
+    instead change into turn colour recolour pattern style flat outlined drawn become
+    so number them be should what which how many any more than fewer or where do you
+    see this describe short caption everything full together both things thing from
+    first second pictures combine now one for delete erase get rid give its yes
+"""
 
 
 @dataclass(frozen=True)
@@ -80,39 +67,34 @@ def are(group: Group) -> str:
 
 def article(words: str) -> str:
     """Words with "a" or "an" before them."""
-    vowel = words[0] in "aeiou" and not words.startswith(HARD)
-    return f"{'an' if vowel or words.startswith(SILENT) else 'a'} {words}"
+    vowel = words[0] in "aeiou" and not words.startswith("unicorn")
+    return f"{'an' if vowel or words.startswith('hour') else 'a'} {words}"
 
 
 @cache
 def nouns() -> dict[tuple[str, ...], Noun]:
     """All nouns, as tuples of words."""
     found: dict[tuple[str, ...], Noun] = {}
-
-    def put(name: str, one: str, many: str) -> None:
-        for words, is_one in ((one, True), (many, False)):
-            key = tuple(words.lower().split())
-            same = one == many
-            found.setdefault(key, Noun(name, is_one or same, not is_one or same))
-
-    for name in SHAPES:
-        put(name, name, plural(name))
-    for kind in objects():
-        put(kind.name, kind.name, kind.plural)
-    for kind in objects():
-        for word in kind.synonyms:
-            put(kind.name, word, plural(word))
+    names = [(name, name, noun(name, 2)) for name in (*SHAPES, *(kind.name for kind in objects()))]
+    synonyms = [(kind.name, word, plural(word)) for kind in objects() for word in kind.synonyms]
+    for name, one, many in names + synonyms:
+        for words in (one, many):
+            meant = Noun(name, words == one, words == many)
+            found.setdefault(tuple(words.lower().split()), meant)
     return found
 
 
 LONGEST = 3  # words of a noun
 
 
-def split(text: str) -> list[str] | None:
-    """Words and marks of a text, in lower case; None if something else stands in it."""
-    text = text.lower().replace("’", "'")
-    words = re.findall(r"[a-z]+(?:['-][a-z]*)*|\d+|[.,:?!]", text)
-    if re.sub(r"\s", "", text) != "".join(words):
+def _plain(text: str) -> str:
+    return text.lower().replace("’", "'")
+
+
+def split(text: str, *, strictly: bool = True) -> list[str] | None:
+    """Words and marks of a text, in lower case; `strictly`: None if something else stands in it."""
+    words = re.findall(r"[a-z]+(?:['-][a-z]*)*|\d+|[.,:?!]", _plain(text))
+    if strictly and re.sub(r"\s", "", _plain(text)) != "".join(words):
         return None
     return [SPELLINGS.get(word, word) for word in words]
 
@@ -140,8 +122,7 @@ def names_in(text: str) -> tuple[frozenset[str], frozenset[tuple[str, str]]]:
 
     Texts outside the language are read too: what is not a name is passed over.
     """
-    loose = re.findall(r"[a-z]+(?:['-][a-z]*)*|\d+|[.,:?!]", text.lower().replace("’", "'"))
-    found = tokens([SPELLINGS.get(word, word) for word in loose])
+    found = tokens(split(text, strictly=False))
     names = frozenset(token.name for token in found if isinstance(token, Noun))
     coloured = set()
     for place, token in enumerate(found):
@@ -158,13 +139,12 @@ def names_in(text: str) -> tuple[frozenset[str], frozenset[tuple[str, str]]]:
 def vocabulary() -> frozenset[str]:
     """Every word of the language: of descriptions, prompts, questions and edits."""
     words = {word for key in nouns() for word in key}
-    words |= {*BACKGROUNDS, *COLOURS, *PATTERN_WORDS, *SIZES, *PLACES, *NUMBERS}
-    return frozenset(words | GRAMMAR | TALK | set(SPELLINGS))
+    words |= {*BACKGROUNDS, *COLOURS, *PATTERN_WORDS, *SIZES, *PLACES, *NUMBERS, *SPELLINGS}
+    return frozenset(words.union(OTHER_WORDS.split()))
 
 
 def unknown_words(text: str) -> list[str]:
     """Words of a text that the language does not know, each once, in order."""
-    words = re.findall(r"[^\s.,:;?!\"()]+", text.lower().replace("’", "'"))
-    known = vocabulary()
-    strange = [w for w in words if w not in known and not re.fullmatch(r"[1-9]", w)]
-    return list(dict.fromkeys(strange))
+    words = re.findall(r"[^\s.,:;?!\"()]+", _plain(text))
+    known = vocabulary() | set("123456789")
+    return list(dict.fromkeys(word for word in words if word not in known))

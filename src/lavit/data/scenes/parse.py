@@ -21,6 +21,7 @@ request stands what can be asked for: things, or a background with things or wit
 from __future__ import annotations
 
 from collections.abc import Mapping
+from graphlib import CycleError, TopologicalSorter
 from typing import TypeVar
 
 from lavit.data.scenes.lexicon import (
@@ -29,6 +30,7 @@ from lavit.data.scenes.lexicon import (
     PATTERN_WORDS,
     PLACES,
     SIZES,
+    TRIMMINGS,
     Noun,
     are,
     article,
@@ -37,12 +39,12 @@ from lavit.data.scenes.lexicon import (
 )
 from lavit.data.scenes.world import BACKGROUNDS, COLOURS, SHAPES, Facts, Group, Relation
 
-TRIMMINGS = ("stripes", "dots")
-ADJECTIVES = {word: pattern for word, pattern in PATTERN_WORDS.items() if word not in TRIMMINGS}
+TRIMMED = {word: pattern for pattern, word in TRIMMINGS.items()}
 COUNTS = {"a": 1, "an": 1}
 COUNTS |= {words[n]: n for n in range(1, 10) for words in (NUMBERS, "0123456789")}
-VERBS = ("is", "are")
-ON = ("on", "against")
+VERBS = {"is": "is", "are": "are"}
+GROUNDS = {colour: colour for colour in BACKGROUNDS}
+PAINTS = {colour: colour for colour in COLOURS}
 Value = TypeVar("Value")
 
 
@@ -53,25 +55,15 @@ class Unreadable(Exception):
 def parse(text: str) -> Facts | None:
     """What a text says of a scene, or None if it is not wholly in the language."""
     words = split(text)
-    if not words or not _articles(words):
+    if not words:
+        return None
+    pairs = zip(words, [*words[1:], "."], strict=True)
+    if any(article(after) != f"{a} {after}" for a, after in pairs if a in ("a", "an")):
         return None
     try:
         return _Reader(tokens(words)).text()
-    except Unreadable:
+    except (Unreadable, CycleError):
         return None
-
-
-def _articles(words: list[str]) -> bool:
-    """Does each "a" and "an" fit the word after it?"""
-    pairs = zip(words, [*words[1:], "."], strict=True)
-    return all(article(after) == f"{a} {after}" for a, after in pairs if a in ("a", "an"))
-
-
-def relate(kind: str, first: str, second: str) -> Relation:
-    """A relation in words as a fact: right of and below are turned round."""
-    if kind in ("right of", "below"):
-        return Relation(OPPOSITE[kind], second, first)
-    return Relation(kind, first, second)
 
 
 def _must(so: object) -> None:
@@ -125,12 +117,21 @@ class _Reader:
         while self.take(".") and self.peek() is not None:
             self.sentence()
         _must(self.peek() is None and self.empty != bool(self.groups))
-        return self.facts()
+        pairs = {frozenset((one.first, one.second)) for one in self.relations}
+        _must(len(pairs) == len(self.relations))
+        for kind in ("left of", "above"):
+            order = TopologicalSorter[str]()
+            for one in self.relations:
+                if one.kind == kind:
+                    order.add(one.first, one.second)
+            order.prepare()  # CycleError: something would come before itself
+        groups = frozenset(self.groups.values())
+        return Facts(self.background, self.pattern, groups, frozenset(self.relations))
 
     def sentence(self) -> None:
         """One sentence, of any kind."""
         kept = dict(vars(self))
-        for kind in (self.clauses, self.painted, self.void, self.behind, self.before):
+        for kind in (self.clauses, self.painted, self.void, self.behind, self.things):
             try:
                 kind()
                 _must(self.peek() in (None, "."))
@@ -149,16 +150,10 @@ class _Reader:
                 subject = self.called()
                 _must(not verbs or self.take(are(subject)))
             kind, other = self.relation(), self.called()
-            _must(kind)
-            if verbs and not named and self.peek() in VERBS:
-                verb = self.peek()
-                self.at += 1
-                first = self.called()
-                _must(verb == are(first))
-            else:
-                first = subject
-            _must(first)
-            self.relations += (relate(kind, first.name, other.name),)
+            verb = verbs and not named and self.look_up(VERBS)
+            first = self.called() if verb else subject
+            _must(kind and first and (not verb or verb == are(first)))
+            self.relate(kind, first.name, other.name)
             more = self.take("and", ", and")
 
     def called(self) -> Group:
@@ -175,26 +170,29 @@ class _Reader:
                 return side
         return self.look_up(PLACES)
 
+    def relate(self, kind: str, first: str, second: str) -> None:
+        """A relation in words as a fact: right of and below are turned round."""
+        if kind in ("right of", "below"):
+            kind, first, second = OPPOSITE[kind], second, first
+        self.relations += (Relation(kind, first, second),)
+
     def painted(self) -> None:
         """the background is striped and blue"""
         _must(self.background is None and self.pattern is None)
         _must(self.take("the background is") and self.adjective())
-        both = self.peek() == "and"
-        self.at += both
+        both = self.take("and")
         _must(self.adjective(joined=both) or not both)
         self.trimmings()
 
     def adjective(self, *, joined: bool = False) -> bool:
         """Colour or pattern of the background, if one stands here; no colour before "plain"."""
-        colour = self.peek() if self.peek() in BACKGROUNDS else None
-        pattern = ADJECTIVES.get(self.peek())
+        colour, pattern = self.look_up(GROUNDS), None
         if colour:
             _must(self.background is None)
             self.background = colour
-        elif pattern:
+        elif pattern := self.look_up(PATTERN_WORDS):
             _must(joined or pattern != "plain" or self.background is None)
             self.pattern_is(pattern)
-        self.at += bool(colour or pattern)
         return bool(colour or pattern)
 
     def pattern_is(self, pattern: str) -> None:
@@ -203,11 +201,11 @@ class _Reader:
 
     def trimmings(self) -> bool:
         """with stripes"""
-        if self.peek() != "with" or self.peek(1) not in TRIMMINGS:
-            return False
-        self.pattern_is(PATTERN_WORDS[self.peek(1)])
-        self.at += 2
-        return True
+        found = self.peek() == "with" and TRIMMED.get(self.peek(1))
+        if found:
+            self.pattern_is(found)
+            self.at += 2
+        return bool(found)
 
     def ground(self) -> None:
         """striped blue background, blue background with stripes"""
@@ -220,7 +218,7 @@ class _Reader:
 
     def on_ground(self) -> bool:
         """on a striped blue background"""
-        found = self.take(*ON)
+        found = self.take("on", "against")
         if found:
             _must(self.take("a", "an"))
             self.ground()
@@ -242,9 +240,8 @@ class _Reader:
     def behind(self) -> None:
         """The background, then the things."""
         if self.on_ground():
-            comma, there = self.take(","), self.peek() == "there"
-            _must(comma or there)
-            self.things()
+            _must(self.take(",") or self.peek() == "there")
+            self.things(ground=False)
             return
         some = self.take("a", "an")
         self.ground()
@@ -252,12 +249,8 @@ class _Reader:
         self.list()
         self.asides()
 
-    def before(self) -> None:
-        """The things, then perhaps the background."""
-        self.things(ground=True)
-
-    def things(self, *, ground: bool = False) -> None:
-        """there is an owl above a star on a blue background, or without one"""
+    def things(self, *, ground: bool = True) -> None:
+        """there is an owl above a star, and on which background, if that may be said"""
         there = self.take("there is", "there are") and self.found[self.at - 1]
         several = self.list()
         first = next(iter(self.groups.values()))
@@ -277,46 +270,23 @@ class _Reader:
         _must(not self.empty and not self.groups)
         first = self.group()
         if kind := self.relation():
-            self.relations += (relate(kind, first, self.group()),)
+            self.relate(kind, first, self.group())
             return False
         while self.peek() == "," and self.peek(1) in COUNTS:
             self.at += 1
             self.group()
         several = len(self.groups) > 1
-        if self.take("and", *[", and"] * several):
+        joined = self.take("and", *[", and"] * several)
+        _must(joined or not several)
+        if joined:
             self.group()
-            return True
-        _must(not several)
-        return False
+        return joined
 
     def group(self) -> str:
         """two small red stars"""
-        number = self.look_up(COUNTS)
-        _must(number)
-        size = self.look_up(SIZES)
-        colour = self.look_up({colour: colour for colour in COLOURS})
+        number, size, colour = map(self.look_up, (COUNTS, SIZES, PAINTS))
         one = self.noun()
-        _must(one.one if number == 1 else one.many)
+        _must(number and (one.one if number == 1 else one.many))
         _must(one.name not in self.groups and (colour is None or one.name in SHAPES))
         self.groups = {**self.groups, one.name: Group(one.name, number, size, colour)}
         return one.name
-
-    def facts(self) -> Facts:
-        """What was said, if it fits together."""
-        pairs = [frozenset((each.first, each.second)) for each in self.relations]
-        _must(len(set(pairs)) == len(pairs) and all(len(pair) == 2 for pair in pairs))
-        for kind in ("left of", "above"):
-            _must(not _circular({(r.first, r.second) for r in self.relations if r.kind == kind}))
-        groups = frozenset(self.groups.values())
-        return Facts(self.background, self.pattern, groups, frozenset(self.relations))
-
-
-def _circular(pairs: set[tuple[str, str]]) -> bool:
-    """Does some thing come before itself?"""
-    while True:
-        further = {(a, d) for a, b in pairs for c, d in pairs if b == c} - pairs
-        if any(a == b for a, b in pairs | further):
-            return True
-        if not further:
-            return False
-        pairs |= further

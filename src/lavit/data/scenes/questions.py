@@ -29,6 +29,7 @@ KINDS = {  # how often each is tried
 ASKED = {1: 0.13, 2: 0.28, 3: 0.6, 4: 1.0}  # groups of so many things, when numbers are asked
 ABSENT = 0.07  # of the questions of how many: none
 CONTENTS = ("what is in the picture?", "what do you see?")
+PATTERN_ASKED = ("what pattern is the background?", "is the background plain, striped or dotted?")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,14 @@ class Question:
     answer: str
 
 
-def questions(scene: Scene, rng: Rng, rules: Rules, count: int, *, document: Document | None = None) -> list[Question]:
+def questions(
+    scene: Scene,
+    rng: Rng,
+    rules: Rules,
+    count: int,
+    *,
+    document: Document | None = None,
+) -> list[Question]:
     """Up to `count` questions about a scene, no two alike.
 
     They ask for nothing that the rules keep away from the scene in training, unless the scene is
@@ -74,13 +82,16 @@ def _exists(said: Facts, rng: Rng, document: Document) -> Pair:
         return None
     here = pick(rng, sorted(said.groups))
     yes = rng.random() < 0.5
-    name, colour = here.name, None
-    if here.colour and rng.random() < 0.5:
-        colour = here.colour
+    name, colour = here.name, here.colour
+    if colour and rng.random() >= 0.5:
+        colour = None
     if not yes and colour:
         if rng.random() < 0.5:
             name = pick(rng, SHAPES)
-        colour = _other_colour(said, name, rng)
+        group = said.group(name)
+        taken = {said.background, group and group.colour}
+        could = [c for c in COLOURS if c not in taken and (name, c) not in HELD_OUT_COLOURS]
+        colour = pick(rng, could)
         if not document.admits_name(name, colour):
             return None
     elif not yes:
@@ -92,14 +103,6 @@ def _exists(said: Facts, rng: Rng, document: Document) -> Pair:
     if rng.random() < 0.3:
         text = f"are there any {adjective}{noun(name, 2)}?"
     return text, "yes" if yes else "no"
-
-
-def _other_colour(said: Facts, name: str, rng: Rng) -> str:
-    """A colour that a shape does not have here, and could have."""
-    group = said.group(name)
-    taken = {said.background, group and group.colour}
-    could = [c for c in COLOURS if c not in taken and (name, c) not in HELD_OUT_COLOURS]
-    return pick(rng, could)
 
 
 def _how_many(said: Facts, rng: Rng, document: Document) -> Pair:
@@ -130,10 +133,7 @@ def _background(said: Facts, rng: Rng, document: Document) -> Pair:
 
 
 def _pattern(said: Facts, rng: Rng, document: Document) -> Pair:
-    text = "what pattern is the background?"
-    if rng.random() >= 0.5:
-        text = "is the background plain, striped or dotted?"
-    return text, said.pattern
+    return PATTERN_ASKED[rng.random() >= 0.5], said.pattern
 
 
 def _where(said: Facts, rng: Rng, document: Document) -> Pair:
@@ -150,8 +150,7 @@ def _bigger(said: Facts, rng: Rng, document: Document) -> Pair:
     if len(pair) != 2 or pair[0].size == pair[1].size or said.number > 2:
         return None
     a, b = shuffled(rng, pair)
-    big = a if a.size == "big" else b
-    return f"which is bigger, {the(a)} or {the(b)}?", the(big)
+    return f"which is bigger, {the(a)} or {the(b)}?", the(a if a.size == "big" else b)
 
 
 def _compare(said: Facts, rng: Rng, document: Document) -> Pair:
@@ -160,8 +159,8 @@ def _compare(said: Facts, rng: Rng, document: Document) -> Pair:
     a, b = shuffled(rng, sorted(said.groups), 2)
     if a.number == b.number:
         return None
-    answer = "yes" if a.number > b.number else "no"
-    return f"are there more {noun(a.name, 2)} than {noun(b.name, 2)}?", answer
+    text = f"are there more {noun(a.name, 2)} than {noun(b.name, 2)}?"
+    return text, "yes" if a.number > b.number else "no"
 
 
 ASKING: dict[str, Callable[[Facts, Rng, Document], Pair]] = {
@@ -186,18 +185,21 @@ def _stranger(said: Facts, like: Group, rng: Rng, document: Document) -> str | N
 @cache
 def frequencies(rules: Rules, shapes: bool) -> tuple[tuple[str, ...], np.ndarray]:
     """Shapes or objects, and the running sum of how often each stands in pictures of training."""
-    shares = {
-        name: sum(
+    names = SHAPES if shapes else rules.objects_named
+    shares = [
+        sum(
             stands_out(name, colour, style, ground)
             for style in STYLES
-            for ground in BACKGROUNDS
+            if rules.style_of(name) in (None, style)
             for colour in (COLOURS if shapes else (None,))
-            if rules.style_of(name) in (None, style) and (name, colour) not in HELD_OUT_COLOURS and colour != ground
+            if (name, colour) not in HELD_OUT_COLOURS
+            for ground in BACKGROUNDS
+            if colour != ground
         )
-        for name in (SHAPES if shapes else rules.objects_named)
-    }
-    running = np.cumsum(list(shares.values()))
-    return tuple(shares), running / running[-1]
+        for name in names
+    ]
+    running = np.cumsum(shares)
+    return names, running / running[-1]
 
 
 def normal(answer: str) -> str:
@@ -226,10 +228,7 @@ def answers(scene: Scene | Facts, question: str) -> frozenset[str]:
         return frozenset({NUMBERS[first.number if first else 0]})
     if text == "what colour is the background ?":
         return frozenset({said.background})
-    if text in (
-        "what pattern is the background ?",
-        "is the background plain , striped or dotted ?",
-    ):
+    if text in tuple(" ".join(split(one)) for one in PATTERN_ASKED):
         return frozenset({said.pattern})
     if re.fullmatch(r"what colour (is|are) the # \?", text) and first and first.colour:
         return frozenset({first.colour})
@@ -255,18 +254,16 @@ def right(answer: str, question: str, scene: Scene | Facts) -> bool:
 def true_of(said: Facts, scene: Scene | Facts) -> bool:
     """Is everything that a text says so in a scene?"""
     so = scene if isinstance(scene, Facts) else facts(scene)
-    if said.background not in (None, so.background) or said.pattern not in (None, so.pattern):
-        return False
-    if bool(said.groups) != bool(so.groups) or not said.relations <= so.relations:
-        return False
-    return all(_fits(group, so.group(group.name)) for group in said.groups)
-
-
-def _fits(said: Group, so: Group | None) -> bool:
-    """Is everything that is said of a group so?"""
+    sayable = {
+        Group(group.name, group.number, size, colour)
+        for group in so.groups
+        for size in (None, group.size)
+        for colour in (None, group.colour)
+    }
     return (
-        so is not None
-        and said.number == so.number
-        and said.size in (None, so.size)
-        and said.colour in (None, so.colour)
+        said.background in (None, so.background)
+        and said.pattern in (None, so.pattern)
+        and bool(said.groups) == bool(so.groups)
+        and said.groups <= sayable
+        and said.relations <= so.relations
     )

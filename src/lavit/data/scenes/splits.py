@@ -44,6 +44,7 @@ TEST_SHARE = 0.05
 VALID_SHARE = 0.02
 VALID_PAIRS = 0.03
 MOST_IN_TRAINING = 4  # things
+Coloured = tuple[str, str]  # a shape and its colour
 # eight shapes in colours that training never shows; each shape and colour has others that it shows
 HELD_OUT_COLOURS = frozenset(
     {
@@ -64,10 +65,12 @@ class Rules:
     held_out_pairs: float = 0.1
 
     def __post_init__(self) -> None:
-        if not 2 <= self.objects <= len(objects()):
-            raise InputError(f"scenes have 2 to {len(objects())} objects to choose from, not {self.objects}")
-        if not 0 <= self.held_out_pairs <= 1 - VALID_PAIRS:
-            raise InputError(f"held_out_pairs is {self.held_out_pairs}: give a share from 0 to {1 - VALID_PAIRS}")
+        most = len(objects())
+        if not 2 <= self.objects <= most:
+            raise InputError(f"scenes have 2 to {most} objects to choose from, not {self.objects}")
+        share = self.held_out_pairs
+        if not 0 <= share <= 1 - VALID_PAIRS:
+            raise InputError(f"held_out_pairs is {share}: give a share from 0 to {1 - VALID_PAIRS}")
 
     @property
     def objects_named(self) -> tuple[str, ...]:
@@ -90,7 +93,7 @@ class Rules:
         place = next(n for n, kind in enumerate(objects()) if kind.name == name)
         return tuple(world.STYLES)[place // 10 % 2] if place % 10 == 7 else None
 
-    def held_out(self, names: Iterable[str], coloured: Iterable[tuple[str, str]] = ()) -> str | None:
+    def held_out(self, names: Iterable[str], coloured: Iterable[Coloured] = ()) -> str | None:
         """Why things may not stand in one document of training, or None."""
         for a, b in itertools.combinations(sorted(set(names)), 2):
             if self.pair_of(a, b) != "train":
@@ -122,7 +125,7 @@ class Document:
     rules: Rules
     training: bool = True
     names: frozenset[str] = frozenset()
-    coloured: frozenset[tuple[str, str]] = frozenset()
+    coloured: frozenset[Coloured] = frozenset()
 
     def admits(self, texts: Iterable[str] = (), scenes: Iterable[Scene] = ()) -> bool:
         """Take these in, if what is held out allows it."""
@@ -169,10 +172,11 @@ def facts_key(facts: Facts) -> str:
 
 def valid_world(scene: Scene) -> str | None:
     """Why a picture like this is not part of the world, or None; splits come after."""
-    names = [thing.name for thing in scene.things]
-    if len(set(names)) > world.MOST_GROUPS or any(names.count(name) > world.MOST_ALIKE for name in names):
+    groups = boxes_of(scene.things)
+    most = max(map(len, groups.values()), default=0)
+    if len(groups) > world.MOST_GROUPS or most > world.MOST_ALIKE:
         return "too many groups, or too many of one kind"
-    if any(thing.size == "big" for thing in scene.things) and len(names) > world.MOST_BIG:
+    if any(thing.size == "big" for thing in scene.things) and len(scene.things) > world.MOST_BIG:
         return "a big thing among many"
     for thing in scene.things:
         if thing.colour == scene.background:
@@ -182,7 +186,7 @@ def valid_world(scene: Scene) -> str | None:
             return f"{thing.name} does not show on {scene.background}"
     if not apart([thing.box for thing in scene.things]):
         return "things too near each other or the border"
-    return "a relation that is unclear" if murky(boxes_of(scene.things)) else None
+    return "a relation that is unclear" if murky(groups) else None
 
 
 def generator(split: str, index: int, seed: int) -> np.random.Generator:

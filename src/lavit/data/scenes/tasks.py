@@ -5,12 +5,11 @@ Everything that stands in one document obeys the rules together (`violations` sa
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from lavit.data.scenes.chance import Rng, pick, shuffled, weighted
-from lavit.data.scenes.edits import edit, sound
+from lavit.data.scenes.edits import Edit, edit, sound
 from lavit.data.scenes.language import describe, mention, prompt, the
 from lavit.data.scenes.questions import questions
 from lavit.data.scenes.sample import scene_at
@@ -20,24 +19,13 @@ from lavit.data.scenes.world import BACKGROUNDS, PATTERNS, Scene, facts
 FULL = ("describe the picture.", "describe everything in the picture.")  # ask for `describe`
 SHORT = ("describe the picture in short.", "give me a short caption.")  # ask for `mention`
 TOGETHER = (
-    "both together",
-    "put both together",
-    "put the things of both pictures together",
+    "both together", "put both together", "put the things of both pictures together",
     "combine both pictures",
-)
+)  # fmt: skip
+SEVERAL_KINDS = ("together", "background")
 TURNS = {"question": 0.4, "caption": 0.15, "drawing": 0.15, "edit": 0.3}
 STREAM = 1 << 40  # the seed of scenes that are drawn inside documents
 TRIES = 200
-
-
-@dataclass(frozen=True)
-class Several:
-    """Two pictures, an instruction, and the picture that is made of both."""
-
-    kind: str
-    prompt: str
-    sources: tuple[Scene, ...]
-    target: Scene
 
 
 @dataclass(frozen=True)
@@ -70,7 +58,7 @@ def some_scene(rng: Rng, rules: Rules, split: str = "train") -> Scene:
     return scene_at(split, int(rng.integers(STREAM)), seed=STREAM, rules=rules)
 
 
-def several(rng: Rng, rules: Rules, kind: str | None = None, *, split: str = "train") -> Several:
+def several(rng: Rng, rules: Rules, kind: str | None = None, *, split: str = "train") -> Edit:
     """Two pictures to make one of, drawn from a split.
 
     "together": the groups of both, each where it stands, on the background of the first.
@@ -78,53 +66,37 @@ def several(rng: Rng, rules: Rules, kind: str | None = None, *, split: str = "tr
     """
     kind = kind or pick(rng, SEVERAL_KINDS)
     training = split == "train"
-
-    def fine(scene: Scene) -> bool:
-        return sound(scene) and (not training or rules.forbids(scene) is None)
-
-    def draw() -> Scene:
-        return some_scene(rng, rules, split)
-
     while True:
-        one = MAKING[kind](draw, rng, fine)
-        if one and Document(rules, training).admits([one.prompt], [*one.sources, one.target]):
-            return one
+        target = some_scene(rng, rules, split)
+        if len(target.names) < (2 if kind == "together" else 1):
+            continue
+        if kind == "together":
+            order = shuffled(rng, target.names)
+            first = set(order[: int(rng.integers(1, len(order)))])
+            a = replace(target, things=tuple(t for t in target.things if t.name in first))
+            others = tuple(t for t in target.things if t.name not in first)
+            b = replace(_other_ground(target, rng), things=others)
+        else:
+            a = _other_ground(target, rng)
+            ground = {"background": target.background, "pattern": target.pattern}
+            b = replace(some_scene(rng, rules, split), style=target.style, **ground)
+        if set(a.names) & set(b.names) or not (sound(a) and sound(b)):
+            continue
+        if training and (rules.forbids(a) or rules.forbids(b)):
+            continue
+        text = pick(rng, TOGETHER) if kind == "together" else _onto(target, rng)
+        if Document(rules, training).admits([text], [a, b, target]):
+            return Edit(kind, text, (a, b), target)
 
 
-def _together(draw: Callable[[], Scene], rng: Rng, fine: Callable[[Scene], bool]) -> Several | None:
-    target = draw()
-    if len(target.names) < 2:
-        return None
-    order = shuffled(rng, target.names)
-    first = set(order[: int(rng.integers(1, len(order)))])
-    a = replace(target, things=tuple(t for t in target.things if t.name in first))
-    others = tuple(t for t in target.things if t.name not in first)
-    b = replace(_other_ground(target, rng), things=others)
-    if not (fine(a) and fine(b)):
-        return None
-    return Several("together", pick(rng, TOGETHER), (a, b), target)
-
-
-def _on_background(draw: Callable[[], Scene], rng: Rng, fine: Callable[[Scene], bool]) -> Several | None:
-    target = draw()
-    if not target.things:
-        return None
-    a = _other_ground(target, rng)
-    ground = {"background": target.background, "pattern": target.pattern, "style": target.style}
-    b = replace(draw(), **ground)
-    if set(a.names) & set(b.names) or not (fine(a) and fine(b)):
-        return None
+def _onto(target: Scene, rng: Rng) -> str:
+    """Words that ask for the things of one picture on the background of another."""
     things = "the things"
     if len(target.names) == 1:
         (group,) = facts(target).groups
         things = pick(rng, ("the thing" if group.number == 1 else things, the(group)))
     put = pick(rng, ("", "put "))
-    text = f"{put}{things} of the first picture on the background of the second"
-    return Several("background", text, (a, b), target)
-
-
-MAKING = {"together": _together, "background": _on_background}
-SEVERAL_KINDS = tuple(MAKING)
+    return f"{put}{things} of the first picture on the background of the second"
 
 
 def _other_ground(scene: Scene, rng: Rng) -> Scene:
@@ -149,8 +121,7 @@ def conversation(rng: Rng, rules: Rules, turns: int, *, split: str = "train") ->
             shown = (some_scene(rng, rules, split),)
             document.admits(scenes=shown)
         seen = shown[0] if shown else last
-        turn = _turn(kind, seen, rng, document, split)
-        if turn is not None:
+        if turn := _turn(kind, seen, rng, document, split):
             asked, given = turn
             messages += [Message("user", (*shown, asked)), Message("assistant", (given,))]
             last = given if isinstance(given, Scene) else seen
@@ -159,7 +130,13 @@ def conversation(rng: Rng, rules: Rules, turns: int, *, split: str = "train") ->
     return Conversation(tuple(messages))
 
 
-def _turn(kind: str, last: Scene | None, rng: Rng, document: Document, split: str) -> tuple[str, str | Scene] | None:
+def _turn(
+    kind: str,
+    last: Scene | None,
+    rng: Rng,
+    document: Document,
+    split: str,
+) -> tuple[str, str | Scene] | None:
     """One request and its answer; None if this kind is not possible here."""
     rules = document.rules
     if kind == "question":

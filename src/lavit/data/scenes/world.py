@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import csv
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -65,7 +65,6 @@ class Kind:
     name: str
     codepoint: str
     plural: str
-    group: str
     synonyms: tuple[str, ...]
 
 
@@ -162,9 +161,9 @@ def objects() -> tuple[Kind, ...]:
     path = Path(__file__).with_name("objects.tsv")
     lines = [line for line in path.read_text("utf-8").splitlines() if not line.startswith("#")]
     kinds = []
-    for name, codepoint, plural, group, synonyms in csv.reader(lines, delimiter="\t"):
+    for name, codepoint, plural, _, synonyms in csv.reader(lines, delimiter="\t"):
         words = tuple(word.strip() for word in synonyms.split(",") if word.strip())
-        kinds.append(Kind(name, codepoint, plural or f"{name}s", group, words))
+        kinds.append(Kind(name, codepoint, plural or f"{name}s", words))
     return tuple(kinds)
 
 
@@ -177,7 +176,7 @@ def kind_of(name: str) -> Kind:
 def facts(scene: Scene) -> Facts:
     """Everything that can be read off the picture of a scene."""
     boxes = boxes_of(scene.things)
-    groups = frozenset(Group(thing.name, len(boxes[thing.name]), thing.size, thing.colour) for thing in scene.things)
+    groups = frozenset(Group(t.name, len(boxes[t.name]), t.size, t.colour) for t in scene.things)
     return Facts(scene.background, scene.pattern, groups, relations(boxes))
 
 
@@ -191,13 +190,22 @@ def boxes_of(things: Iterable[Thing]) -> dict[str, list[Box]]:
 
 def relations(boxes: Mapping[str, Sequence[Box]], *, clear: float = CLEAR) -> frozenset[Relation]:
     """The relations of all pairs of groups that stand clearly beside each other."""
+    return frozenset(one for far, one in _beside(boxes) if far >= clear)
+
+
+def murky(boxes: Mapping[str, Sequence[Box]]) -> bool:
+    """Does some pair of groups stand beside each other, but not clearly so?"""
+    return any(far < CLEAR for far, _ in _beside(boxes))
+
+
+def _beside(boxes: Mapping[str, Sequence[Box]]) -> Iterator[tuple[float, Relation]]:
+    """Pairs of groups that stand beside each other, and how far apart."""
     extents = {name: extent(members) for name, members in boxes.items()}
-    return frozenset(
-        Relation(kind, a, b)
-        for (a, first), (b, second) in itertools.permutations(extents.items(), 2)
-        for axis, kind in enumerate(("left of", "above"))
-        if gap(first, second, axis) >= clear and overlap(first, second, axis)
-    )
+    for (a, first), (b, second) in itertools.permutations(extents.items(), 2):
+        for axis, kind in enumerate(("left of", "above")):
+            far = gap(first, second, axis)
+            if far > 0 and overlap(first, second, axis):
+                yield far, Relation(kind, a, b)
 
 
 def apart(boxes: Sequence[Box]) -> bool:
@@ -207,16 +215,6 @@ def apart(boxes: Sequence[Box]) -> bool:
     return all(start >= least and end <= 1 - least for start, end in spans) and all(
         max(abs(a.x - b.x), abs(a.y - b.y)) - (a.side + b.side) / 2 >= least
         for a, b in itertools.combinations(boxes, 2)
-    )
-
-
-def murky(boxes: Mapping[str, Sequence[Box]]) -> bool:
-    """Does some pair of groups stand beside each other, but not clearly so?"""
-    extents = [extent(members) for members in boxes.values()]
-    return any(
-        0 < gap(a, b, axis) < CLEAR and overlap(a, b, axis)
-        for a, b in itertools.permutations(extents, 2)
-        for axis in (0, 1)
     )
 
 
