@@ -42,6 +42,22 @@ class Features:
         return torch.from_numpy(np.asarray(self.array[pictures.numpy()], dtype=np.float32))
 
 
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures of records, `size` x `size` pixels, opened whenever they are asked for."""
+
+    records: Sequence[Record]
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def rows(self, pictures: Int[Tensor, "images"]) -> Float[Tensor, "images 3 size size"]:
+        """Pictures (fp32, -1..1) of these places."""
+        images = [self.records[place].open() for place in pictures.tolist()]
+        return pixels(images, self.size, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
 def compute_features(
     records: Sequence[Record],
     vision: Vision,

@@ -25,7 +25,7 @@ from lavit.config import InputError, LanguageConfig, ModelConfig, TrainConfig, f
 from lavit.data.bulk import corpus_codes, tokenizer_hash
 from lavit.data.corpus import Corpus, load_corpus, origin_of
 from lavit.data.documents import Documents
-from lavit.data.features import Features, compute_features, nothing_read, tokenize_features
+from lavit.data.features import Features, Pictures, compute_features, nothing_read, tokenize_features
 from lavit.data.stream import StreamingDocuments, stream_texts
 from lavit.images import pixels as to_pixels
 from lavit.model import LaVIT
@@ -152,11 +152,9 @@ class Run:
         return self._model().tokenizer
 
     @cached_property
-    def pictures(self) -> Float[Tensor, "pictures 3 size size"]:
-        """Pictures at the pixel decoder's size, in -1..1."""
-        size, half = self.config.pixels.size, (0.5, 0.5, 0.5)
-        images = (picture.record.open() for picture in self.corpus.pictures)
-        return torch.cat([to_pixels([image], size, half, half) for image in images])
+    def pictures(self) -> Pictures:
+        """Pictures at the pixel decoder's size."""
+        return Pictures([one.record for one in self.corpus.pictures], self.config.pixels.size)
 
     def train(self, stages: Sequence[str] = STAGES) -> None:
         """Train stages in order; one that is finished is not touched again."""
@@ -313,7 +311,7 @@ class Run:
         pixels = Pixels.load(self.start / "pixels", self.config.pixels) if started else Pixels.build(self.config.pixels)
         if config.autoencoder_steps:
             self._loop(AutoencoderStage(pixels, self.pictures, config, seed=seed), warmup=config.warmup)
-            pixels.calibrate(self.pictures[:512])
+            pixels.calibrate(self.pictures.rows(torch.arange(min(512, len(self.pictures)))))
         self.tokenizer.to(self.accelerator.device)
         stage = PixelsStage(
             pixels,

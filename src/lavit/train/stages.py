@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lavit.config import InputError, PixelsTraining, TokenizerTraining
-from lavit.data.features import Features
+from lavit.data.features import Features, Pictures
 from lavit.modules.codebook import gather_rows
 from lavit.modules.perceptual import Perceptual
 from lavit.modules.pixels import Pixels
@@ -250,7 +250,7 @@ class PixelsStage:
         self,
         pixels: Pixels,
         tokenizer: VisualTokenizer,
-        pictures: Float[Tensor, "pictures 3 size size"],
+        pictures: Pictures,
         tokens: VisualTokens,
         config: PixelsTraining,
         *,
@@ -264,8 +264,7 @@ class PixelsStage:
         self.tokenizer, self.codes = tokenizer.eval(), tokens.split()
         if pixels.vae is not None:
             pixels.vae.requires_grad_(False)
-        with torch.no_grad():
-            self.latents = torch.cat([pixels.encode(part) for part in pictures.split(64)])
+        self.pictures = pictures
         self.averaged = AveragedModel(pixels, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=False)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -277,7 +276,7 @@ class PixelsStage:
 
     def batch(self, step: int, shard: Shard) -> PictureBatch:
         """Pictures of a step."""
-        return _share(draw_pictures(len(self.latents), self.config.batch, seed=self.seed, step=step), shard)
+        return _share(draw_pictures(len(self.pictures), self.config.batch, seed=self.seed, step=step), shard)
 
     def losses(self, module: nn.Module, batch: PictureBatch, step: int, accelerator: Accelerator) -> dict[str, Tensor]:
         """Mean squared error of the predicted noise."""
@@ -287,9 +286,10 @@ class PixelsStage:
         with torch.no_grad():
             lengths = torch.tensor([len(c) for c in codes], device=device)
             features = self.tokenizer.decode(torch.cat(codes), lengths)
+            latents = self.module.encode(self.pictures.rows(batch.pictures).to(device))
         generators = [seeded(self.seed, 6, step, int(place)) for place in batch.places]
         loss = module(
-            self.latents[batch.pictures].to(device),
+            latents,
             features,
             generator=generators,
             perceptual=self.perceptual,
@@ -342,7 +342,7 @@ class AutoencoderStage:
     def __init__(
         self,
         pixels: Pixels,
-        pictures: Float[Tensor, "pictures 3 size size"],
+        pictures: Pictures,
         config: PixelsTraining,
         *,
         seed: int,
@@ -367,7 +367,7 @@ class AutoencoderStage:
     def losses(self, module: nn.Module, batch: PictureBatch, step: int, accelerator: Accelerator) -> dict[str, Tensor]:
         """Reconstruction plus a little KL."""
         generators = [seeded(self.seed, 7, step, int(place)) for place in batch.places]
-        return {"loss": module(self.pictures[batch.pictures].to(accelerator.device), generators)}
+        return {"loss": module(self.pictures.rows(batch.pictures).to(accelerator.device), generators)}
 
     def after_step(self, step: int) -> dict[str, float]:
         """Nothing follows."""
