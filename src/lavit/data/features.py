@@ -26,6 +26,7 @@ from lavit.modules.vision import Vision
 from lavit.sequence import VisualTokens
 
 BLOCK = 8  # pictures encoded at a time: more do not fit a CPU's cache
+SAVED = 512  # pictures between two marks on disk
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ def compute_features(
         batch = pixels(images, config.image_size, config.mean, config.std)
         array[done : done + len(images)] = vision(batch.to(device)).half().cpu().numpy()
         done += len(images)
+        if done % SAVED and done < len(records):
+            continue
         array.flush()
         mark.write_text(json.dumps({"done": done}))
         if progress:
