@@ -52,24 +52,22 @@ def shown(parts: list[Part], *, targets: bool | None = None) -> str:
     line = ""
     for part in parts:
         if targets is None or part.target == targets:
-            line += (
-                part.text if isinstance(part, TextPart) else f"<{part.image}>" if part.read else f"[{part.image}]"
-            )
+            line += part.text if isinstance(part, TextPart) else f"<{part.image}>" if part.read else f"[{part.image}]"
     return line
 
 
 def test_without_a_template_turns_are_the_documents_of_stage_2() -> None:
     text = tokenizer()
-    assert shown(conversation(TALK[:1], text, reply="text")) == "<a.png>Question: What is it? Answer:"
+    assert shown(conversation(TALK[:1], text, reply="text")) == "<a.png>Question: what is it? Answer:"
     assert shown(conversation(TALK[:1], text, reply="image")) == "[a.png]What is it?"
     assert shown(conversation([{"role": "user", "content": [image("a.png")]}], text, reply="text")) == "<a.png>"
     assert shown(conversation([TALK[2]], text, reply="auto")) == "now draw it at night"
     assert turn_end(text) == ""
     first, second, third = replies(TALK, text)
-    assert shown(first) == "<a.png>Question: What is it? Answer: a dog"
-    assert shown(second) == "[a.png]Question: What is it? Answer: a dog\nnow draw it at night[b.png]"
+    assert shown(first) == "<a.png>Question: what is it? Answer: a dog"
+    assert shown(second) == "[a.png]Question: what is it? Answer: a dog\nnow draw it at night[b.png]"
     assert shown(third) == (
-        "<a.png>Question: What is it? Answer: a dog\nnow draw it at night<b.png>\nQuestion: Is it dark? Answer: yes"
+        "<a.png>Question: what is it? Answer: a dog\nnow draw it at night<b.png>\nQuestion: is it dark? Answer: yes"
     )
     assert [shown(parts, targets=True) for parts in (first, second, third)] == [" a dog", "[b.png]", " yes"]
     assert all([part.ends for part in parts] == [*[False] * (len(parts) - 1), True] for parts in (first, second, third))
@@ -259,7 +257,7 @@ def pipeline_jobs(pipeline: Pipeline, talk: list) -> list:
         ),
         (lambda p: p.chat([user("hi")], n=0), "n is 0"),
         (lambda p: p.chat([user("hi")], previews=True), "part of a stream"),
-        (lambda p: p.chat([user("hi " * 300)]), "shorten"),
+        (lambda p: p.chat([user("hi " * 300)], out="image"), "shorten"),
     ],
 )
 def test_wrong_conversations(pipeline: Pipeline, call, line: str) -> None:

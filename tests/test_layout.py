@@ -9,7 +9,6 @@ import pytest
 
 import lavit
 from conftest import toy_picture
-from lavit.data.text import ids_of
 from lavit.generate.pipeline import Pipeline
 from lavit.generate.prompts import lay_prompt
 from lavit.layout import (
@@ -18,6 +17,7 @@ from lavit.layout import (
     conversation,
     drawing,
     editing,
+    ids_of,
     mixed,
     reading,
     replies,

@@ -21,7 +21,7 @@ from lavit.generate.request import Request
 from lavit.generate.sampling import Sampling
 from lavit.generate.score import likelihood
 from lavit.generate.stream import TextPieces
-from lavit.layout import reading
+from lavit.layout import normalised, reading
 from lavit.sequence import Image as Shown
 from lavit.sequence import Text, lay_out, pack
 from lavit.visualize import kept_over, sheet
@@ -232,8 +232,8 @@ def test_vizwiz_asks_first_whether_there_is_an_answer(pipeline: Pipeline, monkey
 
 
 def test_words_are_normalised_as_the_paper_does() -> None:
-    assert protocols.asked('What IS "this" (here)?') == "what is this here?"
-    assert len(protocols.asked("word " * 60).split()) == 50
+    assert normalised('What IS "this" (here)?') == "what is this here?"
+    assert len(normalised("word " * 60).split()) == 50
     assert protocols.answer_words("The two Dogs, it's  an owl!") == "two dogs it's owl"
     assert protocols.answer_words("two dogs", lemmatise=lambda word: word.rstrip("s")) == "two dog"
     assert protocols.cut("red. green\nblue", ("\n", ".")) == ("red", True)

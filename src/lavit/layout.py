@@ -39,6 +39,8 @@ from lavit.config import InputError
 from lavit.sequence import Document, Image, Text
 
 Reply = Literal["text", "image", "auto"]
+UNWANTED = re.compile(r'[.!"()*#:;~]')  # removed from questions
+QUESTION_WORDS = 50
 ROLES = ("system", "user", "assistant")
 Flat = list[tuple[str, str]]  # role, and text with marks for pictures
 Spans = list[tuple[str, bool]]  # text with marks, and whether it is learnt
@@ -109,14 +111,27 @@ def mixed(items: Sequence[Any], *, read: bool) -> list[Part]:
     return [TextPart(i) if isinstance(i, str) else ImagePart(i, read=read) for i in items]
 
 
+def normalised(question: str) -> str:
+    """A question in the paper's form: lower case, cleaned, 50 words; `InputError` without any."""
+    words = UNWANTED.sub("", question.lower()).split()
+    if not any(character.isalnum() for word in words for character in word):
+        raise InputError(f"the question {question!r} has no words: ask about the picture")
+    return " ".join(words[:QUESTION_WORDS])
+
+
 def question_text(question: str) -> str:
-    """The paper's prompt for questions."""
-    return f"Question: {question} Answer:"
+    """The paper's prompt for questions, in training and in use."""
+    return f"Question: {normalised(question)} Answer:"
 
 
 def answer_text(answer: str) -> str:
     """An answer as it follows the prompt."""
     return f" {answer}"
+
+
+def ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    """Ids of a text, without the tokenizer's own begin and end."""
+    return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def segments(

@@ -26,8 +26,17 @@ from transformers import PreTrainedTokenizerBase
 
 from lavit.config import InputError, LanguageTraining
 from lavit.data.corpus import Corpus, CorpusPart
-from lavit.data.text import TextPieces, ids_of
-from lavit.layout import Part, TextPart, asking, drawing, editing, reading, segments
+from lavit.data.text import TextPieces
+from lavit.layout import (
+    Part,
+    TextPart,
+    asking,
+    drawing,
+    editing,
+    ids_of,
+    reading,
+    segments,
+)
 from lavit.sequence import (
     Batch,
     Document,

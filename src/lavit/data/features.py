@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from PIL.Image import Image
 from torch import Tensor
 
 from lavit.config import VisionConfig, to_json
@@ -45,17 +46,17 @@ class Features:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures of records, `size` x `size` pixels, opened whenever they are asked for."""
+    """Pictures of `size` x `size` pixels, opened whenever they are asked for."""
 
-    records: Sequence[Record]
+    openers: Sequence[Callable[[], Image]]
     size: int
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.openers)
 
     def rows(self, pictures: Int[Tensor, "images"]) -> Float[Tensor, "images 3 size size"]:
         """Pictures (fp32, -1..1) of these places."""
-        images = [self.records[place].open() for place in pictures.tolist()]
+        images = [self.openers[place]() for place in pictures.tolist()]
         return pixels(images, self.size, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 

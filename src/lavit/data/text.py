@@ -17,6 +17,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lavit.config import InputError
+from lavit.layout import ids_of
 from lavit.sequence import Text
 
 CACHED = 5000  # texts whose pieces are kept
@@ -52,11 +53,6 @@ def text_files(path: Path) -> Texts:
         return Texts(texts, column=None, name=str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is no readable UTF-8 text: {error}") from error
-
-
-def ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """Ids of a text, without the tokenizer's own begin and end."""
-    return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def cut(ids: Sequence[int], tokens: int, end: int) -> tuple[Text, ...]:

@@ -28,7 +28,7 @@ from lavit.generate.prompts import (
     words_of,
     writing,
 )
-from lavit.generate.protocols import UNANSWERABLE, Protocol, answerable, asked, protocol_of, refuses
+from lavit.generate.protocols import UNANSWERABLE, Protocol, answerable, protocol_of, refuses
 from lavit.generate.safety import Release, release_of
 from lavit.generate.sampling import Sampling
 from lavit.generate.score import Scorer, best, choices, scorer_of
@@ -144,8 +144,7 @@ class Pipeline:
         if check_answerable and (stream or n is not None):
             raise InputError("check_answerable asks twice: leave stream and n out")
         prompts = [
-            asking(picture, (asked(question), None), keep=keep)
-            for picture, question in zip(pictures, texts, strict=True)
+            asking(picture, (question, None), keep=keep) for picture, question in zip(pictures, texts, strict=True)
         ]
         how, ends = sampling or self.protocol.answer, self.protocol.answer_ends
         jobs = jobs_of(self.model, prompts, how, n=n, seed=seed, ends=ends)

@@ -18,13 +18,12 @@ from PIL import Image
 from torch import Tensor
 
 from lavit.config import InputError
-from lavit.data.text import ids_of
 from lavit.generate.protocols import Protocol, fitted
 from lavit.generate.request import Request
 from lavit.generate.sampling import Sampling
 from lavit.generate.stream import Job
 from lavit.images import open_image
-from lavit.layout import ImagePart, Part, Reply, segments, turn_end
+from lavit.layout import ImagePart, Part, Reply, ids_of, segments, turn_end
 from lavit.model import LaVIT
 from lavit.modules.selector import KeepPolicy
 from lavit.sequence import lay_out

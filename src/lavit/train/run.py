@@ -151,7 +151,8 @@ class Run:
     @cached_property
     def pictures(self) -> Pictures:
         """Pictures at the pixel decoder's size."""
-        return Pictures([one.record for one in self.corpus.pictures], self.config.pixels.size)
+        openers = [picture.record.open for picture in self.corpus.pictures]
+        return Pictures(openers, self.config.pixels.size)
 
     def train(self, stages: Sequence[str] = STAGES) -> None:
         """Train stages in order; one that is finished is not touched again."""
