@@ -42,7 +42,7 @@ from lavit.model import LaVIT
 from lavit.modules.language import Language
 from lavit.modules.pixels import Pixels
 from lavit.modules.tokenizer import VisualTokenizer
-from lavit.modules.vision import Vision, load_vision
+from lavit.modules.vision import Vision
 from lavit.sequence import VisualTokens
 from lavit.storage import build_language, load_base, load_language, model_folder
 from lavit.train.card import write_card
@@ -126,7 +126,7 @@ class Run:
     @cached_property
     def vision(self) -> Vision:
         """The frozen encoder."""
-        return load_vision(self.config.vision, self.folder / "vision").to(self.accelerator.device)
+        return self._model().vision
 
     @cached_property
     def features(self) -> Features:
@@ -253,10 +253,12 @@ class Run:
     def _load_language(self, text: TextTokenizer | None) -> tuple[Language, TextTokenizer]:
         """A language part around its base LM, or as `start` left it."""
         if self.start:
-            return load_language(self.config, self.start)
-        lm, found = load_base(self.config.language, self.folder / "base")
-        text = found or text
-        return build_language(lm, self.tokenizer.merger, self.config, text), text
+            language, text = load_language(self.config, self.start)
+        else:
+            lm, found = load_base(self.config.language, self.folder / "base")
+            text = found or text
+            language = build_language(lm, self.tokenizer.merger, self.config, text)
+        return language.float(), text  # small steps are lost on weights of half precision
 
     def _language_stage(self, language: Language, text: TextTokenizer) -> LanguageStage:
         """Stage 2 on the corpus; on codes made beforehand; or on a stream."""
