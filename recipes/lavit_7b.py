@@ -3,7 +3,10 @@
 Command   torchrun --nproc-per-node 8 recipes/lavit_7b.py DATA RUN tokenizer          (DDP)
           torchrun --nproc-per-node 8 recipes/lavit_7b.py DATA RUN language           (FSDP2)
           torchrun --nproc-per-node 8 recipes/lavit_7b.py DATA RUN pixels             (DDP)
-Start     RUN/vision (EVA-CLIP ViT-g/14) and RUN/base (LLaMA-7B) as transformers folders of your own, whose licences bind
+Start     folders of your own, whose licences bind: RUN/vision (EVA-CLIP ViT-g/14) and RUN/base
+          (LLaMA-7B) of transformers, RUN/decoder (Stable Diffusion 1.5) of diffusers
+Data      PAIRS,TEXT:0.12, pictures with texts and text alone. A document of text fills a row and
+          one of a pair has some 120 tokens, so 0.12 of them to 1 is 2 : 1 in tokens
 Memory    lavit train language --preset lavit_7b --plan --gpus 8 --memory 80          (and --lora 16 --gpus 1 --memory 24)
 Cost      stage 2 alone is 30,000 steps of 2,048 rows of 2,048 tokens: 126 G tokens, 5e21 FLOPs, 10,500 A100-hours at 45 %
           MFU, a third more with recomputing. It was not run here; what the paper's run took is not known to us

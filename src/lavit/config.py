@@ -124,7 +124,7 @@ class PixelsConfig:
     steps: int = 12
     guidance: float = 2.0
     # where training begins: a diffusers folder whose unet/ and vae/ are taken, for "text" also
-    # tokenizer/ and text_encoder/; empty: random weights
+    # tokenizer/ and text_encoder/; empty: random weights, or the run's decoder/ where `unet` is too
     start_from: str = ""
     # Stable Diffusion's safety checker looks at every written picture (published weights: yes)
     safety: bool = False

@@ -2,7 +2,9 @@
 
 The run folder *is* a model folder (`lavit caption --model RUN …`) with more in it: training.json,
 metrics.jsonl, samples.jsonl, README.md (the model card), tensorboard/, checkpoints/, cache/. The
-same command on the same folder goes on where it was; other settings there are refused.
+same command on the same folder goes on where it was; other settings of a stage that has begun are
+refused. `base/` and `decoder/` there are what a configuration without a source of its own starts
+from: a language model and a diffusers folder.
 """
 
 from __future__ import annotations
@@ -303,12 +305,22 @@ class Run:
                 text.save_pretrained(folder)
         return AutoTokenizer.from_pretrained(folder)
 
+    def _first_pixels(self) -> Pixels:
+        """The decoder before its first step; without sizes of its own it starts from `decoder/`."""
+        config = self.config.pixels
+        if self.start and (self.start / "pixels").is_dir():
+            return Pixels.load(self.start / "pixels", config)
+        if not config.unet and not config.start_from:
+            folder = self.folder / "decoder"
+            if not (folder / "unet").is_dir():
+                said = f"{folder} holds no diffusion model to start from"
+                raise InputError(f"{said}: put a diffusers folder there (Stable Diffusion 1.5)")
+            config = replace(config, start_from=str(folder))
+        return Pixels.build(config)
+
     def _train_pixels(self) -> None:
         config, seed = self.training.pixels, self.training.seed
-        if self.start and (self.start / "pixels").is_dir():
-            pixels = Pixels.load(self.start / "pixels", self.config.pixels)
-        else:
-            pixels = Pixels.build(self.config.pixels)
+        pixels = self._first_pixels()
         if config.autoencoder_steps:
             autoencoder = AutoencoderStage(pixels, self.pictures, config, seed=seed)
             self._loop(autoencoder, warmup=config.warmup)
