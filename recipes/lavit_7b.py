@@ -24,7 +24,7 @@ What each number rests on: P the paper, A its authors' answers, V the same group
               rates 1e-5 for the LM, 1e-4 for what is visual        A (order of size)
               weight decay 0.1, betas 0.9 and 0.95, clip 1, bf16    V
               2,000 steps of warm-up                                V
-              text : pairs about 2 : 1, pairs both ways             A
+              text : pairs about 2 : 1 (DATA), pairs both ways      A
               10 % of drawings lose their prompt                    ours
     stage 3   20,000 steps from Stable Diffusion 1.5, ε             P
               rate 1e-4, 10 % lose their condition                  ours
@@ -42,17 +42,14 @@ from lavit.config import TrainConfig
 from lavit.presets import lavit_7b
 from lavit.train.run import Run
 
-TEXT_TO_PAIRS = 2.0  # A
-
 
 def settings() -> TrainConfig:
     """The preset's training, divided for 8 GPUs of 80 GB."""
     training = lavit_7b().training
-    pairs = (1.0, 1.0)  # reading, writing
     language = replace(
         training.language,
         warmup=2_000 / training.language.steps,
-        mixture=(*pairs, 0.0, 0.0, TEXT_TO_PAIRS * sum(pairs)),
+        mixture=(1.0, 1.0, 0.0, 0.0, 0.0),  # reading and writing
         accumulate=8,
         recompute=True,
     )

@@ -215,7 +215,8 @@ class LanguageTraining:
     # folder of `lavit tokenize-corpus` whose codes are used; reading needs features, so nothing is
     # read then (data/bulk.py)
     token_corpus: str = ""
-    # relative number of documents of each kind: reading, writing, questions, edits, text alone
+    # relative number of documents of each kind that a source of pictures gives: reading, writing,
+    # questions, edits, prompts without their picture (a source of text has a weight of its own)
     mixture: tuple[float, float, float, float, float] = (1.0, 1.0, 0.5, 0.5, 0.25)
 
 

@@ -3,7 +3,7 @@
     reading    [image read] caption .             writing  prompt [image written]
     question   [image read] Question: … Answer: | answer
     edit       [image] … instruction | [image written]
-    text       prompt-like text .                 (what stands before | gives no loss)
+    text       prompt, without its picture .      (what stands before | gives no loss)
 
 A picture that has several questions is asked up to `ASKED` of them in one document, since reading
 it is most of the cost.
