@@ -170,7 +170,37 @@ def test_a_broken_picture_of_a_stream_is_named_and_the_rest_goes_on(tmp_path: Pa
                 tar.addfile(entry, io.BytesIO(part))
     documents = documents_of(str(tmp_path / "shards"))
     assert 3 not in records(documents, documents.batch(0))
-    assert len(documents.broken) == 1 and "0003" in next(iter(documents.broken))
+    assert len(documents.left_out) == 1 and "0003" in next(iter(documents.left_out))
+
+
+def test_what_a_table_streams_is_named_one_by_one(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Broken pictures, and documents longer than a row; a resumed stream gives the same names."""
+    import datasets
+
+    rows: dict[str, list] = {"image": [], "text": []}
+    for number in range(8):
+        stream = io.BytesIO()
+        Image.new("RGB", (4, 4), (5 * number,) * 3).save(stream, "PNG")
+        data = stream.getvalue()[: 30 if number in (2, 5) else None]
+        rows["image"].append({"bytes": data, "path": None})
+        rows["text"].append(f"grey {number} " * (40 if number == 6 else 1))
+    kinds = {"image": datasets.Image(decode=False), "text": datasets.Value("string")}
+    table = datasets.Dataset.from_dict(rows, features=datasets.Features(kinds))
+    table.to_parquet(str(tmp_path / "a.parquet"))
+    documents = documents_of(str(tmp_path / "a.parquet"))
+    assert not {2, 5, 6} & set(records(documents, documents.batch(0)))
+    documents.share()
+    names = [f"[streamed {place}]" for place in (3, 6, 7)]
+    resumed = documents_of(str(tmp_path / "a.parquet"))
+    resumed.load_state(documents.state())
+    for found in (documents, resumed):
+        assert sorted(name[-12:] for name in found.left_out) == names
+    reasons = dict(sorted(documents.left_out.items())).values()
+    assert ["damaged" in reason for reason in reasons] == [True, True, False]
+    assert len(caplog.messages) == 6 and "(3 so far)" in caplog.messages[-1]
 
 
 def stage_two(toy_run: Path, out: Path, data: str, *, watch=None, **changes) -> list[dict]:

@@ -203,9 +203,7 @@ class ConversationDocuments(Rows):
 
     def _lay_out(self, conversation: Conversation) -> Sequence:
         sequence = lay_out(self.document(conversation), self.vocabulary)
-        if len(sequence) > self.config.tokens:
-            long = f"{len(sequence)} tokens are more than a row of {self.config.tokens}"
-            raise InputError(f"{long}: use longer rows")
+        self.check_length(sequence)
         if all(label == IGNORE for label in sequence.labels):
             raise InputError("every label is masked: the assistant's turns are empty")
         return sequence
