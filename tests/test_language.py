@@ -148,6 +148,17 @@ def test_the_heads_loss_and_gradients_are_those_of_cross_entropy(bias: bool) -> 
         assert torch.allclose(a, b, atol=1e-5)
 
 
+def test_pictures_read_as_codes_bring_no_features(language: Language) -> None:
+    sequences, patches, keep = documents(language)
+    batch = pack([sequences], language.vocabulary)
+    read = language(batch, patches[batch.images], keep[batch.images]).total
+    language.read_as = "codes"
+    loss = language(batch, patches[batch.images], keep[batch.images]).total
+    loss.backward()
+    assert loss.equal(language(batch).total) and not loss.equal(read)
+    assert language.to_language.weight.grad is None
+
+
 def test_new_rows_lie_around_the_mean_of_the_lms_own(language: Language) -> None:
     own = language.lm.get_input_embeddings().weight.detach()
     away = language.rows.detach() - own.mean(0)

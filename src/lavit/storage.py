@@ -147,6 +147,7 @@ def build_language(
         codes=config.tokenizer.codes,
         end=text.eos_token_id,
         trained=config.language.source != "random",
+        read_as=config.language.read_as,
     )
     if config.language.lora_rank:
         inject_lora(language, config.language)

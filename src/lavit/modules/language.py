@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +59,8 @@ class Language(nn.Module):
 
     `lm` is any transformers causal LM whose logits are `get_output_embeddings()(hidden)`
     (`check_head`). `end` is the id that ends a text; `merger` is copied; `trained` says whether the
-    LM is more than freshly initialised: new rows begin accordingly.
+    LM is more than freshly initialised: new rows begin accordingly. `read_as` is that of
+    `LanguageConfig`.
     """
 
     def __init__(
@@ -70,9 +72,10 @@ class Language(nn.Module):
         codes: int,
         end: int,
         trained: bool = True,
+        read_as: Literal["features", "codes"] = "features",
     ) -> None:
         super().__init__()
-        self.lm = lm
+        self.lm, self.read_as = lm, read_as
         self.by_document = attend_by_document(lm)
         table, head = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
         text_size, self.width = table.shape
@@ -194,6 +197,8 @@ class Language(nn.Module):
         `patches` and `keep` are those of `batch.images`, in order; without them, or where pictures
         are read as codes, slots take the rows of their codes.
         """
+        if self.read_as == "codes":
+            patches = None
         features = self.read(patches, keep) if patches is not None and len(patches) else None
         embeddings = self.embed(batch.ids, slots=batch.slots, features=features)
         if patches is not None and features is None and torch.is_grad_enabled():

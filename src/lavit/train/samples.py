@@ -5,6 +5,7 @@ Codes are written as numbers: painting them needs stage 3, which comes later.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from lavit.data.corpus import Corpus
 from lavit.generate.engine import Engine
 from lavit.generate.request import Request
 from lavit.generate.sampling import Sampling
+from lavit.sequence import image_ids
 from lavit.train.language import LanguageStage
 
 PICTURES = 4
@@ -59,14 +61,13 @@ class Samples:
         device = language.rows.device
         at = torch.tensor([number])
         patches, keep = stage.features.rows(at), stage.tokens.keep[at].to(device)
-        features = language.read(stage.tokenizer.prepare(patches).to(device), keep)
-        start, end = vocabulary.image_start, vocabulary.image_end
-        reading = Request(
-            ids=(start, *[end] * len(features), end),  # ids of slots are never looked at
-            slots=(False, *[True] * len(features), False),
-            features=features,
-            sampling=Sampling(temperature=0.0, max_tokens=WORDS),
-        )
+        read = image_ids(stage.documents.codes[number], vocabulary)
+        greedy = Sampling(temperature=0.0, max_tokens=WORDS)
+        reading = Request(ids=read, sampling=greedy)
+        if language.read_as == "features":
+            features = language.read(stage.tokenizer.prepare(patches).to(device), keep)
+            slots = (False, *[True] * len(features), False)
+            reading = replace(reading, slots=slots, features=features)
         ids = tuple(self.text(picture.prompts[0], add_special_tokens=False)["input_ids"])
         length = {"min_tokens": 1, "max_tokens": keep.shape[1]}
         drawing = Sampling(temperature=1.0, top_k=50, guidance=2.0, seed=0, **length)
