@@ -94,7 +94,7 @@ class Run:
             self._take_tokenizer(self.start)
 
     def _settle(self, model: ModelConfig) -> ModelConfig:
-        """Write what this run is, or check that the folder is of the same; the model's settings."""
+        """Read what the folder's run is, if it holds one; the model's settings."""
         mine = {"data": self.data, "model": to_json(model), "training": to_json(self.training)}
         if self.start:
             mine["start"] = self.start.name
@@ -103,17 +103,41 @@ class Run:
         path, config = self.folder / "training.json", self.folder / "config.json"
         self.accelerator.wait_for_everyone()
         saved = read_json(path) if path.exists() else {}
-        self.accelerator.wait_for_everyone()
-        if saved and not _same_run(saved, mine):
+        self._mine, self._saved = mine, saved or mine
+        self._agree(())
+        if not saved or not config.exists():
+            return model
+        coming = {stage: getattr(model, stage) for stage in STAGES if not self._done(stage)}
+        return replace(from_json(ModelConfig, read_json(config)), **coming)
+
+    def _done(self, stage: str) -> bool:
+        return (self.folder / stage / "done").exists()
+
+    def _begun(self, stage: str) -> bool:
+        checkpoints = [stage, "autoencoder"] if stage == "pixels" else [stage]
+        begun = any((self.folder / "checkpoints" / name).exists() for name in checkpoints)
+        return begun or self._done(stage)
+
+    def _agree(self, stages: Sequence[str]) -> None:
+        """Write what this run is, or check that the folder is of the same one.
+
+        Compared are the settings of those of `stages` that have begun, and what is of no stage.
+        """
+        begun = [stage for stage in stages if self._begun(stage)]
+        if not _same_run(self._saved, self._mine, begun):
             said = f"{self.folder} holds a run with other settings"
             raise InputError(f"{said}: give another --out, or delete it to start anew")
-        if self.accelerator.is_main_process and not saved.keys() >= mine.keys():
-            write_json(path, mine | saved)
-        return from_json(ModelConfig, read_json(config)) if saved and config.exists() else model
+        self._saved = self._mine | self._saved
+        for key in ("model", "training"):
+            new = {stage: self._mine[key][stage] for stage in stages if stage not in begun}
+            self._saved[key] = self._saved[key] | new
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            write_json(self.folder / "training.json", self._saved)
 
     def _take_tokenizer(self, start: Path) -> None:
         """Copy stage 1 of another model, once, under this run's own configuration."""
-        done = (self.folder / "tokenizer" / "done").exists()
+        done = self._done("tokenizer")
         self.accelerator.wait_for_everyone()
         if not done:
             model = LaVIT.from_pretrained(start)
@@ -158,7 +182,9 @@ class Run:
             if stage not in STAGES:
                 known = ", ".join(STAGES)
                 raise InputError(f"there is no stage {stage!r}: choose from {known}, all")
-            if (self.folder / stage / "done").exists():
+        self._agree(stages)
+        for stage in stages:
+            if self._done(stage):
                 log.info("%s is trained already", stage)
                 continue
             torch.manual_seed(self.training.seed)
@@ -340,12 +366,19 @@ class Run:
         self._save(LaVIT(self.config, {"pixels": pixels}, folder=self.folder), "pixels")
 
 
-def _same_run(saved: dict[str, Any], mine: dict[str, Any]) -> bool:
-    """Whether two descriptions of a run agree; a setting that the older lacks is its default."""
+def _same_run(saved: dict[str, Any], mine: dict[str, Any], stages: Sequence[str]) -> bool:
+    """Whether two descriptions of a run agree in these stages, and in all that is of no stage.
+
+    A setting that the older lacks is its default.
+    """
     if any(saved.get(name) != mine.get(name) for name in ("data", "start")):
         return False
-    kinds = (("model", ModelConfig), ("training", TrainConfig))
+    others = set(STAGES).difference(stages)
     try:
-        return all(from_json(kind, saved[key]) == from_json(kind, mine[key]) for key, kind in kinds)
+        for key, kind in (("model", ModelConfig), ("training", TrainConfig)):
+            theirs = saved[key] | {stage: mine[key][stage] for stage in others}
+            if from_json(kind, theirs) != from_json(kind, mine[key]):
+                return False
     except (InputError, KeyError):
         return False
+    return True
