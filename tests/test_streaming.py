@@ -235,12 +235,17 @@ def test_stage_two_on_tokens_made_beforehand(toy_data: Path, toy_run: Path, tmp_
     assert lines[-1]["loss"] < lines[0]["loss"] and lines[-1]["code_loss"] > 0
     corpus = load_corpus(toy_data)
     hashed = tokenizer_hash(LaVIT.from_pretrained(toy_run))
-    codes = corpus_codes(tmp_path / "tokens", corpus, toy_data, tokenizer=hashed)
+    codes = corpus_codes(tmp_path / "tokens", corpus, tokenizer=hashed)
     model = LaVIT.from_pretrained(toy_run)
     assert codes == tuple(tuple(model.encode([p.record.open()]).codes.tolist()) for p in corpus.pictures)
     with pytest.raises(InputError, match="of tokenizer"):
-        corpus_codes(tmp_path / "tokens", corpus, toy_data, tokenizer="0" * 64)
+        corpus_codes(tmp_path / "tokens", corpus, tokenizer="0" * 64)
+    (tmp_path / "prose.jsonl").write_text(json.dumps({"text": "only words"}))
+    mixed = load_corpus(f"{toy_data},{tmp_path / 'prose.jsonl'}:0.5")
+    assert corpus_codes(tmp_path / "tokens", mixed, tokenizer=hashed) == codes
+    with pytest.raises(InputError, match="the codes of one source of pictures, and there are 2"):
+        corpus_codes(tmp_path / "tokens", load_corpus(f"{toy_data},{toy_data}:2"), tokenizer=hashed)
     toy_picture("red dot").save(tmp_path / "other.png")
     more = replace(corpus, pictures=(*corpus.pictures, Picture(Record("", (), "other.png"), (), ())))
     with pytest.raises(InputError, match=r"no tokens of 1 of 9 pictures.*other\.png"):
-        corpus_codes(tmp_path / "tokens", more, toy_data, tokenizer=hashed)
+        corpus_codes(tmp_path / "tokens", more, tokenizer=hashed)

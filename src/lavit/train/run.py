@@ -302,7 +302,7 @@ class Run:
         mixture = config.mixture
         if config.token_corpus:
             hashed = tokenizer_hash(LaVIT(self.config, folder=self.folder))
-            codes = corpus_codes(config.token_corpus, self.corpus, self.data, tokenizer=hashed)
+            codes = corpus_codes(config.token_corpus, self.corpus, tokenizer=hashed)
             features, tokens = nothing_read(vision)
             mixture = (0.0, mixture[1], 0.0, *mixture[3:])
         else:
