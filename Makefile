@@ -4,7 +4,7 @@ BIN := .venv/bin
 EXTRAS := train,mini,eval,ray,published,dev
 
 MINUTES ?= 30
-PICTURES ?= 12000
+PICTURES ?= 30000
 
 .PHONY: test check bench demo train-nano clean
 

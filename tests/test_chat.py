@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerFast
 import lavit
 from conftest import toy_picture
 from lavit.config import InputError
-from lavit.data.chat import ChatPicture, ChatText, render_chat, turn_end
 from lavit.generate.pipeline import Pipeline
 from lavit.generate.prompts import lay_prompt, writing
 from lavit.generate.sampling import Sampling
+from lavit.layout import ImagePart, Part, TextPart, conversation, replies, turn_end
 
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
@@ -47,41 +47,47 @@ TALK = [
 ]
 
 
-def shown(parts: list[ChatText | ChatPicture], *, targets: bool | None = None) -> str:
+def shown(parts: list[Part], *, targets: bool | None = None) -> str:
     """Parts as one line: <a> is read, [b] enters as codes."""
     line = ""
     for part in parts:
         if targets is None or part.target == targets:
-            line += (
-                part.text if isinstance(part, ChatText) else f"<{part.picture}>" if part.read else f"[{part.picture}]"
-            )
+            line += part.text if isinstance(part, TextPart) else f"<{part.image}>" if part.read else f"[{part.image}]"
     return line
 
 
 def test_without_a_template_turns_are_the_documents_of_stage_2() -> None:
     text = tokenizer()
-    assert shown(render_chat(TALK[:1], text, reply="text")) == "<a.png>Question: What is it? Answer:"
-    assert shown(render_chat(TALK[:1], text, reply="image")) == "[a.png]What is it?"
-    assert shown(render_chat([{"role": "user", "content": [image("a.png")]}], text, reply="text")) == "<a.png>"
-    assert shown(render_chat([TALK[2]], text, reply="auto")) == "now draw it at night"
-    assert turn_end(text) == "\n"
-    everything = render_chat(TALK, text)
-    assert shown(everything) == (
-        "<a.png>Question: What is it? Answer: a dog\nnow draw it at night[b.png]\nQuestion: Is it dark? Answer: yes"
+    assert shown(conversation(TALK[:1], text, reply="text")) == "<a.png>Question: what is it? Answer:"
+    assert shown(conversation(TALK[:1], text, reply="image")) == "[a.png]What is it?"
+    assert shown(conversation([{"role": "user", "content": [image("a.png")]}], text, reply="text")) == "<a.png>"
+    assert shown(conversation([TALK[2]], text, reply="auto")) == "now draw it at night"
+    assert turn_end(text) == ""
+    first, second, third = replies(TALK, text)
+    assert shown(first) == "<a.png>Question: what is it? Answer: a dog"
+    assert shown(second) == "[a.png]Question: what is it? Answer: a dog\nnow draw it at night[b.png]"
+    assert shown(third) == (
+        "<a.png>Question: what is it? Answer: a dog\nnow draw it at night<b.png>\nQuestion: is it dark? Answer: yes"
     )
-    assert shown(everything, targets=True) == " a dog\n[b.png]\n yes"
-    assert [part.codes for part in everything if isinstance(part, ChatPicture)] == [None, (4, 2)]
+    assert [shown(parts, targets=True) for parts in (first, second, third)] == [" a dog", "[b.png]", " yes"]
+    assert all([part.ends for part in parts] == [*[False] * (len(parts) - 1), True] for parts in (first, second, third))
+    assert [part.codes for part in second if isinstance(part, ImagePart)] == [None, (4, 2)]
 
 
 def test_a_template_of_the_tokenizer_is_used() -> None:
     text = tokenizer(CHATML)
-    everything = render_chat(TALK, text)
+    everything = replies(TALK, text)[-1]
     assert shown(everything) == (
         "<|im_start|>user\n<a.png>What is it?<|im_end|>\n<|im_start|>assistant\na dog<|im_end|>\n"
-        "<|im_start|>user\nnow draw it at night<|im_end|>\n<|im_start|>assistant\n[b.png]<|im_end|>\n"
+        "<|im_start|>user\nnow draw it at night<|im_end|>\n<|im_start|>assistant\n<b.png><|im_end|>\n"
         "<|im_start|>user\nIs it dark?<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
     )
-    assert shown(everything, targets=True) == "a dog<|im_end|>\n[b.png]<|im_end|>\nyes<|im_end|>\n"
+    assert [shown(parts, targets=True) for parts in replies(TALK, text)] == [
+        "a dog<|im_end|>\n",
+        "[b.png]<|im_end|>\n",
+        "yes<|im_end|>\n",
+    ]
+    assert not any(part.ends for part in everything)
     assert turn_end(text) == "<|im_end|>\n"
 
 
@@ -89,17 +95,16 @@ def test_a_template_of_the_tokenizer_is_used() -> None:
 def test_what_training_laid_out_is_what_use_lays_out(template: str | None) -> None:
     """A conversation up to a reply is the beginning of the whole conversation, piece by piece."""
     text = tokenizer(template)
-    whole = render_chat(TALK, text)
-    for upto, reply in ((1, "text"), (3, "image"), (5, "text")):
-        begun = render_chat(TALK[:upto], text, reply=reply)
-        for found, expected in zip(begun, whole, strict=False):
-            assert (shown([found]), found.target) == (shown([expected]), expected.target)
+    for whole, upto, reply in zip(replies(TALK, text), (1, 3, 5), ("text", "image", "text"), strict=True):
+        begun = conversation(TALK[:upto], text, reply=reply)
+        assert [shown([part]) for part in begun] == [shown([part]) for part in whole[: len(begun)]]
+        assert not any(part.target for part in begun)
 
 
 def test_neighbours_of_one_role_are_one_turn() -> None:
     messages = [{"role": "system", "content": "Be kind."}, TALK[2], {"role": "user", "content": "please"}]
     expected = "Be kind.\nnow draw it at night\nplease"
-    assert shown(render_chat(messages, tokenizer(), reply="image")) == expected
+    assert shown(conversation(messages, tokenizer(), reply="image")) == expected
 
 
 FORGETFUL = "{{ messages[-1]['content'] }}"
@@ -119,10 +124,8 @@ STRICT = "{% if messages|length != 1 %}{{ raise_exception('one message only') }}
         ([{"role": "user", "content": "\ue0001\ue001"}], {}, "mark pictures"),
         (TALK[1:2], {}, "begins with the user"),
         (TALK[:2], {}, "add the user's"),
-        (TALK[:1], {"reply": None}, "ends with the assistant's"),
         (TALK[:1], {"reply": "song"}, "reply 'song' is not known"),
         ([{"role": "system", "content": [image("a.png")]}, TALK[0]], {}, "system message holds text only"),
-        (TALK[:3], {"template": FORGETFUL}, "changes earlier turns"),
         (TALK[:3], {"template": STRICT}, "one message only"),
     ],
 )
@@ -130,7 +133,14 @@ def test_wrong_messages(messages: list, options: dict, line: str) -> None:
     options = {"reply": "text", "template": None} | options
     template, reply = options["template"], options["reply"]
     with pytest.raises(InputError, match=line):
-        render_chat.__wrapped__(messages, tokenizer(template), reply=reply)  # past the tests' type checker
+        conversation.__wrapped__(messages, tokenizer(template), reply=reply)  # past the tests' type checker
+
+
+def test_a_template_that_changes_earlier_turns_cannot_be_learnt() -> None:
+    with pytest.raises(InputError, match="changes earlier turns"):
+        replies(TALK[:2], tokenizer(FORGETFUL))
+    with pytest.raises(InputError, match="ends with the assistant's"):
+        replies(TALK[:1], tokenizer())
 
 
 # ---------------------------------------------------------------- talking
@@ -159,15 +169,16 @@ def test_a_conversation(pipeline: Pipeline) -> None:
     talk += [drawn, user("Is it dark?")]
     last = pipeline.chat(talk, **short)
     assert [part["type"] for part in last["content"]] == ["text"]
-    # all of it stands before the last reply: the first picture as features, the drawn one as the codes it was made of
+    # before words all pictures are read, before a picture all enter as codes, the drawn one as those it was made of
+    prompt = lay_prompt(pipeline.model, conversation(talk, pipeline.model.text, reply="text"))
+    both = pipeline.tokenize([dot["image"], part["image"]]).lengths
+    assert sum(prompt.slots) == int(both.sum()) == len(prompt.features)
     vocabulary = pipeline.model.language.vocabulary
-    prompt = lay_prompt(pipeline.model, render_chat(talk, pipeline.model.text, reply="text"))
-    ids = torch.tensor(prompt.ids)
-    assert vocabulary.codes_of(ids[vocabulary.is_code(ids)]).tolist() == list(part["codes"])
-    assert sum(prompt.slots) == int(pipeline.tokenize(dot["image"]).lengths) == len(prompt.features)
+    ids = torch.tensor(lay_prompt(pipeline.model, conversation(talk, pipeline.model.text, reply="image")).ids)
+    assert vocabulary.codes_of(ids[vocabulary.is_code(ids)]).tolist()[int(both[0]) :] == list(part["codes"])
     assert pipeline.chat(talk, **short) == last
     without = [*talk[:3], {"role": "assistant", "content": "no"}, talk[4]]
-    assert lay_prompt(pipeline.model, render_chat(without, pipeline.model.text, reply="text")).ids != prompt.ids
+    assert lay_prompt(pipeline.model, conversation(without, pipeline.model.text, reply="text")).ids != prompt.ids
 
 
 def test_one_turn_without_a_template_is_what_the_other_verbs_lay_out(pipeline: Pipeline) -> None:
@@ -212,7 +223,7 @@ def test_the_model_may_open_pictures_by_itself(pipeline: Pipeline) -> None:
 
 def _last_hidden(pipeline: Pipeline, talk: list) -> torch.Tensor:
     language = pipeline.model.language
-    ids = lay_prompt(pipeline.model, render_chat(talk, pipeline.model.text, reply="auto")).ids
+    ids = lay_prompt(pipeline.model, conversation(talk, pipeline.model.text, reply="auto")).ids
     with torch.no_grad():
         return language.body(inputs_embeds=language.embed(torch.tensor([ids]))).last_hidden_state[0, -1]
 
@@ -231,7 +242,7 @@ def test_a_template_ends_the_turn(toy_run: Path) -> None:
 
 def pipeline_jobs(pipeline: Pipeline, talk: list) -> list:
     return writing(
-        pipeline.model, pipeline.protocol, [render_chat(talk, pipeline.model.text, reply="text")],
+        pipeline.model, pipeline.protocol, [conversation(talk, pipeline.model.text, reply="text")],
         out="text", n=1, seed=0, sampling=None, picture=None, guidance=None, chat=True,
     )  # fmt: skip
 
@@ -246,7 +257,7 @@ def pipeline_jobs(pipeline: Pipeline, talk: list) -> list:
         ),
         (lambda p: p.chat([user("hi")], n=0), "n is 0"),
         (lambda p: p.chat([user("hi")], previews=True), "part of a stream"),
-        (lambda p: p.chat([user("hi " * 300)]), "shorten"),
+        (lambda p: p.chat([user("hi " * 300)], out="image"), "shorten"),
     ],
 )
 def test_wrong_conversations(pipeline: Pipeline, call, line: str) -> None:

@@ -86,7 +86,7 @@ def targets(documents: ConversationDocuments, number: int) -> str:
 def test_answers_alone_are_targets_without_a_template(tmp_path: Path, text: PreTrainedTokenizerBase) -> None:
     documents = documents_of(write(tmp_path, [read("red dot"), drawn("blue bar")]), text)
     assert targets(documents, 0) == f" red dot{text.eos_token}"
-    assert targets(documents, 1) == "§" * (2 + len(CODES[1]))  # start, codes, end
+    assert targets(documents, 1) == "§" * (2 + len(CODES[1])) + text.eos_token  # start, codes, end
     first, second = documents.sequences
     assert sum(first.slots) == len(CODES[0]) and first.images == (0,)
     assert not any(second.slots) and second.images == ()
@@ -96,9 +96,9 @@ def test_a_template_is_followed_up_to_its_end_of_turn(tmp_path: Path, text: PreT
     text.chat_template = CHATML
     more = [*read("red dot"), {"role": "user", "content": "and now?"}, {"role": "assistant", "content": "still"}]
     documents = documents_of(write(tmp_path, [more, drawn("blue bar")]), text, tokens=400)
-    assert targets(documents, 0) == "red dot<|im_end|>\nstill<|im_end|>\n"
-    assert targets(documents, 1).strip("§") == "<|im_end|>\n"
-    whole = text.decode([i for i in documents.sequences[0].ids if i < len(text)])
+    assert [targets(documents, turn) for turn in (0, 1)] == ["red dot<|im_end|>\n", "still<|im_end|>\n"]
+    assert targets(documents, 2).strip("§") == "<|im_end|>\n"
+    whole = text.decode([i for i in documents.sequences[1].ids if i < len(text)])
     assert whole.startswith("<|im_start|>user\n") and text.eos_token not in whole
 
 

@@ -14,9 +14,10 @@ import pytest
 from conftest import toy_picture, toy_training
 from lavit.config import InputError
 from lavit.data.corpus import Corpus, Picture, load_corpus, parse_mixture
-from lavit.data.documents import Documents, answer_text, question_text
+from lavit.data.documents import Documents
 from lavit.data.sources import Record
 from lavit.data.text import TextPieces, Texts, cut
+from lavit.layout import answer_text, question_text
 from lavit.sequence import Image, Text, exact_choice, fill_from_front, lay_out, unpack
 from lavit.train.language import train_text_tokenizer
 from lavit.vocabulary import Vocabulary
@@ -89,11 +90,11 @@ def test_documents_come_by_the_weights_and_of_the_kinds_a_source_has(toy_data: P
         drawn = documents.draw(rng)
         images = [segment for segment in drawn if isinstance(segment, Image)]
         counts["prose"] += not images
-        counts["question"] += len(drawn) == 3
+        counts["question"] += len(drawn) == 3 and images[0].read
     assert counts["prose"] / 4000 == pytest.approx(0.25, abs=0.02)
     assert counts["question"] / 4000 == pytest.approx(0.25 / 3, abs=0.02)  # the toy data has no questions
     only = documents_of(corpus, mixture=(1.0, 0.0, 0.0, 0.0, 0.0))
-    captions = {only.tokenizer.decode(document[1].ids) for _ in range(300) if len(document := only.draw(rng)) == 2}
+    captions = {only.tokenizer.decode(document[1].ids[:-1]) for _ in range(300) if len(document := only.draw(rng)) == 2}
     assert {"a bar.", "red square."} <= captions and "" not in captions
 
 
@@ -138,7 +139,8 @@ def test_an_edit_shows_all_its_sources_as_codes_before_the_words(shapes_data: Pa
     documents = documents_of(corpus, mixture=(0.0, 0.0, 0.0, 1.0, 0.0))
     seen: set[int] = set()
     for seed in range(60):
-        *sources, words, target = documents.draw(np.random.default_rng(seed))
+        *sources, words, target, end = documents.draw(np.random.default_rng(seed))
+        assert end == Text((documents.vocabulary.end,))
         found = (tuple(image.index for image in sources), documents.tokenizer.decode(words.ids), target.index)
         assert found in {(edit.sources, edit.prompt, edit.target) for edit in corpus.edits}
         assert not words.target and target.target and not target.read
@@ -163,7 +165,7 @@ def test_a_text_ends_with_the_end_token_once_and_its_pieces_join_to_it() -> None
     vocabulary = Vocabulary(text_size=100, codes=4, end=99)
     for length in (0, 1, 7, 8, 9, 15, 16, 17, 40):
         ids = tuple(range(length))
-        pieces = [lay_out((piece,), vocabulary) for piece in cut(ids, 8)]
+        pieces = [lay_out((piece,), vocabulary) for piece in cut(ids, 8, 99)]
         assert sum((piece.ids for piece in pieces), ()) == (*ids, 99)
         assert all(len(piece) <= 8 for piece in pieces) and all(len(piece) >= 7 for piece in pieces[:-1])
 
@@ -171,13 +173,13 @@ def test_a_text_ends_with_the_end_token_once_and_its_pieces_join_to_it() -> None
 def test_every_piece_of_a_source_comes_about_equally_often(prose: Path) -> None:
     texts = Texts([PROSE, PROSE * 40, ""], column=None, name="prose")
     tokenizer = documents_of(Corpus((Picture(Record("a.png", (PROSE,), "a.png"), (PROSE,), (PROSE,)),))).tokenizer
-    pieces = TextPieces(texts, tokenizer, 64)
+    pieces = TextPieces(texts, tokenizer, 64, 9)
     rng = np.random.default_rng(0)
     counts = Counter(pieces.draw(rng) for _ in range(4000))
-    long = [counts[piece] for piece in cut(tokenizer((PROSE * 40).strip())["input_ids"], 64)]
+    long = [counts[piece] for piece in cut(tokenizer((PROSE * 40).strip())["input_ids"], 64, 9)]
     assert max(long) < 1.3 * np.mean(long) and sum(long) / 4000 == pytest.approx(40 / 41, abs=0.02)
     with pytest.raises(InputError, match="no text in it"):
-        TextPieces(Texts(["", " "], column=None, name="nothing"), tokenizer, 64)
+        TextPieces(Texts(["", " "], column=None, name="nothing"), tokenizer, 64, 9)
 
 
 def test_text_files_are_texts(toy_data: Path, tmp_path: Path) -> None:
@@ -242,9 +244,3 @@ def test_a_document_longer_than_a_row_is_left_out_and_named(
     assert "more than a row of 96: use longer rows (1 so far)" in caplog.messages[0]
     with pytest.raises(InputError, match=r"next to no document fits: .* a row of 2: use longer rows"):
         documents_of(corpus, tokens=2, unconditional_fraction=0.0).batch(0)
-
-
-def test_a_piece_that_goes_on_has_no_end_token() -> None:
-    vocabulary = Vocabulary(text_size=100, codes=4, end=99)
-    assert lay_out((Text((1, 2), closes=False),), vocabulary).ids == (1, 2)
-    assert lay_out((Text((1, 2)),), vocabulary).ids == (1, 2, 99)

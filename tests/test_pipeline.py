@@ -14,7 +14,6 @@ from PIL import Image
 import lavit
 from conftest import NAMES, toy_picture
 from lavit.config import InputError
-from lavit.data.chat import ChatPicture
 from lavit.generate import protocols
 from lavit.generate.pipeline import Pipeline
 from lavit.generate.prompts import lay_prompt
@@ -22,6 +21,7 @@ from lavit.generate.request import Request
 from lavit.generate.sampling import Sampling
 from lavit.generate.score import likelihood
 from lavit.generate.stream import TextPieces
+from lavit.layout import normalised, reading
 from lavit.sequence import Image as Shown
 from lavit.sequence import Text, lay_out, pack
 from lavit.visualize import kept_over, sheet
@@ -189,7 +189,7 @@ def test_the_likelihood_of_a_caption(pipeline: Pipeline) -> None:
     model, picture = pipeline.model, toy_picture("red dot")
     patches = model.patches([picture])
     tokens = model.tokenizer.encode(patches)
-    ids = tuple(model.text("red dot.", add_special_tokens=False)["input_ids"])
+    ids = (*model.text("red dot.", add_special_tokens=False)["input_ids"], model.language.vocabulary.end)
     document = (Shown(tuple(tokens.codes.tolist()), read=True, index=0, target=False), Text(ids))
     vocabulary = model.language.vocabulary
     batch = pack([[lay_out(document, vocabulary)]], vocabulary)
@@ -208,7 +208,7 @@ def test_the_papers_protocol(toy_run: Path) -> None:
     image = toy_picture("red bar")
     said = paper.caption(image)
     beams = paper.engine.complete(
-        [Request(**vars(lay_prompt(paper.model, [ChatPicture(image, read=True)])), sampling=protocols.CAPTION)]
+        [Request(**vars(lay_prompt(paper.model, reading(image))), sampling=protocols.CAPTION)]
     )
     text = paper.model.text.decode(list(beams[0][0].text), skip_special_tokens=True)
     assert said == protocols.cut(text, protocols.CAPTION_ENDS)[0].strip()
@@ -232,8 +232,8 @@ def test_vizwiz_asks_first_whether_there_is_an_answer(pipeline: Pipeline, monkey
 
 
 def test_words_are_normalised_as_the_paper_does() -> None:
-    assert protocols.asked('What IS "this" (here)?') == "what is this here?"
-    assert len(protocols.asked("word " * 60).split()) == 50
+    assert normalised('What IS "this" (here)?') == "what is this here?"
+    assert len(normalised("word " * 60).split()) == 50
     assert protocols.answer_words("The two Dogs, it's  an owl!") == "two dogs it's owl"
     assert protocols.answer_words("two dogs", lemmatise=lambda word: word.rstrip("s")) == "two dog"
     assert protocols.cut("red. green\nblue", ("\n", ".")) == ("red", True)
@@ -261,7 +261,7 @@ def test_codes_may_be_read_instead_of_features(toy_run: Path) -> None:
     config = pipeline.model.config
     picture = toy_picture("red bar")
     pipeline.model.config = replace(config, language=replace(config.language, read_as="codes"))
-    prompt = lay_prompt(pipeline.model, [ChatPicture(picture, read=True)])
+    prompt = lay_prompt(pipeline.model, reading(picture))
     codes = pipeline.model.language.vocabulary.codes_of(torch.tensor(prompt.ids[1:-1]))
     assert prompt.features is None and codes.equal(pipeline.tokenize(picture).codes)
     assert isinstance(pipeline.caption(picture), str) and likelihood(pipeline.model, "red", picture) < 0

@@ -22,7 +22,7 @@ from lavit.sequence import (
 from lavit.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(text_size=100, codes=20, end=9)
-READING = (Image((3, 4, 5), read=True, index=7), Text((1, 2)))
+READING = (Image((3, 4, 5), read=True, index=7), Text((1, 2, 9)))
 WRITING = (Text((1, 2)), Image((6, 7), read=False))
 
 

@@ -5,7 +5,7 @@ image end, c codes, f slots that take continuous merger features, t text, . end 
 
     [text]          t t t .
     [image, text]   S f f f E t t t .        the image is read
-    [text, image]   t t t S c c c E          the image is written
+    [text, image]   t t t S c c c E .        the image is written
 
 Labels are the next id of the same document. At the slots of a read image the labels are the stage-1
 codes of the same mask. Packed rows hold whole documents; attention never crosses them and positions
@@ -53,14 +53,10 @@ class VisualTokens:
 
 @dataclass(frozen=True)
 class Text:
-    """Ids of text; `target=False` gives it no loss (prompts of fine-tuning).
-
-    `closes=False` leaves out the end id where this text ends a document.
-    """
+    """Ids of text; `target=False` gives it no loss (prompts of fine-tuning)."""
 
     ids: tuple[int, ...]
     target: bool = True
-    closes: bool = True
 
 
 @dataclass(frozen=True)
@@ -128,18 +124,17 @@ def lay_out(
 ) -> Sequence:
     """Turn a document into ids, next-id labels and slots.
 
-    A text that ends the document gets the LM's end id (unless it says otherwise). A read image
-    without `supervise_read_images` gives no loss inside; its end still predicts what follows.
+    A read image without `supervise_read_images` gives no loss inside; its end still predicts what
+    follows.
     """
     ids: list[int] = []
     target: list[bool] = []  # may this id be predicted?
     slots: list[bool] = []
     images: list[int] = []
-    for number, segment in enumerate(document):
+    for segment in document:
         if isinstance(segment, Text):
-            last = segment.closes and number == len(document) - 1
-            piece = (*segment.ids, vocabulary.end) if last else segment.ids
-            slot, wanted = [False] * len(piece), segment.target
+            piece, wanted = segment.ids, segment.target
+            slot = [False] * len(piece)
         else:
             if not segment.codes:
                 raise InputError("an image has no codes: every image keeps at least one patch")

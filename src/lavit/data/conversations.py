@@ -4,11 +4,11 @@
                                                {"type": "text", "text": "…"}]},
                   {"role": "assistant", "content": "…"}]}
 
-Text and pictures are laid out by data/chat.py: by the text tokenizer's chat template, or plainly
-where it has none. Only what the assistant wrote gives loss, text up to and including the template's
-end of turn, and pictures as their codes. Paths are below the file's folder. A conversation that
-cannot be used (a picture that is missing or broken, no answer, longer than a row) is left out,
-counted and named; none left raises `InputError`. Every epoch shows each conversation once.
+Each turn of the assistant is a document of its own (layout.py): what stands before it, and the turn
+as what is learnt, text up to and including the end of turn, and pictures as their codes. Paths are
+below the file's folder. A conversation that cannot be used (a picture that is missing or broken, no
+answer, a turn longer than a row) is left out, counted and named; none left raises `InputError`.
+Every epoch shows each document once.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 
 from lavit.config import InputError
-from lavit.data.chat import ChatText, render_chat
 from lavit.data.corpus import Corpus
 from lavit.data.documents import Rows
 from lavit.data.sources import Record, readable
-from lavit.sequence import IGNORE, Batch, Document, Image, Sequence, Text, fill_rows, lay_out
+from lavit.layout import replies
+from lavit.sequence import IGNORE, Batch, Document, Sequence, fill_rows, lay_out
 
 log = logging.getLogger(__name__)
 
@@ -180,7 +180,7 @@ class ConversationDocuments(Rows):
         broken: list[tuple[str, str]] = []
         for item in conversations.items:
             try:
-                self.sequences.append(self._lay_out(item))
+                self.sequences += self._lay_out(item)
             except InputError as error:
                 broken.append((item.name, str(error)))
         self.broken = tuple(broken)
@@ -188,28 +188,21 @@ class ConversationDocuments(Rows):
         self._epochs: list[int] = [0]  # first row of each epoch
         self._rows: tuple[int, list[list[int]]] | None = None
 
-    def document(self, conversation: Conversation) -> Document:
-        """Segments of one conversation: those of the assistant are targets."""
-        segments: list[Text | Image] = []
-        closes = not self.tokenizer.chat_template  # a template has an end of turn of its own
-        for part in render_chat(conversation.messages, self.tokenizer):
-            if isinstance(part, ChatText):
-                segments.append(Text(self.ids(part.text), target=part.target, closes=closes))
-            else:
-                at = int(part.picture)
-                image = Image(self.codes[at], read=part.read, index=at, target=part.target)
-                segments.append(image)
-        return tuple(segments)
+    def documents(self, conversation: Conversation) -> list[Document]:
+        """A document for each turn of the assistant."""
+        turns = replies(conversation.messages, self.tokenizer)
+        return [self.segments(parts, self.codes.__getitem__) for parts in turns]
 
-    def _lay_out(self, conversation: Conversation) -> Sequence:
-        sequence = lay_out(self.document(conversation), self.vocabulary)
-        self.check_length(sequence)
-        if all(label == IGNORE for label in sequence.labels):
-            raise InputError("every label is masked: the assistant's turns are empty")
-        return sequence
+    def _lay_out(self, conversation: Conversation) -> list[Sequence]:
+        found = [lay_out(one, self.vocabulary) for one in self.documents(conversation)]
+        for sequence in found:
+            self.check_length(sequence)
+            if all(label == IGNORE for label in sequence.labels):
+                raise InputError("every label is masked: a turn of the assistant is empty")
+        return found
 
     def _epoch(self, number: int) -> list[list[int]]:
-        """Rows of an epoch, in which each conversation stands once."""
+        """Rows of an epoch, in which each document stands once."""
         rng = np.random.default_rng([self.seed, number])
         order = rng.permutation(len(self.sequences)).tolist()
         lengths = [len(self.sequences[item]) for item in order]

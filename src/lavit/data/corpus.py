@@ -52,7 +52,7 @@ class Edit:
 
 
 @dataclass(frozen=True)
-class Part:
+class CorpusPart:
     """One source of a corpus: its pictures, questions, edits or texts, and its weight."""
 
     name: str
@@ -74,12 +74,12 @@ class Corpus:
     questions: tuple[Question, ...] = ()
     edits: tuple[Edit, ...] = ()
     broken: tuple[tuple[str, str], ...] = ()
-    parts: tuple[Part, ...] = ()
+    parts: tuple[CorpusPart, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.parts:
             counts = (range(len(items)) for items in (self.pictures, self.questions, self.edits))
-            object.__setattr__(self, "parts", (Part("", 1.0, *counts),))
+            object.__setattr__(self, "parts", (CorpusPart("", 1.0, *counts),))
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -129,7 +129,7 @@ def load_corpus(data: str | Path, splits: Sequence[str] = ("train",)) -> Corpus:
     questions: list[Question] = []
     edits: list[Edit] = []
     broken: Broken = []
-    parts: list[Part] = []
+    parts: list[CorpusPart] = []
     lacking: list[InputError] = []
     for name, weight in mixture:
         try:
@@ -144,7 +144,7 @@ def load_corpus(data: str | Path, splits: Sequence[str] = ("train",)) -> Corpus:
             spans.append(range(len(items), len(items) + len(more)))
             items += more
         broken += bad
-        parts.append(Part(name, weight, *spans, texts))
+        parts.append(CorpusPart(name, weight, *spans, texts))
     if not parts:
         raise lacking[0]
     for name, reason in broken:

@@ -1,12 +1,8 @@
 """Documents of stage 2, drawn from a corpus and packed into rows: a function of (seed, step).
 
-    reading    [image read] caption .             writing  prompt [image written]
-    question   [image read] Question: … Answer: | answer
-    edit       [image] … instruction | [image written]
-    text       prompt, without its picture .      (what stands before | gives no loss)
-
-A picture that has several questions is asked up to `ASKED` of them in one document, since reading
-it is most of the cost.
+Their kinds are reading, writing, question, edit (of one picture or several) and text; layout.py
+says how each looks. A picture that has several questions is asked up to `ASKED` of them in one
+document, since reading it is most of the cost.
 
 Each document comes from one source of the corpus, chosen by the sources' weights, and is of a kind
 that this source has. A source of texts gives pieces of them (data/text.py). A share of the writing
@@ -22,6 +18,7 @@ over its rows. So rows are full, each holds long documents and short ones, and n
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from collections.abc import Sequence as Sequence_
 from typing import Any, TypeVar
 
@@ -29,14 +26,23 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lavit.config import InputError, LanguageTraining
-from lavit.data.corpus import Corpus, Part
-from lavit.data.text import TextPieces, ids_of
+from lavit.data.corpus import Corpus, CorpusPart
+from lavit.data.text import TextPieces
+from lavit.layout import (
+    Part,
+    TextPart,
+    asking,
+    drawing,
+    editing,
+    ids_of,
+    reading,
+    segments,
+)
 from lavit.sequence import (
     Batch,
     Document,
     Image,
     Sequence,
-    Text,
     fill_from_front,
     lay_out,
     pack,
@@ -47,26 +53,17 @@ from lavit.vocabulary import Vocabulary
 log = logging.getLogger(__name__)
 Rng = np.random.Generator
 Item = TypeVar("Item")
+Codes = Callable[[int], tuple[int, ...]]  # of a picture, by its number
 KINDS = ("reading", "writing", "question", "edit", "text")
 ASKED = 4  # questions of one document
 WINDOW = 64  # rows that are filled together, at least
 MOST_LONG = 100  # documents longer than a row for each one that is not
 
 
-def question_text(question: str) -> str:
-    """The paper's prompt for questions."""
-    return f"Question: {question} Answer:"
-
-
-def answer_text(answer: str) -> str:
-    """An answer as it follows the prompt."""
-    return f" {answer}"
-
-
 class Source:
     """One part of a corpus as a source of documents: its kinds and their shares."""
 
-    def __init__(self, part: Part, corpus: Corpus, mixture: tuple[float, ...]) -> None:
+    def __init__(self, part: CorpusPart, corpus: Corpus, mixture: tuple[float, ...]) -> None:
         self.part = part
         self.read = [number for number in part.pictures if corpus.pictures[number].captions]
         self.written = [number for number in part.pictures if corpus.pictures[number].prompts]
@@ -104,6 +101,10 @@ class Rows:
     def ids(self, text: str) -> tuple[int, ...]:
         """Ids of a text, without the tokenizer's own begin and end."""
         return ids_of(self.tokenizer, text)
+
+    def segments(self, parts: Sequence_[Part], codes: Codes) -> Document:
+        """Parts, whose pictures are numbers, as a document."""
+        return segments(parts, self.ids, lambda part: codes(part.image), self.vocabulary.end)
 
     def lay_out(self, document: Document, rng: Rng) -> Sequence:
         """A document as ids, with labels for a share of the codes that are read."""
@@ -143,7 +144,7 @@ class Documents(Rows):
         weights = np.array([part.weight for part in corpus.parts])
         self.until = np.cumsum(weights / weights.sum())
         self.pieces = {
-            number: TextPieces(part.texts, self.tokenizer, self.config.tokens)
+            number: TextPieces(part.texts, self.tokenizer, self.config.tokens, self.vocabulary.end)
             for number, part in enumerate(corpus.parts)
             if len(part.texts)
         }
@@ -161,7 +162,7 @@ class Documents(Rows):
             return (self.pieces[number].draw(rng),)
         source = self.sources[number]
         kind = KINDS[by_shares(source.until, rng)]
-        return getattr(self, f"_{kind}")(source, rng)
+        return self.segments(getattr(self, f"_{kind}")(source, rng), self.codes.__getitem__)
 
     def _name(self, document: Document) -> str:
         """What a document is about: its first picture, or how its text begins."""
@@ -170,44 +171,31 @@ class Documents(Rows):
                 return self.corpus.pictures[segment.index].record.name
         return f"a text, {self.tokenizer.decode(document[0].ids[:16])!r}"
 
-    def _image(self, picture: int, *, read: bool, target: bool = True) -> Image:
-        return Image(self.codes[picture], read=read, index=picture, target=target)
-
-    def _reading(self, source: Source, rng: Rng) -> Document:
+    def _reading(self, source: Source, rng: Rng) -> list[Part]:
         number = _one(source.read, rng)
-        caption = _one(self.corpus.pictures[number].captions, rng)
-        return self._image(number, read=True), Text(self.ids(caption))
+        return reading(number, _one(self.corpus.pictures[number].captions, rng))
 
-    def _writing(self, source: Source, rng: Rng) -> Document:
+    def _writing(self, source: Source, rng: Rng) -> list[Part]:
         number = _one(source.written, rng)
         prompts = self.corpus.pictures[number].prompts
-        image = self._image(number, read=False)
         if rng.random() < self.config.unconditional_fraction:
-            return (image,)
+            return drawing(None, number)
         plain = rng.random() < 0.5  # half of the prompts are the first, the plain one
-        return Text(self.ids(prompts[0] if plain else _one(prompts, rng))), image
+        return drawing(prompts[0] if plain else _one(prompts, rng), number)
 
-    def _question(self, source: Source, rng: Rng) -> Document:
+    def _question(self, source: Source, rng: Rng) -> list[Part]:
         picture = self.corpus.questions[_one(source.part.questions, rng)].picture
-        asked = rng.permutation(self._asked[picture])[:ASKED]
-        segments: list[Text | Image] = [self._image(picture, read=True, target=False)]
-        for one in (self.corpus.questions[number] for number in asked):
-            answer = (*self.ids(answer_text(one.answer)), self.vocabulary.end)  # as the last one's
-            segments.append(Text(self.ids(question_text(one.question)), target=False))
-            segments.append(Text(answer, closes=False))
-        return tuple(segments)
+        numbers = rng.permutation(self._asked[picture])[:ASKED]
+        asked = (self.corpus.questions[number] for number in numbers)
+        return asking(picture, *((one.question, one.answer) for one in asked))
 
-    def _edit(self, source: Source, rng: Rng) -> Document:
+    def _edit(self, source: Source, rng: Rng) -> list[Part]:
         edit = self.corpus.edits[_one(source.part.edits, rng)]
-        return (
-            *(self._image(picture, read=False, target=False) for picture in edit.sources),
-            Text(self.ids(edit.prompt), target=False),
-            self._image(edit.target, read=False),
-        )
+        return editing(edit.sources, edit.prompt, edit.target)
 
-    def _text(self, source: Source, rng: Rng) -> Document:
+    def _text(self, source: Source, rng: Rng) -> list[Part]:
         prompts = self.corpus.pictures[_one(source.written, rng)].prompts
-        return (Text(self.ids(_one(prompts, rng))),)
+        return [TextPart(_one(prompts, rng), target=True, ends=True)]
 
     def _rows(self, window: int, rows: int) -> list[list[Sequence]]:
         """Documents of each row of a window; the last one is kept, since steps come in order."""

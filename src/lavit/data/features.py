@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from PIL.Image import Image
 from torch import Tensor
 
 from lavit.config import VisionConfig, to_json
@@ -26,6 +27,7 @@ from lavit.modules.vision import Vision
 from lavit.sequence import VisualTokens
 
 BLOCK = 8  # pictures encoded at a time: more do not fit a CPU's cache
+SAVED = 512  # pictures between two marks on disk
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,22 @@ class Features:
     def rows(self, pictures: Int[Tensor, "images"]) -> Float[Tensor, "images patches dim"]:
         """Features (fp32) of pictures."""
         return torch.from_numpy(np.asarray(self.array[pictures.numpy()], dtype=np.float32))
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures of `size` x `size` pixels, opened whenever they are asked for."""
+
+    openers: Sequence[Callable[[], Image]]
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.openers)
+
+    def rows(self, pictures: Int[Tensor, "images"]) -> Float[Tensor, "images 3 size size"]:
+        """Pictures (fp32, -1..1) of these places."""
+        images = [self.openers[place]() for place in pictures.tolist()]
+        return pixels(images, self.size, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 def compute_features(
@@ -70,6 +88,8 @@ def compute_features(
         batch = pixels(images, config.image_size, config.mean, config.std)
         array[done : done + len(images)] = vision(batch.to(device)).half().cpu().numpy()
         done += len(images)
+        if done % SAVED and done < len(records):
+            continue
         array.flush()
         mark.write_text(json.dumps({"done": done}))
         if progress:

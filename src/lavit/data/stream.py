@@ -23,11 +23,12 @@ from PIL import Image as Picture
 from torch import Tensor
 
 from lavit.config import InputError, require
-from lavit.data.corpus import Corpus, Part, parse_mixture
+from lavit.data.corpus import Corpus, CorpusPart, parse_mixture
 from lavit.data.documents import WINDOW, Rng, Rows, by_shares
 from lavit.data.sources import Record, stream_source
 from lavit.data.text import cut
-from lavit.sequence import Batch, Image, Text, VisualTokens, lay_out
+from lavit.layout import drawing, reading
+from lavit.sequence import Batch, Text, VisualTokens, lay_out
 from lavit.sequence import Sequence as Document
 
 BLOCK = 32  # records that are read and encoded together
@@ -188,7 +189,7 @@ class StreamingDocuments(Rows):
                 pictures.append((record.open(), text, record.name))
             except InputError as error:
                 self.leave_out(record.name, error)
-        pieces = [piece for text in texts for piece in cut(self.ids(text), self.config.tokens)]
+        pieces = [piece for text in texts for piece in self._cut(text)]
         documents = [lay_out((piece,), self.vocabulary) for piece in pieces]
         patches, keep = self._no_pictures()
         if pictures:
@@ -206,12 +207,13 @@ class StreamingDocuments(Rows):
     def _document(self, codes: tuple[int, ...], number: int, text: str, rng: Rng) -> Document:
         """A picture with its text, read or written; without text, it is written unasked."""
         reads, luck = rng.random() < self.reading, rng.random()
-        words = Text(self.ids(text))
-        if not text or (not reads and luck < self.config.unconditional_fraction):
-            return self.lay_out((Image(codes, read=False),), rng)
-        if reads:
-            return self.lay_out((Image(codes, read=True, index=number), words), rng)
-        return self.lay_out((words, Image(codes, read=False)), rng)
+        unasked = not text or (not reads and luck < self.config.unconditional_fraction)
+        read = reads and not unasked
+        parts = reading(number, text) if read else drawing(None if unasked else text, number)
+        return self.lay_out(self.segments(parts, lambda _: codes), rng)
+
+    def _cut(self, text: str) -> tuple[Text, ...]:
+        return cut(self.ids(text), self.config.tokens, self.vocabulary.end)
 
     def share(self) -> None:
         """Tell every process the places of all, for `state`; every process must call."""
@@ -246,5 +248,6 @@ def stream_texts(data: str, *, records: int = 10_000) -> Corpus:
     for name, weight in parse_mixture(data):
         source = stream_source(name)
         first = (source.record(row, "") for row in source.rows.take(records))
-        parts.append(Part(name, weight, texts=tuple(text for one in first for text in one.texts)))
+        texts = tuple(text for record in first for text in record.texts)
+        parts.append(CorpusPart(name, weight, texts=texts))
     return Corpus((), parts=tuple(parts))

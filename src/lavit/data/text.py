@@ -17,6 +17,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lavit.config import InputError
+from lavit.layout import ids_of
 from lavit.sequence import Text
 
 CACHED = 5000  # texts whose pieces are kept
@@ -54,32 +55,27 @@ def text_files(path: Path) -> Texts:
         raise InputError(f"{path} is no readable UTF-8 text: {error}") from error
 
 
-def ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """Ids of a text, without the tokenizer's own begin and end."""
-    return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def cut(ids: Sequence[int], tokens: int) -> tuple[Text, ...]:
-    """Ids of one text as documents of at most `tokens`, the last with room for the end token."""
+def cut(ids: Sequence[int], tokens: int, end: int) -> tuple[Text, ...]:
+    """Ids of one text as documents of at most `tokens`; the last ends with the id `end`."""
     *whole, last = [tuple(ids[at : at + tokens]) for at in range(0, len(ids), tokens)] or [()]
     if len(last) == tokens:  # the text's last token stands in a row with the end token
         whole, last = [*whole, last[:-1]], last[-1:]
-    return (*(Text(piece, closes=False) for piece in whole), Text(last))
+    return (*map(Text, whole), Text((*last, end)))
 
 
 class TextPieces:
     """Draws pieces of a text source as documents."""
 
-    def __init__(self, texts: Sequence[str], text: PreTrainedTokenizerBase, tokens: int) -> None:
+    def __init__(self, texts: Sequence[str], text: PreTrainedTokenizerBase, tokens: int, end: int) -> None:
         """`tokens` is the length of a row. A source without any text raises `InputError`."""
-        self.texts, self.tokenizer, self.tokens = texts, text, tokens
+        self.texts, self.tokenizer, self.tokens, self.end = texts, text, tokens, end
         self.until = np.cumsum(getattr(texts, "characters", None) or [len(text) for text in texts])
         if not len(self.until) or self.until[-1] == 0:
             raise InputError(f"{getattr(texts, 'name', 'a source of text')} has no text in it")
         self._of = lru_cache(maxsize=CACHED)(self._cut)
 
     def _cut(self, number: int) -> tuple[Text, ...]:
-        return cut(ids_of(self.tokenizer, self.texts[number]), self.tokens)
+        return cut(ids_of(self.tokenizer, self.texts[number]), self.tokens, self.end)
 
     def draw(self, rng: np.random.Generator) -> Text:
         """A text by its length, one of its pieces evenly."""

@@ -23,7 +23,8 @@ from lavit.evaluate import judge
 from lavit.evaluate.exam import Exam
 from lavit.evaluate.figures import Figure, average, averages, mean, share
 from lavit.evaluate.judge import Seen
-from lavit.generate.prompts import writing, written_from
+from lavit.generate.prompts import writing
+from lavit.layout import mixed
 
 T = TypeVar("T")
 APART = 4  # prompts of 1, 2, 3 and 4 things come in turn: another prompt of as many things
@@ -43,7 +44,7 @@ def written(exam: Exam, task: str, items: Sequence[int], parts: Parts) -> list[l
         jobs = writing(
             exam.model,
             exam.pipe.protocol,
-            [written_from(parts(number), read=False) for number in numbers],
+            [mixed(parts(number), read=False) for number in numbers],
             out="image",
             n=1,
             seed=exam.seeds(numbers),

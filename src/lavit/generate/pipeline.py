@@ -1,6 +1,6 @@
 """What people call: pictures and words in, words and pictures out, one loaded model for all of it.
 
-Prompts are laid out as in training (data/): a picture that is read enters as features, a picture
+Prompts are laid out as in training (layout.py): a picture that is read enters as features, a picture
 inside a prompt for writing enters as its codes (method, Sec. 5). All inputs of a call are one batch
 of the engine. Every verb takes one input or a list of them, and gives back one result or a list.
 With `stream=True` it gives an iterator of `Update`s (stream.py) instead, whose `input` and `sample`
@@ -18,8 +18,6 @@ from PIL import Image
 from torch import Tensor
 
 from lavit.config import InputError
-from lavit.data.chat import ChatPicture, ChatText, Reply, render_chat
-from lavit.data.documents import question_text
 from lavit.generate.engine import Engine
 from lavit.generate.prompts import (
     Picture,
@@ -29,14 +27,14 @@ from lavit.generate.prompts import (
     pictures_of,
     words_of,
     writing,
-    written_from,
 )
-from lavit.generate.protocols import UNANSWERABLE, Protocol, answerable, asked, protocol_of, refuses
+from lavit.generate.protocols import UNANSWERABLE, Protocol, answerable, protocol_of, refuses
 from lavit.generate.safety import Release, release_of
 from lavit.generate.sampling import Sampling
 from lavit.generate.score import Scorer, best, choices, scorer_of
 from lavit.generate.stream import Job, Update, gathered, updates
 from lavit.images import open_image, to_image
+from lavit.layout import Reply, asking, conversation, mixed, reading
 from lavit.model import LaVIT
 from lavit.modules.selector import KeepPolicy
 from lavit.sequence import VisualTokens
@@ -94,7 +92,7 @@ class Pipeline:
         "all", 64 tokens, 0.25 of the patches, …).
         """
         pictures, one = pictures_of(images)
-        prompts = [[_read(picture, keep)] for picture in pictures]
+        prompts = [reading(picture, keep=keep) for picture in pictures]
         how, ends = sampling or self.protocol.caption, self.protocol.caption_ends
         jobs = jobs_of(self.model, prompts, how, n=n, seed=seed, ends=ends)
         return self._texts(jobs, one, n, stream)
@@ -120,7 +118,7 @@ class Pipeline:
             raise InputError(f"n is {n}: choose from 1 to all {len(texts)} texts")
         ranked = []
         for picture in pictures:
-            seen = lay_prompt(self.model, [_read(picture, keep)])
+            seen = lay_prompt(self.model, reading(picture, keep=keep))
             ranked.append(best(texts, choices(self.model, seen, texts), count))
         return _shaped(ranked, one, n, str)
 
@@ -146,8 +144,7 @@ class Pipeline:
         if check_answerable and (stream or n is not None):
             raise InputError("check_answerable asks twice: leave stream and n out")
         prompts = [
-            [_read(picture, keep), ChatText(question_text(asked(question)))]
-            for picture, question in zip(pictures, texts, strict=True)
+            asking(picture, (question, None), keep=keep) for picture, question in zip(pictures, texts, strict=True)
         ]
         how, ends = sampling or self.protocol.answer, self.protocol.answer_ends
         jobs = jobs_of(self.model, prompts, how, n=n, seed=seed, ends=ends)
@@ -204,7 +201,7 @@ class Pipeline:
         """
         many = bool(parts) and all(isinstance(item, list | tuple) for item in parts)
         inputs = [list(item) for item in parts] if many else [list(parts)]
-        prompts = [written_from(item, read=out != "image") for item in inputs]
+        prompts = [mixed(item, read=out == "text") for item in inputs]
         count, score = self._ranking(out, n, best_of, scorer, stream)
         jobs = writing(
             self.model, self.protocol, prompts, out=out, n=count, seed=seed,
@@ -234,14 +231,14 @@ class Pipeline:
         stream: bool = False,
         previews: bool = False,
     ) -> Any:
-        """Answer a conversation (the messages of Hugging Face chats, data/chat.py), or a list.
+        """Answer a conversation (the messages of Hugging Face chats, layout.py), or a list.
 
         Returns the assistant's message, to be appended to the messages; its pictures carry their
         codes. With `n`, lists of n messages. The other options are those of `generate`.
         """
         many = bool(messages) and not isinstance(messages[0], Mapping)
         talks = messages if many else [messages]
-        prompts = [render_chat(talk, self.model.text, reply=out) for talk in talks]
+        prompts = [conversation(talk, self.model.text, reply=out) for talk in talks]
         jobs = writing(
             self.model, self.protocol, prompts, out=out, n=n, seed=seed, chat=True,
             sampling=sampling, picture=picture, guidance=guidance,
@@ -354,10 +351,6 @@ class Pipeline:
     def _preview(self, latents: Tensor) -> list[Image.Image]:
         pixels = self.model.pixels
         return [to_image(picture) for picture in pixels.decode(latents.to(pixels.unet.dtype))]
-
-
-def _read(picture: Picture, keep: Keep) -> ChatPicture:
-    return ChatPicture(open_image(picture), read=True, keep=keep)
 
 
 def _shaped(found: Any, one: bool, n: int | None, form: Callable[[Any], Any]) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,18 @@ from PIL import Image
 from torch import Tensor
 
 from lavit.config import InputError
-from lavit.data.chat import ChatPicture, ChatText, Reply, turn_end
 from lavit.generate.protocols import Protocol, fitted
 from lavit.generate.request import Request
 from lavit.generate.sampling import Sampling
 from lavit.generate.stream import Job
 from lavit.images import open_image
+from lavit.layout import ImagePart, Part, Reply, ids_of, segments, turn_end
 from lavit.model import LaVIT
 from lavit.modules.selector import KeepPolicy
+from lavit.sequence import lay_out
 
 Picture = str | Path | bytes | Image.Image
-Parts = Sequence[ChatText | ChatPicture]
+Parts = Sequence[Part]
 # sample i of every input takes seed + i, or entry i of a tuple; a list has one of these for each
 # input; None: fresh ones
 Seed = int | tuple[int, ...] | list[Any] | None
@@ -45,35 +47,31 @@ class Prompt:
 
 @torch.inference_mode()
 def lay_prompt(model: LaVIT, parts: Parts) -> Prompt:
-    """Ids, slots and features of words and pictures in order; each text is tokenised on its own."""
+    """Ids, slots and features of words and pictures in order."""
     language, vocabulary = model.language, model.language.vocabulary
-    start, end = vocabulary.image_start, vocabulary.image_end
-    ids: list[int] = []
-    slots: list[bool] = []
     features: list[Tensor] = []
-    for part in parts:
-        if isinstance(part, ChatText):
-            ids += model.text(part.text, add_special_tokens=False)["input_ids"]
-        elif part.read and model.config.language.read_as == "features":
-            patches = model.patches([open_image(part.picture)])
-            keep = model.tokenizer.select(patches, KeepPolicy.parse(part.keep))
-            prepared = model.tokenizer.prepare(patches).to(language.rows.dtype)
-            features.append(language.read(prepared, keep))
-            slots += [False] * (len(ids) + 1 - len(slots)) + [True] * len(features[-1])
-            inside = [end] * len(features[-1])  # ids that are never looked at
-            ids += [start, *inside, end]
-        else:
-            ids += [start, *vocabulary.ids(_codes(model, part)).tolist(), end]
+
+    def codes(part: ImagePart) -> tuple[int, ...]:
+        if not part.read:
+            return tuple(_codes(model, part).tolist())
+        patches = model.patches([open_image(part.image)])
+        keep = model.tokenizer.select(patches, KeepPolicy.parse(part.keep))
+        prepared = model.tokenizer.prepare(patches).to(language.rows.dtype)
+        features.append(language.read(prepared, keep))
+        return (0,) * len(features[-1])  # ids of slots are never looked at
+
+    ids, read_as = partial(ids_of, model.text), model.config.language.read_as
+    document = segments(parts, ids, codes, vocabulary.end, read_as=read_as)
+    laid = lay_out(document, vocabulary)
     if not features:
-        return Prompt(tuple(ids), (), None)
-    slots += [False] * (len(ids) - len(slots))
-    return Prompt(tuple(ids), tuple(slots), torch.cat(features))
+        return Prompt(laid.ids, (), None)
+    return Prompt(laid.ids, laid.slots, torch.cat(features))
 
 
-def _codes(model: LaVIT, part: ChatPicture) -> Tensor:
+def _codes(model: LaVIT, part: ImagePart) -> Tensor:
     """Codes of a picture: those it came with, else those of a look at it."""
     if part.codes is None:
-        return model.encode([open_image(part.picture)], KeepPolicy.parse(part.keep)).codes
+        return model.encode([open_image(part.image)], KeepPolicy.parse(part.keep)).codes
     config = model.config.tokenizer
     wrong = [code for code in part.codes if not 0 <= code < config.codes]
     if wrong or not 1 <= len(part.codes) <= config.patches:
@@ -108,14 +106,6 @@ def words_of(
         counts = f"{len(pictures)} pictures but {len(texts)} {what}s"
         raise InputError(f"{counts}: give one of the {what}s a picture")
     return texts, one
-
-
-def written_from(parts: Sequence[Any], *, read: bool) -> list[ChatText | ChatPicture]:
-    """Words (strings) and pictures (anything else) of a prompt, as parts."""
-    if not parts:
-        raise InputError("give at least one picture or word to draw from")
-    pictures = (part if isinstance(part, str) else open_image(part) for part in parts)
-    return [ChatText(p) if isinstance(p, str) else ChatPicture(p, read=read) for p in pictures]
 
 
 def jobs_of(
@@ -177,6 +167,8 @@ def writing(
 def _turn_end(model: LaVIT) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """How an assistant's turn ends: strings that cut its text, ids that stop it."""
     closing = turn_end(model.text)
+    if not closing:
+        return (), ()
     ids = model.text(closing, add_special_tokens=False)["input_ids"]
     if ids and not model.text.decode(ids[:1], skip_special_tokens=True):  # a special token
         return (), (ids[0],)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 from lavit.config import InputError
 from lavit.generate.sampling import Sampling
+from lavit.layout import normalised
 
 CAPTION = Sampling(temperature=0.0, beams=2, min_tokens=8, max_tokens=36)
 QUESTION = Sampling(
@@ -37,8 +38,6 @@ CAPTION_ENDS = (".", "\n")
 ANSWER_ENDS = ("\n", "question:", "Question:", "Long answer:", ",", ".")
 UNANSWERABLE = "unanswerable"  # VizWiz's answer where there is none
 
-UNWANTED = re.compile(r'[.!"()*#:;~]')  # removed from questions
-QUESTION_WORDS = 50
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
@@ -81,17 +80,9 @@ def fitted(sampling: Sampling, patches: int) -> Sampling:
     return replace(sampling, max_tokens=most, min_tokens=min(sampling.min_tokens, most))
 
 
-def asked(question: str) -> str:
-    """A question in the paper's form: lower case, cleaned, 50 words; `InputError` without any."""
-    words = UNWANTED.sub("", question.lower()).split()
-    if not any(character.isalnum() for word in words for character in word):
-        raise InputError(f"the question {question!r} has no words: ask about the picture")
-    return " ".join(words[:QUESTION_WORDS])
-
-
 def answerable(question: str) -> str:
     """The question that VizWiz asks first."""
-    return f"can this be answered from the picture, {asked(question).rstrip('?')}?"
+    return f"can this be answered from the picture, {normalised(question).rstrip('?')}?"
 
 
 def refuses(answer: str) -> bool:

@@ -17,9 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from lavit.config import InputError
-from lavit.data.chat import ChatPicture
 from lavit.generate.decoder import Decoder
 from lavit.generate.prompts import Prompt, lay_prompt
+from lavit.layout import reading
 from lavit.model import LaVIT
 
 T = TypeVar("T")
@@ -38,7 +38,7 @@ def scorer_of(model: LaVIT, scorer: Scorer | str) -> Scorer:
 
 def likelihood(model: LaVIT, prompt: str, picture: Image.Image) -> float:
     """Mean log-likelihood, per token and end, of the prompt as the caption of a read picture."""
-    seen = lay_prompt(model, [ChatPicture(picture, read=True)])
+    seen = lay_prompt(model, reading(picture))
     return float(_said(model, seen, prompt).mean())
 
 

@@ -18,9 +18,10 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from lavit.config import InputError, LanguageTraining
 from lavit.data.conversations import ConversationDocuments
 from lavit.data.corpus import Corpus
-from lavit.data.documents import Documents, answer_text, question_text
+from lavit.data.documents import Documents
 from lavit.data.features import Features
 from lavit.data.stream import StreamingDocuments
+from lavit.layout import answer_text, question_text
 from lavit.modules.language import Language, LanguageLoss
 from lavit.modules.tokenizer import VisualTokenizer
 from lavit.sequence import IGNORE, Batch, VisualTokens, slot_lengths

@@ -8,11 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lavit.config import PixelsTraining
+from lavit.data.features import Pictures
 from lavit.modules.perceptual import Perceptual
 from lavit.modules.pixels import Pixels
 from lavit.modules.tokenizer import VisualTokenizer
@@ -32,7 +33,7 @@ class PixelsStage(Stage):
         self,
         pixels: Pixels,
         tokenizer: VisualTokenizer,
-        pictures: Float[Tensor, "pictures 3 size size"],
+        pictures: Pictures,
         tokens: VisualTokens,
         config: PixelsTraining,
         *,
@@ -44,10 +45,9 @@ class PixelsStage(Stage):
         self.module, self.config, self.seed = pixels, config, seed
         self.steps = config.steps
         self.tokenizer, self.codes = tokenizer.eval(), tokens.split()
+        self.pictures = pictures
         if pixels.vae is not None:
             pixels.vae.requires_grad_(False)
-        with torch.no_grad():
-            self.latents = torch.cat([pixels.encode(part) for part in pictures.split(64)])
         average = get_ema_multi_avg_fn(config.ema)
         self.averaged = AveragedModel(pixels, multi_avg_fn=average, use_buffers=False)
 
@@ -60,7 +60,7 @@ class PixelsStage(Stage):
 
     def batch(self, step: int, shard: Shard) -> PictureBatch:
         """Pictures of a step."""
-        return draw_batch(len(self.latents), self.config.batch, shard, seed=self.seed, step=step)
+        return draw_batch(len(self.pictures), self.config.batch, shard, seed=self.seed, step=step)
 
     def losses(self, module: nn.Module, batch: PictureBatch, step: int) -> dict[str, Tensor]:
         """Mean squared error of the predicted noise."""
@@ -70,8 +70,9 @@ class PixelsStage(Stage):
         with torch.no_grad():
             lengths = torch.tensor([len(c) for c in codes], device=device)
             features = self.tokenizer.decode(torch.cat(codes), lengths)
+            latents = self.module.encode(self.pictures.rows(batch.pictures).to(device))
         loss = module(
-            self.latents[batch.pictures].to(device),
+            latents,
             features,
             generator=[seeded(self.seed, 6, step, place) for place in batch.places.tolist()],
             perceptual=self.perceptual,
@@ -124,7 +125,7 @@ class AutoencoderStage(Stage):
     def __init__(
         self,
         pixels: Pixels,
-        pictures: Float[Tensor, "pictures 3 size size"],
+        pictures: Pictures,
         config: PixelsTraining,
         *,
         seed: int,
@@ -145,5 +146,5 @@ class AutoencoderStage(Stage):
     def losses(self, module: nn.Module, batch: PictureBatch, step: int) -> dict[str, Tensor]:
         """Reconstruction plus a little KL."""
         generators = [seeded(self.seed, 7, step, place) for place in batch.places.tolist()]
-        pictures = self.pictures[batch.pictures].to(self.accelerator.device)
+        pictures = self.pictures.rows(batch.pictures).to(self.accelerator.device)
         return {"loss": module(pictures, generators)}

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from PIL.Image import Image
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -36,7 +35,13 @@ from lavit.config import (
 from lavit.data.bulk import corpus_codes, tokenizer_hash
 from lavit.data.corpus import Corpus, load_corpus, origin_of
 from lavit.data.documents import Documents
-from lavit.data.features import Features, compute_features, nothing_read, tokenize_features
+from lavit.data.features import (
+    Features,
+    Pictures,
+    compute_features,
+    nothing_read,
+    tokenize_features,
+)
 from lavit.data.sources import Record
 from lavit.data.stream import StreamingDocuments, stream_texts
 from lavit.images import pixels as to_pixels
@@ -170,11 +175,10 @@ class Run:
         return self._model().tokenizer
 
     @cached_property
-    def pictures(self) -> Float[Tensor, "pictures 3 size size"]:
-        """Pictures at the pixel decoder's size, in -1..1."""
-        size, half = self.config.pixels.size, (0.5, 0.5, 0.5)
-        images = (picture.record.open() for picture in self.corpus.pictures)
-        return torch.cat([to_pixels([image], size, half, half) for image in images])
+    def pictures(self) -> Pictures:
+        """Pictures at the pixel decoder's size."""
+        openers = [picture.record.open for picture in self.corpus.pictures]
+        return Pictures(openers, self.config.pixels.size)
 
     def train(self, stages: Sequence[str] = STAGES) -> None:
         """Train stages in order; one that is finished is not touched again."""
@@ -350,7 +354,8 @@ class Run:
         if config.autoencoder_steps:
             autoencoder = AutoencoderStage(pixels, self.pictures, config, seed=seed)
             self._loop(autoencoder, warmup=config.warmup)
-            pixels.calibrate(self.pictures[:512])
+            some = torch.arange(min(512, len(self.pictures)))
+            pixels.calibrate(self.pictures.rows(some))
         self.tokenizer.to(self.accelerator.device)
         stage = PixelsStage(
             pixels,

@@ -15,11 +15,12 @@ from lavit.data.corpus import Corpus
 from lavit.generate.engine import Engine
 from lavit.generate.request import Request
 from lavit.generate.sampling import Sampling
-from lavit.sequence import image_ids
+from lavit.layout import Part, drawing, reading
+from lavit.sequence import Sequence, lay_out
 from lavit.train.language import LanguageStage
 
 PICTURES = 4
-WORDS = 24  # tokens of a caption at most
+WORDS = 96  # tokens of a caption at most
 
 
 class Samples:
@@ -56,19 +57,21 @@ class Samples:
 
     def _requests(self, number: int, picture: Any) -> tuple[Request, Request]:
         """Caption and drawing of a picture."""
-        stage = self.stage
-        language, vocabulary = stage.module, stage.module.vocabulary
+        stage, at = self.stage, torch.tensor([number])
+        language = stage.module
         device = language.rows.device
-        at = torch.tensor([number])
         patches, keep = stage.features.rows(at), stage.tokens.keep[at].to(device)
-        read = image_ids(stage.documents.codes[number], vocabulary)
-        greedy = Sampling(temperature=0.0, max_tokens=WORDS)
-        reading = Request(ids=read, sampling=greedy)
+        seen, asked = self._laid(reading(number)), self._laid(drawing(picture.prompts[0]))
+        said = Sampling(temperature=0.0, max_tokens=WORDS)
+        caption = Request(ids=seen.ids, sampling=said)
         if language.read_as == "features":
             features = language.read(stage.tokenizer.prepare(patches).to(device), keep)
-            slots = (False, *[True] * len(features), False)
-            reading = replace(reading, slots=slots, features=features)
-        ids = tuple(self.text(picture.prompts[0], add_special_tokens=False)["input_ids"])
+            caption = replace(caption, slots=seen.slots, features=features)
         length = {"min_tokens": 1, "max_tokens": keep.shape[1]}
-        drawing = Sampling(temperature=1.0, top_k=50, guidance=2.0, seed=0, **length)
-        return reading, Request(ids=ids, mode="image", sampling=drawing)
+        drawn = Sampling(temperature=1.0, top_k=50, guidance=2.0, seed=0, **length)
+        return caption, Request(ids=asked.ids, mode="image", sampling=drawn)
+
+    def _laid(self, parts: list[Part]) -> Sequence:
+        documents = self.stage.documents
+        segments = documents.segments(parts, documents.codes.__getitem__)
+        return lay_out(segments, documents.vocabulary)

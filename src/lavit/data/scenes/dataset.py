@@ -43,6 +43,7 @@ from lavit.storage import replacing
 
 SIZE = 160  # pixels: what nano's encoder takes
 UNITS = (0.4, 0.45, 0.15)  # shares of units of one, two and three pictures in training
+VARIED = 0.4  # of the pictures have a second description, in another wording
 PROMPTED, ASKED = 3, 3  # prompts and questions a picture
 CHUNK = 64  # units a process draws at a time
 STRETCH, STRETCHES = 512, 1 << 14  # units of a shard of the stream, and shards: nobody sees the end
@@ -85,10 +86,11 @@ def unit_at(split: str, index: int, *, seed: int = 0, rules: Rules | None = None
 
 
 def told(scene: Scene, rng: np.random.Generator, rules: Rules) -> Told:
-    """A scene in several wordings: a description is plain and another is not, the first prompt says
-    everything, the others may leave out.
+    """A scene in several wordings: the first description is plain, a second is not, the first
+    prompt says everything, the others may leave out.
     """
-    texts = dict.fromkeys((plainly(scene), describe(scene, rng)))
+    varied = [describe(scene, rng)] if rng.random() < VARIED else []
+    texts = dict.fromkeys((plainly(scene), *varied))
     prompts = [prompt(scene, rng, full=True), *(prompt(scene, rng) for _ in range(PROMPTED - 1))]
     asked = questions(scene, rng, rules, ASKED)
     return Told(scene, tuple(texts), tuple(dict.fromkeys(prompts)), tuple(asked))

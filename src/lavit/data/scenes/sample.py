@@ -21,7 +21,7 @@ Layout = tuple[tuple[Cell, ...], ...]  # cells of each group
 TRIES = 20_000
 TURN = 8.0  # degrees, at most
 SHAPE_SHARE = 0.35  # of the groups
-NUMBERS = (0.05, 0.25, 0.3, 0.2, 0.2)  # shares of scenes with 0, 1, ... things in training
+NUMBERS = (0.03, 0.15, 0.27, 0.25, 0.3)  # shares of scenes with 0, 1, ... things in training
 LADDER = 10  # rungs: 0 to 9 things
 IN_TURN = {  # numbers of things in pictures 0, 1, ... of a split, over and over
     "valid": (1, 2, 3, 4), "valid_pairs": (2, 3, 4),

@@ -14,7 +14,7 @@ import csv
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -173,6 +173,7 @@ def kind_of(name: str) -> Kind:
     return {kind.name: kind for kind in objects()}[name]
 
 
+@lru_cache(maxsize=1024)
 def facts(scene: Scene) -> Facts:
     """Everything that can be read off the picture of a scene."""
     boxes = boxes_of(scene.things)
