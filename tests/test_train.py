@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModel, AutoModelForCausalLM
 
 from conftest import NAMES, toy_config, toy_training
-from lavit.config import InputError
+from lavit.config import InputError, LanguageConfig
+from lavit.data.bulk import Job, tokenize_corpus
 from lavit.data.corpus import load_corpus
 from lavit.data.documents import Documents
 from lavit.data.features import compute_features
@@ -18,6 +21,8 @@ from lavit.images import pixels
 from lavit.model import LaVIT
 from lavit.modules.tokenizer import cosine_distance
 from lavit.modules.vision import Vision
+from lavit.presets import lavit_7b
+from lavit.storage import load_tensors
 from lavit.train.batches import draw_pictures
 from lavit.train.health import Alarm, CodeUse, check_codes, check_selector
 from lavit.train.language import train_text_tokenizer
@@ -78,7 +83,114 @@ def test_a_run_goes_on_from_a_model(toy_run: Path, toy_data: Path, tmp_path: Pat
 
 def test_other_settings_on_the_same_folder_are_refused(toy_run: Path, toy_data: Path) -> None:
     with pytest.raises(InputError, match="other settings"):
-        Run(toy_run, toy_data, toy_config(), toy_training(7))
+        Run(toy_run, toy_data, toy_config(), toy_training(7)).train()
+    with pytest.raises(InputError, match="other settings"):
+        Run(toy_run, toy_data, toy_config(), replace(toy_training(), seed=1))
+
+
+def begun_run(toy_run: Path, folder: Path) -> Path:
+    """A run whose first stage is that of the toy run."""
+    for part in ("vision", "tokenizer"):
+        shutil.copytree(toy_run / part, folder / part)
+    for name in ("config.json", "training.json"):
+        shutil.copy(toy_run / name, folder / name)
+    return folder
+
+
+def test_settings_of_a_stage_count_from_its_beginning(
+    toy_run: Path,
+    toy_data: Path,
+    tmp_path: Path,
+) -> None:
+    """Codes made by stage 1 are named at stage 2, for the first time, and no longer at stage 3."""
+    folder, codes = begun_run(toy_run, tmp_path / "run"), str(tmp_path / "tokens")
+    tokenize_corpus(Job(data=toy_data, out=codes, model=folder), workers=0)
+    training, config = toy_training(), toy_config()
+    fed = replace(training, language=replace(training.language, steps=1, token_corpus=codes))
+    shape = config.language.architecture | {"num_hidden_layers": 1}
+    small = replace(config, language=replace(config.language, architecture=shape))
+    Run(folder, toy_data, small, fed).train(("language",))
+    assert len(LaVIT.from_pretrained(folder).language.body.layers) == 1
+    with pytest.raises(InputError, match="other settings"):
+        Run(folder, toy_data, config, fed).train(("language",))
+    with pytest.raises(InputError, match="other settings"):
+        Run(folder, toy_data, config, training).train()
+    short = replace(training, pixels=replace(training.pixels, steps=1))
+    Run(folder, toy_data, config, short).train(("pixels",))
+    assert len(LaVIT.from_pretrained(folder).language.body.layers) == 1
+    saved = json.loads((folder / "training.json").read_text())
+    assert saved["training"]["language"]["token_corpus"] == codes
+
+
+@pytest.mark.parametrize("begin", ["base", "start"])
+def test_weights_kept_in_half_precision_train_in_full(
+    toy_run: Path, toy_data: Path, tmp_path: Path, begin: str
+) -> None:
+    folder, half = tmp_path / "run", tmp_path / "half"
+    shutil.copytree(toy_run, half, ignore=shutil.ignore_patterns("checkpoints", "cache"))
+    for part, kind in (("vision", AutoModel), ("language", AutoModelForCausalLM)):
+        kind.from_pretrained(half / part).half().save_pretrained(half / part)
+    training, config = toy_training(), LaVIT.from_pretrained(half).config
+    options = {"start": half}
+    if begin == "base":
+        config = replace(config, language=LanguageConfig(source=str(half / "language")))
+        options = {}
+        for part in ("vision", "tokenizer"):
+            shutil.copytree(half / part, folder / part)
+    training = replace(training, language=replace(training.language, steps=1))
+    Run(folder, toy_data, config, training, **options).train(("language",))
+    kept = [load_tensors(folder / part / "model.safetensors") for part in ("language", "reader")]
+    assert {tensor.dtype for tensors in kept for tensor in tensors.values()} == {torch.float32}
+
+
+def test_a_decoder_without_sizes_starts_from_a_folder_of_the_run(
+    toy_run: Path,
+    toy_data: Path,
+    tmp_path: Path,
+) -> None:
+    """As lavit_7b, whose UNet is Stable Diffusion's."""
+    assert not lavit_7b().model.pixels.unet and not lavit_7b().model.pixels.start_from
+    folder, config, training = begun_run(toy_run, tmp_path / "run"), toy_config(), toy_training()
+    still = replace(training.pixels, steps=1, learning_rate=1e-9, ema=0.0)
+    config = replace(config, pixels=replace(config.pixels, unet={}))
+    run = Run(folder, toy_data, config, replace(training, pixels=still))
+    with pytest.raises(InputError, match="run/decoder holds no diffusion model"):
+        run.train(("pixels",))
+    shutil.copytree(toy_run / "pixels", folder / "decoder")
+    run.train(("pixels",))
+    file = "unet/diffusion_pytorch_model.safetensors"
+    found, began = load_tensors(folder / "pixels" / file), load_tensors(folder / "decoder" / file)
+    assert all(torch.allclose(found[name], began[name], atol=1e-6) for name in began)
+
+
+def test_pictures_may_be_read_as_codes_in_training_too(
+    toy_run: Path,
+    toy_data: Path,
+    tmp_path: Path,
+) -> None:
+    """The reader stays as stage 1 made it; samples are read the same way."""
+    folder, config = begun_run(toy_run, tmp_path / "run"), toy_config()
+    training = toy_training()
+    training = replace(training, language=replace(training.language, steps=1))
+    config = replace(config, language=replace(config.language, read_as="codes"))
+    Run(folder, toy_data, config, training).train(("language",))
+    parts = (load_tensors(folder / part / "model.safetensors") for part in ("tokenizer", "reader"))
+    first, second = ({n: t for n, t in part.items() if n.startswith("merger.")} for part in parts)
+    assert second and all(second[name].equal(first[name]) for name in second)
+    assert len((folder / "samples.jsonl").read_text().splitlines()) == 4
+
+
+def test_pictures_without_texts_serve_stages_that_need_none(toy_data: Path, tmp_path: Path) -> None:
+    shutil.copytree(toy_data, tmp_path / "some")
+    lines = (tmp_path / "some" / "train" / "metadata.jsonl").read_text().replace("red bar.", "")
+    (tmp_path / "some" / "train" / "metadata.jsonl").write_text(lines)
+    pictures = load_corpus(tmp_path / "some").pictures
+    assert [len(picture.captions) for picture in pictures].count(0) == 1
+    shutil.copytree(toy_data, tmp_path / "none", ignore=shutil.ignore_patterns("*.jsonl"))
+    run = Run(tmp_path / "run", tmp_path / "none", toy_config(), toy_training(1))
+    run.train(("tokenizer", "pixels"))
+    with pytest.raises(InputError, match="no texts"):
+        run.train(("language",))
 
 
 def test_stage_one_learns_and_its_codes_live(toy_data: Path, tmp_path: Path) -> None:
@@ -152,8 +264,6 @@ def test_alarms_say_what_to_change() -> None:
 
 
 def test_a_broken_picture_is_left_out_and_named(toy_data: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(toy_data, tmp_path / "data")
     (tmp_path / "data" / "train" / "3.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     corpus = load_corpus(tmp_path / "data")

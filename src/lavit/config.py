@@ -124,7 +124,7 @@ class PixelsConfig:
     steps: int = 12
     guidance: float = 2.0
     # where training begins: a diffusers folder whose unet/ and vae/ are taken, for "text" also
-    # tokenizer/ and text_encoder/; empty: random weights
+    # tokenizer/ and text_encoder/; empty: random weights, or the run's decoder/ where `unet` is too
     start_from: str = ""
     # Stable Diffusion's safety checker looks at every written picture (published weights: yes)
     safety: bool = False
@@ -215,7 +215,8 @@ class LanguageTraining:
     # folder of `lavit tokenize-corpus` whose codes are used; reading needs features, so nothing is
     # read then (data/bulk.py)
     token_corpus: str = ""
-    # relative number of documents of each kind: reading, writing, questions, edits, text alone
+    # relative number of documents of each kind that a source of pictures gives: reading, writing,
+    # questions, edits, prompts without their picture (a source of text has a weight of its own)
     mixture: tuple[float, float, float, float, float] = (1.0, 1.0, 0.5, 0.5, 0.25)
 
 

@@ -209,14 +209,11 @@ def fill_rows(lengths: Sequence_[int], rows: int, capacity: int) -> tuple[list[l
 def fill_from_front(lengths: Sequence_[int], rows: int, capacity: int) -> list[list[int]]:
     """Fill rows with as many of the first items as fit together, whatever their lengths.
 
-    Returns the item numbers of each row: all of 0, 1, … up to some number. Raises `InputError` for
-    an item longer than a row.
+    No item may be longer than a row. Returns the item numbers of each row: all of 0, 1, … up to
+    some number.
     """
     count = total = 0
     for length in lengths:
-        if length > capacity:
-            most = f"more than a row of {capacity}: use longer rows"
-            raise InputError(f"document {count} has {length} tokens, {most}")
         total += length
         if total > rows * capacity:
             break

@@ -202,15 +202,19 @@ def load_tokens(folder: str | Path, *, tokenizer: str | None = None) -> TokenCor
 def corpus_codes(
     folder: str | Path,
     corpus: Corpus,
-    data: str | Path,
     *,
     tokenizer: str,
 ) -> tuple[tuple[int, ...], ...]:
-    """Codes of every picture of a corpus, in its order, from tokens of the source `data`.
+    """Codes of every picture of a corpus, in its order, from tokens of its source of pictures.
 
-    `tokenizer` is the `tokenizer_hash` of the run. Tokens of another tokenizer, and pictures that
-    have none, raise `InputError`.
+    `tokenizer` is the `tokenizer_hash` of the run. Tokens of another tokenizer, pictures that have
+    none, and several sources of pictures, whose names may be the same, raise `InputError`.
     """
+    sources = [part.name for part in corpus.parts if len(part.pictures)]
+    if len(sources) > 1:
+        said = f"{folder} holds the codes of one source of pictures, and there are {len(sources)}"
+        raise InputError(f"{said}: give one of {', '.join(sources)}, beside sources of text")
+    data = sources[0]
     found = load_tokens(folder, tokenizer=tokenizer)
     codes = dict(zip(found.names, found.tokens.split(), strict=True))
     names = [below(picture.record.name, data) for picture in corpus.pictures]

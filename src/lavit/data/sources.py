@@ -63,11 +63,10 @@ class Streamed:
     folder: Path  # of pictures that are paths
     name: str
 
-    def record(self, row: Mapping[str, Any], place: object = None) -> Record:
+    def record(self, row: Mapping[str, Any], place: object) -> Record:
         """A row as a record, of texts alone without a picture; `place` names what has no path."""
         cells = dict(row)
-        name = f"{self.name}[{cells.get('__key__', '') if place is None else place}]"
-        image, name = _encoded(cells.pop(self.image, None), self.folder, name)
+        image, name = _encoded(cells.pop(self.image, None), self.folder, f"{self.name}[{place}]")
         texts = _texts(cells.get(self.text)) if self.text else ()
         return Record(image, texts, name, cells)
 

@@ -107,6 +107,9 @@ class Finetune(Run):
                 raise InputError(f"{said}: give another --out, or delete it")
         return model
 
+    def _agree(self, stages: Sequence[str]) -> None:
+        """Nothing more to settle: there is one stage."""
+
     def _take_steps(self, steps: int) -> None:
         language = replace(self.training.language, steps=steps)
         self.training = replace(self.training, language=language)

@@ -2,7 +2,9 @@
 
 The run folder *is* a model folder (`lavit caption --model RUN …`) with more in it: training.json,
 metrics.jsonl, samples.jsonl, README.md (the model card), tensorboard/, checkpoints/, cache/. The
-same command on the same folder goes on where it was; other settings there are refused.
+same command on the same folder goes on where it was; other settings of a stage that has begun are
+refused. `base/` and `decoder/` there are what a configuration without a source of its own starts
+from: a language model and a diffusers folder.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ from lavit.model import LaVIT
 from lavit.modules.language import Language
 from lavit.modules.pixels import Pixels
 from lavit.modules.tokenizer import VisualTokenizer
-from lavit.modules.vision import Vision, load_vision
+from lavit.modules.vision import Vision
 from lavit.sequence import VisualTokens
 from lavit.storage import build_language, load_base, load_language, model_folder
 from lavit.train.card import write_card
@@ -97,7 +99,7 @@ class Run:
             self._take_tokenizer(self.start)
 
     def _settle(self, model: ModelConfig) -> ModelConfig:
-        """Write what this run is, or check that the folder is of the same; the model's settings."""
+        """Read what the folder's run is, if it holds one; the model's settings."""
         mine = {"data": self.data, "model": to_json(model), "training": to_json(self.training)}
         if self.start:
             mine["start"] = self.start.name
@@ -106,17 +108,41 @@ class Run:
         path, config = self.folder / "training.json", self.folder / "config.json"
         self.accelerator.wait_for_everyone()
         saved = read_json(path) if path.exists() else {}
-        self.accelerator.wait_for_everyone()
-        if saved and not _same_run(saved, mine):
+        self._mine, self._saved = mine, saved or mine
+        self._agree(())
+        if not saved or not config.exists():
+            return model
+        coming = {stage: getattr(model, stage) for stage in STAGES if not self._done(stage)}
+        return replace(from_json(ModelConfig, read_json(config)), **coming)
+
+    def _done(self, stage: str) -> bool:
+        return (self.folder / stage / "done").exists()
+
+    def _begun(self, stage: str) -> bool:
+        checkpoints = [stage, "autoencoder"] if stage == "pixels" else [stage]
+        begun = any((self.folder / "checkpoints" / name).exists() for name in checkpoints)
+        return begun or self._done(stage)
+
+    def _agree(self, stages: Sequence[str]) -> None:
+        """Write what this run is, or check that the folder is of the same one.
+
+        Compared are the settings of those of `stages` that have begun, and what is of no stage.
+        """
+        begun = [stage for stage in stages if self._begun(stage)]
+        if not _same_run(self._saved, self._mine, begun):
             said = f"{self.folder} holds a run with other settings"
             raise InputError(f"{said}: give another --out, or delete it to start anew")
-        if self.accelerator.is_main_process and not saved.keys() >= mine.keys():
-            write_json(path, mine | saved)
-        return from_json(ModelConfig, read_json(config)) if saved and config.exists() else model
+        self._saved = self._mine | self._saved
+        for key in ("model", "training"):
+            new = {stage: self._mine[key][stage] for stage in stages if stage not in begun}
+            self._saved[key] = self._saved[key] | new
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            write_json(self.folder / "training.json", self._saved)
 
     def _take_tokenizer(self, start: Path) -> None:
         """Copy stage 1 of another model, once, under this run's own configuration."""
-        done = (self.folder / "tokenizer" / "done").exists()
+        done = self._done("tokenizer")
         self.accelerator.wait_for_everyone()
         if not done:
             model = LaVIT.from_pretrained(start)
@@ -131,7 +157,7 @@ class Run:
     @cached_property
     def vision(self) -> Vision:
         """The frozen encoder."""
-        return load_vision(self.config.vision, self.folder / "vision").to(self.accelerator.device)
+        return self._model().vision
 
     @cached_property
     def features(self) -> Features:
@@ -160,7 +186,9 @@ class Run:
             if stage not in STAGES:
                 known = ", ".join(STAGES)
                 raise InputError(f"there is no stage {stage!r}: choose from {known}, all")
-            if (self.folder / stage / "done").exists():
+        self._agree(stages)
+        for stage in stages:
+            if self._done(stage):
                 log.info("%s is trained already", stage)
                 continue
             torch.manual_seed(self.training.seed)
@@ -257,10 +285,12 @@ class Run:
     def _load_language(self, text: TextTokenizer | None) -> tuple[Language, TextTokenizer]:
         """A language part around its base LM, or as `start` left it."""
         if self.start:
-            return load_language(self.config, self.start)
-        lm, found = load_base(self.config.language, self.folder / "base")
-        text = found or text
-        return build_language(lm, self.tokenizer.merger, self.config, text), text
+            language, text = load_language(self.config, self.start)
+        else:
+            lm, found = load_base(self.config.language, self.folder / "base")
+            text = found or text
+            language = build_language(lm, self.tokenizer.merger, self.config, text)
+        return language.float(), text  # small steps are lost on weights of half precision
 
     def _language_stage(self, language: Language, text: TextTokenizer) -> LanguageStage:
         """Stage 2 on the corpus; on codes made beforehand; or on a stream."""
@@ -276,7 +306,7 @@ class Run:
         mixture = config.mixture
         if config.token_corpus:
             hashed = tokenizer_hash(LaVIT(self.config, folder=self.folder))
-            codes = corpus_codes(config.token_corpus, self.corpus, self.data, tokenizer=hashed)
+            codes = corpus_codes(config.token_corpus, self.corpus, tokenizer=hashed)
             features, tokens = nothing_read(vision)
             mixture = (0.0, mixture[1], 0.0, *mixture[3:])
         else:
@@ -305,12 +335,22 @@ class Run:
                 text.save_pretrained(folder)
         return AutoTokenizer.from_pretrained(folder)
 
+    def _first_pixels(self) -> Pixels:
+        """The decoder before its first step; without sizes of its own it starts from `decoder/`."""
+        config = self.config.pixels
+        if self.start and (self.start / "pixels").is_dir():
+            return Pixels.load(self.start / "pixels", config)
+        if not config.unet and not config.start_from:
+            folder = self.folder / "decoder"
+            if not (folder / "unet").is_dir():
+                said = f"{folder} holds no diffusion model to start from"
+                raise InputError(f"{said}: put a diffusers folder there (Stable Diffusion 1.5)")
+            config = replace(config, start_from=str(folder))
+        return Pixels.build(config)
+
     def _train_pixels(self) -> None:
         config, seed = self.training.pixels, self.training.seed
-        if self.start and (self.start / "pixels").is_dir():
-            pixels = Pixels.load(self.start / "pixels", self.config.pixels)
-        else:
-            pixels = Pixels.build(self.config.pixels)
+        pixels = self._first_pixels()
         if config.autoencoder_steps:
             autoencoder = AutoencoderStage(pixels, self.pictures, config, seed=seed)
             self._loop(autoencoder, warmup=config.warmup)
@@ -331,12 +371,19 @@ class Run:
         self._save(LaVIT(self.config, {"pixels": pixels}, folder=self.folder), "pixels")
 
 
-def _same_run(saved: dict[str, Any], mine: dict[str, Any]) -> bool:
-    """Whether two descriptions of a run agree; a setting that the older lacks is its default."""
+def _same_run(saved: dict[str, Any], mine: dict[str, Any], stages: Sequence[str]) -> bool:
+    """Whether two descriptions of a run agree in these stages, and in all that is of no stage.
+
+    A setting that the older lacks is its default.
+    """
     if any(saved.get(name) != mine.get(name) for name in ("data", "start")):
         return False
-    kinds = (("model", ModelConfig), ("training", TrainConfig))
+    others = set(STAGES).difference(stages)
     try:
-        return all(from_json(kind, saved[key]) == from_json(kind, mine[key]) for key, kind in kinds)
+        for key, kind in (("model", ModelConfig), ("training", TrainConfig)):
+            theirs = saved[key] | {stage: mine[key][stage] for stage in others}
+            if from_json(kind, theirs) != from_json(kind, mine[key]):
+                return False
     except (InputError, KeyError):
         return False
+    return True
