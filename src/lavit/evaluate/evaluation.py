@@ -79,16 +79,21 @@ def chosen(names: Sequence[str], known: Mapping[str, Any]) -> list[str]:
 def measured(
     known: Mapping[str, Callable[[T], Figure]], names: Sequence[str], subject: T,
 ) -> dict[str, Any]:  # fmt: skip
-    """The figures of `names` (none: all that are known) as plain data."""
-    found = {}
+    """The figures of `names` (none: all that are known) as plain data.
+
+    What this model or machine lacks is null, with the reason; `InputError` if that is all of it.
+    """
+    found, lacking = {}, {}
     for name in chosen(names, known):
         try:
             figure = known[name](subject)
         except Missing as missing:
-            if name in names:
-                raise InputError(f"{name} cannot be had: {missing}") from missing
+            lacking[name] = str(missing)
             figure = nothing(str(missing))
         found[name] = figure.entry()
+    if found.keys() == lacking.keys():
+        name, reason = next(iter(lacking.items()))
+        raise InputError(f"{name} cannot be had: {reason}")
     return found
 
 
