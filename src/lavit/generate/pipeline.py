@@ -142,6 +142,10 @@ class Pipeline:
         pictures, one = pictures_of(images)
         texts = words_of(questions, "question", pictures)[0]
         if check_answerable and (stream or n is not None):
+        for question in texts:
+            if not any(map(str.isalnum, question)):
+                said = f"the question {question!r} has no words"
+                raise InputError(f"{said}: ask about the picture")
             raise InputError("check_answerable asks twice: leave stream and n out")
         prompts = [
             asking(picture, (question, None), keep=keep) for picture, question in zip(pictures, texts, strict=True)

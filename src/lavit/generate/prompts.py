@@ -169,7 +169,9 @@ def _turn_end(model: LaVIT) -> tuple[tuple[str, ...], tuple[int, ...]]:
     closing = turn_end(model.text)
     if not closing:
         return (), ()
-    ids = model.text(closing, add_special_tokens=False)["input_ids"]
-    if ids and not model.text.decode(ids[:1], skip_special_tokens=True):  # a special token
-        return (), (ids[0],)
+    known = model.text.added_tokens_decoder
+    ids = ids_of(model.text, closing, controls=True)
+    stop = next((id for id in ids if id in known and known[id].special), None)
+    if stop is not None:
+        return (), (stop,)
     return (closing.strip() or closing,), ()
