@@ -124,6 +124,14 @@ def test_every_picture_comes_once_an_epoch() -> None:
 
 
 def test_features_are_computed_once(toy_run: Path, toy_data: Path, tmp_path: Path) -> None:
+def test_an_order_is_made_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, permute = [], torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda *a, **k: (made.append(a), permute(*a, **k))[1])
+    for step in range(10):
+        draw_pictures(103, 20, seed=7, step=step)
+    assert len(made) == 2
+
+
     vision = LaVIT.from_pretrained(toy_run).vision
     records = [picture.record for picture in load_corpus(toy_data).pictures]
     first = compute_features(records, vision, tmp_path)

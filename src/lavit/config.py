@@ -181,7 +181,7 @@ class TokenizerTraining:
     decay: float = 0.99  # EMA of the codebook
     patience: int = 100  # steps without use after which a code is revived; 0 never
     k_means: int = 10  # rounds at the start of phase b; 0 keeps random codes
-    k_means_vectors: int = 20_000
+    k_means_vectors: int = 200_000  # twelve for each of 16,384 codes; nearer to one, they overfit
     optimizer: Optimizer = "adamw"  # muon: for matrices, the selector's left out (train/muon.py)
 
     @property
