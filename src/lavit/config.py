@@ -316,11 +316,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write a JSON object, whole or not at all; makes the folder, or raises `InputError`."""
+    """Write a JSON object, whole or not at all."""
+    write_whole(path, json.dumps(data, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all; makes the folder, or raises `InputError`."""
     new = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(json.dumps(data, indent=1) + "\n")
+        new.write_text(text, encoding="utf-8")
         new.replace(path)
     except OSError as error:
         raise InputError(f"cannot write to {path.parent}: {error.strerror}") from error

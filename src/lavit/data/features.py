@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from PIL.Image import Image
 from torch import Tensor
 
-from lavit.config import VisionConfig, to_json
+from lavit.config import VisionConfig, read_json, to_json, write_json
 from lavit.data.sources import Record
 from lavit.images import pixels
 from lavit.modules.selector import KeepPolicy
@@ -78,7 +78,7 @@ def compute_features(
     folder.mkdir(parents=True, exist_ok=True)
     path, mark = folder / f"features-{key}.npy", folder / f"features-{key}.json"
     config = vision.config
-    done = json.loads(mark.read_text())["done"] if mark.exists() and path.exists() else 0
+    done = read_json(mark)["done"] if mark.exists() and path.exists() else 0
     shape = None if done else (len(records), config.patches, config.dim)
     mode = "r+" if done else "w+"
     array = np.lib.format.open_memmap(path, mode=mode, dtype=np.float16, shape=shape)
@@ -91,7 +91,7 @@ def compute_features(
         if done % SAVED and done < len(records):
             continue
         array.flush()
-        mark.write_text(json.dumps({"done": done}))
+        write_json(mark, {"done": done})
         if progress:
             progress(done, len(records))
     return Features(np.load(path, mmap_mode="r"))
