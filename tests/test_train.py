@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import NAMES, toy_config, toy_training
+from conftest import NAMES, toy_config, toy_picture, toy_training
 from lavit.config import InputError
 from lavit.data.corpus import load_corpus
 from lavit.data.documents import Documents
-from lavit.data.features import compute_features
+from lavit.data.features import compute_features, tokenize_features
+from lavit.data.sources import Record
 from lavit.images import pixels
 from lavit.model import LaVIT
 from lavit.modules.tokenizer import cosine_distance
-from lavit.modules.vision import Vision
+from lavit.modules.vision import Vision, load_vision
 from lavit.train.batches import draw_pictures
 from lavit.train.health import Alarm, CodeUse, check_codes, check_selector
 from lavit.train.language import train_text_tokenizer
@@ -123,7 +124,6 @@ def test_every_picture_comes_once_an_epoch() -> None:
     assert drawn[:10].sort().values.tolist() == drawn[10:].sort().values.tolist() == list(range(10))
 
 
-def test_features_are_computed_once(toy_run: Path, toy_data: Path, tmp_path: Path) -> None:
 def test_an_order_is_made_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     made, permute = [], torch.randperm
     monkeypatch.setattr(torch, "randperm", lambda *a, **k: (made.append(a), permute(*a, **k))[1])
@@ -132,6 +132,7 @@ def test_an_order_is_made_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(made) == 2
 
 
+def test_features_are_computed_once(toy_run: Path, toy_data: Path, tmp_path: Path) -> None:
     vision = LaVIT.from_pretrained(toy_run).vision
     records = [picture.record for picture in load_corpus(toy_data).pictures]
     first = compute_features(records, vision, tmp_path)
@@ -144,7 +145,6 @@ def test_an_order_is_made_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None
     assert compute_features(records[1:], vision, tmp_path).array.filename != first.array.filename
 
 
-def test_schedule_warms_up_and_ends_at_nothing() -> None:
 def test_a_kill_while_features_are_marked_loses_no_run(
     toy_run: Path, toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,6 +188,7 @@ def test_an_encoder_that_packs_pictures_is_refused() -> None:
         vision(pictures)
 
 
+def test_schedule_warms_up_and_ends_at_nothing() -> None:
     rates = [schedule(step, 100, 0.1) for step in range(100)]
     assert rates[0] == 0.1 and max(rates) == 1.0 and rates[-1] < 0.01
 
