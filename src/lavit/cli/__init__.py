@@ -73,9 +73,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         words = ["train-finetune", *words[2:]]
     if len(words) > 1 and words[0] in GROUPS:
         verbs, prog, words = GROUPS[words[0]], f"lavit {words[0]}", words[1:]
+    about = "LaVIT: images as a foreign language."
     try:
-        about = "LaVIT: images as a foreign language."
-        tyro.extras.subcommand_cli_from_dict(verbs, prog=prog, description=about, args=words)
+        try:
+            tyro.extras.subcommand_cli_from_dict(verbs, prog=prog, description=about, args=words)
+        finally:
+            sys.stdout.flush()  # `lavit --help | head`: that the reader has left shows here
+    except BrokenPipeError as gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more
+        raise SystemExit(141) from gone  # as the shell has it for SIGPIPE
     except InputError as error:
         print(f"lavit: {error}", file=sys.stderr)
         raise SystemExit(2) from error
