@@ -117,12 +117,20 @@ def test_help_brings_no_torch() -> None:
     assert "caption" in found.stdout and found.stdout.splitlines()[-1] == "False"
 
 
+def test_a_reader_that_leaves_ends_the_command_quietly() -> None:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-m", "lavit", "--help"], **pipes) as told:
+        told.stdout.close()
+        assert told.stderr.read() == b"" and told.wait() == 141
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="libgomp is the OpenMP of torch on Linux")
 @pytest.mark.parametrize(("asked", "spins"), [("", 1000), ("passive", 0)])
 def test_waiting_threads_soon_give_their_core_away_unless_asked_otherwise(asked: str, spins: int) -> None:
     settings = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     settings |= {"OMP_DISPLAY_ENV": "verbose"} | ({"OMP_WAIT_POLICY": asked} if asked else {})
-    said = subprocess.run([sys.executable, "-c", "import lavit, torch"], env=settings, capture_output=True, text=True)
+    code = "import lavit.cli\ntry: lavit.cli.main(['--help'])\nexcept SystemExit: import torch"
+    said = subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True)
     assert int(re.findall(r"GOMP_SPINCOUNT *= *'(\w+)'", said.stderr)[-1]) == spins
 
 

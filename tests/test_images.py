@@ -158,6 +158,15 @@ def test_bad_files_are_named_in_one_line(tmp_path):
         assert name.replace("\n", "\\n") in str(raised.value) and "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("kind", ["EPS", "PCX", "TGA", "SGI", "ICO", "IM", "MSP", "SPIDER", "PPM"])
+def test_other_formats_of_pillow_are_not_decoded(kind):
+    mode = {"MSP": "1", "SPIDER": "F"}.get(kind, "RGB")
+    data = encoded(Image.new(mode, (32, 32)), kind)
+    assert Image.open(io.BytesIO(data)).format == kind
+    with pytest.raises(InputError, match="give PNG, JPEG, WEBP, GIF, BMP or TIFF"):
+        open_image(data)
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"])
 def test_a_file_cut_anywhere_is_an_input_error_or_a_picture(kind):
     """No other exception escapes, whatever byte a file ends at; cut to half it is never taken for

@@ -79,6 +79,17 @@ def test_packed_loss_is_the_sum_of_separate_losses(language: Language) -> None:
     assert torch.allclose(packed, separate, rtol=1e-5)
 
 
+def test_features_of_another_picture_are_refused(language: Language) -> None:
+    """Two read pictures whose masks change places: as many features in all, but not in each."""
+    images = [Image((1,) * length, read=True, index=n) for n, length in enumerate((5, 7))]
+    sequences = [lay_out((image, Text((3,))), language.vocabulary) for image in images]
+    batch, patches = pack([sequences], language.vocabulary), torch.zeros(2, 9, 16)
+    keep = torch.arange(9) < torch.tensor([[5], [7]])
+    language(batch, patches, keep)
+    with pytest.raises(InputError, match="image 0 has 5 slots but 7 features"):
+        language(batch, patches, keep.flip(0))
+
+
 def test_another_document_never_changes_a_hidden_state(language: Language) -> None:
     sequences, patches, keep = documents(language)
     rows = pack([[sequences[0], sequences[2]]], language.vocabulary)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import peft
@@ -50,6 +52,32 @@ def test_one_line_says_where(caplog: pytest.LogCaptureFixture, monkeypatch: pyte
         "running on cuda in bfloat16",
         "running on cuda:1 in float16",
     ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libgomp is the OpenMP of torch on Linux")
+def test_waiting_threads_give_their_core_away_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """libgomp spins briefly with more threads than cores: one that sleeps holds some."""
+
+    def threads() -> int:
+        return len(os.listdir("/proc/self/task"))
+
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    before, settings = threads(), dict(os.environ)
+    torch.set_num_threads(2)
+    try:
+        placement.share_cores.__wrapped__()
+        until = time.monotonic() + 5
+        while threads() < before + 2 and time.monotonic() < until:
+            time.sleep(0.01)
+        found = threads()
+        monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+        placement.share_cores.__wrapped__()
+        assert threads() == found == before + 2
+    finally:
+        torch.set_num_threads(1)
+    monkeypatch.undo()
+    assert dict(os.environ) == settings
 
 
 @pytest.mark.parametrize(

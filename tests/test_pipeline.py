@@ -278,6 +278,17 @@ def test_reconstruction_needs_no_language_model(toy_run: Path) -> None:
     fresh = lavit.load(toy_run)
     assert fresh.reconstruct(toy_picture("red bar"), steps=2).size == (16, 16)
     assert "language" not in fresh.model.parts
+    pictures = [toy_picture("red bar"), toy_picture("blue dot")]
+    several = fresh.reconstruct(pictures, steps=2)
+    assert bytes_of(several) == [fresh.reconstruct(one, steps=2).tobytes() for one in pictures]
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_the_decoder_is_read(toy_run: Path) -> None:
+    fresh = lavit.load(toy_run)
+    for stream in (False, True):
+        with pytest.raises(InputError, match="has 32000 tokens but the language model attends to 256"):
+            fresh.draw("~" * 32_000, stream=stream)
+    assert "pixels" not in fresh.model.parts
 
 
 @pytest.mark.parametrize(
@@ -309,6 +320,13 @@ def test_reconstruction_needs_no_language_model(toy_run: Path) -> None:
         (lambda p: p.caption(toy_picture("red dot"), n=3), "all alike"),
         (lambda p: p.paint([torch.tensor([], dtype=torch.long)], seeds=[0]), "1 to 16 codes"),
         (lambda p: p.ask(toy_picture("red dot"), "what?", check_answerable=True, stream=True), "asks twice"),
+        (lambda p: p.draw("red", picture=Sampling()), "picture has no effect"),
+        (lambda p: p.generate(["red"], out="text", steps=2), "out is 'text': leave it out"),
+        (lambda p: p.generate(["red"], out="text", size="1:1"), "size has no effect"),
+        (lambda p: p.generate(["red"], out="text", guidance=2.0), "guidance has no effect"),
+        (lambda p: p.generate(["red"], out="text", n=2), "n=2 samples at temperature 0 are all alike"),
+        (lambda p: p.chat([{"role": "user", "content": "hi"}], picture=Sampling()), "no effect"),
+        (lambda p: p.reconstruct([]), "at least one picture"),
         (lambda p: Pipeline(p.model, protocol="secret"), "protocol 'secret' is not known"),
     ],
 )

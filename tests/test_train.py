@@ -11,16 +11,17 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
-from conftest import NAMES, toy_config, toy_training
+from conftest import NAMES, toy_config, toy_picture, toy_training
 from lavit.config import InputError, LanguageConfig
 from lavit.data.bulk import Job, tokenize_corpus
 from lavit.data.corpus import load_corpus
 from lavit.data.documents import Documents
-from lavit.data.features import compute_features
+from lavit.data.features import compute_features, tokenize_features
+from lavit.data.sources import Record
 from lavit.images import pixels
 from lavit.model import LaVIT
 from lavit.modules.tokenizer import cosine_distance
-from lavit.modules.vision import Vision
+from lavit.modules.vision import Vision, load_vision
 from lavit.presets import lavit_7b
 from lavit.storage import load_tensors
 from lavit.train.batches import draw_pictures
@@ -235,6 +236,14 @@ def test_every_picture_comes_once_an_epoch() -> None:
     assert drawn[:10].sort().values.tolist() == drawn[10:].sort().values.tolist() == list(range(10))
 
 
+def test_an_order_is_made_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, permute = [], torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda *a, **k: (made.append(a), permute(*a, **k))[1])
+    for step in range(10):
+        draw_pictures(103, 20, seed=7, step=step)
+    assert len(made) == 2
+
+
 def test_features_are_computed_once(toy_run: Path, toy_data: Path, tmp_path: Path) -> None:
     vision = LaVIT.from_pretrained(toy_run).vision
     records = [picture.record for picture in load_corpus(toy_data).pictures]
@@ -246,6 +255,49 @@ def test_features_are_computed_once(toy_run: Path, toy_data: Path, tmp_path: Pat
     pinned = Vision(replace(config, sha256="0"), vision.encoder)  # the same file once its hash is known
     assert compute_features(records, pinned, tmp_path).array.filename == first.array.filename
     assert compute_features(records[1:], vision, tmp_path).array.filename != first.array.filename
+
+
+def test_a_kill_while_features_are_marked_loses_no_run(
+    toy_run: Path, toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vision = LaVIT.from_pretrained(toy_run).vision
+    records = [picture.record for picture in load_corpus(toy_data).pictures]
+
+    def killed(path: Path, *_: object, **__: object) -> None:
+        path.write_bytes(b"")  # between truncating and writing
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", killed)
+        with pytest.raises(KeyboardInterrupt):
+            compute_features(records, vision, tmp_path)
+    assert len(compute_features(records, vision, tmp_path)) == len(records)
+
+
+def test_tokens_are_the_same_in_training_and_in_use(toy_run: Path, tmp_path: Path) -> None:
+    model = LaVIT.from_pretrained(toy_run)
+    images = [toy_picture(NAMES[number % 8]).rotate(5 * number) for number in range(64)]
+    for number, image in enumerate(images):
+        image.save(tmp_path / f"{number}.png")
+    records = [Record(str(tmp_path / f"{number}.png"), (), str(number)) for number in range(64)]
+    cached = compute_features(records, model.vision, tmp_path / "cache")
+    trained = tokenize_features(model.tokenizer, cached)
+    everything = torch.arange(64)
+    for size in (1, 7, 64):
+        batches = [images[at : at + size] for at in range(0, 64, size)]
+        assert torch.cat([model.patches(batch) for batch in batches]).equal(cached.rows(everything))
+        used = [model.encode(batch) for batch in batches]
+        assert torch.cat([tokens.codes for tokens in used]).equal(trained.codes)
+        assert torch.cat([tokens.keep for tokens in used]).equal(trained.keep)
+
+
+def test_an_encoder_that_packs_pictures_is_refused() -> None:
+    config = toy_config().vision
+    pixtral = {**config.architecture, "model_type": "pixtral", "intermediate_size": 64}
+    vision = load_vision(replace(config, architecture=pixtral))
+    pictures = torch.zeros(2, 3, 32, 32)
+    with pytest.raises(InputError, match="gives 1 x 16 patches of 32 channels"):
+        vision(pictures)
 
 
 def test_schedule_warms_up_and_ends_at_nothing() -> None:

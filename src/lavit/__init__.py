@@ -7,7 +7,6 @@ lv.caption("cat.png"); lv.ask("cat.png", "what is this?"); lv.draw("a red bicycl
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["LaVIT", "Pipeline", "Protocol", "Sampling", "load"]
 __version__ = "0.1.0"
-
-# Threads that wait soon give their core away, or two processes on two cores spin in each other's way (benchmarks/busy.py).
-# libgomp, which spins 300,000 times by itself, reads this when torch is first imported.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def load(

@@ -181,7 +181,7 @@ class TokenizerTraining:
     decay: float = 0.99  # EMA of the codebook
     patience: int = 100  # steps without use after which a code is revived; 0 never
     k_means: int = 10  # rounds at the start of phase b; 0 keeps random codes
-    k_means_vectors: int = 20_000
+    k_means_vectors: int = 200_000  # twelve for each of 16,384 codes; nearer to one, they overfit
     optimizer: Optimizer = "adamw"  # muon: for matrices, the selector's left out (train/muon.py)
 
     @property
@@ -317,11 +317,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write a JSON object, whole or not at all; makes the folder, or raises `InputError`."""
+    """Write a JSON object, whole or not at all."""
+    write_whole(path, json.dumps(data, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all; makes the folder, or raises `InputError`."""
     new = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(json.dumps(data, indent=1) + "\n")
+        new.write_text(text, encoding="utf-8")
         new.replace(path)
     except OSError as error:
         raise InputError(f"cannot write to {path.parent}: {error.strerror}") from error

@@ -1,8 +1,8 @@
 """PIL pictures and tensors: safe open, resize, normalise, and back.
 
-Every picture enters the program through `open_image`: any mode and format Pillow decodes becomes
-plain RGB, upright (EXIF), transparency laid on white, the first frame of an animation. Sizes are
-checked from the header, before a pixel is decoded. `pixels` squashes to a square, bicubic, no crop,
+Every picture enters the program through `open_image`: any mode of the `FORMATS` becomes plain RGB,
+upright (EXIF), transparency laid on white, the first frame of an animation. Sizes are checked from
+the header, before a pixel is decoded. `pixels` squashes to a square, bicubic, no crop,
 as the published preprocessing does (method: arXiv 2309.04669).
 """
 
@@ -22,6 +22,8 @@ from torch import Tensor
 
 from lavit.config import InputError
 
+# what is decoded; Pillow's other decoders are hardly tested by use, and that of EPS runs a program
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 64 * 1024 * 1024  # a few kB of file could ask for GB of memory
 ASPECT_SIZES = {  # width:height -> (height, width) of the 1024-px decoder
     "1:1": (1024, 1024),
@@ -98,16 +100,15 @@ def _open_stream(stream: io.BufferedIOBase, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():  # Pillow's own, higher limit only warns; ours below refuses
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(stream)
+            image = Image.open(stream, formats=FORMATS)
     except UnidentifiedImageError as error:
-        raise InputError(f"{name} is not a picture of a known format, or is damaged") from error
+        known = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+        raise InputError(f"{name} is not a picture, or is damaged: give {known}") from error
     except Image.DecompressionBombError as error:
         raise InputError(f"{name} is too large ({error}): {_limit()}") from error
     except Exception as error:  # decoders raise anything (struct.error, ...) on a broken header
         raise InputError(f"{name} is damaged: {_line(error)}") from error
     with image:
-        if image.format == "EPS":  # Pillow would run Ghostscript on it
-            raise InputError(f"{name} is an EPS drawing: convert it to PNG or JPEG first")
         return _to_rgb(_decode(image, name))
 
 

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lavit.config import InputError, ModelConfig, from_json, read_json, to_json, write_json
-from lavit.images import pixels as to_pixels
 from lavit.modules.language import Language
 from lavit.modules.selector import KeepPolicy
 from lavit.modules.tokenizer import VisualTokenizer
@@ -44,6 +43,7 @@ if TYPE_CHECKING:  # diffusers takes seconds to import, and only pixels need it
 
 log = logging.getLogger(__name__)
 PARTS = ("vision", "tokenizer", "language", "pixels")
+EXACT = ("vision", "tokenizer")  # in fp32 as in training, so that rounding flips no choice
 
 
 class LaVIT(nn.Module):
@@ -107,8 +107,8 @@ class LaVIT(nn.Module):
             part = self._load(name, self.folder)
             if name == "language" and self._place_language is not None:
                 part = self._place_language(part)
-            else:  # the tokenizer stays exact, so that rounding does not flip its choices
-                part = part.to(self.device, torch.float32 if name == "tokenizer" else self.dtype)
+            else:
+                part = part.to(self.device, torch.float32 if name in EXACT else self.dtype)
             self.parts[name] = part.eval()
         return self.parts[name]
 
@@ -140,9 +140,7 @@ class LaVIT(nn.Module):
     @torch.inference_mode()
     def patches(self, images: Sequence[Image]) -> Float[Tensor, "images patches dim"]:
         """Encoder features of pictures (RGB, any size; squashed to the encoder's)."""
-        vision = self.config.vision
-        batch = to_pixels(images, vision.image_size, vision.mean, vision.std)
-        return self.vision(batch.to(self.device, self.dtype)).float()
+        return self.vision.encode(images)
 
     @torch.inference_mode()
     def encode(
@@ -152,14 +150,8 @@ class LaVIT(nn.Module):
         *,
         generator: torch.Generator | None = None,
     ) -> VisualTokens:
-        """Pictures to visual tokens, each alone: the same picture, the same tokens."""
-        options = {"policy": policy, "generator": generator}
-        tokens = [self.tokenizer.encode(self.patches([image]), **options) for image in images]
-        return VisualTokens(
-            torch.cat([t.codes for t in tokens]),
-            torch.cat([t.lengths for t in tokens]),
-            torch.cat([t.keep for t in tokens]),
-        )
+        """Pictures to visual tokens: the same picture, the same tokens, in training too."""
+        return self.tokenizer.encode(self.patches(images), policy, generator=generator)
 
     @torch.inference_mode()
     def features(self, codes: Sequence[Tensor]) -> Float[Tensor, "images patches dim"]:

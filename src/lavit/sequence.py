@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, zip_longest
 
 import numpy as np
 import torch
@@ -284,6 +284,15 @@ def attention_mask(documents: Int[Tensor, "rows tokens"]) -> Bool[Tensor, "rows 
     itself = torch.eye(tokens, dtype=torch.bool, device=documents.device)
     real = (documents >= 0)[:, :, None]
     return ((same & causal & real) | itself)[:, None]
+
+
+def check_slots(slots: Bool[Tensor, "rows tokens"], lengths: Int[Tensor, "images"]) -> None:
+    """Raise `InputError` unless each image has as many slots as features: one mask made both."""
+    pairs = zip_longest(slot_lengths(slots), lengths.tolist(), fillvalue=0)
+    for image, (wanted, given) in enumerate(pairs):
+        if wanted != given:
+            counts = f"image {image} has {wanted} slots but {given} features"
+            raise InputError(f"{counts}: codes and features must come from the same keep mask")
 
 
 def fill_slots(

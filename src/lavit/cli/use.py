@@ -104,7 +104,8 @@ def chat(
                 continue
             words = {"type": "text", "text": rest if draws else line}
             talk = [*messages, {"role": "user", "content": [*shown, words]}]
-            reply = lavit.chat(talk, out="image" if draws else "text", seed=seed, steps=steps)
+            how = {"out": "image", "steps": steps} if draws else {"out": "text"}
+            reply = lavit.chat(talk, seed=seed, **how)
         except InputError as error:
             print(f"lavit: {error}", file=sys.stderr)
             continue
@@ -178,8 +179,8 @@ def reconstruct(
     """Turn pictures into visual tokens and back, without the language model."""
     checked = None if safety else False  # None: as the model says
     lavit = load_model(model, images, safety=checked, watermark=watermark)
-    back = partial(lavit.reconstruct, keep=keep, seed=seed, steps=steps, size=size)
-    write_drawn(lambda: [back(image) for image in images], out)
+    back = partial(lavit.reconstruct, images, keep=keep, seed=seed, steps=steps, size=size)
+    write_drawn(back, out)
 
 
 def tokenize(

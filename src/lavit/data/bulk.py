@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lavit.config import InputError, read_json, require, to_json
+from lavit.config import InputError, read_json, require, to_json, write_json
 from lavit.data.corpus import Broken, Corpus
 from lavit.data.sources import Pictures, below, load_records
 from lavit.model import LaVIT
@@ -251,11 +251,7 @@ def _settle(job: Job, records: Pictures, lavit: LaVIT) -> dict[str, Any]:
             made = f"{job.out} holds tokens made with another {', '.join(others)}"
             raise InputError(f"{made}: give another --out, or delete it")
         return settings
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, {**settings, "complete": False})
-    except OSError as error:
-        raise InputError(f"cannot write to {job.out}: {error.strerror}") from error
+    write_json(path, {**settings, "complete": False})
     return settings
 
 
@@ -271,7 +267,7 @@ def _finish(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         "tokens": sum(one["tokens"] for one in said),
         "broken": [{"name": name, "reason": reason} for name, reason in broken],
     }
-    _replace(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, manifest)
     for name, reason in broken:
         log.warning("left out %s: %s", name, reason)
     if not manifest["pictures"]:
@@ -387,9 +383,3 @@ def _read(path: Path, tokenizer: str, columns: list[str] | None = None) -> tuple
         other = f"{path} was made by another tokenizer than its folder says"
         raise InputError(f"{other}: delete it and tokenise again")
     return table, said
-
-
-def _replace(path: Path, data: dict[str, Any]) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, path)

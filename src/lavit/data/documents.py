@@ -98,9 +98,9 @@ class Rows:
             self.left_out[name] = str(error)
             log.warning("left out %s: %s (%d so far)", name, error, len(self.left_out))
 
-    def ids(self, text: str) -> tuple[int, ...]:
-        """Ids of a text, without the tokenizer's own begin and end."""
-        return ids_of(self.tokenizer, text)
+    def ids(self, text: str, controls: bool = False) -> tuple[int, ...]:
+        """Ids of a text; see `ids_of`."""
+        return ids_of(self.tokenizer, text, controls)
 
     def segments(self, parts: Sequence_[Part], codes: Codes) -> Document:
         """Parts, whose pictures are numbers, as a document."""
@@ -135,7 +135,7 @@ class Documents(Rows):
     def __init__(self, corpus: Corpus, codes: tuple[tuple[int, ...], ...], **shared: Any) -> None:
         super().__init__(**shared)
         self.corpus, self.codes = corpus, codes
-        self._ids: dict[str, tuple[int, ...]] = {}
+        self._ids: dict[tuple[str, bool], tuple[int, ...]] = {}
         self._window: tuple[int, list[list[Sequence]]] | None = None
         self._asked: dict[int, list[int]] = {}
         for number, question in enumerate(corpus.questions):
@@ -149,11 +149,11 @@ class Documents(Rows):
             if len(part.texts)
         }
 
-    def ids(self, text: str) -> tuple[int, ...]:
+    def ids(self, text: str, controls: bool = False) -> tuple[int, ...]:
         """The same, kept: most texts come again."""
-        if text not in self._ids:
-            self._ids[text] = super().ids(text)
-        return self._ids[text]
+        if (text, controls) not in self._ids:
+            self._ids[text, controls] = super().ids(text, controls)
+        return self._ids[text, controls]
 
     def draw(self, rng: Rng) -> Document:
         """One document."""

@@ -283,7 +283,8 @@ def _load(datasets: Any, data: str | Path, split: str, cache: Path | None, strea
         lines = str(error).splitlines() or [type(error).__name__]
         cause = error.__cause__ or error.__context__
         why = f"{lines[0]}{f' ({str(cause).splitlines()[0]})' if cause and str(cause) else ''}"
-        raise InputError(f"{name!r}, split {split!r}, cannot be opened: {why}") from error
+        where = "" if path.exists() else " is no file or folder here, and as a name on the hub"
+        raise InputError(f"{name!r}{where}, split {split!r}, cannot be opened: {why}") from error
 
 
 def _fingerprint(path: Path) -> str:

@@ -141,8 +141,7 @@ class Exam:
 
     def features(self, pictures: Sequence[Image]) -> Features:
         """Encoder features of pictures."""
-        starts = range(0, len(pictures), BATCH)
-        return torch.cat([self.model.patches(pictures[at : at + BATCH]) for at in starts])
+        return self.model.patches(pictures)
 
     def encoded(self, split: str, count: int) -> tuple[Features, VisualTokens]:
         """Encoder features and visual tokens of the first pictures of a split, kept in memory."""
@@ -153,19 +152,8 @@ class Exam:
                 parts.append(self.features([self.picture(self.scene(split, n)) for n in numbers]))
                 self.progress(f"encode {split}", numbers[-1] + 1, count)
             features = torch.cat(parts)
-            self.cache["encoded", split, count] = features, tokens_of(self.tokenizer, features)
+            self.cache["encoded", split, count] = features, self.tokenizer.encode(features)
         return self.cache["encoded", split, count]
-
-
-@torch.no_grad()
-def tokens_of(tokenizer: VisualTokenizer, features: Features) -> VisualTokens:
-    """Visual tokens of features, under the default policy."""
-    parts = [tokenizer.encode(part) for part in features.split(BATCH)]
-    return VisualTokens(
-        torch.cat([part.codes for part in parts]),
-        torch.cat([part.lengths for part in parts]),
-        torch.cat([part.keep for part in parts]),
-    )
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from lavit.generate.prompts import (
     jobs_of,
     lay_prompt,
     pictures_of,
+    refuse_unused,
     words_of,
     writing,
 )
@@ -141,6 +142,10 @@ class Pipeline:
         """
         pictures, one = pictures_of(images)
         texts = words_of(questions, "question", pictures)[0]
+        for question in texts:
+            if not any(map(str.isalnum, question)):
+                said = f"the question {question!r} has no words"
+                raise InputError(f"{said}: ask about the picture")
         if check_answerable and (stream or n is not None):
             raise InputError("check_answerable asks twice: leave stream and n out")
         prompts = [
@@ -282,18 +287,21 @@ class Pipeline:
 
     def reconstruct(
         self,
-        image: Picture,
+        images: Pictures,
         *,
         keep: Keep = "auto",
         seed: int = 0,
         steps: int | None = None,
         guidance: float | None = None,
         size: Size | None = None,
-    ) -> Image.Image:
-        """A picture through its visual tokens and back, without the language model."""
+    ) -> Any:
+        """Pictures through their visual tokens and back, without the language model."""
+        pictures, one = pictures_of(images)
         self._ready(size)
-        codes = [self.tokenize(image, keep=keep, seed=seed).codes]
-        return self.paint(codes, seeds=[seed], steps=steps, guidance=guidance, size=size)[0]
+        codes = [self.tokenize(picture, keep=keep, seed=seed).codes for picture in pictures]
+        how = {"steps": steps, "guidance": guidance, "size": size}
+        made = self.paint(codes, seeds=[seed] * len(codes), **how)
+        return made[0] if one else made
 
     def _ready(self, size: Size | None) -> None:
         """Raise what would stop the picture at the end before work begins."""
@@ -317,10 +325,6 @@ class Pipeline:
 
     def _texts(self, jobs: list[Job], one: bool, n: int | None, stream: bool) -> Any:
         """What jobs say about pictures that are read, or a stream of it."""
-        how = jobs[0].request.sampling
-        if how.n > 1 and how.temperature == 0 and how.beams == 1:
-            remedy = "give sampling=Sampling(temperature=1.0)"
-            raise InputError(f"n={n} samples at temperature 0 are all alike: {remedy}")
         return _shaped(self._run(jobs, "text", stream), one, n, "".join)
 
     def _run(
@@ -332,20 +336,20 @@ class Pipeline:
         **painting: Any,
     ) -> Any:
         """Updates of jobs as they happen, or what all of them wrote."""
+        refuse_unused(out, **painting)
         if previews and (out == "text" or not stream):
             remedy = "give stream=True, out='image' or 'auto'"
             raise InputError(f"previews are part of a stream that holds pictures: {remedy}")
+        paint = partial(self.paint, **painting)
+        live = {"paint": paint, "show": self._preview if previews else None} if stream else {}
+        # what the language model cannot serve is refused here, before the decoder is read
+        happening = updates(self.engine, self.model.text, jobs, **live)
         if out != "text":
             self._ready(painting["size"])
         if previews and self.release.checker is not None:
             remedy = "leave previews out, or load with safety=False"
             raise InputError(f"previews would pass the safety checker unseen: {remedy}")
-
-        paint = partial(self.paint, **painting)
-        run = partial(updates, self.engine, self.model.text, jobs)
-        if stream:
-            return run(paint=paint, show=self._preview if previews else None)
-        return gathered(run(), jobs, paint)
+        return happening if stream else gathered(happening, jobs, paint)
 
     @torch.inference_mode()
     def _preview(self, latents: Tensor) -> list[Image.Image]:

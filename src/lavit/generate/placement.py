@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import shutil
 import tempfile
+import threading
 import weakref
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,6 +32,24 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+@cache
+def share_cores() -> None:
+    """Let threads that wait soon give their core away, or processes spin in each other's way.
+
+    libgomp, the OpenMP of torch on Linux, lets them spin 300,000 times, but 100 times while it has
+    more threads than there are cores: so a thread that sleeps gets some too. What the environment
+    asks for stays as it is.
+    """
+    if os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+        return
+
+    def hold() -> None:
+        torch.ones(2**20).add_(1)  # a parallel sum, whose threads belong to this one
+        threading.Event().wait()
+
+    threading.Thread(target=hold, name="lavit-cores", daemon=True).start()
+
+
 def place(
     device: str | torch.device = "auto", dtype: str | torch.dtype | None = None
 ) -> tuple[torch.device, torch.dtype]:
@@ -38,6 +59,7 @@ def place(
     on older ones, and fp32 elsewhere: bf16 products crawl on CPUs without AMX, and the CPU's fast
     step is made for fp32.
     """
+    share_cores()
     cuda = torch.cuda.is_available()
     if str(device) == "auto":
         device = "cuda" if cuda else "cpu"

@@ -34,6 +34,8 @@ Parts = Sequence[Part]
 # input; None: fresh ones
 Seed = int | tuple[int, ...] | list[Any] | None
 MODES = {"text": "text", "image": "image", "auto": "mixed"}
+# options without effect, by what comes out
+UNUSED = {"text": ("picture", "guidance", "steps", "size"), "image": ("picture",), "auto": ()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,11 +126,23 @@ def jobs_of(
         raise InputError(f"{counts}: a list has one entry for each input")
     seeds = seed if isinstance(seed, list) else [seed] * len(prompts)
     samplings = [replace(sampling, n=1 if n is None else n, seed=own) for own in seeds]
+    text, greedy = options.get("mode", "text") == "text", sampling.temperature == 0
+    if text and greedy and sampling.beams == 1 and samplings[0].n > 1:
+        remedy = "give sampling=Sampling(temperature=1.0)"
+        raise InputError(f"n={n} samples at temperature 0 are all alike: {remedy}")
     jobs = []
     for parts, how in zip(prompts, samplings, strict=True):
         how, prompt = replace(how, seed=how.seeds()), lay_prompt(model, parts)
         jobs.append(Job(Request(sampling=how, **vars(prompt), **options), ends))
     return jobs
+
+
+def refuse_unused(out: Reply, **options: Any) -> None:
+    """Raise `InputError` for an option that is given and has no effect with this `out`."""
+    for name in UNUSED[out]:
+        if options.get(name) is not None:
+            remedy = "leave it out" if out == "text" else "give sampling instead"
+            raise InputError(f"{name} has no effect where out is {out!r}: {remedy}")
 
 
 def writing(
@@ -147,6 +161,7 @@ def writing(
     """Jobs that go on with text, a picture, or both. In a chat text ends where the turn does."""
     if out not in MODES:
         raise InputError(f"out {out!r} is not known: use 'text', 'image' or 'auto'")
+    refuse_unused(out, picture=picture, guidance=guidance)
     patches = model.config.tokenizer.patches
     inside = (sampling if out == "image" else picture) or fitted(protocol.drawing, patches)
     if guidance is not None:
@@ -169,7 +184,9 @@ def _turn_end(model: LaVIT) -> tuple[tuple[str, ...], tuple[int, ...]]:
     closing = turn_end(model.text)
     if not closing:
         return (), ()
-    ids = model.text(closing, add_special_tokens=False)["input_ids"]
-    if ids and not model.text.decode(ids[:1], skip_special_tokens=True):  # a special token
-        return (), (ids[0],)
+    known = model.text.added_tokens_decoder
+    ids = ids_of(model.text, closing, controls=True)
+    stop = next((id for id in ids if id in known and known[id].special), None)
+    if stop is not None:
+        return (), (stop,)
     return (closing.strip() or closing,), ()

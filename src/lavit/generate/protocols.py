@@ -1,4 +1,4 @@
-"""Named ways to ask and draw: prompts, lengths, cuts and normalisation (method, Sec. 5).
+"""Named ways to ask and draw: lengths, cuts and how answers are compared (method, Sec. 5).
 
 CAPTION     the paper's captions: no prompt, beam 2, 8-36 new tokens, cut at the first full stop
 QUESTION    its answers: "Question: … Answer:", beam 5, 2-10 new tokens, no length penalty
@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 
 from lavit.config import InputError
 from lavit.generate.sampling import Sampling
-from lavit.layout import normalised
 
 CAPTION = Sampling(temperature=0.0, beams=2, min_tokens=8, max_tokens=36)
 QUESTION = Sampling(
@@ -82,7 +81,7 @@ def fitted(sampling: Sampling, patches: int) -> Sampling:
 
 def answerable(question: str) -> str:
     """The question that VizWiz asks first."""
-    return f"can this be answered from the picture, {normalised(question).rstrip('?')}?"
+    return f"can this be answered from the picture, {question.strip(' ?')}?"
 
 
 def refuses(answer: str) -> bool:

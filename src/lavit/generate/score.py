@@ -19,7 +19,7 @@ from torch import Tensor
 from lavit.config import InputError
 from lavit.generate.decoder import Decoder
 from lavit.generate.prompts import Prompt, lay_prompt
-from lavit.layout import reading
+from lavit.layout import ids_of, reading
 from lavit.model import LaVIT
 
 T = TypeVar("T")
@@ -51,7 +51,7 @@ def choices(model: LaVIT, seen: Prompt, texts: Sequence[str]) -> list[float]:
 def _said(model: LaVIT, seen: Prompt, words: str) -> Float[Tensor, "tokens"]:
     """Log-likelihood of each token of the words behind a prompt, and of the end."""
     language, text = model.language, model.text
-    said = [*text(words, add_special_tokens=False)["input_ids"], language.vocabulary.end]
+    said = [*ids_of(text, words), language.vocabulary.end]
     ids = torch.tensor([[*seen.ids, *said]], device=model.device)
     length, context = ids.shape[1], Decoder(language).context
     if length > context:

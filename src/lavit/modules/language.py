@@ -32,7 +32,7 @@ from lavit.modules.attention import attend_by_document, group_documents
 from lavit.modules.head import HeadLoss
 from lavit.modules.layers import Keep, Patches
 from lavit.modules.merger import Merger, MergerBlock
-from lavit.sequence import IGNORE, Batch, attention_mask, fill_slots
+from lavit.sequence import IGNORE, Batch, attention_mask, check_slots, fill_slots
 from lavit.vocabulary import Vocabulary
 
 CHUNK = 1024  # positions whose logits exist at one time
@@ -199,7 +199,10 @@ class Language(nn.Module):
         """
         if self.read_as == "codes":
             patches = None
-        features = self.read(patches, keep) if patches is not None and len(patches) else None
+        features = None
+        if patches is not None and len(patches):
+            check_slots(batch.slots, keep.sum(1))
+            features = self.read(patches, keep)
         embeddings = self.embed(batch.ids, slots=batch.slots, features=features)
         if patches is not None and features is None and torch.is_grad_enabled():
             # a rank whose rows read no picture takes part in the reader's gradients all the same

@@ -44,7 +44,6 @@ from lavit.data.features import (
 )
 from lavit.data.sources import Record
 from lavit.data.stream import StreamingDocuments, stream_texts
-from lavit.images import pixels as to_pixels
 from lavit.model import LaVIT
 from lavit.modules.language import Language
 from lavit.modules.pixels import Pixels
@@ -320,9 +319,7 @@ class Run:
     @torch.no_grad()
     def _encode(self, images: list[Image]) -> tuple[Tensor, VisualTokens]:
         """Features [images patches dim] and tokens of pictures of a stream."""
-        vision = self.config.vision
-        pictures = to_pixels(images, vision.image_size, vision.mean, vision.std)
-        patches = self.vision(pictures.to(self.accelerator.device)).float()
+        patches = self.vision.encode(images)
         return patches, self.tokenizer.encode(patches)
 
     def _new_text_tokenizer(self) -> TextTokenizer:
