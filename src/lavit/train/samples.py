@@ -51,7 +51,7 @@ class Samples:
                 "prompt": picture.prompts[0],
                 "codes": list(drawn.images[0]),
             }
-            for (_, picture), (said,), (drawn,) in zip(self.pictures, done, done, strict=True)
+            for (_, picture), said, drawn in zip(self.pictures, done, done, strict=True)
         ]
 
     def _requests(self, number: int, picture: Any) -> tuple[Request, Request]:
@@ -64,7 +64,7 @@ class Samples:
         seen, asked = self._laid(reading(number)), self._laid(drawing(picture.prompts[0]))
         said = Sampling(temperature=0.0, max_tokens=WORDS)
         length = {"min_tokens": 1, "max_tokens": keep.shape[1]}
-        drawn = Sampling(temperature=1.0, top_k=50, guidance=2.0, seed=0, **length)
+        drawn = Sampling(temperature=1.0, top_k=50, guidance=2.0, **length)
         caption = Request(ids=seen.ids, slots=seen.slots, features=features, sampling=said)
         return caption, Request(ids=asked.ids, mode="image", sampling=drawn)
 
