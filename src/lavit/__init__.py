@@ -1,4 +1,4 @@
-"""LaVIT: images as a foreign language for any causal LM (arXiv 2309.04669), trained, used, measured and served.
+"""LaVIT: images as a foreign language for any causal LM (arXiv 2309.04669).
 
 import lavit
 lv = lavit.load("nano")
@@ -7,10 +7,13 @@ lv.caption("cat.png"); lv.ask("cat.png", "what is this?"); lv.draw("a red bicycl
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
+
     from lavit.generate.pipeline import Pipeline
     from lavit.generate.protocols import Protocol
     from lavit.generate.sampling import Sampling
@@ -23,23 +26,26 @@ __version__ = "0.1.0"
 def load(
     model: str | Path = "nano",
     *,
-    device: str = "auto",
-    dtype: str | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
     quantization: str | None = None,
-    device_map: Any = None,
-    protocol: Any = "default",
+    device_map: str | Mapping[str, int | str] | None = None,
+    protocol: str | Protocol = "default",
     safety: bool | None = None,
     watermark: str | None = None,
     base: str | None = None,
 ) -> Pipeline:
-    """Open a model folder, a training run or the model of this package ("nano"); parts are read when they are first used.
+    """Open a model folder, a run or the model of this package ("nano"); parts load when used.
 
-    device: "auto" is a CUDA GPU where there is one, else the CPU; dtype: bf16 there, fp32 here, or "float32", "bfloat16",
-    "float16". One line is logged. quantization: "int8" or "nf4" weights for the language model, and device_map ("auto"
-    or a map) spreads it over devices (generate/placement.py). protocol: how verbs sample where a call does not say:
-    "default", "paper", "published", or a `Protocol`. `safety` switches the check of written pictures on or off (default:
-    on for published weights); `watermark` is text to hide in them. `base` is another language model, a path or hub id, under
-    the adapter of a model that has one: its figures do not apply then, which is logged.
+    device: "auto" is a CUDA GPU where there is one, else the CPU; dtype: bf16 there, fp32 here, or
+    "float32", "bfloat16", "float16". One line is logged. quantization: "int8" or "nf4" weights for
+    the language model, and device_map ("auto" or a map) spreads it over devices
+    (generate/placement.py). protocol: how verbs sample where a call does not say: "default",
+    "paper", "published", or a `Protocol`. `safety` switches the check of written pictures on or off
+    (default: on for published weights); `watermark` is text to hide in them. `base` is another
+    language model, a path or hub id, under the adapter of a model that has one: its figures do not
+    apply then, which is logged.
+
     Raises `InputError` if the folder is no model, or the platform cannot do what is asked.
     """
     from lavit.generate.pipeline import Pipeline
@@ -51,22 +57,20 @@ def load(
     loaded = LaVIT.from_pretrained(model, device=where, dtype=kind, place_language=place_language)
     if base is not None:
         loaded.replace_base(base)
-    return Pipeline(
-        loaded,
-        protocol=protocol,
-        safety=safety,
-        watermark=watermark,
-    )
+    return Pipeline(loaded, protocol=protocol, safety=safety, watermark=watermark)
 
 
-def place(device: Any = "auto", dtype: Any = None) -> tuple[Any, Any]:
+def place(
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
+) -> tuple[torch.device, torch.dtype]:
     """Device and dtype: what is asked for, or by capability (generate/placement.py)."""
     from lavit.generate import placement
 
     return placement.place(device, dtype)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """The public classes, imported at first use so that `import lavit` stays quick."""
     places = {
         "LaVIT": "lavit.model",

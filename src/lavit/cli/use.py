@@ -61,7 +61,9 @@ def choose(
     json: bool = False,
 ) -> None:
     """Say which of some texts a picture shows: the likeliest as its caption."""
-    chosen = load_model(model, [image]).choose(image, among, n=n)
+    if not 1 <= n <= max(1, len(among)):
+        raise InputError(f"n is {n}: choose from 1 to all {len(among)} texts")
+    chosen = load_model(model, [image]).rank(image, among)[:n]
     answer_with(json, "\n".join(chosen), image=image, chosen=chosen)
 
 
@@ -104,7 +106,7 @@ def chat(
                 continue
             words = {"type": "text", "text": rest if draws else line}
             talk = [*messages, {"role": "user", "content": [*shown, words]}]
-            how = {"out": "image", "steps": steps} if draws else {"out": "text"}
+            how = {"out": "image", "steps": steps} if draws else {}
             reply = lavit.chat(talk, seed=seed, **how)
         except InputError as error:
             print(f"lavit: {error}", file=sys.stderr)
@@ -135,16 +137,21 @@ class Drawing:
     safety: Safety = True
     watermark: Watermark = None
 
-    def write(self, prompts: Sequence[str], images: Sequence[str] | None = None) -> None:
-        """Draw prompts, from pictures where there are some, and save."""
+    def write(self, prompts: Sequence[str], image: str | None = None) -> None:
+        """Draw prompts, from a picture where there is one, and save."""
+        if self.n < 1:
+            raise InputError(f"n is {self.n}: ask for at least one picture")
         safety = None if self.safety else False  # None: as the model says
         options = {"protocol": self.protocol, "safety": safety, "watermark": self.watermark}
-        lavit = load_model(self.model, images, **options)
+        lavit = load_model(self.model, None if image is None else [image], **options)
         warn_of_unknown(lavit, prompts)
-        names = ("n", "best_of", "seed", "guidance", "steps", "size")
+        names = ("best_of", "seed", "guidance", "steps", "size")
         how = {name: getattr(self, name) for name in names}
-        draw = partial(lavit.draw, **how) if images is None else partial(lavit.edit, images, **how)
-        write_drawn(lambda: [picture for made in draw(prompts) for picture in made], self.out)
+        wanted = [prompt for prompt in prompts for _ in range(self.n)]
+        if image is None:
+            write_drawn(partial(lavit.draw, wanted, **how), self.out)
+        else:
+            write_drawn(partial(lavit.edit, [image] * len(wanted), wanted, **how), self.out)
 
 
 Drawn = Annotated[Drawing, tyro.conf.arg(name="")]
@@ -153,15 +160,15 @@ Drawn = Annotated[Drawing, tyro.conf.arg(name="")]
 def draw(prompts: Words[tuple[str, ...]], /, how: Drawn) -> None:
     """Draw prompts. Several pictures are FILE-0, FILE-1 …, those of the first prompt first.
 
-    --n 4 draws each prompt four times; --best-of 8 draws eight and keeps the n in which the model
-    reads the prompt best.
+    Picture i takes seed + i. --n 4 draws each prompt four times; --best-of 8 draws eight for each
+    picture and keeps the one in which the model reads the prompt best.
     """
     how.write(prompts)
 
 
 def edit(image: Words[str], prompt: Words[str], /, how: Drawn) -> None:
     """Draw from a picture and an instruction."""
-    how.write([prompt], [image])
+    how.write([prompt], image)
 
 
 def reconstruct(
@@ -179,8 +186,8 @@ def reconstruct(
     """Turn pictures into visual tokens and back, without the language model."""
     checked = None if safety else False  # None: as the model says
     lavit = load_model(model, images, safety=checked, watermark=watermark)
-    back = partial(lavit.reconstruct, images, keep=keep, seed=seed, steps=steps, size=size)
-    write_drawn(back, out)
+    how = {"keep": keep, "seed": seed, "steps": steps, "size": size}
+    write_drawn(partial(lavit.reconstruct, images, **how), out)
 
 
 def tokenize(

@@ -210,9 +210,9 @@ class Show:
         sources = [[self.picture(scene) for scene in task.sources] for task in tasks]
         prompts = [[*shown, task.words] for shown, task in zip(sources, tasks, strict=True)]
         seeds = [self.seed * APART + number for number in range(len(tasks))]
-        made = self.pipe.generate(prompts, seed=seeds)
+        made = self.pipe.compose(prompts, seed=seeds)
         items = []
-        for task, shown, (drawn,) in zip(tasks, sources, made, strict=True):
+        for task, shown, drawn in zip(tasks, sources, made, strict=True):
             names = ("before",) if len(shown) == 1 else ("first", "second")
             pictures = [*zip(names, shown, strict=False), ("drawn", drawn)]
             if shown:

@@ -180,15 +180,16 @@ def _chosen(exam: Exam, *kinds: str) -> tuple[list[Turn], list[Turn], list[Reply
 
 def _talk(exam: Exam, item: Item, number: int) -> list[Reply]:
     """The model's replies, turn by turn, which stand in the talk."""
-    messages: list[Any] = []
+    messages: list[Mapping[str, Any]] = []
     replies = []
     for turn in item.turns:
         messages.append(message([*_shown(exam, turn), turn.text]))
         if turn.facts is not None:
             exam.needs("pixels")
         out = "text" if turn.facts is None else "image"
-        messages.append(exam.pipe.chat(messages, out=out, seed=exam.seeds([number])[0]))
-        replies.append(plain(messages[-1]))
+        reply = exam.pipe.chat(messages, out=out, seed=exam.seeds([number]))
+        messages.append(reply)
+        replies.append(plain(reply))
     return replies
 
 

@@ -49,7 +49,7 @@ class Protocol:
     answer: Sampling
     drawing: Sampling
     chat: Sampling = CHAT
-    best_of: int | None = None  # candidates of a drawing, of which the likeliest are kept
+    best_of: int | None = None  # candidates of a drawing, of which the likeliest is kept
     caption_ends: tuple[str, ...] = CAPTION_ENDS  # a text ends before the first of these
     answer_ends: tuple[str, ...] = ANSWER_ENDS
 
@@ -64,9 +64,15 @@ def protocol_of(name: str, patches: int) -> Protocol:
         answer_ends=(),
         drawing=Sampling(top_k=50, guidance=3.0, min_tokens=1, max_tokens=patches),
     )
-    texts = {"caption": CAPTION, "answer": QUESTION}
-    paper = Protocol(name="paper", drawing=fitted(DRAW, patches), best_of=BEST_OF, **texts)
-    published = Protocol(name="published", drawing=fitted(PUBLISHED, patches), **texts)
+    paper = Protocol(
+        name="paper",
+        caption=CAPTION,
+        answer=QUESTION,
+        drawing=fitted(DRAW, patches),
+        best_of=BEST_OF,
+    )
+    drawing = fitted(PUBLISHED, patches)
+    published = replace(paper, name="published", drawing=drawing, best_of=None)
     known = {protocol.name: protocol for protocol in (greedy, paper, published)}
     if name not in known:
         raise InputError(f"protocol {name!r} is not known: use one of {', '.join(known)}")

@@ -52,7 +52,7 @@ class Samples:
                 "prompt": picture.prompts[0],
                 "codes": list(drawn.images[0]),
             }
-            for (_, picture), (said,), (drawn,) in zip(self.pictures, done, done, strict=True)
+            for (_, picture), said, drawn in zip(self.pictures, done, done, strict=True)
         ]
 
     def _requests(self, number: int, picture: Any) -> tuple[Request, Request]:
@@ -68,7 +68,7 @@ class Samples:
             features = language.read(stage.tokenizer.prepare(patches).to(device), keep)
             caption = replace(caption, slots=seen.slots, features=features)
         length = {"min_tokens": 1, "max_tokens": keep.shape[1]}
-        drawn = Sampling(temperature=1.0, top_k=50, guidance=2.0, seed=0, **length)
+        drawn = Sampling(temperature=1.0, top_k=50, guidance=2.0, **length)
         return caption, Request(ids=asked.ids, mode="image", sampling=drawn)
 
     def _laid(self, parts: list[Part]) -> Sequence:
