@@ -132,7 +132,7 @@ def edit_blind(exam: Exam) -> Figure:
     asked = edits(exam)
     pairs = zip(asked, turned(asked), strict=True)
     blind = [replace(one, sources=other.sources) for one, other in pairs]
-    return share(done(asked, seen_drawn(exam, "edit blind", blind)))
+    return share(done(asked, seen_drawn(exam, f"edit blind {exam.count}", blind)))
 
 
 def edit_oracle(exam: Exam) -> Figure:

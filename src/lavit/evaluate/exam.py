@@ -123,8 +123,11 @@ class Exam:
         return TO_CHOOSE_BY[split] if self.valid else split
 
     def scene(self, split: str, item: int) -> Scene:
-        """Picture `item` of a split."""
-        return _scene(self.split(split), item, rules=self.rules)
+        """Picture `item` of a split; `Missing` where these rules leave it none."""
+        try:
+            return _scene(self.split(split), item, rules=self.rules)
+        except InputError as error:
+            raise Missing(str(error)) from error
 
     def picture(self, scene: Scene) -> Image:
         """A scene as the encoder sees it."""

@@ -1,13 +1,15 @@
 """What a model said and drew, item by item, in a file: an evaluation that was stopped goes on where
 it was.
 
-A line is one item: {"key", "task", "item", "chunk", "made"}. The key is a hash of the weights, the
-configuration, the seed and the world; lines of another key are left alone. Items are made in chunks
-of fixed borders, so that an item is always computed beside the same others, stopped or not.
+A line is one item: {"key", "task", "item", "chunk", "made", "check"}. The key is a hash of the
+weights, the configuration, the seed and the world; lines of another key are left alone. `check` is
+a hash of the rest: a line that was changed is made anew. Items are made in chunks of fixed borders,
+so that an item is always computed beside the same others, stopped or not.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +19,11 @@ from lavit.config import InputError
 
 TOGETHER = 32  # items of a chunk
 Progress = Callable[[str, int, int], None]  # of what, how many are done, of how many
+
+
+def checked(row: dict[str, Any]) -> str:
+    """A hash of a line."""
+    return hashlib.sha256(json.dumps(row).encode()).hexdigest()[:12]
 
 
 class Kept:
@@ -32,7 +39,8 @@ class Kept:
         for line in data.splitlines():
             try:
                 row = json.loads(line)
-                if row["key"] == self.key:
+                check = row.pop("check")
+                if row["key"] == self.key and check == checked(row):
                     self.found[row["task"], row["item"], row["chunk"]] = row["made"]
             except (ValueError, KeyError, TypeError):
                 continue  # cut off when an evaluation was stopped
@@ -63,7 +71,7 @@ class Kept:
         for item, one in zip(chunk, made, strict=True):
             self.found[task, item, name] = one
             row = {"key": self.key, "task": task, "item": item, "chunk": name, "made": one}
-            lines += json.dumps(row) + "\n"
+            lines += json.dumps({**row, "check": checked(row)}) + "\n"
         if self.path is None:
             return
         try:

@@ -38,6 +38,7 @@ from lavit.evaluate.exam import Exam, Missing
 from lavit.evaluate.figures import Figure, mean, share
 from lavit.evaluate.reading import answers, captions
 from lavit.images import open_image
+from lavit.modules.vision import sha256
 
 KINDS = ("read", "draw", "ask", "edit", "chat")
 
@@ -73,6 +74,8 @@ def load_items(path: Path) -> list[Item]:
             continue
         try:
             items.append(_item(json.loads(line), path.parent))
+        except RecursionError as error:
+            raise InputError(f"{path}, line {number}: it is nested too deeply") from error
         except (InputError, ValueError, KeyError, TypeError) as error:
             said = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
             raise InputError(f"{path}, line {number}: {said}") from error
@@ -155,9 +158,12 @@ def _shown(exam: Exam, turn: Turn) -> list[Image]:
     return opened
 
 
-def _task(items: list[Any], name: str) -> str:
-    """The name under which answers are kept: those of other items are none of these."""
-    return f"own {name} {hashlib.sha256(repr(items).encode()).hexdigest()[:12]}"
+def _task(items: Sequence[Item | Turn], name: str) -> str:
+    """The name under which answers are kept: those of other items, or pictures, are none of these."""
+    turns = chain(*(one.turns if isinstance(one, Item) else (one,) for one in items))
+    shown = (one for turn in turns for one in turn.pictures if isinstance(one, str))
+    told = [repr(items), *(sha256(Path(path)) for path in shown)]
+    return f"own {name} {hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]}"
 
 
 def _chosen(exam: Exam, *kinds: str) -> tuple[list[Turn], list[Turn], list[Reply]]:
