@@ -54,6 +54,12 @@ def test_one_line_says_where(caplog: pytest.LogCaptureFixture, monkeypatch: pyte
     ]
 
 
+def test_importing_leaves_the_environment_as_it_is() -> None:
+    code = "import os; before = dict(os.environ); import lavit; assert os.environ == before"
+    settings = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    subprocess.run([sys.executable, "-c", code], env=settings, check=True)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="libgomp is the OpenMP of torch on Linux")
 def test_waiting_threads_give_their_core_away_late(monkeypatch: pytest.MonkeyPatch) -> None:
     """libgomp spins briefly with more threads than cores: one that sleeps holds some."""
