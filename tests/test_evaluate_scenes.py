@@ -26,6 +26,7 @@ from lavit.evaluate import (
     evaluation,
     exam,
     judge,
+    own,
     probes,
     reading,
     tokens,
@@ -272,6 +273,35 @@ def test_items_of_ones_own_are_judged(run: Path, items: Path) -> None:
     assert found["own_answer"]["value"] == 0.5  # "the square" is a square
     # the judge sees an empty white picture, and one item of three asks for that
     assert found["own_draw_atoms"]["value"] == pytest.approx(1 / 3)
+
+
+def test_answers_about_another_picture_of_the_same_name_are_not_kept(run: Path, items: Path) -> None:
+    one = Exam(run, count=2)
+    before = own._task(load_items(items), "ask")
+    assert own._task(load_items(items), "ask") == before
+    toy_picture("blue bar").save(items.parent / "a.png")
+    assert own._task(load_items(items), "ask") != before and one.count == 2
+
+
+def test_figures_compare_where_training_kept_to_the_rules(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frozen, "frozen", lambda rules: {s: frozen.split_hash(s, rules) for s in frozen.MEASURING})
+    said = json.loads((run / "training.json").read_text())
+    for scenes, expected in (
+        (None, False),
+        ({"objects": 48, "held_out_pairs": 0.1}, True),
+        ({"objects": 48, "held_out_pairs": 0.0}, False),  # it has seen every pair
+        ({"objects": 48, "held_out_pairs": 0.1, "split": "test"}, False),
+    ):
+        origin = {} if scenes is None else {"origin": {"scenes": scenes}}
+        (run / "training.json").write_text(json.dumps(said | origin))
+        exam = Exam(run, count=1, rules=Rules(objects=48, held_out_pairs=0.1))
+        assert evaluation.test_hash(exam)["comparable"] is expected
+
+
+def test_a_split_without_scenes_is_missing(run: Path) -> None:
+    every = Exam(run, count=1, rules=Rules(held_out_pairs=0.0))
+    with pytest.raises(Missing, match="no scene of the split 'pairs'"):
+        every.scene("pairs", 0)
 
 
 def test_a_scene_that_is_written_out_has_its_facts(items: Path) -> None:

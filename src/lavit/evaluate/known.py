@@ -11,7 +11,6 @@ from lavit.data.corpus import origin_of, parse_mixture
 from lavit.data.scenes.lexicon import unknown_words
 from lavit.data.scenes.splits import Rules
 
-
 RULES = ("objects", "held_out_pairs")
 
 
