@@ -98,6 +98,8 @@ def _print(found: dict[str, Any]) -> None:
         print(found["held_out"])
     elif found["valid"]:
         print("on the splits to choose by: no figures to publish")
+    elif found["test_hash"] is None:
+        print(f"config {found['config_hash']}  items of your own")
     else:
         others = "  NOT COMPARABLE with published figures: other scenes or other packages"
         said = "" if found["comparable"] else others

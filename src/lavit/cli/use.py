@@ -76,7 +76,9 @@ def ask(
     json: bool = False,
 ) -> None:
     """Answer a question about a picture."""
-    answer = load_model(model, [image], protocol=protocol).ask(image, question)
+    lavit = load_model(model, [image], protocol=protocol)
+    warn_of_unknown(lavit, [question])
+    answer = lavit.ask(image, question)
     answer_with(json, answer, image=image, question=question, answer=answer)
 
 

@@ -91,8 +91,9 @@ def _item(row: Any, folder: Path) -> Item:
     if kind not in KINDS:
         raise InputError(f"kind is {kind!r}: give one of {', '.join(KINDS)}")
     if kind == "chat":
-        if not isinstance(row["turns"], list) or not row["turns"]:
-            raise InputError("turns is a list of what the user says")
+        turns = row["turns"]
+        if not isinstance(turns, list) or not turns or not all(isinstance(t, dict) for t in turns):
+            raise InputError('turns is a list of {"text": …} with pictures, answers or facts')
         return Item(kind, tuple(_turn(turn, turn["text"], folder) for turn in row["turns"]))
     words = {"read": "", "ask": "question"}.get(kind, "prompt")
     turn = _turn(row, row[words] if words else "", folder)
