@@ -15,7 +15,7 @@ from PIL import Image
 from conftest import NAMES, toy_picture
 from lavit.cli import main
 from lavit.config import InputError
-from lavit.data.scenes import frozen
+from lavit.data.scenes import frozen, sample
 from lavit.data.scenes.language import prompt
 from lavit.data.scenes.sample import scene_at
 from lavit.data.scenes.splits import Rules
@@ -298,7 +298,8 @@ def test_figures_compare_where_training_kept_to_the_rules(run: Path, monkeypatch
         assert evaluation.test_hash(exam)["comparable"] is expected
 
 
-def test_a_split_without_scenes_is_missing(run: Path) -> None:
+def test_a_split_without_scenes_is_missing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample, "TRIES", 20)
     every = Exam(run, count=1, rules=Rules(held_out_pairs=0.0))
     with pytest.raises(Missing, match="no scene of the split 'pairs'"):
         every.scene("pairs", 0)
