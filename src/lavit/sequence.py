@@ -46,6 +46,12 @@ class VisualTokens:
     lengths: Int[Tensor, "images"]
     keep: Bool[Tensor, "images patches"]
 
+    @classmethod
+    def joined(cls, parts: Sequence_[VisualTokens]) -> VisualTokens:
+        """The images of several batches, in order."""
+        names = ("codes", "lengths", "keep")
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
     def split(self) -> tuple[Int[Tensor, "kept"], ...]:
         """Codes of each image."""
         return self.codes.split(self.lengths.tolist())

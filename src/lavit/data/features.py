@@ -93,13 +93,17 @@ def compute_features(
     return Features(np.load(path, mmap_mode="r"))
 
 
-def tokenize_features(tokenizer: VisualTokenizer, features: Features) -> VisualTokens:
-    """Visual tokens of every picture of cached features, in order."""
+def tokenize_features(
+    tokenizer: VisualTokenizer,
+    features: Features,
+    pictures: Int[Tensor, "images"] | None = None,
+) -> VisualTokens:
+    """Visual tokens (on the CPU) of these pictures of cached features (None: of all), in order."""
     device = next(tokenizer.parameters()).device
-    batches = torch.arange(len(features)).split(SAVED)
-    parts = [tokenizer.encode(features.rows(one).to(device)) for one in batches]
-    names = ("codes", "lengths", "keep")
-    return VisualTokens(*(torch.cat([getattr(p, name) for p in parts]).cpu() for name in names))
+    pictures = torch.arange(len(features)) if pictures is None else pictures
+    parts = [tokenizer.encode(features.rows(one).to(device)) for one in pictures.split(SAVED)]
+    whole = VisualTokens.joined(parts)
+    return VisualTokens(whole.codes.cpu(), whole.lengths.cpu(), whole.keep.cpu())
 
 
 def nothing_read(vision: VisionConfig) -> tuple[Features, VisualTokens]:

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lavit.config import InputError
 
+log = logging.getLogger(__name__)
 TOGETHER = 32  # items of a chunk
 Progress = Callable[[str, int, int], None]  # of what, how many are done, of how many
 
@@ -36,14 +38,20 @@ class Kept:
         self.found: dict[tuple[str, int, str], Any] = {}
         data = path.read_bytes() if path is not None and path.exists() else b""
         self.torn = data[-1:] not in (b"", b"\n")  # the last line was cut off
+        changed = 0
         for line in data.splitlines():
             try:
                 row = json.loads(line)
-                check = row.pop("check")
-                if row["key"] == self.key and check == checked(row):
+                if row["key"] != self.key:
+                    continue
+                if row.pop("check", None) == checked(row):
                     self.found[row["task"], row["item"], row["chunk"]] = row["made"]
+                else:
+                    changed += 1
             except (ValueError, KeyError, TypeError):
                 continue  # cut off when an evaluation was stopped
+        if changed:
+            log.warning("%d predictions of %s were changed: they are made anew", changed, path)
 
     def made(
         self,

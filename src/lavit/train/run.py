@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from PIL.Image import Image
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -166,7 +167,7 @@ class Run:
     @cached_property
     def tokens(self) -> VisualTokens:
         """Stage-1 tokens of every picture."""
-        return tokenize_features(self.tokenizer, self.features)
+        return self._tokens(self.tokenizer, self.features)
 
     @cached_property
     def tokenizer(self) -> VisualTokenizer:
@@ -203,6 +204,16 @@ class Run:
             progress = partial(self.prepare, "encoder features")
         with first_alone(self.accelerator):
             return compute_features(records, vision, self.folder / "cache", progress=progress)
+
+    def _tokens(self, tokenizer: VisualTokenizer, features: Features) -> VisualTokens:
+        """Visual tokens of cached features; each process makes a share of them."""
+        accelerator = self.accelerator
+        shares = torch.arange(len(features)).tensor_split(accelerator.num_processes)
+        share = shares[accelerator.process_index]
+        _, mine = nothing_read(self.config.vision)
+        if len(share):
+            mine = tokenize_features(tokenizer, features, share)
+        return VisualTokens.joined(gather_object([mine]))
 
     def _loop(self, stage: Stage, origins: dict[str, str] | None = None, **options: Any) -> None:
         """Train a stage; `options` are the loop's, `origins` those of `parameter_lines`."""
