@@ -1,11 +1,12 @@
-"""The pixel decoder against its limit, the UNet's forwards alone, and 12 steps of DPM-Solver++ against 50 of DDIM.
+"""The pixel decoder against the UNet's forwards alone; 12 steps of DPM-Solver++ against 50 of DDIM.
 
     python benchmarks/pixels.py [--run RUN] [--json FILE] [--rounds 7] [--batch 1]
 
-The limit is the time of the UNet on the very inputs of one step, times the number of steps; what sampling takes beyond it
-is overhead (condition, guidance, solver, decoding): the target is a ratio of at most 1.10. Runs are interleaved, round
-after round; a figure is the median of the rounds' ratios, its spread the smallest and the largest. Without --run the
-decoder is nano's with random weights, which are as fast as trained ones. Measure idle, or with OMP_NUM_THREADS=1.
+The limit is the time of the UNet on the very inputs of one step, times the number of steps; what
+sampling takes beyond it is overhead (condition, guidance, solver, decoding): the target is a ratio
+of at most 1.10. Runs are interleaved, round after round; a figure is the median of the rounds'
+ratios, its spread the smallest and the largest. Without --run the decoder is nano's with random
+weights, which are as fast as trained ones. Measure idle, or with OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Cold start and memory of `lavit caption` in a fresh process, and where the time of its imports goes.
+"""Cold start and memory of `lavit caption` in a fresh process, and the time of its imports.
 
     python benchmarks/start.py PICTURE [--model FOLDER] [--rounds 3] [--profile] [--json FILE]
 
-Each round starts the command line anew and waits for its caption: wall seconds, CPU seconds and peak resident memory of
-that process, beside a process that only imports torch (the floor). The medians count; `lavit --help` is timed too. The
-first round of a machine reads everything from disk: drop it by hand if the disk's cache was cold. --profile lists the
-slowest imports (`python -X importtime`, which slows them down itself).
+Each round starts the command line anew and waits for its caption: wall seconds, CPU seconds and
+peak resident memory of that process, and the same of a process that only imports torch (the floor).
+The medians count; `lavit --help` is timed too. The first round of a machine reads everything from
+disk: drop it by hand if the disk's cache was cold. --profile lists the slowest imports
+(`python -X importtime`, which slows them down itself).
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ def main() -> None:
     console = Console()
     console.print(table)
     console.print(
-        f"{options.model}: caption in {figures['caption_seconds']:.1f} s (wanted: {MOST_SECONDS:.0f} at most), "
+        f"{options.model}: caption in {figures['caption_seconds']:.1f} s "
+        f"(wanted: {MOST_SECONDS:.0f} at most), "
         f"{figures['caption_megabytes']:.0f} MB (wanted: {MOST_MEGABYTES:.0f} at most)"
     )
     if options.profile:

@@ -1,13 +1,16 @@
-"""Speed and memory of `tokenize` against the encoder alone, and of tokenize-corpus on two workers against one.
+"""Speed and memory of `tokenize` against the encoder alone; tokenize-corpus on two workers and one.
 
-    python benchmarks/tokenizer.py [--model RUN] [--pictures 24] [--runs 5] [--workers 2] [--json FILE]
+    python benchmarks/tokenizer.py [--model RUN] [--pictures 24] [--runs 5] [--workers 2]
+                                   [--json FILE]
 
-Pictures go one by one, as `lavit tokenize` does (`LaVIT.encode`), against `LaVIT.patches` on the same pictures in the
-same process; rounds alternate and medians are compared, `tokenize_ratio` = images/s of tokenize / of the encoder (1 would
-be a tokenizer for nothing). Peak memory is that of a fresh process for each. Without --model a `nano` with untrained
-tokenizer keeps 36 % of the patches, as the paper's does. `--workers 2` also tokenises a corpus on 1 and on 2 Ray workers,
-a thread each: `workers_ratio` takes the seconds between the first shard and the last, so that Ray's start does not count.
-About 2 minutes on two idle cores. (The file is not called tokenize: that would hide Python's own module of the name.)
+Pictures go one by one, as `lavit tokenize` does (`LaVIT.encode`), against `LaVIT.patches` on the
+same pictures in the same process; rounds alternate and medians are compared, `tokenize_ratio` =
+images/s of tokenize / of the encoder (1 would be a tokenizer for nothing). Peak memory is that of a
+fresh process for each. Without --model a `nano` with untrained tokenizer keeps 36 % of the patches,
+as the paper's does. `--workers 2` also tokenises a corpus on 1 and on 2 Ray workers, a thread each:
+`workers_ratio` takes the seconds between the first shard and the last, so that Ray's start does not
+count. About 2 minutes on two idle cores. (The file is not called tokenize: that would hide Python's
+own module of the name.)
 """
 
 from __future__ import annotations
@@ -66,7 +69,7 @@ def work(model: LaVIT, what: str, images: list[Image.Image]) -> None:
 
 
 def peak_megabytes() -> float:
-    """Peak resident memory of this process. Linux hands getrusage's figure down from the parent, hence its own file."""
+    """Peak resident memory of this process; getrusage would give the parent's, hence /proc."""
     status = Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
@@ -119,10 +122,12 @@ def compare_workers(folder: Path, count: int, workers: int) -> dict[str, float]:
     best = {number: max(found) for number, found in rates.items()}
     for number, found in rates.items():
         print(
-            f"  corpus, {number} worker(s)  {best[number]:7.2f} images/s  ({min(found):.2f} … {max(found):.2f})"
+            f"  corpus, {number} worker(s)  {best[number]:7.2f} images/s  "
+            f"({min(found):.2f} … {max(found):.2f})"
         )
     print(
-        f"  ratio of workers      {best[workers] / best[1]:7.2f}            (target 1.7 at 2 workers)"
+        f"  ratio of workers      {best[workers] / best[1]:7.2f}            "
+        "(target 1.7 at 2 workers)"
     )
     return {"workers_ratio": best[workers] / best[1]}
 
@@ -163,7 +168,8 @@ def main() -> None:
         rates = {what: len(images) / statistics.median(found) for what, found in times.items()}
         memory = {what: memory_of(what, folder, min(8, len(images))) for what in WHAT}
         print(
-            f"{model.config.name}, one picture at a time, {options.threads} thread(s), median of {options.runs} runs"
+            f"{model.config.name}, one picture at a time, {options.threads} thread(s), "
+            f"median of {options.runs} runs"
         )
         for what, found in times.items():
             spread = f"{len(images) / max(found):.2f} … {len(images) / min(found):.2f}"

@@ -1,20 +1,24 @@
-"""Training at mini width: how much of the machine's matmul rate a step reaches, and how it compares with transformers.
+"""Training at mini width: the share of the machine's matmul rate, and the rate of transformers.
 
-    python benchmarks/train.py --data FOLDER [--threads 2] [--rows 8] [--tokens 512] [--runs 4] [--json FILE]
+    python benchmarks/train.py --data FOLDER [--threads 2] [--rows 8] [--tokens 512] [--runs 4]
+                               [--json FILE]
 
-The model has SmolLM2-135M's shape (30 blocks of 576, 9 heads of which 3 for keys and values, 49,152 text ids) and the
-visual rows of `codes`, random weights, fp32, everything trains. The documents are those of --data, with a code drawn
-for each kept patch (a third of 100) in place of a trained tokenizer's: lengths are what matters here.
+The model has SmolLM2-135M's shape (30 blocks of 576, 9 heads of which 3 for keys and values, 49,152
+text ids) and the visual rows of `codes`, random weights, fp32, everything trains. The documents are
+those of --data, with a code drawn for each kept patch (a third of 100) in place of a trained
+tokenizer's: lengths are what matters here.
 
-mfu_ratio            (6 · parameters · useful tokens + attention inside documents, causal) / seconds of a whole step with
-                     AdamW and clipping, over the best fp32 product of 1024³ to 4096³ just before and after it; the
-                     median over steps. Recomputation and padding are not counted. A plain transformers step of 4×96
-                     tokens gets about 0.66. Aim 0.70.
-train_tokens_ratio   useful tokens a second of our packed step over those of a `transformers.Trainer` step on the same
-                     documents in random order, batch 16, padded to the longest, same weights. Aim 1.5.
+mfu_ratio            (6 · parameters · useful tokens + attention inside documents, causal) / seconds
+                     of a whole step with AdamW and clipping, over the best fp32 product of 1024³ to
+                     4096³ just before and after it; the median over steps. Recomputation and
+                     padding are not counted. A plain transformers step of 4×96 tokens gets about
+                     0.66. Aim 0.70.
+train_tokens_ratio   useful tokens a second of our packed step over those of a
+                     `transformers.Trainer` step on the same documents in random order, batch 16,
+                     padded to the longest, same weights. Aim 1.5.
 
-Peak memory is that of the process. Steps alternate with the peer's; medians count. About ten minutes on two idle cores;
-busy cores make every figure worthless.
+Peak memory is that of the process. Steps alternate with the peer's; medians count. About ten
+minutes on two idle cores; busy cores make every figure worthless.
 """
 
 from __future__ import annotations
@@ -103,7 +107,7 @@ def make_language(layers: int) -> Language:
 
 
 def flops(language: Language, batch: Batch) -> float:
-    """Of one pass forward and backward: what the model asks for, whatever an implementation spends."""
+    """FLOPs of one pass forward and backward: what the model needs, not what the code spends."""
     lm, width = language.lm, language.width
     parameters = sum(p.numel() for p in lm.parameters()) + language.rows.numel()
     tokens = int((batch.documents >= 0).sum())
@@ -131,7 +135,7 @@ class Ours:
         self.optimizer = torch.optim.AdamW(language.parameters(), lr=1e-5, eps=1e-6, fused=True)
 
     def __call__(self) -> tuple[float, int, float]:
-        """Seconds, useful tokens and model FLOPs of one step; the batch is laid out before, as a loader would."""
+        """Seconds, useful tokens and model FLOPs of one step; its batch is laid out beforehand."""
         batch = self.documents.batch(self.step)
         self.step += 1
         patches = torch.randn(len(batch.images), PATCHES, DIM)
@@ -164,7 +168,7 @@ class Clock(TrainerCallback):
 
 
 class Peer:
-    """`transformers.Trainer` on the same documents as plain joint ids: random order, batch 16, padded to the longest."""
+    """`transformers.Trainer` on the same documents as joint ids, in padded batches of 16."""
 
     batch = 16
 
@@ -271,14 +275,17 @@ def main() -> None:
     useful = statistics.mean(tokens for _, tokens, _ in steps) / (options.rows * options.tokens)
     figures = {"mfu_ratio": round(mfu, 4)}
     print(
-        f"{options.layers} blocks of 576, fp32, {options.threads} threads, {options.rows} x {options.tokens} tokens a step"
+        f"{options.layers} blocks of 576, fp32, {options.threads} threads, "
+        f"{options.rows} x {options.tokens} tokens a step"
     )
     rate = statistics.median(best)
     print(
-        f"  best product       {rate / 1e9:9.1f} GFLOP/s   ({min(products) / 1e9:.1f} … {max(products) / 1e9:.1f})"
+        f"  best product       {rate / 1e9:9.1f} GFLOP/s   "
+        f"({min(products) / 1e9:.1f} … {max(products) / 1e9:.1f})"
     )
     print(
-        f"  our step           {speed:9.1f} tokens/s   {useful:.1%} of the row useful   MFU {mfu:.3f} (aim 0.70)"
+        f"  our step           {speed:9.1f} tokens/s   {useful:.1%} of the row useful   "
+        f"MFU {mfu:.3f} (aim 0.70)"
     )
     if theirs:
         other = sum(tokens for _, tokens in theirs) / sum(seconds for seconds, _ in theirs)

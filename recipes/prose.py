@@ -1,8 +1,9 @@
-"""English prose from the documentation of the packages that are installed: text for replay without any download.
+"""English prose from the documentation of installed packages: text for replay, no download.
 
-Of every installed distribution: its long description (README) and the docstrings at the head of its modules, read as files,
-never imported. Markup is taken out, and only paragraphs that read as English sentences stay. Packages, never texts, are
-split into train and held out, by a hash of their names. (The paper mixes RedPajama in; this stands for it on a laptop.)
+Of every installed distribution: its long description (README) and the docstrings at the head of its
+modules, read as files, never imported. Markup is taken out, and only paragraphs that read as
+English sentences stay. Packages, never texts, are split into train and held out, by a hash of their
+names. (The paper mixes RedPajama in; this stands for it on a laptop.)
 
 Command   python recipes/prose.py OUT.jsonl
 """
@@ -46,10 +47,10 @@ SENTENCE = re.compile(r"[A-Z0-9\"'(].*[.!?:)\"']$")
 
 
 def build_prose(out: Path, *, progress: Callable[[int, int], None] | None = None) -> dict[str, int]:
-    """Write `out` (train) and beside it STEM.held_out.jsonl and STEM.packages.json (names, licences); returns counts.
+    """Write `out` (train), STEM.held_out.jsonl, and STEM.packages.json (licences); return counts.
 
-    A line is {"text", "package", "kind"}. `progress` hears (packages done, of all). Raises `InputError` where nothing is
-    found or nothing can be written.
+    A line is {"text", "package", "kind"}. `progress` is called with (packages done, of all). Raises
+    `InputError` where nothing is found or nothing can be written.
     """
     out = Path(out)
     if out.suffix != ".jsonl":
@@ -141,7 +142,7 @@ def _docstring(path: Path) -> str:
 
 
 def prose(text: str, seen: set[str]) -> str:
-    """The paragraphs of a text that are English sentences and not in `seen` (which grows), without markup."""
+    """Paragraphs of English sentences, without markup, that are not in `seen` (which grows)."""
     text = text.replace("\r\n", "\n")
     for pattern, replacement in MARKUP:
         text = pattern.sub(replacement, text)
@@ -155,7 +156,7 @@ def prose(text: str, seen: set[str]) -> str:
 
 
 def is_english(line: str) -> bool:
-    """At least eight words, a fifth of them the commonest of English, nearly all characters letters, ends as a sentence."""
+    """Eight words or more, a fifth of them common ones, nearly all letters, a sentence's end."""
     words = re.findall(r"[A-Za-z']+", line)
     if len(words) < 8 or not line.isascii() or not SENTENCE.match(line) or "://" in line:
         return False

@@ -1,4 +1,4 @@
-"""One toy model and one toy data set for the whole run of tests, built from configurations; nothing is downloaded."""
+"""One toy model and one toy data set for the whole run of tests; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def draw_shapes(*names: str, size: int = 96) -> Image.Image:
 
 @pytest.fixture(scope="session")
 def shapes_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Thirty named pictures of one or two coloured shapes, with prompts, questions and edits of one and two sources."""
+    """Thirty named pictures of shapes, with prompts, questions, edits of one and two sources."""
     folder = tmp_path_factory.mktemp("shapes")
     (folder / "train").mkdir()
     single = [f"{colour} {shape}" for colour in HUES for shape in SHAPES]

@@ -148,9 +148,8 @@ def pool(features: Tensor, weights: Weights, *, heads: int) -> Tensor:
         + weights["unet_attnpool.positional_embedding"]
     )
     query, key, value = (linear(rows, weights, f"unet_attnpool.{part}_proj") for part in "qkv")
-    return linear(attend(query[:1], key, value, heads, None, 0.0), weights, "unet_attnpool.c_proj")[
-        0
-    ]
+    pooled = attend(query[:1], key, value, heads, None, 0.0)
+    return linear(pooled, weights, "unet_attnpool.c_proj")[0]
 
 
 def task_layer(x: Tensor, weights: Weights, name: str) -> Tensor:

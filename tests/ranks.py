@@ -1,4 +1,4 @@
-"""Work of one of two gloo ranks, for the tests of the codebook and of stage 1; apart, so that ranks start fast."""
+"""Work of one of two gloo ranks, for tests of the codebook and stage 1; apart: ranks start fast."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def run_rank(rank: int, folder: str) -> None:
 
 
 def train_stage(folder: Path, *, cpu: bool = True, accumulate: int = 1) -> dict[str, object]:
-    """Stage 1 through both phases by the loop itself, on the ranks that the environment says; losses and codebook."""
+    """Stage 1 through both phases by the loop, on the environment's ranks; losses and codebook."""
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
 

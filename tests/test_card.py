@@ -1,4 +1,4 @@
-"""What a run leaves for others: the model card, and the language model as a plain folder, its adapter merged on request."""
+"""What a run leaves for others: the card, and the LM as a plain folder, adapter merged or not."""
 
 from __future__ import annotations
 

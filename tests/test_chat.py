@@ -1,4 +1,4 @@
-"""Conversations: one layout for training and use, with and without a chat template, and talking to a toy model."""
+"""Conversations: one layout for training and use, with and without a template, and a toy model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from lavit.generate.stream import Job
 from lavit.layout import ImagePart, Part, TextPart, conversation, drawing, replies, turn_end
 
 CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% for message in messages %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -81,7 +82,8 @@ def test_without_a_template_turns_are_the_documents_of_stage_2() -> None:
         shown(second) == "[a.png]Question: what is it? Answer: a dog\nnow draw it at night[b.png]"
     )
     assert shown(third) == (
-        "<a.png>Question: what is it? Answer: a dog\nnow draw it at night<b.png>\nQuestion: is it dark? Answer: yes"
+        "<a.png>Question: what is it? Answer: a dog\nnow draw it at night<b.png>\n"
+        "Question: is it dark? Answer: yes"
     )
     assert [shown(parts, targets=True) for parts in (first, second, third)] == [
         " a dog",
@@ -100,7 +102,8 @@ def test_a_template_of_the_tokenizer_is_used() -> None:
     everything = replies(TALK, text)[-1]
     assert shown(everything) == (
         "<|im_start|>user\n<a.png>What is it?<|im_end|>\n<|im_start|>assistant\na dog<|im_end|>\n"
-        "<|im_start|>user\nnow draw it at night<|im_end|>\n<|im_start|>assistant\n<b.png><|im_end|>\n"
+        "<|im_start|>user\nnow draw it at night<|im_end|>\n"
+        "<|im_start|>assistant\n<b.png><|im_end|>\n"
         "<|im_start|>user\nIs it dark?<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
     )
     assert [shown(parts, targets=True) for parts in replies(TALK, text)] == [
@@ -135,7 +138,10 @@ def test_neighbours_of_one_role_are_one_turn() -> None:
 
 
 FORGETFUL = "{{ messages[-1]['content'] }}"
-STRICT = "{% if messages|length != 1 %}{{ raise_exception('one message only') }}{% endif %}{{ messages[0]['content'] }}"
+STRICT = (
+    "{% if messages|length != 1 %}{{ raise_exception('one message only') }}{% endif %}"
+    "{{ messages[0]['content'] }}"
+)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +202,7 @@ def user(*content: object) -> dict[str, object]:
 
 
 def test_a_conversation(pipeline: Pipeline) -> None:
-    """Picture in, question, answer, "now draw it at night", picture out, a question about that picture."""
+    """Picture in, question, answer, "now draw it at night", picture out, a question about that."""
     dot = {"type": "image", "image": toy_picture("red dot")}
     talk = [user(dot, "What is it?")]
     short = {"sampling": Sampling(temperature=0, max_tokens=8)}
@@ -254,7 +260,7 @@ def test_conversations_may_come_in_batches(pipeline: Pipeline) -> None:
 
 
 def test_the_model_may_open_pictures_by_itself(pipeline: Pipeline) -> None:
-    """With the row of image start made likely, "auto" answers with a picture, then goes on in words."""
+    """With the row of image start made likely, "auto" answers with a picture, then with words."""
     language = pipeline.model.language
     row = language.rows.data[0].clone()
     talk = [user("a red dot, please")]

@@ -1,4 +1,4 @@
-"""The command line end to end on a toy run: every verb, its JSON, and bad input with one line and exit code 2."""
+"""The command line on a toy run: every verb, its JSON, bad input with one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -141,7 +141,11 @@ def test_chat_reads_lines(
 
 def test_help_brings_no_torch() -> None:
     """Help and typing errors come at once: nothing heavy is imported for them."""
-    code = "import sys, lavit.cli\ntry: lavit.cli.main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    code = (
+        "import sys, lavit.cli\n"
+        "try: lavit.cli.main(['--help'])\n"
+        "except SystemExit: print('torch' in sys.modules)"
+    )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "caption" in found.stdout and found.stdout.splitlines()[-1] == "False"
 

@@ -1,4 +1,4 @@
-"""Conversations: what is a target, what enters how, what is left out and named, and epochs that show each once."""
+"""Conversations: targets, what enters how, what is left out and named, epochs, each once."""
 
 from __future__ import annotations
 

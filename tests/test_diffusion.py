@@ -1,4 +1,4 @@
-"""The decoder as a diffusers pipeline: same pictures, callbacks, progress, other schedulers, offload, saved folders."""
+"""The decoder as a diffusers pipeline: same pictures, callbacks, schedulers, offload, folders."""
 
 import json
 from dataclasses import replace

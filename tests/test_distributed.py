@@ -1,4 +1,4 @@
-"""Two gloo ranks train as one process does: DDP and FSDP2 in stage 2, DDP in stage 3; layouts share their checkpoints."""
+"""Two gloo ranks train as one process does: DDP and FSDP2, whose checkpoints are the same."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def alone(tokenizer_run: Path, toy_data: Path) -> Path:
 
 
 def figures_apart(mine: Path, theirs: Path, stage: str) -> list[tuple[str, int]]:
-    """Figures, by name and step, that differ by more than 1e-4; a step that is missing is one too."""
+    """Figures, by name and step, that differ by more than 1e-4; a missing step is one too."""
     a, b = figures(mine, stage), figures(theirs, stage)
     if not len(a) == len(b) == 4:
         return [("steps", len(a)), ("steps", len(b))]
@@ -73,7 +73,7 @@ def weights_apart(mine: Path, theirs: Path, part: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def on_two_ranks(tokenizer_run: Path, toy_data: Path) -> dict[str, Path]:
-    """The same stages on two ranks, under DDP and under FSDP2 (tests/ranks_language.py, which see)."""
+    """The same stages on two ranks, under DDP and under FSDP2 (tests/ranks_language.py)."""
     runs = {layout: tokenizer_run.with_name(layout) for layout in ("ddp", "fsdp")}
     for out in runs.values():
         shutil.copytree(tokenizer_run, out)

@@ -1,4 +1,4 @@
-"""Documents: mixtures by weight, texts cut into rows, full rows that favour no length, batches as functions of the step."""
+"""Documents: mixtures by weight, texts cut into rows, full rows, batches by the step."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from lavit.train.language import train_text_tokenizer
 from lavit.vocabulary import Vocabulary
 
 PROSE = "The tokenizer keeps the patches that matter. "
-# lengths of 2,000 documents of captions, prompts, questions and edits under a trained nano: length
-# -> how many
+# length -> count, of 2,000 documents (captions, prompts, questions, edits) under a trained nano
 LENGTHS = Path(__file__).parent / "data" / "document_lengths.json"
 
 

@@ -82,7 +82,7 @@ def slowly(
     mode: str,
     seed: int = SEED,
 ) -> list[int]:
-    """Text ids or codes, written one by one: the whole prefix again each time, guidance as two passes."""
+    """Text ids or codes, one by one: the whole prefix again each time, guidance as two passes."""
     vocabulary = model.vocabulary
     generator = torch.Generator().manual_seed(seed)
     conditional = [*ids, vocabulary.image_start] if mode == "image" else list(ids)
@@ -218,9 +218,10 @@ def test_beams_equal_transformers(
         prompts, engine.complete([Request(ids=p, sampling=how) for p in prompts]), strict=True
     ):
         expected = model.lm.generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False,
-            num_beams=beams, length_penalty=penalty, early_stopping=stopping, eos_token_id=2,
-            pad_token_id=2, min_new_tokens=least, max_new_tokens=14, return_dict_in_generate=True, output_scores=True,
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            do_sample=False, num_beams=beams, length_penalty=penalty, early_stopping=stopping,
+            eos_token_id=2, pad_token_id=2, min_new_tokens=least, max_new_tokens=14,
+            return_dict_in_generate=True, output_scores=True,
         )  # fmt: skip
         theirs = expected.sequences[0, len(prompt) :].tolist()
         theirs = theirs[: theirs.index(2)] if 2 in theirs else theirs
@@ -298,7 +299,7 @@ def test_mixed_mode_opens_images_by_itself_and_goes_on() -> None:
 
 
 def test_mixed_mode_continues_on_what_it_drew(engine: Engine) -> None:
-    """A guided image inside mixed text equals the same image asked for, and the text after it the same prompt's."""
+    """A guided image inside mixed text equals that image alone; so does the text after it."""
     model = engine.language
     start = model.vocabulary.image_start
     row = model.head_rows[0].clone()
@@ -432,7 +433,8 @@ def test_any_causal_lm(config: PreTrainedConfig, caplog: pytest.LogCaptureFixtur
     caplog.set_level(logging.INFO, "lavit")
     engine = Engine(model)
     assert caplog.messages == [
-        f"{type(model.lm).__name__}: step through transformers, growing, because {type(model.lm).__name__} is not Llama-shaped"
+        f"{type(model.lm).__name__}: step through transformers, growing, because "
+        f"{type(model.lm).__name__} is not Llama-shaped"
     ]
     requests = [
         Request(ids=(5, 9, 7, 8), sampling=GREEDY),

@@ -1,4 +1,4 @@
-"""Fine-tuning on conversations: it learns both sides, resumes to the same losses, and LoRA merged is LoRA unmerged."""
+"""Fine-tuning on conversations: both sides are learnt, resumed = whole, LoRA merged = unmerged."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Golden curves: the first losses of `nano` on thirty drawn pictures. A change that moves them must say why in LOG.md.
+"""Golden curves: the first losses of `nano` on thirty drawn pictures.
 
-To renew after such a change: delete tests/golden/nano.json and run this file, which writes it anew.
+A change that moves them must say why in LOG.md. To renew them after such a change: delete
+tests/golden/nano.json and run this file, which writes it anew.
 """
 
 from __future__ import annotations

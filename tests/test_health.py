@@ -1,4 +1,4 @@
-"""Health of stage 1: what is logged, what raises an alarm, and that the last checkpoint is of a healthy step."""
+"""Health of stage 1: logs, alarms, and that the last checkpoint is of a healthy step."""
 
 from __future__ import annotations
 

@@ -128,7 +128,8 @@ def test_a_source_with_splits_of_its_own_keeps_them(tmp_path: Path) -> None:
         load_records(both, "held_out")
     card = write(tmp_path / "card")
     (card / "README.md").write_text(
-        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: '*.png'\n---\n"
+        "---\nconfigs:\n- config_name: default\n"
+        "  data_files:\n  - split: train\n    path: '*.png'\n---\n"
     )
     assert not divides(card)
 

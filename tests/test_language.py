@@ -1,4 +1,4 @@
-"""The language part on three families of causal LMs: packed = separate, chunked = plain, exported = ours."""
+"""The language part on three LM families: packed = separate, chunked = plain, exported = ours."""
 
 from __future__ import annotations
 
@@ -105,11 +105,8 @@ def test_another_document_never_changes_a_hidden_state(language: Language) -> No
     for batch in (rows, other):
         features = language.read(patches[batch.images], keep[batch.images])
         embeddings = language.embed(batch.ids, slots=batch.slots, features=features)
-        states.append(
-            language.hidden(embeddings, documents=batch.documents, positions=batch.positions)[
-                0, :length
-            ]
-        )
+        hidden = language.hidden(embeddings, documents=batch.documents, positions=batch.positions)
+        states.append(hidden[0, :length])
     assert states[0].equal(states[1])
 
 
@@ -207,7 +204,7 @@ def test_exported_folder_opens_in_transformers_with_equal_logits(
 
 @pytest.mark.parametrize("trained", [True, False])
 def test_new_rows_begin_around_the_mean_row_of_the_table(trained: bool) -> None:
-    """As far apart as the rows of a fresh LM are; a trained one's hidden states would scatter such rows too far."""
+    """As far apart as rows of a fresh LM; a trained one's hidden states would be too far."""
     lm = toy_language("qwen2 untied").lm
     table, head = (
         layer.weight.data.normal_(1.0, 0.2) for layer in (lm.get_input_embeddings(), lm.lm_head)

@@ -24,13 +24,14 @@ from lavit.generate.packed import obstacle
 
 
 def test_a_caption_reads_no_pixels_and_no_diffusers(toy_run: Path, tmp_path: Path) -> None:
-    """Neither the decoder's weights nor the library that they need, which takes seconds to import."""
+    """Neither the decoder's weights nor the library that they need, seconds of import."""
     toy_picture("red bar").save(tmp_path / "picture.png")
     code = (
         "import sys, json, lavit\n"
         f"pipeline = lavit.load({str(toy_run)!r})\n"
         f"pipeline.caption({str(tmp_path / 'picture.png')!r})\n"
-        "print(json.dumps([sorted(pipeline.model.parts), 'diffusers' in sys.modules, 'datasets' in sys.modules]))"
+        "print(json.dumps([sorted(pipeline.model.parts),"
+        " 'diffusers' in sys.modules, 'datasets' in sys.modules]))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(found.stdout.splitlines()[-1]) == [
@@ -135,7 +136,7 @@ def test_other_number_types_speak_too(toy_run: Path) -> None:
 
 
 def test_layers_may_lie_elsewhere(toy_run: Path) -> None:
-    """Two layers, one of them on disk: accelerate brings it in for each step, and nothing else changes."""
+    """Two layers, one of them on disk: accelerate loads it for each step, nothing else changes."""
     images = [toy_picture("red bar"), toy_picture("blue dot")]
     expected = lavit.load(toy_run, device="cpu")
     places = {
@@ -161,7 +162,7 @@ def test_layers_may_lie_elsewhere(toy_run: Path) -> None:
 
 
 def test_a_quantiser_gets_merged_weights_and_the_rest_stays(toy_run: Path) -> None:
-    """The way that weights take to a quantiser, here with none: the LM is rebuilt, LoRA merged, rows and reader kept."""
+    """The way of weights to a quantiser, here none: LM rebuilt, LoRA merged, rows, reader kept."""
     language = lavit.load(toy_run, device="cpu").model.language
     targets = ["q_proj", "down_proj"]
     peft.inject_adapter_in_model(

@@ -1,4 +1,4 @@
-"""The loop's options: parts of a step, recomputed activations, trackers, samples, what is loaded and what is fresh."""
+"""The loop's options: parts of a step, recomputing, trackers, samples, what is loaded or fresh."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people call, on a toy run: every verb, one or many inputs, the same tokens alone and in a batch."""
+"""What people call, on a toy run: every verb, one or many inputs, alone as in a batch."""
 
 from __future__ import annotations
 
@@ -357,9 +357,9 @@ def test_vizwiz_asks_first_whether_there_is_an_answer(
     assert pipeline.ask(image, "What is it?", check_answerable=True) == expected
     monkeypatch.setattr("lavit.generate.pipeline.refuses", lambda said: said == first)
     assert pipeline.ask([image], ["What is it?"], check_answerable=True) == ["unanswerable"]
-    assert [protocols.refuses(said) for said in ("No.", "no, it is dark", "unanswerable", "nothing", "yes")] == [
-        True, True, True, False, False,
-    ]  # fmt: skip
+    for said in ("No.", "no, it is dark", "unanswerable"):
+        assert protocols.refuses(said), said
+    assert not protocols.refuses("nothing") and not protocols.refuses("yes")
 
 
 def test_words_are_normalised_as_the_paper_does() -> None:

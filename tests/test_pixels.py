@@ -1,4 +1,4 @@
-"""Pixels: saving, seeds, guidance, null conditions, the SD 1.5 and SDXL forms at toy size, learning."""
+"""Pixels: saving, seeds, guidance, null conditions, SD 1.5 and SDXL at toy size, learning."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The memory plan of stage 2: bytes of weights exact, the total near the measured peak of a step, verdicts of the 7B."""
+"""The memory plan of stage 2: exact bytes of weights, a total near the measured peak, the 7B."""
 
 from __future__ import annotations
 

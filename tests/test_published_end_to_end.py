@@ -1,4 +1,4 @@
-"""Toy SD 1.5 and SDXL folders, of the real configurations' shapes at random weights: converted, loaded, drawn with."""
+"""Toy SD 1.5 and SDXL folders in the form of the real ones: converted, loaded, drawn with."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def published(toy_published: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def shrink(folder: Path) -> None:
-    """Smaller pictures and two steps: the one thing about a model that its user sets by hand here."""
+    """Smaller pictures and two steps: all that is set by hand here."""
     config = json.loads((folder / "config.json").read_text())
     config["pixels"] |= {"size": config["pixels"]["size"] // SCALE, "steps": 2}
     (folder / "config.json").write_text(json.dumps(config))

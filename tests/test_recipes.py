@@ -62,7 +62,10 @@ short one.
 Dies ist kein englischer Satz, er hat aber viele Worte und endet mit einem Punkt.
 """
     seen: set[str] = set()
-    kept = "The merger of the package is a part of the model, and it reads what the selector keeps for it."
+    kept = (
+        "The merger of the package is a part of the model, "
+        "and it reads what the selector keeps for it."
+    )
     assert prose.prose(text, seen) == kept
     assert prose.prose(text, seen) == ""  # once is enough
 

@@ -1,4 +1,4 @@
-"""The safety checker takes its verdict from real (toy) weights; refusals, missing folders and switches are told."""
+"""The safety checker judges by (toy) weights; refusals, missing folders, switches are reported."""
 
 import sys
 from dataclasses import replace
@@ -23,7 +23,7 @@ SIDE = 32
 
 
 def toy_checker(*, threshold: float = 2.0) -> StableDiffusionSafetyChecker:
-    """Random weights; a picture is refused where its cosine to any concept is over `threshold` (2: never)."""
+    """Random weights; refused where the cosine to any concept is over `threshold` (2: never)."""
     torch.manual_seed(0)
     common = {
         "num_hidden_layers": 2,

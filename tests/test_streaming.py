@@ -1,4 +1,4 @@
-"""Streams: processes read disjoint records whose union is the stream, and a resumed run reads what it would have read."""
+"""Streams: processes read disjoint records that make the stream; a resumed run reads the same."""
 
 from __future__ import annotations
 

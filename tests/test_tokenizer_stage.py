@@ -1,4 +1,4 @@
-"""Stage 1 whole: two ranks are one with the same batch, and a run that is killed with -9 ends as one that was not."""
+"""Stage 1 whole: two ranks are one with the same batch; a killed run ends as one that was not."""
 
 from __future__ import annotations
 

@@ -225,9 +225,8 @@ def test_stage_two_overfits_both_directions(toy_data: Path, tmp_path: Path) -> N
     )
     run = Run(tmp_path, toy_data, toy_config(), replace(training, language=stage))
     run.train(("tokenizer", "language"))
-    last = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][
-        -10:
-    ]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    last = [json.loads(line) for line in lines[-10:]]
     mean = {
         name: sum(line[name] for line in last) / len(last)
         for name in ("text_accuracy", "code_accuracy")

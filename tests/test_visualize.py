@@ -1,4 +1,4 @@
-"""Pictures about pictures: the merge map says where patches went, galleries and charts show what they were given."""
+"""Pictures about pictures: merge maps say where patches went, galleries show their data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def make(heads: int, depth: int) -> tuple[Merger, Tensor, Tensor]:
-    """A merger whose attention is far from uniform, patches, and uneven masks; the last picture keeps everything."""
+    """A merger with uneven attention, patches, uneven masks; the last picture keeps everything."""
     torch.manual_seed(0)
     merger = Merger(16, heads, depth, 2.0)
     for parameter in merger.parameters():
@@ -46,7 +46,7 @@ def test_flow_is_the_attention_of_kept_over_dropped_patches() -> None:
 
 
 def test_flow_is_what_the_fast_path_mixes() -> None:
-    """With one head and one block, flow times the values is what goes into the cross-attention's last projection."""
+    """With one head and block, flow times values enters the cross-attention's last projection."""
     merger, patches, keep = make(heads=1, depth=1)
     cross = merger.blocks[0].cross_attention
     seen: list[Tensor] = []
