@@ -242,3 +242,17 @@ def test_every_extra_that_is_named_exists() -> None:
         for group in re.findall(r"lavit\[([a-z,]+)\]", text):
             named |= set(group.split(","))
         assert named <= extras, path.name
+
+
+# written by hand; data, golden curves and weights with their card are written by programs
+WRITTEN = (
+    "*.md", "*.toml", "*.txt", "*.cff", "Makefile", ".ci/run", "docs/*.md", "benchmarks/*.py",
+    "recipes/*.py", "src/**/*.py", "tests/*.py",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", WRITTEN)
+def test_lines_fit_100_columns(pattern: str) -> None:
+    for path in PACKAGE.parent.parent.glob(pattern):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            assert len(line) <= 100, f"{path}:{number} has {len(line)} columns"
