@@ -29,7 +29,8 @@ DOCSTRING = re.compile(
     r'\A(?:[ \t]*(?:#[^\n]*)?\n)*[ \t]*([rRuU]?(?:"""(?:.|\n)*?"""|\'\'\'(?:.|\n)*?\'\'\'))'
 )
 COMMON = re.compile(  # a fifth of the words of English text is one of these
-    r"(?i)\b(?:the|an?|of|to|and|in|is|for|with|that|it|this|on|be|are|as|by|or|from|at|if|you|can|not|will|we|which|when)\b"
+    r"(?i)\b(?:the|an?|of|to|and|in|is|for|with|that|it|this|on|be|are|as|by|or|from|at|if|you|can|"
+    r"not|will|we|which|when)\b"
 )
 MARKUP = (
     (re.compile(r"(?ms)^(```|~~~).*?^\1[^\n]*$"), "\n\n"),  # code

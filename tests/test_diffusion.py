@@ -13,7 +13,14 @@ from lavit.config import InputError, PixelsConfig
 from lavit.generate.diffusion import PixelsPipeline
 from lavit.images import ASPECT_SIZES, to_image
 from lavit.modules.pixels import Pixels
-from test_pixels import built, grid_config, one_thread, sd15_config, sdxl_config, some_features  # noqa: F401
+from test_pixels import (
+    built,
+    grid_config,
+    one_thread,  # noqa: F401
+    sd15_config,
+    sdxl_config,
+    some_features,
+)
 
 
 @pytest.fixture(params=[grid_config, sd15_config, sdxl_config])
