@@ -170,15 +170,16 @@ def test_a_conversation(pipeline: Pipeline) -> None:
     last = pipeline.chat(talk, **short)
     assert [part["type"] for part in last["content"]] == ["text"]
     # before words all pictures are read, before a picture all enter as codes, the drawn one as those it was made of
-    prompt = lay_prompt(pipeline.model, conversation(talk, pipeline.model.text, reply="text"))
+    text = pipeline.model.text_tokenizer
+    prompt = lay_prompt(pipeline.model, conversation(talk, text, reply="text"))
     both = pipeline.tokenize([dot["image"], part["image"]]).lengths
     assert sum(prompt.slots) == int(both.sum()) == len(prompt.features)
     vocabulary = pipeline.model.language.vocabulary
-    ids = torch.tensor(lay_prompt(pipeline.model, conversation(talk, pipeline.model.text, reply="image")).ids)
+    ids = torch.tensor(lay_prompt(pipeline.model, conversation(talk, text, reply="image")).ids)
     assert vocabulary.codes_of(ids[vocabulary.is_code(ids)]).tolist()[int(both[0]) :] == list(part["codes"])
     assert pipeline.chat(talk, **short) == last
     without = [*talk[:3], {"role": "assistant", "content": "no"}, talk[4]]
-    assert lay_prompt(pipeline.model, conversation(without, pipeline.model.text, reply="text")).ids != prompt.ids
+    assert lay_prompt(pipeline.model, conversation(without, text, reply="text")).ids != prompt.ids
 
 
 def test_one_turn_without_a_template_is_what_the_other_verbs_lay_out(pipeline: Pipeline) -> None:
@@ -223,14 +224,15 @@ def test_the_model_may_open_pictures_by_itself(pipeline: Pipeline) -> None:
 
 def _last_hidden(pipeline: Pipeline, talk: list) -> torch.Tensor:
     language = pipeline.model.language
-    ids = lay_prompt(pipeline.model, conversation(talk, pipeline.model.text, reply="auto")).ids
+    text = pipeline.model.text_tokenizer
+    ids = lay_prompt(pipeline.model, conversation(talk, text, reply="auto")).ids
     with torch.no_grad():
         return language.body(inputs_embeds=language.embed(torch.tensor([ids]))).last_hidden_state[0, -1]
 
 
 def test_a_template_ends_the_turn(toy_run: Path) -> None:
     pipeline = lavit.load(toy_run)
-    text = pipeline.model.text
+    text = pipeline.model.text_tokenizer
     text.chat_template = "{% for m in messages %}{{ m['content'] + '<|endoftext|>' }}{% endfor %}"
     (job,) = pipeline_jobs(pipeline, [user("hello")])
     assert job.request.stop == (text.eos_token_id,) and job.ends == ()
@@ -241,8 +243,9 @@ def test_a_template_ends_the_turn(toy_run: Path) -> None:
 
 
 def pipeline_jobs(pipeline: Pipeline, talk: list) -> list:
+    prompt = conversation(talk, pipeline.model.text_tokenizer, reply="text")
     return writing(
-        pipeline.model, pipeline.protocol, [conversation(talk, pipeline.model.text, reply="text")],
+        pipeline.model, pipeline.protocol, [prompt],
         out="text", n=1, seed=0, sampling=None, picture=None, guidance=None, chat=True,
     )  # fmt: skip
 

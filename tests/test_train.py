@@ -33,7 +33,8 @@ def losses(run: Path) -> list[tuple]:
 
 def test_a_run_is_a_model_folder(toy_run: Path, toy_data: Path) -> None:
     model = LaVIT.from_pretrained(toy_run)
-    codes = model.encode([picture.record.open() for picture in load_corpus(toy_data).pictures])
+    pictures = load_corpus(toy_data).pictures
+    codes = model.encode_images([picture.record.open() for picture in pictures])
     assert model.pixels.config == toy_config().pixels
     assert int(codes.lengths.min()) >= 1
 
@@ -54,7 +55,7 @@ def test_a_killed_run_goes_on_to_the_same_losses(toy_data: Path, toy_run: Path, 
     Run(tmp_path / "run", toy_data, toy_config(), training).train()
     assert killed == {"tokenizer", "language", "pixels"}
     assert losses(tmp_path / "run")[-1] == losses(toy_run)[-1]
-    for part in ("tokenizer", "language", "reader"):
+    for part in ("visual_tokenizer", "language", "reader"):
         a, b = ((folder / part / "model.safetensors").read_bytes() for folder in (tmp_path / "run", toy_run))
         assert a == b, part
 
@@ -64,9 +65,9 @@ def test_a_run_goes_on_from_a_model(toy_run: Path, toy_data: Path, tmp_path: Pat
     config = LaVIT.from_pretrained(toy_run).config
     Run(tmp_path / "run", toy_data, config, toy_training(), start=toy_run).train()
     stages = ("language", "pixels")
-    for part in ("tokenizer", "language"):
+    for part in ("visual_tokenizer", "language"):
         a, b = ((folder / part / "model.safetensors").read_bytes() for folder in (tmp_path / "run", toy_run))
-        assert (a == b) is (part == "tokenizer")
+        assert (a == b) is (part == "visual_tokenizer")
     for stage in stages:
         before, after = (
             [loss for one, _, loss, _ in losses(run) if one == stage] for run in (toy_run, tmp_path / "run")

@@ -8,16 +8,20 @@ lv.caption("cat.png"); lv.ask("cat.png", "what is this?"); lv.draw("a red bicycl
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lavit.config import PARTS
 
 if TYPE_CHECKING:
     from lavit.generate.pipeline import Pipeline
     from lavit.generate.protocols import Protocol
     from lavit.generate.sampling import Sampling
     from lavit.model import LaVIT
+    from lavit.processing import LaVITProcessor
 
-__all__ = ["LaVIT", "Pipeline", "Protocol", "Sampling", "load"]
+__all__ = ["LaVIT", "LaVITProcessor", "Pipeline", "Protocol", "Sampling", "load"]
 __version__ = "0.1.0"
 
 # Threads that wait soon give their core away, or two processes on two cores spin in each other's way (benchmarks/busy.py).
@@ -33,41 +37,45 @@ def load(
     dtype: str | None = None,
     quantization: str | None = None,
     device_map: Any = None,
+    parts: Sequence[str] = PARTS,
     protocol: Any = "default",
     safety: bool | None = None,
     watermark: str | None = None,
     base: str | None = None,
 ) -> Pipeline:
-    """Open a model folder, a training run or the model of this package ("nano"); parts are read when they are first used.
+    """Open a model: a folder, a training run, the model of this package ("nano") or a hub's name.
 
-    device: "auto" is a CUDA GPU where there is one, else the CPU; dtype: bf16 there, fp32 here, or "float32", "bfloat16",
-    "float16". One line is logged. quantization: "int8" or "nf4" weights for the language model, and device_map ("auto"
-    or a map) spreads it over devices (generate/placement.py). protocol: how verbs sample where a call does not say:
-    "default", "paper", "published", or a `Protocol`. `safety` switches the check of written pictures on or off (default:
-    on for published weights); `watermark` is text to hide in them. `base` is another language model, a path or hub id, under
+    device: "auto" is a CUDA GPU where there is one, else the CPU; dtype: bf16 there, fp32 here, or
+    "float32", "bfloat16", "float16". One line is logged. quantization: "int8" or "nf4" weights for
+    the language model, and device_map ("auto" or a map) spreads it over devices (placement.py).
+    `parts` are loaded at once, others are left out: a caption needs no "pixels". protocol: how
+    verbs sample where a call does not say: "default", "paper", "published", or a `Protocol`.
+    `safety` switches the check of written pictures on or off (default: on for published weights);
+    `watermark` is text to hide in them. `base` is another language model, a path or hub id, under
     the adapter of a model that has one: its figures do not apply then, which is logged.
-    Raises `InputError` if the folder is no model, or the platform cannot do what is asked.
+
+    What is opened with more options (`LaVIT.from_pretrained`) becomes a `Pipeline(model)`. Raises
+    `InputError` if there is no such model, or the platform cannot do what is asked.
     """
     from lavit.generate.pipeline import Pipeline
-    from lavit.generate.placement import placer
     from lavit.model import LaVIT
 
     where, kind = place(device, dtype)
-    place_language = placer(where, kind, quantization, device_map)
-    loaded = LaVIT.from_pretrained(model, device=where, dtype=kind, place_language=place_language)
-    if base is not None:
-        loaded.replace_base(base)
-    return Pipeline(
-        loaded,
-        protocol=protocol,
-        safety=safety,
-        watermark=watermark,
+    loaded = LaVIT.from_pretrained(
+        model,
+        device=where,
+        dtype=kind,
+        quantization=quantization,
+        device_map=device_map,
+        base=base,
+        parts=parts,
     )
+    return Pipeline(loaded, protocol=protocol, safety=safety, watermark=watermark)
 
 
 def place(device: Any = "auto", dtype: Any = None) -> tuple[Any, Any]:
-    """Device and dtype: what is asked for, or by capability (generate/placement.py)."""
-    from lavit.generate import placement
+    """Device and dtype: what is asked for, or by capability (placement.py)."""
+    from lavit import placement
 
     return placement.place(device, dtype)
 
@@ -76,6 +84,7 @@ def __getattr__(name: str) -> Any:
     """The public classes, imported at first use so that `import lavit` stays quick."""
     places = {
         "LaVIT": "lavit.model",
+        "LaVITProcessor": "lavit.processing",
         "Pipeline": "lavit.generate.pipeline",
         "Protocol": "lavit.generate.protocols",
         "Sampling": "lavit.generate.sampling",

@@ -63,12 +63,13 @@ class Pipeline:
         watermark: str | None = None,
     ) -> None:
         self.model, self.safety, self.watermark = model, safety, watermark
-        known = isinstance(protocol, Protocol)
-        self.protocol = protocol if known else protocol_of(protocol, model.config.tokenizer.patches)
+        known, patches = isinstance(protocol, Protocol), model.config.visual_tokenizer.patches
+        self.protocol = protocol if known else protocol_of(protocol, patches)
 
     @cached_property
     def engine(self) -> Engine:
         """The token engine over this model's language part."""
+        self.model.needs("language")
         return Engine(self.model.language)
 
     @cached_property
@@ -238,7 +239,9 @@ class Pipeline:
         """
         many = bool(messages) and not isinstance(messages[0], Mapping)
         talks = messages if many else [messages]
-        prompts = [conversation(talk, self.model.text, reply=out) for talk in talks]
+        self.model.needs("language")
+        text = self.model.text_tokenizer
+        prompts = [conversation(talk, text, reply=out) for talk in talks]
         jobs = writing(
             self.model, self.protocol, prompts, out=out, n=n, seed=seed, chat=True,
             sampling=sampling, picture=picture, guidance=guidance,
@@ -260,11 +263,12 @@ class Pipeline:
 
         `watch` is called with the step's number and the latents after each step.
         """
+        self.model.needs("visual_tokenizer", "pixels")
         release, done = self.release, []
         for at in range(0, len(codes), TOGETHER):
             with torch.inference_mode():
                 pictures = self.model.pixels.sample(
-                    self.model.features(codes[at : at + TOGETHER]),
+                    self.model.decode(codes[at : at + TOGETHER]),
                     steps=steps,
                     guidance=guidance,
                     seeds=list(seeds)[at : at + TOGETHER],
@@ -278,7 +282,8 @@ class Pipeline:
         """Visual tokens under a keep policy ("auto", 64 tokens, 0.25 of the patches)."""
         pictures = [open_image(picture) for picture in pictures_of(images)[0]]
         generator = torch.Generator().manual_seed(seed)
-        return self.model.encode(pictures, KeepPolicy.parse(keep), generator=generator)
+        policy = KeepPolicy.parse(keep)
+        return self.model.encode_images(pictures, policy, generator=generator)
 
     def reconstruct(
         self,
@@ -297,6 +302,7 @@ class Pipeline:
 
     def _ready(self, size: Size | None) -> None:
         """Raise what would stop the picture at the end before work begins."""
+        self.model.needs("visual_tokenizer", "pixels")
         self.model.pixels.check_size(self.model.pixels.picture_size(size))
         _ = self.release
 
@@ -342,7 +348,7 @@ class Pipeline:
             raise InputError(f"previews would pass the safety checker unseen: {remedy}")
 
         paint = partial(self.paint, **painting)
-        run = partial(updates, self.engine, self.model.text, jobs)
+        run = partial(updates, self.engine, self.model.text_tokenizer, jobs)
         if stream:
             return run(paint=paint, show=self._preview if previews else None)
         return gathered(run(), jobs, paint)

@@ -48,6 +48,7 @@ class Prompt:
 @torch.inference_mode()
 def lay_prompt(model: LaVIT, parts: Parts) -> Prompt:
     """Ids, slots and features of words and pictures in order."""
+    model.needs("language")
     language, vocabulary = model.language, model.language.vocabulary
     features: list[Tensor] = []
 
@@ -55,12 +56,13 @@ def lay_prompt(model: LaVIT, parts: Parts) -> Prompt:
         if not part.read:
             return tuple(_codes(model, part).tolist())
         patches = model.patches([open_image(part.image)])
-        keep = model.tokenizer.select(patches, KeepPolicy.parse(part.keep))
-        prepared = model.tokenizer.prepare(patches).to(language.rows.dtype)
+        model.needs("visual_tokenizer")
+        keep = model.visual_tokenizer.select(patches, KeepPolicy.parse(part.keep))
+        prepared = model.visual_tokenizer.prepare(patches).to(language.rows.dtype)
         features.append(language.read(prepared, keep))
         return (0,) * len(features[-1])  # ids of slots are never looked at
 
-    ids, read_as = partial(ids_of, model.text), model.config.language.read_as
+    ids, read_as = partial(ids_of, model.text_tokenizer), model.config.language.read_as
     document = segments(parts, ids, codes, vocabulary.end, read_as=read_as)
     laid = lay_out(document, vocabulary)
     if not features:
@@ -71,8 +73,9 @@ def lay_prompt(model: LaVIT, parts: Parts) -> Prompt:
 def _codes(model: LaVIT, part: ImagePart) -> Tensor:
     """Codes of a picture: those it came with, else those of a look at it."""
     if part.codes is None:
-        return model.encode([open_image(part.image)], KeepPolicy.parse(part.keep)).codes
-    config = model.config.tokenizer
+        policy = KeepPolicy.parse(part.keep)
+        return model.encode_images([open_image(part.image)], policy).codes
+    config = model.config.visual_tokenizer
     wrong = [code for code in part.codes if not 0 <= code < config.codes]
     if wrong or not 1 <= len(part.codes) <= config.patches:
         among = f", among them {wrong[0]}" if wrong else ""
@@ -147,7 +150,7 @@ def writing(
     """Jobs that go on with text, a picture, or both. In a chat text ends where the turn does."""
     if out not in MODES:
         raise InputError(f"out {out!r} is not known: use 'text', 'image' or 'auto'")
-    patches = model.config.tokenizer.patches
+    patches = model.config.visual_tokenizer.patches
     inside = (sampling if out == "image" else picture) or fitted(protocol.drawing, patches)
     if guidance is not None:
         inside = replace(inside, guidance=guidance)
@@ -166,10 +169,11 @@ def writing(
 
 def _turn_end(model: LaVIT) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """How an assistant's turn ends: strings that cut its text, ids that stop it."""
-    closing = turn_end(model.text)
+    text = model.text_tokenizer
+    closing = turn_end(text)
     if not closing:
         return (), ()
-    ids = model.text(closing, add_special_tokens=False)["input_ids"]
-    if ids and not model.text.decode(ids[:1], skip_special_tokens=True):  # a special token
+    ids = text(closing, add_special_tokens=False)["input_ids"]
+    if ids and not text.decode(ids[:1], skip_special_tokens=True):  # a special token
         return (), (ids[0],)
     return (closing.strip() or closing,), ()

@@ -21,11 +21,13 @@ from transformers import AutoTokenizer
 from transformers import PreTrainedTokenizerBase as TextTokenizer
 
 from lavit.config import (
+    TO_SEE,
     InputError,
     LoopConfig,
     ModelConfig,
     TrainConfig,
     from_json,
+    read_config,
     read_json,
     to_json,
     write_json,
@@ -49,7 +51,13 @@ from lavit.modules.pixels import Pixels
 from lavit.modules.tokenizer import VisualTokenizer
 from lavit.modules.vision import Vision, load_vision
 from lavit.sequence import VisualTokens
-from lavit.storage import build_language, load_base, load_language, model_folder
+from lavit.storage import (
+    build_language,
+    load_base,
+    load_language,
+    load_visual_tokenizer,
+    model_folder,
+)
 from lavit.train.card import write_card
 from lavit.train.checkpoint import latest_checkpoint, load_weights
 from lavit.train.health import parameter_lines
@@ -62,7 +70,8 @@ from lavit.train.spread import first_alone, halve_frozen, make_accelerator
 from lavit.train.tokenizer import TokenizerStage
 
 log = logging.getLogger(__name__)
-STAGES = ("tokenizer", "language", "pixels")
+PART_OF = {"tokenizer": "visual_tokenizer", "language": "language", "pixels": "pixels"}
+STAGES = tuple(PART_OF)
 
 
 class Run:
@@ -103,7 +112,7 @@ class Run:
             mine["start"] = self.start.name
         if origin := origin_of(self.data):  # how the data were made: no setting of the run
             mine["origin"] = origin
-        path, config = self.folder / "training.json", self.folder / "config.json"
+        path = self.folder / "training.json"
         self.accelerator.wait_for_everyone()
         saved = read_json(path) if path.exists() else {}
         self.accelerator.wait_for_everyone()
@@ -112,16 +121,17 @@ class Run:
             raise InputError(f"{said}: give another --out, or delete it to start anew")
         if self.accelerator.is_main_process and not saved.keys() >= mine.keys():
             write_json(path, mine | saved)
-        return from_json(ModelConfig, read_json(config)) if saved and config.exists() else model
+        begun = saved and (self.folder / "config.json").exists()
+        return read_config(self.folder) if begun else model
 
     def _take_tokenizer(self, start: Path) -> None:
         """Copy stage 1 of another model, once, under this run's own configuration."""
-        done = (self.folder / "tokenizer" / "done").exists()
+        done = (self.folder / "visual_tokenizer" / "done").exists()
         self.accelerator.wait_for_everyone()
         if not done:
-            model = LaVIT.from_pretrained(start)
+            model = LaVIT.from_pretrained(start, parts=TO_SEE)
             model.config = self.config
-            self._save(model, "vision", "tokenizer")
+            self._save(model, *TO_SEE)
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -146,7 +156,8 @@ class Run:
     @cached_property
     def tokenizer(self) -> VisualTokenizer:
         """The trained tokenizer of this run."""
-        return self._model().tokenizer
+        found = load_visual_tokenizer(self.config, self.folder)
+        return found.to(self.accelerator.device).eval()
 
     @cached_property
     def pictures(self) -> Pictures:
@@ -160,14 +171,11 @@ class Run:
             if stage not in STAGES:
                 known = ", ".join(STAGES)
                 raise InputError(f"there is no stage {stage!r}: choose from {known}, all")
-            if (self.folder / stage / "done").exists():
+            if (self.folder / PART_OF[stage] / "done").exists():
                 log.info("%s is trained already", stage)
                 continue
             torch.manual_seed(self.training.seed)
             getattr(self, f"_train_{stage}")()
-
-    def _model(self) -> LaVIT:
-        return LaVIT(self.config, folder=self.folder, device=self.accelerator.device)
 
     def _features(self, records: Sequence[Record], vision: Vision) -> Features:
         """Encoder features, computed once; other ranks wait for the first."""
@@ -202,16 +210,16 @@ class Run:
             model.save_pretrained(self.folder, parts=parts)
             (self.folder / parts[-1] / "done").touch()
             write_card(self.folder)
-        self.config = model.config
         self.accelerator.wait_for_everyone()
+        self.config = read_config(self.folder)
 
     def _train_tokenizer(self) -> None:
         config = self.training.tokenizer
-        tokenizer = VisualTokenizer(self.config.tokenizer)
+        tokenizer = VisualTokenizer(self.config.visual_tokenizer)
         stage = TokenizerStage(tokenizer, self.features, config, seed=self.training.seed)
         self._loop(stage, warmup=config.warmup)
-        parts = {"vision": self.vision, "tokenizer": tokenizer}
-        self._save(LaVIT(self.config, parts, folder=self.folder), "vision", "tokenizer")
+        model = LaVIT(self.config, vision=self.vision, visual_tokenizer=tokenizer)
+        self._save(model, *TO_SEE)
 
     def _train_language(self) -> None:
         language, text = self._first_language()
@@ -235,8 +243,7 @@ class Run:
         if sharded and self.accelerator.is_main_process:
             language, _ = self._load_language(text)  # a shard cannot be saved
             load_weights(latest_checkpoint(self.folder / "checkpoints" / "language"), language)
-        model = LaVIT(self.config, {"language": language}, text=text, folder=self.folder)
-        self._save(model, "language")
+        self._save(LaVIT(self.config, language=language, text_tokenizer=text), "language")
 
     def _first_language(self) -> tuple[Language, TextTokenizer]:
         """The language part before its first step; a random LM gets its text tokenizer's sizes."""
@@ -328,7 +335,7 @@ class Run:
         )
         self._loop(stage, warmup=config.warmup)
         pixels.load_state_dict(stage.averaged.module.state_dict())
-        self._save(LaVIT(self.config, {"pixels": pixels}, folder=self.folder), "pixels")
+        self._save(LaVIT(self.config, pixels=pixels), "pixels")
 
 
 def _same_run(saved: dict[str, Any], mine: dict[str, Any]) -> bool:
