@@ -1,7 +1,7 @@
 # test · check · bench · demo · train-nano: each sets up .venv by itself. nano trains in two processes, a core each.
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS := train,mini,eval,ray,dev
+EXTRAS := train,mini,eval,ray,published,dev
 
 MINUTES ?= 30
 PICTURES ?= 30000

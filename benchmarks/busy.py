@@ -4,7 +4,7 @@
 
 Each process loads the model, says that it is ready, and captions the same pictures one by one when all are. Sharing the
 machine fairly gives 2 at most. Beside it the same where threads spin 300,000 times while they wait, as libgomp does by
-itself; `import lavit` asks for 1,000 times. Measure idle; the medians of the rounds count.
+itself; `lavit` asks for 1,000 times. Measure idle; the medians of the rounds count.
 """
 
 from __future__ import annotations

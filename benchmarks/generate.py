@@ -102,13 +102,13 @@ def image(engine: Engine, tokens: int, pictures: int = 1) -> list[int]:
     """Codes of the first of some pictures, guided and greedy, by our engine."""
     how = Sampling(temperature=0, guidance=GUIDANCE, min_tokens=tokens, max_tokens=tokens)
     requests = [Request(ids=PROMPT, sampling=how, mode="image")] * pictures
-    return list(engine.complete(requests)[0][0].images[0])
+    return list(engine.complete(requests)[0].images[0])
 
 
 def text(engine: Engine, tokens: int) -> list[int]:
     """Greedy text ids by our engine."""
     how = Sampling(temperature=0, min_tokens=tokens, max_tokens=tokens)
-    return list(engine.complete([Request(ids=PROMPT, sampling=how)])[0][0].text)
+    return list(engine.complete([Request(ids=PROMPT, sampling=how)])[0].text)
 
 
 def seconds(run: Callable[[], object]) -> float:

@@ -101,9 +101,9 @@ def by_a_model(count: int) -> Counter[str]:
     torch.manual_seed(0)
     for at in range(0, count, TOGETHER):
         opening = OPENINGS[at // TOGETHER % len(OPENINGS)]
-        ids = text([opening] * min(TOGETHER, count - at), return_tensors="pt")["input_ids"]
+        given = text([opening] * min(TOGETHER, count - at), return_tensors="pt")
         how = {"do_sample": True, "max_new_tokens": WORDS, "pad_token_id": text.eos_token_id}
-        for said in text.batch_decode(lm.generate(ids, **how), skip_special_tokens=True):
+        for said in text.batch_decode(lm.generate(**given, **how), skip_special_tokens=True):
             found["text of SmolLM2"] += 1
             found.update([f"{WRONG}parsed: {said}"] * bool(parse(said.strip().lower())))
     return found

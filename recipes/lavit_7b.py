@@ -3,7 +3,10 @@
 Command   torchrun --nproc-per-node 8 recipes/lavit_7b.py DATA RUN tokenizer          (DDP)
           torchrun --nproc-per-node 8 recipes/lavit_7b.py DATA RUN language           (FSDP2)
           torchrun --nproc-per-node 8 recipes/lavit_7b.py DATA RUN pixels             (DDP)
-Start     RUN/vision (EVA-CLIP ViT-g/14) and RUN/base (LLaMA-7B) as transformers folders of your own, whose licences bind
+Start     folders of your own, whose licences bind: RUN/vision (EVA-CLIP ViT-g/14) and RUN/base
+          (LLaMA-7B) of transformers, RUN/decoder (Stable Diffusion 1.5) of diffusers
+Data      PAIRS,TEXT:0.12, pictures with texts and text alone. A document of text fills a row and
+          one of a pair has some 120 tokens, so 0.12 of them to 1 is 2 : 1 in tokens
 Memory    lavit train language --preset lavit_7b --plan --gpus 8 --memory 80          (and --lora 16 --gpus 1 --memory 24)
 Cost      stage 2 alone is 30,000 steps of 2,048 rows of 2,048 tokens: 126 G tokens, 5e21 FLOPs, 10,500 A100-hours at 45 %
           MFU, a third more with recomputing. It was not run here; what the paper's run took is not known to us
@@ -21,7 +24,7 @@ What each number rests on: P the paper, A its authors' answers, V the same group
               rates 1e-5 for the LM, 1e-4 for what is visual        A (order of size)
               weight decay 0.1, betas 0.9 and 0.95, clip 1, bf16    V
               2,000 steps of warm-up                                V
-              text : pairs about 2 : 1, pairs both ways             A
+              text : pairs about 2 : 1 (DATA), pairs both ways      A
               10 % of drawings lose their prompt                    ours
     stage 3   20,000 steps from Stable Diffusion 1.5, ε             P
               rate 1e-4, 10 % lose their condition                  ours
@@ -39,17 +42,14 @@ from lavit.config import TrainConfig
 from lavit.presets import lavit_7b
 from lavit.train.run import Run
 
-TEXT_TO_PAIRS = 2.0  # A
-
 
 def settings() -> TrainConfig:
     """The preset's training, divided for 8 GPUs of 80 GB."""
     training = lavit_7b().training
-    pairs = (1.0, 1.0)  # reading, writing
     language = replace(
         training.language,
         warmup=2_000 / training.language.steps,
-        mixture=(*pairs, 0.0, 0.0, TEXT_TO_PAIRS * sum(pairs)),
+        mixture=(1.0, 1.0, 0.0, 0.0, 0.0),  # reading and writing
         accumulate=8,
         recompute=True,
     )

@@ -2,7 +2,7 @@
 
 Command   make train-nano                                            (pool, three stages, figures)
           python recipes/nano.py runs/nano src/lavit/weights/nano    (half precision, with its card)
-Data      12,000 scenes of 48 objects and 48 coloured shapes, made on the spot
+Data      30,000 scenes of 48 objects and 48 coloured shapes, made on the spot
 Cost      30 minutes on two idle cores for the three stages, more for `lavit eval`
 Score     the card in src/lavit/weights/nano/README.md; LOG.md has the tables
 """

@@ -194,3 +194,11 @@ def test_what_was_kept_is_not_made_again(tmp_path: Path) -> None:
     Kept(path, "another").made("task", range(3), make, together=3)
     Kept(path, "key").made("task", range(2), make, together=3)  # other borders of a chunk
     assert calls == [[0, 1, 2], [0, 1]]
+
+
+def test_a_prediction_that_was_changed_is_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "predictions.jsonl"
+    Kept(path, "key").made("task", [0], lambda items: ["an owl"])
+    path.write_text(path.read_text().replace("an owl", "a star"))
+    assert Kept(path, "key").made("task", [0], lambda items: ["an owl"]) == ["an owl"]
+    assert "1 predictions of" in caplog.text

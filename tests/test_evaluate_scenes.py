@@ -15,7 +15,7 @@ from PIL import Image
 from conftest import NAMES, toy_picture
 from lavit.cli import main
 from lavit.config import InputError
-from lavit.data.scenes import frozen
+from lavit.data.scenes import frozen, sample
 from lavit.data.scenes.language import prompt
 from lavit.data.scenes.sample import scene_at
 from lavit.data.scenes.splits import Rules
@@ -26,6 +26,7 @@ from lavit.evaluate import (
     evaluation,
     exam,
     judge,
+    own,
     probes,
     reading,
     tokens,
@@ -132,7 +133,7 @@ def test_drawings_are_the_pipelines(run: Path) -> None:
     assert words[0] == prompt(one.scene("test", 0), one.rng(0), full=True)
     one.needs("pixels")
     pairs = zip(words, one.seeds(range(2)), strict=True)
-    usual = [one.pipe.draw(text, seed=seed)[0] for text, seed in pairs]
+    usual = [one.pipe.draw(text, seed=seed) for text, seed in pairs]
     assert [picture.tobytes() for picture in drawings(one, "test")] == [picture.tobytes() for picture in usual]
 
 
@@ -273,6 +274,36 @@ def test_items_of_ones_own_are_judged(run: Path, items: Path) -> None:
     assert found["own_answer"]["value"] == 0.5  # "the square" is a square
     # the judge sees an empty white picture, and one item of three asks for that
     assert found["own_draw_atoms"]["value"] == pytest.approx(1 / 3)
+
+
+def test_answers_about_another_picture_of_the_same_name_are_not_kept(run: Path, items: Path) -> None:
+    one = Exam(run, count=2)
+    before = own._task(load_items(items), "ask")
+    assert own._task(load_items(items), "ask") == before
+    toy_picture("blue bar").save(items.parent / "a.png")
+    assert own._task(load_items(items), "ask") != before and one.count == 2
+
+
+def test_figures_compare_where_training_kept_to_the_rules(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frozen, "frozen", lambda rules: {s: frozen.split_hash(s, rules) for s in frozen.MEASURING})
+    said = json.loads((run / "training.json").read_text())
+    for scenes, expected in (
+        (None, False),
+        ({"objects": 48, "held_out_pairs": 0.1}, True),
+        ({"objects": 48, "held_out_pairs": 0.0}, False),  # it has seen every pair
+        ({"objects": 48, "held_out_pairs": 0.1, "split": "test"}, False),
+    ):
+        origin = {} if scenes is None else {"origin": {"scenes": scenes}}
+        (run / "training.json").write_text(json.dumps(said | origin))
+        exam = Exam(run, count=1, rules=Rules(objects=48, held_out_pairs=0.1))
+        assert evaluation.test_hash(exam)["comparable"] is expected
+
+
+def test_a_split_without_scenes_is_missing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample, "TRIES", 20)
+    every = Exam(run, count=1, rules=Rules(held_out_pairs=0.0))
+    with pytest.raises(Missing, match="no scene of the split 'pairs'"):
+        every.scene("pairs", 0)
 
 
 def test_a_scene_that_is_written_out_has_its_facts(items: Path) -> None:

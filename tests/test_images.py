@@ -64,6 +64,44 @@ def test_opaque_values_survive_all_entrances(tmp_path):
         assert np.array_equal(np.asarray(open_image(source)), values)
 
 
+def test_arrays_and_tensors_are_pictures():
+    values = noise()
+    tensor = torch.from_numpy(values).permute(2, 0, 1)
+    rounded = (values / 255).astype(np.float32) + np.float32(1e-4)
+    for source in (values, values / 255, rounded, values[:, ::-1][:, ::-1], tensor, tensor / 255):
+        assert np.array_equal(np.asarray(open_image(source)), values)
+    assert np.array_equal(np.asarray(open_image((tensor / 255).double().requires_grad_())), values)
+    opened = open_image(values)
+    values[:] = 0
+    assert np.asarray(opened).any()  # a copy
+
+
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [
+        (np.zeros((3, 8, 8), np.uint8), r"array has shape \(3, 8, 8\), expected \(height, width"),
+        (torch.zeros(8, 8, 3), r"tensor has shape \(8, 8, 3\), expected \(3, height, width\)"),
+        (torch.zeros(2, 3, 8, 8), "give one picture, or a list of them"),
+        (np.zeros((8, 8), np.uint8), "has shape"),
+        (np.zeros((0, 8, 3), np.uint8), "is empty"),
+        (np.full((8, 8, 3), 2.0), "values outside 0..1"),
+        (np.full((8, 8, 3), np.nan), "values outside 0..1"),
+        (-torch.ones(3, 8, 8), "values outside 0..1"),
+        (np.zeros((8, 8, 3), np.int64), "holds int64: give uint8"),
+        (np.broadcast_to(np.zeros(3, np.uint8), (9000, 9000, 3)), "too large"),
+    ],
+)
+def test_other_arrays_are_refused_in_one_line(source, line):
+    with pytest.raises(InputError, match=line) as raised:
+        open_image(source)
+    assert "\n" not in str(raised.value)
+
+
+def test_other_values_are_no_pictures():
+    with pytest.raises(InputError, match="of type int is no picture"):
+        open_image.__wrapped__(3)  # past the tests' type checker
+
+
 def test_transparency_lies_on_white():
     rgba = np.zeros((2, 3, 4), np.uint8)
     rgba[0, :, :] = (255, 0, 0, 255)
@@ -156,6 +194,15 @@ def test_bad_files_are_named_in_one_line(tmp_path):
         with pytest.raises(InputError, match=words) as raised:
             open_image(tmp_path / name)
         assert name.replace("\n", "\\n") in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PCX", "TGA", "SGI", "ICO", "IM", "MSP", "SPIDER", "PPM"])
+def test_other_formats_of_pillow_are_not_decoded(kind):
+    mode = {"MSP": "1", "SPIDER": "F"}.get(kind, "RGB")
+    data = encoded(Image.new(mode, (32, 32)), kind)
+    assert Image.open(io.BytesIO(data)).format == kind
+    with pytest.raises(InputError, match="give PNG, JPEG, WEBP, GIF, BMP or TIFF"):
+        open_image(data)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"])

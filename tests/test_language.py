@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,15 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import import_protobuf
 
+from lavit.config import InputError, LanguageConfig
 from lavit.modules import language as language_module
 from lavit.modules.head import HeadLoss
 from lavit.modules.language import Language
 from lavit.modules.merger import Merger
 from lavit.sequence import Image, Text, lay_out, pack
-from lavit.storage import export
+from lavit.storage import export, load_base
 
 COMMON = {"vocab_size": 60, "bos_token_id": None, "eos_token_id": 2}
 LLAMA = {
@@ -30,6 +33,8 @@ FAMILIES = {
     "qwen2 untied": {"model_type": "qwen2", "tie_word_embeddings": False, **LLAMA},
     "mistral untied": {"model_type": "mistral", "tie_word_embeddings": False, **LLAMA},
     "gpt2 tied": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4},
+    "gemma tied, scaled": {"model_type": "gemma", "head_dim": 8, "pad_token_id": None, **LLAMA},
+    "phi untied, biased": {"model_type": "phi", "tie_word_embeddings": False, **LLAMA},
 }
 
 
@@ -37,6 +42,8 @@ def toy_language(family: str) -> Language:
     options = {**COMMON, **FAMILIES[family]}
     torch.manual_seed(0)
     lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(options.pop("model_type"), **options))
+    if (bias := lm.get_output_embeddings().bias) is not None:
+        bias.data.normal_()
     return Language(lm, Merger(16, 2, 1, 2.0), dim=16, codes=12, end=2).eval()
 
 
@@ -72,6 +79,17 @@ def test_packed_loss_is_the_sum_of_separate_losses(language: Language) -> None:
     assert torch.allclose(packed, separate, rtol=1e-5)
 
 
+def test_features_of_another_picture_are_refused(language: Language) -> None:
+    """Two read pictures whose masks change places: as many features in all, but not in each."""
+    images = [Image((1,) * length, read=True, index=n) for n, length in enumerate((5, 7))]
+    sequences = [lay_out((image, Text((3,))), language.vocabulary) for image in images]
+    batch, patches = pack([sequences], language.vocabulary), torch.zeros(2, 9, 16)
+    keep = torch.arange(9) < torch.tensor([[5], [7]])
+    language(batch, patches, keep)
+    with pytest.raises(InputError, match="image 0 has 5 slots but 7 features"):
+        language(batch, patches, keep.flip(0))
+
+
 def test_another_document_never_changes_a_hidden_state(language: Language) -> None:
     sequences, patches, keep = documents(language)
     rows = pack([[sequences[0], sequences[2]]], language.vocabulary)
@@ -96,7 +114,7 @@ def test_chunked_loss_is_the_plain_loss(language: Language, monkeypatch: pytest.
         losses.append(loss.detach())
         gradients.append(language.rows.grad.clone())
     assert torch.allclose(losses[0], losses[1], rtol=1e-6)
-    assert torch.allclose(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+    assert torch.allclose(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)
 
 
 def test_attention_by_document_is_attention_under_the_mask(language: Language) -> None:
@@ -141,6 +159,17 @@ def test_the_heads_loss_and_gradients_are_those_of_cross_entropy(bias: bool) -> 
         assert torch.allclose(a, b, atol=1e-5)
 
 
+def test_pictures_read_as_codes_bring_no_features(language: Language) -> None:
+    sequences, patches, keep = documents(language)
+    batch = pack([sequences], language.vocabulary)
+    read = language(batch, patches[batch.images], keep[batch.images]).total
+    language.read_as = "codes"
+    loss = language(batch, patches[batch.images], keep[batch.images]).total
+    loss.backward()
+    assert loss.equal(language(batch).total) and not loss.equal(read)
+    assert language.to_language.weight.grad is None
+
+
 def test_new_rows_lie_around_the_mean_of_the_lms_own(language: Language) -> None:
     own = language.lm.get_input_embeddings().weight.detach()
     away = language.rows.detach() - own.mean(0)
@@ -170,6 +199,33 @@ def test_new_rows_begin_around_the_mean_row_of_the_table(trained: bool) -> None:
         rows = rows.detach()
         assert (rows.mean(0) - known.mean(0)).abs().max() < 0.05
         assert float((rows - rows.mean(0)).std()) == pytest.approx(0.05 if trained else 0.2, rel=0.1)
+
+
+def test_embeddings_that_are_no_rows_of_a_table_are_refused() -> None:
+    language = toy_language("llama tied")
+    language.check_head()
+    language.lm.get_input_embeddings().register_forward_hook(lambda module, ids, rows: rows + 1)
+    with pytest.raises(InputError, match="more than look rows up"):
+        language.check_head()
+
+
+def test_a_sentencepiece_model_is_read_or_its_package_named(tmp_path: Path) -> None:
+    """LLaMA's own folders have a tokenizer.model and no tokenizer.json."""
+    proto = import_protobuf().ModelProto()
+    for number, piece in enumerate(("<unk>", "<s>", "</s>", "▁", "▁c", "a", "c", "▁ca")):
+        kind = (2, 3, 3)[number] if number < 3 else 1  # unknown, control, normal
+        proto.pieces.add(piece=piece, score=-float(number), type=kind)
+    proto.trainer_spec.model_type = 2
+    (tmp_path / "tokenizer.model").write_bytes(proto.SerializeToString())
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    toy_language("llama tied").lm.save_pretrained(tmp_path)
+    config = LanguageConfig(source=str(tmp_path))
+    if find_spec("sentencepiece"):
+        _, text = load_base(config, None)
+        assert text("ca", add_special_tokens=False)["input_ids"] == [7]
+        return
+    with pytest.raises(InputError, match=r"sentencepiece.*pip install 'lavit\[published\]'"):
+        load_base(config, None)
 
 
 def test_soft_capped_logits_are_refused() -> None:

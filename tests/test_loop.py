@@ -82,6 +82,16 @@ def test_shards_and_parts_are_one_division() -> None:
     assert torch.cat(parts[:3]).equal(Shard(0, 2).of(items))
 
 
+def test_fewer_rows_than_processes_are_refused(toy_data: Path, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", toy_data, toy_config(), with_language())
+    run.train(("tokenizer",))
+    stage = run._language_stage(*run._first_language())
+    assert len(stage.batch(0, Shard(3, 4)).rows.ids) == 1
+    for rank in range(5):
+        with pytest.raises(InputError, match="4 rows a step cannot be shared by 5 processes"):
+            stage.batch(0, Shard(rank, 5))
+
+
 def test_samples_are_written_of_the_same_pictures(toy_data: Path, tmp_path: Path) -> None:
     training = replace(with_language(), sample_every=2)
     train_language(toy_data, tmp_path / "run", training)

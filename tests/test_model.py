@@ -10,11 +10,12 @@ import huggingface_hub
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModel
 
 import lavit
 from conftest import NAMES, toy_config, toy_picture
 from lavit.cli import main
-from lavit.config import PARTS, InputError, read_config
+from lavit.config import PARTS, TO_READ, TO_SEE, InputError, read_config
 from lavit.layout import drawing, reading
 from lavit.model import LaVIT
 from lavit.modules.tokenizer import VisualTokenizer
@@ -58,19 +59,23 @@ def test_a_model_is_whole_when_it_is_opened(toy_run: Path, model: LaVIT) -> None
     assert tensors_equal(model, LaVIT.from_pretrained(str(toy_run)))
 
 
+def what_sees(model: LaVIT) -> nn.ModuleDict:
+    return nn.ModuleDict({part: getattr(model, part) for part in TO_SEE})
+
+
 def number_types(part: nn.Module) -> set[torch.dtype]:
     tensors = (*part.parameters(), *part.buffers())
     return {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
 
 
-def test_every_part_moves_but_the_visual_tokenizer_stays_exact(model: LaVIT) -> None:
-    exact = {name: tensor.clone() for name, tensor in model.visual_tokenizer.state_dict().items()}
+def test_every_part_moves_but_what_sees_stays_exact(model: LaVIT) -> None:
+    exact = {name: tensor.clone() for name, tensor in what_sees(model).state_dict().items()}
     for moved in (model.half(), model.to(torch.bfloat16), model.to("cpu", torch.float16)):
         assert moved is model and model.dtype in (torch.float16, torch.bfloat16)
         for name, part in model.named_children():
-            wanted = torch.float32 if name == "visual_tokenizer" else model.dtype
+            wanted = torch.float32 if name in TO_SEE else model.dtype
             assert number_types(part) == {wanted}, name
-    found = model.visual_tokenizer.state_dict()
+    found = what_sees(model).state_dict()
     assert all(tensor.equal(found[name]) for name, tensor in exact.items())
     model.to("meta")
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
@@ -82,8 +87,16 @@ def test_opened_in_half_precision_is_moved_to_it(toy_run: Path, model: LaVIT) ->
     assert tensors_equal(opened, model.to(torch.bfloat16))
 
 
+def test_an_encoder_kept_in_half_precision_sees_in_full(toy_run: Path, tmp_path: Path) -> None:
+    ignored = shutil.ignore_patterns("checkpoints", "cache")
+    folder = shutil.copytree(toy_run, tmp_path / "half", ignore=ignored)
+    AutoModel.from_pretrained(folder / "vision").half().save_pretrained(folder / "vision")
+    opened = LaVIT.from_pretrained(folder, dtype=torch.bfloat16, parts=("vision",))
+    assert number_types(opened.vision) == {torch.float32}
+
+
 def test_parts_are_left_out_by_name(toy_run: Path) -> None:
-    seeing = LaVIT.from_pretrained(toy_run, parts=("vision", "visual_tokenizer"))
+    seeing = LaVIT.from_pretrained(toy_run, parts=TO_SEE)
     assert seeing.language is None and seeing.pixels is None and seeing.text_tokenizer is None
     tokens = seeing.encode_images([toy_picture("red dot")])
     whole = LaVIT.from_pretrained(toy_run)
@@ -152,6 +165,10 @@ def test_a_name_of_the_hub_opens_from_its_cache(hub: Path, toy_run: Path) -> Non
         assert tensors_equal(found, expected)
     assert found.folder == hub / "models--org--toy" / "snapshots" / SHA
     assert LaVITProcessor.from_pretrained("org/toy", cache_dir=hub).vocabulary.codes == 32
+    shutil.rmtree(found.folder / "pixels")  # as where it was never downloaded
+    reader = LaVIT.from_pretrained("org/toy", cache_dir=hub, parts=TO_READ)
+    with pytest.raises(InputError, match="the part 'pixels' was left out"):
+        reader.needs("pixels")
     for name, revision in (("org/toy", "v2"), ("org/other", None)):
         with pytest.raises(InputError, match=f"no model at {name}, and the hub does not") as error:
             LaVIT.from_pretrained(name, revision=revision, cache_dir=hub)
@@ -218,7 +235,7 @@ def test_forward_is_the_loss_of_a_batch(toy_run: Path, model: LaVIT) -> None:
     assert processor.vocabulary == model.language.vocabulary
     images = [toy_picture(name) for name in NAMES[:3]]
     inputs = processor(text=list(NAMES[:3]), images=images)
-    patches = model.vision(inputs["pixel_values"])
+    patches = model.vision.encode_pixels(inputs["pixel_values"])
     assert patches.equal(model.patches(images))
     tokens = model.visual_tokenizer.encode(patches)
     assert tokens.codes.equal(model.encode_images(images).codes)

@@ -116,7 +116,7 @@ def test_sd15_reconstructs_and_draws_through_the_checker(low: Pipeline):
     assert back.size == (128, 128) and low.release.checker is not None
     assert back.tobytes() == low.reconstruct(picture, seed=3).tobytes()
     assert back.tobytes() != low.reconstruct(picture, seed=4).tobytes()
-    drawn = low.draw("w1 w2", n=2, seed=1)
+    drawn = low.draw(["w1 w2"] * 2, seed=1)
     assert [image.size for image in drawn] == [(128, 128)] * 2
 
 
@@ -157,7 +157,7 @@ def test_a_refused_drawing_is_reported_and_the_others_are_kept(
 ):
     folder = tmp_path / "model"
     shutil.copytree(converted, folder, symlinks=True)
-    drawn = low.draw("w1 w2", n=2, seed=5)
+    drawn = low.draw(["w1 w2"] * 2, seed=5)
     free = [picture.tobytes() for picture in drawn]
     checker = toy_checker()
     forbid(checker, drawn[1], drawn[0])
@@ -181,5 +181,5 @@ def test_published_weights_without_their_checker_stop_before_they_draw(converted
     shutil.rmtree(folder / FOLDER)
     with pytest.raises(lavit.config.InputError, match="hf download"):
         lavit.load(folder).draw("w1")
-    assert lavit.load(folder, safety=False).draw("w1")[0].size == (128, 128)
+    assert lavit.load(folder, safety=False).draw("w1").size == (128, 128)
     assert lavit.load(folder).caption(toy_picture("red dot")) is not None  # reading needs no checker

@@ -4,20 +4,47 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 from importlib.metadata import distribution
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from lavit.data.corpus import load_corpus
+from lavit.data.documents import Documents
+from lavit.sequence import Image, lay_out
+from lavit.train.language import train_text_tokenizer
+from lavit.vocabulary import Vocabulary
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 sys.path.insert(0, str(RECIPES))
+import lavit_7b
 import prose
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.py")))
 def test_recipes_import(name: str) -> None:
     assert importlib.import_module(name).__doc__.count("Command   ") == 1
+
+
+def test_the_papers_mixture_is_two_of_text_to_one_of_pairs(toy_data: Path, tmp_path: Path) -> None:
+    """In tokens, where pairs are a third of 256 patches and a caption; no caption comes alone."""
+    (tmp_path / "text.txt").write_text("It reads what the selector keeps. " * 5000)
+    weight = re.search(r"TEXT:([\d.]+)", lavit_7b.__doc__)[1]
+    corpus = load_corpus(f"{toy_data},{tmp_path / 'text.txt'}:{weight}")
+    text = train_text_tokenizer(corpus, 300)
+    make = {"vocabulary": Vocabulary(len(text), 32, text.eos_token_id), "seed": 0}
+    codes = tuple((1,) * 92 for _ in corpus.pictures)
+    documents = Documents(corpus, codes, text=text, config=lavit_7b.settings().language, **make)
+    rng, tokens = np.random.default_rng(0), {True: 0, False: 0}
+    for _ in range(1000):
+        drawn = documents.draw(rng)
+        shown = any(isinstance(segment, Image) for segment in drawn)
+        assert shown or len(drawn[0].ids) > 100
+        tokens[shown] += len(lay_out(drawn, documents.vocabulary))
+    assert 1.5 < tokens[False] / tokens[True] < 3
 
 
 def test_prose_keeps_english_sentences_and_takes_markup_out() -> None:

@@ -169,6 +169,8 @@ def test_bad_sources_are_one_clear_line(folder, tmp_path):
 def test_a_missing_file_is_never_taken_for_a_hub_name() -> None:
     with pytest.raises(InputError, match="does not exist"):
         load_records("pictures/gone.jsonl")
+    with pytest.raises(InputError, match="'pictures/gone' is no file or folder here, and as a name"):
+        load_records("pictures/gone")
 
 
 def test_an_unknown_split_is_refused_where_splits_exist(folder, tmp_path):

@@ -170,7 +170,37 @@ def test_a_broken_picture_of_a_stream_is_named_and_the_rest_goes_on(tmp_path: Pa
                 tar.addfile(entry, io.BytesIO(part))
     documents = documents_of(str(tmp_path / "shards"))
     assert 3 not in records(documents, documents.batch(0))
-    assert len(documents.broken) == 1 and "0003" in next(iter(documents.broken))
+    assert len(documents.left_out) == 1 and "0003" in next(iter(documents.left_out))
+
+
+def test_what_a_table_streams_is_named_one_by_one(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Broken pictures, and documents longer than a row; a resumed stream gives the same names."""
+    import datasets
+
+    rows: dict[str, list] = {"image": [], "text": []}
+    for number in range(8):
+        stream = io.BytesIO()
+        Image.new("RGB", (4, 4), (5 * number,) * 3).save(stream, "PNG")
+        data = stream.getvalue()[: 30 if number in (2, 5) else None]
+        rows["image"].append({"bytes": data, "path": None})
+        rows["text"].append(f"grey {number} " * (40 if number == 6 else 1))
+    kinds = {"image": datasets.Image(decode=False), "text": datasets.Value("string")}
+    table = datasets.Dataset.from_dict(rows, features=datasets.Features(kinds))
+    table.to_parquet(str(tmp_path / "a.parquet"))
+    documents = documents_of(str(tmp_path / "a.parquet"))
+    assert not {2, 5, 6} & set(records(documents, documents.batch(0)))
+    documents.share()
+    names = [f"[streamed {place}]" for place in (3, 6, 7)]
+    resumed = documents_of(str(tmp_path / "a.parquet"))
+    resumed.load_state(documents.state())
+    for found in (documents, resumed):
+        assert sorted(name[-12:] for name in found.left_out) == names
+    reasons = dict(sorted(documents.left_out.items())).values()
+    assert ["damaged" in reason for reason in reasons] == [True, True, False]
+    assert len(caplog.messages) == 6 and "(3 so far)" in caplog.messages[-1]
 
 
 def stage_two(toy_run: Path, out: Path, data: str, *, watch=None, **changes) -> list[dict]:
@@ -205,13 +235,18 @@ def test_stage_two_on_tokens_made_beforehand(toy_data: Path, toy_run: Path, tmp_
     assert lines[-1]["loss"] < lines[0]["loss"] and lines[-1]["code_loss"] > 0
     corpus = load_corpus(toy_data)
     hashed = tokenizer_hash(LaVIT.from_pretrained(toy_run))
-    codes = corpus_codes(tmp_path / "tokens", corpus, toy_data, tokenizer=hashed)
+    codes = corpus_codes(tmp_path / "tokens", corpus, tokenizer=hashed)
     model = LaVIT.from_pretrained(toy_run)
     alone = (model.encode_images([picture.record.open()]).codes for picture in corpus.pictures)
     assert codes == tuple(tuple(found.tolist()) for found in alone)
     with pytest.raises(InputError, match="of tokenizer"):
-        corpus_codes(tmp_path / "tokens", corpus, toy_data, tokenizer="0" * 64)
+        corpus_codes(tmp_path / "tokens", corpus, tokenizer="0" * 64)
+    (tmp_path / "prose.jsonl").write_text(json.dumps({"text": "only words"}))
+    mixed = load_corpus(f"{toy_data},{tmp_path / 'prose.jsonl'}:0.5")
+    assert corpus_codes(tmp_path / "tokens", mixed, tokenizer=hashed) == codes
+    with pytest.raises(InputError, match="the codes of one source of pictures, and there are 2"):
+        corpus_codes(tmp_path / "tokens", load_corpus(f"{toy_data},{toy_data}:2"), tokenizer=hashed)
     toy_picture("red dot").save(tmp_path / "other.png")
     more = replace(corpus, pictures=(*corpus.pictures, Picture(Record("", (), "other.png"), (), ())))
     with pytest.raises(InputError, match=r"no tokens of 1 of 9 pictures.*other\.png"):
-        corpus_codes(tmp_path / "tokens", more, toy_data, tokenizer=hashed)
+        corpus_codes(tmp_path / "tokens", more, tokenizer=hashed)

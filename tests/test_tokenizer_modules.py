@@ -15,11 +15,13 @@ import published
 import ranks
 from lavit.config import InputError, TokenizerConfig
 from lavit.convert import names
+from lavit.modules import codebook as codebook_module
 from lavit.modules.codebook import Codebook
 from lavit.modules.layers import Ragged
 from lavit.modules.merger import Merger
 from lavit.modules.selector import KeepPolicy, Selector, gumbel, select, straight_through
 from lavit.modules.tokenizer import VisualTokenizer, cosine_distance
+from lavit.presets import PRESETS
 
 DIM, HEADS, DEPTH, RATIO, PATCHES = 32, 4, 3, 4.3637, 16
 
@@ -427,6 +429,21 @@ def test_k_means_draws_nearer_every_round_and_uses_every_code(codebook):
     assert len(codebook.index(vectors).unique()) == 64
     torch.testing.assert_close(codebook.vectors.norm(dim=1), torch.ones(64))
     torch.testing.assert_close(codebook.sums, codebook.vectors * codebook.mass[:, None])
+
+
+def test_k_means_in_parts_is_k_means(codebook, monkeypatch):
+    vectors, found = unit(700), []
+    for chunk in (100, 10_000):
+        monkeypatch.setattr(codebook_module, "CHUNK", chunk)
+        codebook.k_means(vectors, rounds=4, generator=seeded())
+        found.append(codebook.vectors.clone())
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_k_means_sees_several_vectors_a_code(name):
+    model, training = PRESETS[name]().model, PRESETS[name]().training
+    assert training.tokenizer.k_means_vectors >= 9 * model.visual_tokenizer.codes
 
 
 def test_k_means_fills_empty_clusters_and_takes_few_vectors(codebook):

@@ -57,12 +57,20 @@ def agree(mine: list[dict[str, float]], theirs: list[dict[str, float]]) -> None:
             assert a[name] == pytest.approx(b[name], abs=1e-5), (step, name)
 
 
-def test_a_step_in_four_parts_is_a_step_in_one(tmp_path: Path) -> None:
+def test_a_step_in_four_parts_is_a_step_in_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started, start = [], TokenizerStage._start_codes
+
+    def counted(stage: TokenizerStage) -> None:
+        started.append(stage)
+        start(stage)
+
+    monkeypatch.setattr(TokenizerStage, "_start_codes", counted)
     parts, one = ranks.train_stage(tmp_path / "parts", accumulate=4), ranks.train_stage(tmp_path / "one")
     for name, value in parts["weights"].items():
         torch.testing.assert_close(value, one["weights"][name], rtol=1e-4, atol=1e-5, msg=name)
     torch.testing.assert_close(parts["codebook"], one["codebook"], rtol=1e-4, atol=1e-5)
     agree(parts["figures"], one["figures"])
+    assert len(started) == len(set(started)) == 2  # k-means once in each run, not in each part
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(toy_features: TokenizerStage) -> None:

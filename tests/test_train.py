@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModel, AutoModelForCausalLM
 
-from conftest import NAMES, toy_config, toy_training
-from lavit.config import InputError
+from conftest import NAMES, toy_config, toy_picture, toy_training
+from lavit.config import InputError, LanguageConfig
+from lavit.data.bulk import Job, tokenize_corpus
 from lavit.data.corpus import load_corpus
 from lavit.data.documents import Documents
-from lavit.data.features import compute_features
+from lavit.data.features import compute_features, tokenize_features
+from lavit.data.sources import Record
 from lavit.images import pixels
 from lavit.model import LaVIT
 from lavit.modules.tokenizer import cosine_distance
-from lavit.modules.vision import Vision
+from lavit.modules.vision import Vision, load_vision
+from lavit.presets import lavit_7b
+from lavit.storage import load_tensors
 from lavit.train.batches import draw_pictures
 from lavit.train.health import Alarm, CodeUse, check_codes, check_selector
 from lavit.train.language import train_text_tokenizer
@@ -79,7 +85,133 @@ def test_a_run_goes_on_from_a_model(toy_run: Path, toy_data: Path, tmp_path: Pat
 
 def test_other_settings_on_the_same_folder_are_refused(toy_run: Path, toy_data: Path) -> None:
     with pytest.raises(InputError, match="other settings"):
-        Run(toy_run, toy_data, toy_config(), toy_training(7))
+        Run(toy_run, toy_data, toy_config(), toy_training(7)).train()
+    with pytest.raises(InputError, match="other settings"):
+        Run(toy_run, toy_data, toy_config(), replace(toy_training(), seed=1))
+
+
+def begun_run(toy_run: Path, folder: Path) -> Path:
+    """A run whose first stage is that of the toy run."""
+    for part in ("vision", "visual_tokenizer"):
+        shutil.copytree(toy_run / part, folder / part)
+    for name in ("config.json", "training.json"):
+        shutil.copy(toy_run / name, folder / name)
+    return folder
+
+
+def test_settings_of_a_stage_count_from_its_beginning(
+    toy_run: Path,
+    toy_data: Path,
+    tmp_path: Path,
+) -> None:
+    """Codes made by stage 1 are named at stage 2, for the first time, and no longer at stage 3."""
+    folder, codes = begun_run(toy_run, tmp_path / "run"), str(tmp_path / "tokens")
+    tokenize_corpus(Job(data=toy_data, out=codes, model=folder), workers=0)
+    training, config = toy_training(), toy_config()
+    fed = replace(training, language=replace(training.language, steps=1, token_corpus=codes))
+    shape = config.language.architecture | {"num_hidden_layers": 1}
+    small = replace(config, language=replace(config.language, architecture=shape))
+    Run(folder, toy_data, small, fed).train(("language",))
+    assert len(LaVIT.from_pretrained(folder).language.body.layers) == 1
+    with pytest.raises(InputError, match="other settings"):
+        Run(folder, toy_data, config, fed).train(("language",))
+    with pytest.raises(InputError, match="other settings"):
+        Run(folder, toy_data, config, training).train()
+    short = replace(training, pixels=replace(training.pixels, steps=1))
+    Run(folder, toy_data, config, short).train(("pixels",))
+    assert len(LaVIT.from_pretrained(folder).language.body.layers) == 1
+    saved = json.loads((folder / "training.json").read_text())
+    assert saved["training"]["language"]["token_corpus"] == codes
+
+
+def test_settings_of_a_stage_to_come_outlive_the_stages_before(
+    toy_run: Path,
+    toy_data: Path,
+    tmp_path: Path,
+) -> None:
+    """config.json still has pixels as they were first asked for, when language is saved."""
+    folder, config, training = begun_run(toy_run, tmp_path / "run"), toy_config(), toy_training()
+    training = replace(
+        training,
+        language=replace(training.language, steps=1),
+        pixels=replace(training.pixels, steps=1),
+    )
+    other = replace(config, pixels=replace(config.pixels, guidance=3.0))
+    Run(folder, toy_data, other, training).train(("language", "pixels"))
+    assert LaVIT.from_pretrained(folder).config.pixels.guidance == 3.0
+    assert LaVIT.from_pretrained(toy_run).config.pixels.guidance != 3.0
+
+
+@pytest.mark.parametrize("begin", ["base", "start"])
+def test_weights_kept_in_half_precision_train_in_full(
+    toy_run: Path, toy_data: Path, tmp_path: Path, begin: str
+) -> None:
+    folder, half = tmp_path / "run", tmp_path / "half"
+    shutil.copytree(toy_run, half, ignore=shutil.ignore_patterns("checkpoints", "cache"))
+    for part, kind in (("vision", AutoModel), ("language", AutoModelForCausalLM)):
+        kind.from_pretrained(half / part).half().save_pretrained(half / part)
+    training, config = toy_training(), LaVIT.from_pretrained(half).config
+    options = {"start": half}
+    if begin == "base":
+        config = replace(config, language=LanguageConfig(source=str(half / "language")))
+        options = {}
+        for part in ("vision", "visual_tokenizer"):
+            shutil.copytree(half / part, folder / part)
+    training = replace(training, language=replace(training.language, steps=1))
+    Run(folder, toy_data, config, training, **options).train(("language",))
+    kept = [load_tensors(folder / part / "model.safetensors") for part in ("language", "reader")]
+    assert {tensor.dtype for tensors in kept for tensor in tensors.values()} == {torch.float32}
+
+
+def test_a_decoder_without_sizes_starts_from_a_folder_of_the_run(
+    toy_run: Path,
+    toy_data: Path,
+    tmp_path: Path,
+) -> None:
+    """As lavit_7b, whose UNet is Stable Diffusion's."""
+    assert not lavit_7b().model.pixels.unet and not lavit_7b().model.pixels.start_from
+    folder, config, training = begun_run(toy_run, tmp_path / "run"), toy_config(), toy_training()
+    still = replace(training.pixels, steps=1, learning_rate=1e-9, ema=0.0)
+    config = replace(config, pixels=replace(config.pixels, unet={}))
+    run = Run(folder, toy_data, config, replace(training, pixels=still))
+    with pytest.raises(InputError, match="run/decoder holds no diffusion model"):
+        run.train(("pixels",))
+    shutil.copytree(toy_run / "pixels", folder / "decoder")
+    run.train(("pixels",))
+    file = "unet/diffusion_pytorch_model.safetensors"
+    found, began = load_tensors(folder / "pixels" / file), load_tensors(folder / "decoder" / file)
+    assert all(torch.allclose(found[name], began[name], atol=1e-6) for name in began)
+
+
+def test_pictures_may_be_read_as_codes_in_training_too(
+    toy_run: Path,
+    toy_data: Path,
+    tmp_path: Path,
+) -> None:
+    """The reader stays as stage 1 made it; samples are read the same way."""
+    folder, config = begun_run(toy_run, tmp_path / "run"), toy_config()
+    training = toy_training()
+    training = replace(training, language=replace(training.language, steps=1))
+    config = replace(config, language=replace(config.language, read_as="codes"))
+    Run(folder, toy_data, config, training).train(("language",))
+    names = ("visual_tokenizer", "reader")
+    parts = (load_tensors(folder / part / "model.safetensors") for part in names)
+    first, second = ({n: t for n, t in part.items() if n.startswith("merger.")} for part in parts)
+    assert second and all(second[name].equal(first[name]) for name in second)
+    assert len((folder / "samples.jsonl").read_text().splitlines()) == 4
+
+
+def test_pictures_without_texts_serve_stages_that_need_none(toy_data: Path, tmp_path: Path) -> None:
+    shutil.copytree(toy_data, tmp_path / "some")
+    lines = (tmp_path / "some" / "train" / "metadata.jsonl").read_text().replace("red bar.", "")
+    (tmp_path / "some" / "train" / "metadata.jsonl").write_text(lines)
+    pictures = load_corpus(tmp_path / "some").pictures
+    assert [len(picture.captions) for picture in pictures].count(0) == 1
+    shutil.copytree(toy_data, tmp_path / "none", ignore=shutil.ignore_patterns("*.jsonl"))
+    run = Run(tmp_path / "run", tmp_path / "none", toy_config(), toy_training(1))
+    run.train(("tokenizer", "pixels"))
+    with pytest.raises(InputError, match="no texts"):
+        run.train(("language",))
 
 
 def test_stage_one_learns_and_its_codes_live(toy_data: Path, tmp_path: Path) -> None:
@@ -124,6 +256,14 @@ def test_every_picture_comes_once_an_epoch() -> None:
     assert drawn[:10].sort().values.tolist() == drawn[10:].sort().values.tolist() == list(range(10))
 
 
+def test_an_order_is_made_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, permute = [], torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda *a, **k: (made.append(a), permute(*a, **k))[1])
+    for step in range(10):
+        draw_pictures(103, 20, seed=7, step=step)
+    assert len(made) == 2
+
+
 def test_features_are_computed_once(toy_run: Path, toy_data: Path, tmp_path: Path) -> None:
     vision = LaVIT.from_pretrained(toy_run).vision
     records = [picture.record for picture in load_corpus(toy_data).pictures]
@@ -135,6 +275,49 @@ def test_features_are_computed_once(toy_run: Path, toy_data: Path, tmp_path: Pat
     pinned = Vision(replace(config, sha256="0"), vision.encoder)  # the same file once its hash is known
     assert compute_features(records, pinned, tmp_path).array.filename == first.array.filename
     assert compute_features(records[1:], vision, tmp_path).array.filename != first.array.filename
+
+
+def test_a_kill_while_features_are_marked_loses_no_run(
+    toy_run: Path, toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vision = LaVIT.from_pretrained(toy_run).vision
+    records = [picture.record for picture in load_corpus(toy_data).pictures]
+
+    def killed(path: Path, *_: object, **__: object) -> None:
+        path.write_bytes(b"")  # between truncating and writing
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", killed)
+        with pytest.raises(KeyboardInterrupt):
+            compute_features(records, vision, tmp_path)
+    assert len(compute_features(records, vision, tmp_path)) == len(records)
+
+
+def test_tokens_are_the_same_in_training_and_in_use(toy_run: Path, tmp_path: Path) -> None:
+    model = LaVIT.from_pretrained(toy_run)
+    images = [toy_picture(NAMES[number % 8]).rotate(5 * number) for number in range(64)]
+    for number, image in enumerate(images):
+        image.save(tmp_path / f"{number}.png")
+    records = [Record(str(tmp_path / f"{number}.png"), (), str(number)) for number in range(64)]
+    cached = compute_features(records, model.vision, tmp_path / "cache")
+    trained = tokenize_features(model.visual_tokenizer, cached)
+    everything = torch.arange(64)
+    for size in (1, 7, 64):
+        batches = [images[at : at + size] for at in range(0, 64, size)]
+        assert torch.cat([model.patches(batch) for batch in batches]).equal(cached.rows(everything))
+        used = [model.encode_images(batch) for batch in batches]
+        assert torch.cat([tokens.codes for tokens in used]).equal(trained.codes)
+        assert torch.cat([tokens.keep for tokens in used]).equal(trained.keep)
+
+
+def test_an_encoder_that_packs_pictures_is_refused() -> None:
+    config = toy_config().vision
+    pixtral = {**config.architecture, "model_type": "pixtral", "intermediate_size": 64}
+    vision = load_vision(replace(config, architecture=pixtral))
+    pictures = torch.zeros(2, 3, 32, 32)
+    with pytest.raises(InputError, match="gives 1 x 16 patches of 32 channels"):
+        vision(pictures)
 
 
 def test_schedule_warms_up_and_ends_at_nothing() -> None:
@@ -153,8 +336,6 @@ def test_alarms_say_what_to_change() -> None:
 
 
 def test_a_broken_picture_is_left_out_and_named(toy_data: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(toy_data, tmp_path / "data")
     (tmp_path / "data" / "train" / "3.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     corpus = load_corpus(tmp_path / "data")

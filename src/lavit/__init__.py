@@ -1,4 +1,4 @@
-"""LaVIT: images as a foreign language for any causal LM (arXiv 2309.04669), trained, used, measured and served.
+"""LaVIT: images as a foreign language for any causal LM (arXiv 2309.04669).
 
 import lavit
 lv = lavit.load("nano")
@@ -7,14 +7,15 @@ lv.caption("cat.png"); lv.ask("cat.png", "what is this?"); lv.draw("a red bicycl
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lavit.config import PARTS
 
 if TYPE_CHECKING:
+    import torch
+
     from lavit.generate.pipeline import Pipeline
     from lavit.generate.protocols import Protocol
     from lavit.generate.sampling import Sampling
@@ -24,21 +25,16 @@ if TYPE_CHECKING:
 __all__ = ["LaVIT", "LaVITProcessor", "Pipeline", "Protocol", "Sampling", "load"]
 __version__ = "0.1.0"
 
-# Threads that wait soon give their core away, or two processes on two cores spin in each other's way (benchmarks/busy.py).
-# libgomp, which spins 300,000 times by itself, reads this when torch is first imported.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
 
 def load(
     model: str | Path = "nano",
     *,
-    device: str = "auto",
-    dtype: str | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
     quantization: str | None = None,
-    device_map: Any = None,
+    device_map: str | Mapping[str, int | str] | None = None,
     parts: Sequence[str] = PARTS,
-    protocol: Any = "default",
+    protocol: str | Protocol = "default",
     safety: bool | None = None,
     watermark: str | None = None,
     base: str | None = None,
@@ -73,14 +69,17 @@ def load(
     return Pipeline(loaded, protocol=protocol, safety=safety, watermark=watermark)
 
 
-def place(device: Any = "auto", dtype: Any = None) -> tuple[Any, Any]:
+def place(
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
+) -> tuple[torch.device, torch.dtype]:
     """Device and dtype: what is asked for, or by capability (placement.py)."""
     from lavit import placement
 
     return placement.place(device, dtype)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """The public classes, imported at first use so that `import lavit` stays quick."""
     places = {
         "LaVIT": "lavit.model",

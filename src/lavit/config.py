@@ -128,7 +128,7 @@ class PixelsConfig:
     steps: int = 12
     guidance: float = 2.0
     # where training begins: a diffusers folder whose unet/ and vae/ are taken, for "text" also
-    # tokenizer/ and text_encoder/; empty: random weights
+    # tokenizer/ and text_encoder/; empty: random weights, or the run's decoder/ where `unet` is too
     start_from: str = ""
     # Stable Diffusion's safety checker looks at every written picture (published weights: yes)
     safety: bool = False
@@ -185,7 +185,7 @@ class TokenizerTraining:
     decay: float = 0.99  # EMA of the codebook
     patience: int = 100  # steps without use after which a code is revived; 0 never
     k_means: int = 10  # rounds at the start of phase b; 0 keeps random codes
-    k_means_vectors: int = 20_000
+    k_means_vectors: int = 200_000  # twelve for each of 16,384 codes; nearer to one, they overfit
     optimizer: Optimizer = "adamw"  # muon: for matrices, the selector's left out (train/muon.py)
 
     @property
@@ -219,7 +219,8 @@ class LanguageTraining:
     # folder of `lavit tokenize-corpus` whose codes are used; reading needs features, so nothing is
     # read then (data/bulk.py)
     token_corpus: str = ""
-    # relative number of documents of each kind: reading, writing, questions, edits, text alone
+    # relative number of documents of each kind that a source of pictures gives: reading, writing,
+    # questions, edits, prompts without their picture (a source of text has a weight of its own)
     mixture: tuple[float, float, float, float, float] = (1.0, 1.0, 0.5, 0.5, 0.25)
 
 
@@ -320,11 +321,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write a JSON object, whole or not at all; makes the folder, or raises `InputError`."""
+    """Write a JSON object, whole or not at all."""
+    write_whole(path, json.dumps(data, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all; makes the folder, or raises `InputError`."""
     new = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(json.dumps(data, indent=1) + "\n")
+        new.write_text(text, encoding="utf-8")
         new.replace(path)
     except OSError as error:
         raise InputError(f"cannot write to {path.parent}: {error.strerror}") from error

@@ -1,9 +1,9 @@
 """PIL pictures and tensors: safe open, resize, normalise, and back.
 
-Every picture enters the program through `open_image`: any mode and format Pillow decodes becomes
-plain RGB, upright (EXIF), transparency laid on white, the first frame of an animation. Sizes are
-checked from the header, before a pixel is decoded. `pixels` squashes to a square, bicubic, no crop,
-as the published preprocessing does (method: arXiv 2309.04669).
+Every picture enters the program through `open_image`: any mode of the `FORMATS` becomes plain RGB,
+upright (EXIF), transparency laid on white, the first frame of an animation; so do arrays and
+tensors. Sizes are checked from the header, before a pixel is decoded. `pixels` squashes to a
+square, bicubic, no crop, as the published preprocessing does (method: arXiv 2309.04669).
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ from torch import Tensor
 
 from lavit.config import InputError
 
+# what is decoded; Pillow's other decoders are hardly tested by use, and that of EPS runs a program
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+# a path, an encoded file, a PIL image, an array (height, width, 3) or a tensor (3, height, width)
+ImageInput = str | Path | bytes | Image.Image | np.ndarray | Tensor
+
 MAX_PIXELS = 64 * 1024 * 1024  # a few kB of file could ask for GB of memory
+HALF_LEVEL = 0.5 / 255  # floats may lie so far outside 0..1, where resizing has rounded
 ASPECT_SIZES = {  # width:height -> (height, width) of the 1024-px decoder
     "1:1": (1024, 1024),
     "4:3": (896, 1152),
@@ -41,18 +47,26 @@ def aspect_size(ratio: str) -> tuple[int, int]:
     return ASPECT_SIZES[ratio]
 
 
-def open_image(source: str | Path | bytes | Image.Image) -> Image.Image:
-    """Open a picture (file, encoded bytes, or PIL image) as upright RGB on white.
+def open_image(source: ImageInput) -> Image.Image:
+    """Open a picture as upright RGB on white.
 
+    It is a path, the bytes of a file, a PIL image, an array `[height, width, 3]` or a tensor
+    `[3, height, width]`. Arrays and tensors hold uint8, or floats in 0..1. Of files and PIL images
     16-bit greys keep their upper 8 bits; 32-bit integers are read as 16-bit if any value is over
     255; floats up to 1 are taken as 0..1, others as 0..255. Whatever is no picture, damaged, or of
     more than `MAX_PIXELS` raises `InputError` with one line naming the source.
     """
+    if isinstance(source, np.ndarray | Tensor):
+        return _of_values(source)
     if isinstance(source, Image.Image):
         name = repr(getattr(source, "filename", "") or "the given picture")
         return _to_rgb(_decode(source, name))
     if isinstance(source, bytes):
         return _open_stream(io.BytesIO(source), f"the given data ({len(source)} bytes)")
+    if not isinstance(source, str | Path):
+        kind = type(source).__name__
+        forms = "give a path, bytes, a PIL image, an array or a tensor"
+        raise InputError(f"a value of type {kind} is no picture: {forms}")
     name = repr(str(source))
     try:
         mode = Path(source).stat().st_mode
@@ -94,30 +108,47 @@ def to_image(picture: Float[Tensor, "3 height width"]) -> Image.Image:
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
 
 
-def _open_stream(stream: io.BufferedIOBase, name: str) -> Image.Image:
+def _of_values(source: np.ndarray | Tensor) -> Image.Image:
+    """The picture of an array (height, width, 3) or a tensor (3, height, width)."""
+    if isinstance(source, Tensor):
+        name, form = "the given tensor", "(3, height, width)"
+        tensor = source.detach().cpu()
+        values = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+        values = np.moveaxis(values, 0, -1) if values.ndim == 3 else values
+    else:
+        name, form, values = "the given array", "(height, width, 3)", source
+    if values.ndim != 3 or values.shape[2] != 3:
+        shape = f"has shape {tuple(source.shape)}, expected {form}"
+        raise InputError(f"{name} {shape}: give one picture, or a list of them")
+    _check_size(values.shape[1], values.shape[0], name)
+    if np.issubdtype(values.dtype, np.floating):
+        if not ((values >= -HALF_LEVEL) & (values <= 1 + HALF_LEVEL)).all():
+            raise InputError(f"{name} has values outside 0..1: scale floats to 0..1, or give uint8")
+        values = np.rint(values.clip(0, 1).astype(np.float64) * 255).astype(np.uint8)
+    if values.dtype != np.uint8:
+        raise InputError(f"{name} holds {values.dtype}: give uint8, or floats in 0..1")
+    return Image.fromarray(np.array(values))
+
+
+def _open_stream(stream: io.BytesIO | io.BufferedReader, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():  # Pillow's own, higher limit only warns; ours below refuses
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(stream)
+            image = Image.open(stream, formats=FORMATS)
     except UnidentifiedImageError as error:
-        raise InputError(f"{name} is not a picture of a known format, or is damaged") from error
+        known = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+        raise InputError(f"{name} is not a picture, or is damaged: give {known}") from error
     except Image.DecompressionBombError as error:
         raise InputError(f"{name} is too large ({error}): {_limit()}") from error
     except Exception as error:  # decoders raise anything (struct.error, ...) on a broken header
         raise InputError(f"{name} is damaged: {_line(error)}") from error
     with image:
-        if image.format == "EPS":  # Pillow would run Ghostscript on it
-            raise InputError(f"{name} is an EPS drawing: convert it to PNG or JPEG first")
         return _to_rgb(_decode(image, name))
 
 
 def _decode(image: Image.Image, name: str) -> Image.Image:
     """Check the header's size, decode the first frame and turn it upright."""
-    width, height = image.size
-    if width < 1 or height < 1:
-        raise InputError(f"{name} is empty: {width}x{height} pixels")
-    if width * height > MAX_PIXELS:
-        raise InputError(f"{name} is too large: {width}x{height} pixels, {_limit()}; scale it down")
+    _check_size(*image.size, name)
     try:
         if getattr(image, "n_frames", 1) > 1 and image.tell() != 0:
             image.seek(0)
@@ -128,6 +159,13 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
         return ImageOps.exif_transpose(image)
     except Exception:  # a broken EXIF block says nothing about the pixels: they stay as stored
         return image.copy()
+
+
+def _check_size(width: int, height: int, name: str) -> None:
+    if width < 1 or height < 1:
+        raise InputError(f"{name} is empty: {width}x{height} pixels")
+    if width * height > MAX_PIXELS:
+        raise InputError(f"{name} is too large: {width}x{height} pixels, {_limit()}; scale it down")
 
 
 def _limit() -> str:

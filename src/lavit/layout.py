@@ -23,7 +23,8 @@ part is tokenised on its own.
 Messages of conversations are those of Hugging Face chats: {"role": "user", "content": "…"} or, with
 pictures, a list of parts, {"type": "text", "text": …} and {"type": "image", "image": path or PIL
 image}. A picture that the assistant wrote may carry its "codes": they, not a new look at the
-picture, stand in the conversation then.
+picture, stand in the conversation then. Words of a message stay words: one that spells a control
+token of the template (`<|im_end|>`) is no control token.
 """
 
 from __future__ import annotations
@@ -44,16 +45,21 @@ QUESTION_WORDS = 50
 ROLES = ("system", "user", "assistant")
 Flat = list[tuple[str, str]]  # role, and text with marks for pictures
 Spans = list[tuple[str, bool]]  # text with marks, and whether it is learnt
-MARK = re.compile("\ue000(\\d+)\ue001")  # a picture while text is laid out; private characters
+# a picture, or words that spell a control token, while text is laid out; private characters
+MARK = re.compile("\ue000(\\d+)\ue001")
 
 
 @dataclass(frozen=True)
 class TextPart:
-    """A piece of text; `target`: it is learnt; `ends`: the LM's end token follows it."""
+    """A piece of text; `target`: it is learnt; `ends`: the LM's end token follows it.
+
+    `controls`: control tokens that it spells are meant, since a chat template wrote it.
+    """
 
     text: str
     target: bool = False
     ends: bool = False
+    controls: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,10 +118,8 @@ def mixed(items: Sequence[Any], *, read: bool) -> list[Part]:
 
 
 def normalised(question: str) -> str:
-    """A question in the paper's form: lower case, cleaned, 50 words; `InputError` without any."""
+    """A question in the paper's form: lower case, cleaned, at most 50 words."""
     words = UNWANTED.sub("", question.lower()).split()
-    if not any(character.isalnum() for word in words for character in word):
-        raise InputError(f"the question {question!r} has no words: ask about the picture")
     return " ".join(words[:QUESTION_WORDS])
 
 
@@ -129,14 +133,22 @@ def answer_text(answer: str) -> str:
     return f" {answer}"
 
 
-def ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """Ids of a text, without the tokenizer's own begin and end."""
-    return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+def ids_of(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    controls: bool = False,
+) -> tuple[int, ...]:
+    """Ids of a text, without the tokenizer's own begin and end.
+
+    Control tokens that it spells are words like others, unless `controls` are meant.
+    """
+    options = {"add_special_tokens": False, "split_special_tokens": not controls}
+    return tuple(tokenizer(text, verbose=False, **options)["input_ids"])
 
 
 def segments(
     parts: Sequence[Part],
-    ids: Callable[[str], tuple[int, ...]],
+    ids: Callable[[str, bool], tuple[int, ...]],
     codes: Callable[[ImagePart], tuple[int, ...]],
     end: int,
     *,
@@ -144,13 +156,14 @@ def segments(
 ) -> Document:
     """Parts as segments of ids: `ids` tokenises text, `codes` looks pictures up or looks at them.
 
-    A part's `image` becomes the segment's index where it is a number. With `read_as` "codes" no
-    picture enters as features.
+    `ids` is told whether control tokens are meant. A part's `image` becomes the segment's index
+    where it is a number. With `read_as` "codes" no picture enters as features.
     """
     found: list[Text | Image] = []
     for part in parts:
         if isinstance(part, TextPart):
-            found.append(Text((*ids(part.text), *[end] * part.ends), target=part.target))
+            words = ids(part.text, part.controls)
+            found.append(Text((*words, *[end] * part.ends), target=part.target))
             continue
         part = replace(part, read=part.read and read_as == "features")
         index = part.image if isinstance(part.image, int) else -1
@@ -208,22 +221,35 @@ def _laid(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, reply: Repl
     """Parts of turns; without a `reply` to come, the last turn is one, and is learnt."""
     kinds = [turn.kind for turn in turns]
     read = (reply or kinds[-1]) == "text"
-    pictures: list[ImagePart] = []
+    controls = _controls(tokenizer)
+    marked: list[Part] = []
     flat: Flat = []
+
+    def mark(part: Part) -> str:
+        marked.append(part)
+        return f"\ue000{len(marked) - 1}\ue001"
+
     for number, turn in enumerate(turns, 1):
         learnt = reply is None and number == len(turns)
         text = ""
         for piece in turn.pieces:
             if isinstance(piece, ImagePart):
-                text += f"\ue000{len(pictures)}\ue001"
-                pictures.append(replace(piece, read=read and not learnt, target=learnt))
-            else:
-                text += piece
+                text += mark(replace(piece, read=read and not learnt, target=learnt))
+                continue
+            for place, words in enumerate(controls.split(piece)):
+                text += mark(TextPart(words, target=learnt)) if place % 2 else words
         flat.append((turn.role, text))
     if tokenizer.chat_template:
-        return _parts(_templated(flat, tokenizer, reply), pictures)
-    parts = _parts(_plain(flat, [*kinds[1:], reply]), pictures)
+        return _parts(_templated(flat, tokenizer, reply), marked, controls=True)
+    parts = _parts(_plain(flat, [*kinds[1:], reply]), marked, controls=False)
     return parts if reply else [*parts[:-1], replace(parts[-1], ends=True)]
+
+
+def _controls(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """The control tokens that a chat template may use, in one group."""
+    tokens = tokenizer.added_tokens_decoder.values() if tokenizer.chat_template else ()
+    known = sorted((token.content for token in tokens if token.special), key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, known)) or '(?!)'})")
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -327,20 +353,22 @@ def _plain(flat: Flat, kinds: list[str | None]) -> Spans:
         framed = role == "user" and kind == "text" and bool(MARK.sub("", text).strip())
         if framed:
             pictures = re.match(f"(?:\\s*{MARK.pattern})*", text).group()
-            text = pictures + question_text(text[len(pictures) :].strip())
+            asked = question_text(text[len(pictures) :])
+            if len(MARK.findall(pictures + asked)) < len(MARK.findall(text)):
+                behind = f"a picture stands behind the first {QUESTION_WORDS} words of a question"
+                raise InputError(f"{behind}: put it before them")
+            text = pictures + asked
         spans.append((text + "\n" * (role == "system"), False))
     return spans
 
 
-def _parts(spans: Spans, pictures: list[ImagePart]) -> list[Part]:
-    """Spans with their marks turned into pictures; neighbours of one kind are joined."""
+def _parts(spans: Spans, marked: Sequence[Part], *, controls: bool) -> list[Part]:
+    """Spans with their marks turned into what they stand for."""
     parts: list[Part] = []
     for text, target in spans:
         for place, piece in enumerate(MARK.split(text)):
             if place % 2:
-                parts.append(pictures[int(piece)])
-            elif piece and parts and isinstance(parts[-1], TextPart) and parts[-1].target == target:
-                parts[-1] = TextPart(parts[-1].text + piece, target)
+                parts.append(marked[int(piece)])
             elif piece:
-                parts.append(TextPart(piece, target))
+                parts.append(TextPart(piece, target, controls=controls))
     return parts

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -24,13 +24,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lavit.config import PARTS, InputError, ModelConfig, read_config, write_config
-from lavit.images import pixels as to_pixels
 from lavit.modules.language import Language
 from lavit.modules.layers import Keep, Patches
 from lavit.modules.selector import KeepPolicy
 from lavit.modules.tokenizer import VisualTokenizer
 from lavit.modules.vision import Vision, load_vision, save_vision
-from lavit.placement import placer
+from lavit.placement import Places, placer
 from lavit.sequence import Batch, VisualTokens
 from lavit.storage import (
     has_part,
@@ -46,6 +45,7 @@ from lavit.storage import (
 if TYPE_CHECKING:  # diffusers takes seconds to import, and only pixels need it
     from lavit.modules.pixels import Pixels
 
+EXACT = ("vision", "visual_tokenizer")  # in fp32 as in training, so that rounding flips no choice
 TRAINED_BY = {"vision": "tokenizer", "visual_tokenizer": "tokenizer"}  # else the stage of its name
 PUSHED = ("README.md", "training.json", "safety_checker")  # what lies beside the parts
 
@@ -53,9 +53,9 @@ PUSHED = ("README.md", "training.json", "safety_checker")  # what lies beside th
 class LaVIT(nn.Module):
     """Vision, visual tokenizer, language and pixels under one configuration.
 
-    The visual tokenizer stays in fp32 whatever the model is moved to (`.half()`, `.to(dtype)`):
-    rounding would flip its choices. `text_tokenizer` is the language model's own; `folder` is where
-    the model was read from.
+    Encoder and visual tokenizer stay in fp32 whatever the model is moved to (`.half()`,
+    `.to(dtype)`): rounding would flip their choices. `text_tokenizer` is the language model's own;
+    `folder` is where the model was read from.
     """
 
     vision: Vision  # the frozen encoder
@@ -76,6 +76,7 @@ class LaVIT(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.folder, self.text_tokenizer = config, folder, text_tokenizer
+        self.left_out: tuple[str, ...] = ()  # parts that `from_pretrained` was not to load
         self.register_module("vision", vision)
         self.register_module("visual_tokenizer", visual_tokenizer)
         self.register_module("language", language)
@@ -88,20 +89,20 @@ class LaVIT(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Number type of the parts; the visual tokenizer's, fp32, where there is no other."""
-        parts = [part for name, part in self.named_children() if name != "visual_tokenizer"]
+        """Number type of language and pixels; that of the exact parts where neither is there."""
+        parts = [part for name, part in self.named_children() if name not in EXACT]
         found = (p.dtype for part in parts for p in part.parameters() if p.is_floating_point())
         return next(found, torch.float32)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LaVIT:
-        """What `.to`, `.half` and `.cuda` call; the visual tokenizer keeps its number type."""
+        """What `.to`, `.half` and `.cuda` call; the exact parts keep their number type."""
 
         def moved(tensor: Tensor) -> Tensor:
             found = fn(tensor)
             return found if found.dtype == tensor.dtype else tensor.to(found.device)
 
         for name, part in self.named_children() if recurse else ():
-            part._apply(moved if name == "visual_tokenizer" else fn)
+            part._apply(moved if name in EXACT else fn)
         return self
 
     def needs(self, *parts: str) -> None:
@@ -110,7 +111,7 @@ class LaVIT(nn.Module):
         for part in parts:
             if getattr(self, part) is not None:
                 continue
-            if self.folder is not None and has_part(self.config, self.folder, part):
+            if part in self.left_out:
                 said = f"the part {part!r} was left out when {self.folder} was opened"
                 raise InputError(f"{said}: name it among `parts`")
             stage = TRAINED_BY.get(part, part)
@@ -121,9 +122,7 @@ class LaVIT(nn.Module):
     def patches(self, images: Sequence[Image]) -> Patches:
         """Encoder features (fp32) of pictures (RGB, any size; squashed to the encoder's)."""
         self.needs("vision")
-        vision = self.config.vision
-        batch = to_pixels(images, vision.image_size, vision.mean, vision.std)
-        return self.vision(batch.to(self.device, self.dtype)).float()
+        return self.vision.encode(images)
 
     @torch.no_grad()
     def encode_images(
@@ -133,16 +132,9 @@ class LaVIT(nn.Module):
         *,
         generator: torch.Generator | None = None,
     ) -> VisualTokens:
-        """Pictures to visual tokens, each alone: the same picture, the same tokens."""
+        """Pictures to visual tokens: the same picture, the same tokens, in training too."""
         self.needs("vision", "visual_tokenizer")
-        options = {"policy": policy, "generator": generator}
-        encode = self.visual_tokenizer.encode
-        tokens = [encode(self.patches([image]), **options) for image in images]
-        return VisualTokens(
-            torch.cat([t.codes for t in tokens]),
-            torch.cat([t.lengths for t in tokens]),
-            torch.cat([t.keep for t in tokens]),
-        )
+        return self.visual_tokenizer.encode(self.patches(images), policy, generator=generator)
 
     def forward(
         self,
@@ -183,7 +175,7 @@ class LaVIT(nn.Module):
         token: str | bool | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        device_map: Any = None,
+        device_map: Places | None = None,
         quantization: str | None = None,
         base: str | None = None,
         parts: Sequence[str] = PARTS,
@@ -206,6 +198,7 @@ class LaVIT(nn.Module):
             config = over_base(config, base)
         wanted = [part for part in parts if has_part(config, folder, part)]
         found = cls(config, folder=folder)
+        found.left_out = tuple(part for part in PARTS if part not in parts)
         if "vision" in wanted:
             found.vision = load_vision(config.vision, folder / "vision")
         if "visual_tokenizer" in wanted:

@@ -10,23 +10,46 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import shutil
 import tempfile
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils.quantization_config import QuantizationConfigMixin as Quantizer
 
 from lavit.config import InputError
 from lavit.modules.language import Language
 from lavit.storage import merge_lora
 
 log = logging.getLogger(__name__)
+Places = str | Mapping[str, int | str]  # "auto", or a map of modules to devices
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@cache
+def share_cores() -> None:
+    """Let threads that wait soon give their core away, or processes spin in each other's way.
+
+    libgomp, the OpenMP of torch on Linux, lets them spin 300,000 times, but 100 times while it has
+    more threads than there are cores: so a thread that sleeps gets some too. What the environment
+    asks for stays as it is.
+    """
+    if os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+        return
+
+    def hold() -> None:
+        torch.ones(2**20).add_(1)  # a parallel sum, whose threads belong to this one
+        threading.Event().wait()
+
+    threading.Thread(target=hold, name="lavit-cores", daemon=True).start()
 
 
 def place(
@@ -38,6 +61,7 @@ def place(
     on older ones, and fp32 elsewhere: bf16 products crawl on CPUs without AMX, and the CPU's fast
     step is made for fp32.
     """
+    share_cores()
     cuda = torch.cuda.is_available()
     if str(device) == "auto":
         device = "cuda" if cuda else "cpu"
@@ -63,7 +87,10 @@ def place(
 
 
 def placer(
-    device: torch.device, dtype: torch.dtype, quantization: str | None, device_map: Any = None
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: str | None,
+    device_map: Places | None = None,
 ) -> Callable[[Language], Language]:
     """What brings a loaded `Language` to its place: quantised, spread, or just moved.
 
@@ -82,7 +109,7 @@ def placer(
     return lambda language: dispatched(language, device, dtype, device_map)
 
 
-def quantizer(quantization: str, device: torch.device, dtype: torch.dtype) -> Any:
+def quantizer(quantization: str, device: torch.device, dtype: torch.dtype) -> Quantizer:
     """What configures transformers' quantiser here; raises `InputError` where there is none."""
     if device.type != "cuda":
         where = f"this runs on {device.type}: leave quantization out"
@@ -106,16 +133,15 @@ def quantizer(quantization: str, device: torch.device, dtype: torch.dtype) -> An
 
 def quantized(
     language: Language,
-    config: Any,
+    config: Quantizer | None,
     device: torch.device,
     dtype: torch.dtype,
-    device_map: Any,
+    device_map: Places,
 ) -> Language:
     """The same `Language` around a rounded LM; its own rows and reader are moved and stay exact."""
     if any(hasattr(module, "get_base_layer") for module in language.lm.modules()):
         merge_lora(language)
-    lm, language.lm = language.lm, nn.Identity()  # so that the rest moves without it
-    language.to(device, dtype)
+    lm = _apart(language, device, dtype)
     options = {"quantization_config": config, "device_map": device_map, "dtype": dtype}
     weights = lm.state_dict()
     rounded = type(lm).from_pretrained(None, config=lm.config, state_dict=weights, **options)
@@ -123,18 +149,30 @@ def quantized(
     return language
 
 
-def dispatched(language: Language, device: torch.device, dtype: torch.dtype, to: Any) -> Language:
+def dispatched(
+    language: Language,
+    device: torch.device,
+    dtype: torch.dtype,
+    to: Places,
+) -> Language:
     """The same `Language`, its LM spread by accelerate: "auto", or a map of modules to devices."""
     from accelerate import dispatch_model, infer_auto_device_map
 
-    lm, language.lm = language.lm.to(dtype), nn.Identity()
-    language.to(device, dtype)
-    if to == "auto":
-        to = infer_auto_device_map(lm, no_split_module_classes=lm._no_split_modules)
+    lm = _apart(language, device, dtype).to(dtype)
+    whole = {"no_split_module_classes": lm._no_split_modules}
+    places = infer_auto_device_map(lm, **whole) if isinstance(to, str) else dict(to)
     folder = None
-    if "disk" in to.values():
+    if "disk" in places.values():
         folder = tempfile.mkdtemp(prefix="lavit-")
         weakref.finalize(language, shutil.rmtree, folder, ignore_errors=True)
-    language.lm = dispatch_model(lm, to, main_device=device, offload_dir=folder)
-    log.info("the language model lies on %s", ", ".join(sorted(set(map(str, to.values())))))
+    language.lm = dispatch_model(lm, places, main_device=device, offload_dir=folder)
+    log.info("the language model lies on %s", ", ".join(sorted(set(map(str, places.values())))))
     return language
+
+
+def _apart(language: Language, device: torch.device, dtype: torch.dtype) -> Any:
+    """Move all but the LM, which is taken out and returned."""
+    lm = language.lm
+    language.lm = nn.Identity()  # type: ignore[assignment]
+    language.to(device, dtype)
+    return lm

@@ -134,9 +134,10 @@ def nano() -> Preset:
             learning_rate=2e-3,
             foreground=1.0,
             rate=0.25,  # a scene has two things as a rule, which cover a sixth of it
-            rate_weight=8.0,  # at 2 the term that decides empties pictures instead
+            rate_weight=16.0,  # eight times the other, or what decides empties pictures instead
             selector_gradient="ragged",
-            decided_weight=1.0,
+            selector_rate=0.5,  # at 1 chance orders the patches when it decides
+            decided_weight=2.0,
             k_means_vectors=40_000,
             optimizer="muon",
         ),

@@ -2,7 +2,7 @@
 
     processor = LaVITProcessor.from_pretrained("nano")
     inputs = processor(text="a red bar.", images=picture)  # pixel_values, parts
-    patches = model.vision(inputs["pixel_values"])
+    patches = model.vision.encode_pixels(inputs["pixel_values"])
     tokens = model.visual_tokenizer.encode(patches)
     batch = processor.pack(inputs["parts"], tokens)
     loss = model(batch, patches[batch.images], tokens.keep[batch.images])
@@ -22,19 +22,17 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from PIL import Image as PIL
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
 
 from lavit.config import InputError, ModelConfig, read_config
-from lavit.images import open_image, pixels
+from lavit.images import ImageInput, open_image, pixels
 from lavit.layout import ImagePart, Part, TextPart, ids_of, reading, segments
 from lavit.modules.smollm2 import SMOLLM2, smollm2_config, smollm2_file
 from lavit.sequence import Batch, VisualTokens, lay_out, pack
 from lavit.storage import model_folder
 from lavit.vocabulary import MARKERS, Vocabulary
 
-Picture = str | Path | bytes | PIL.Image
 Ids = Int[Tensor, "rows tokens"] | Sequence[Sequence[int]]  # joint ids
 
 
@@ -74,7 +72,7 @@ class LaVITProcessor:
     def __call__(
         self,
         text: str | Sequence[str] | None = None,
-        images: Picture | Sequence[Picture] | None = None,
+        images: ImageInput | Sequence[ImageInput] | None = None,
     ) -> BatchFeature:
         """Tensors of pictures, and the parts of documents about them.
 
@@ -82,7 +80,7 @@ class LaVITProcessor:
         list for each text: a picture, by its number, and its caption, or text alone (layout.py has
         other kinds). Raises `InputError` for a bad picture, or texts that are not as many.
         """
-        pictures = [images] if isinstance(images, Picture) else list(images or ())
+        pictures = [images] if isinstance(images, ImageInput) else list(images or ())
         texts = [text] if isinstance(text, str) else list(text or ())
         if pictures and texts and len(pictures) != len(texts):
             raise InputError(f"{len(pictures)} pictures but {len(texts)} texts: give one for each")

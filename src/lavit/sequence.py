@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, zip_longest
 
 import numpy as np
 import torch
@@ -45,6 +45,12 @@ class VisualTokens:
     codes: Int[Tensor, "total"]
     lengths: Int[Tensor, "images"]
     keep: Bool[Tensor, "images patches"]
+
+    @classmethod
+    def joined(cls, parts: Sequence_[VisualTokens]) -> VisualTokens:
+        """The images of several batches, in order."""
+        names = ("codes", "lengths", "keep")
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
     def split(self) -> tuple[Int[Tensor, "kept"], ...]:
         """Codes of each image."""
@@ -213,14 +219,11 @@ def fill_rows(lengths: Sequence_[int], rows: int, capacity: int) -> tuple[list[l
 def fill_from_front(lengths: Sequence_[int], rows: int, capacity: int) -> list[list[int]]:
     """Fill rows with as many of the first items as fit together, whatever their lengths.
 
-    Returns the item numbers of each row: all of 0, 1, … up to some number. Raises `InputError` for
-    an item longer than a row.
+    No item may be longer than a row. Returns the item numbers of each row: all of 0, 1, … up to
+    some number.
     """
     count = total = 0
     for length in lengths:
-        if length > capacity:
-            most = f"more than a row of {capacity}: use longer rows"
-            raise InputError(f"document {count} has {length} tokens, {most}")
         total += length
         if total > rows * capacity:
             break
@@ -291,6 +294,15 @@ def attention_mask(documents: Int[Tensor, "rows tokens"]) -> Bool[Tensor, "rows 
     itself = torch.eye(tokens, dtype=torch.bool, device=documents.device)
     real = (documents >= 0)[:, :, None]
     return ((same & causal & real) | itself)[:, None]
+
+
+def check_slots(slots: Bool[Tensor, "rows tokens"], lengths: Int[Tensor, "images"]) -> None:
+    """Raise `InputError` unless each image has as many slots as features: one mask made both."""
+    pairs = zip_longest(slot_lengths(slots), lengths.tolist(), fillvalue=0)
+    for image, (wanted, given) in enumerate(pairs):
+        if wanted != given:
+            counts = f"image {image} has {wanted} slots but {given} features"
+            raise InputError(f"{counts}: codes and features must come from the same keep mask")
 
 
 def fill_slots(

@@ -22,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -160,6 +161,8 @@ def load_base(
     try:
         return AutoModelForCausalLM.from_pretrained(where), AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError) as error:
+        if "tiktoken" in str(error):  # what transformers says where it cannot read SentencePiece
+            require("sentencepiece", extra="published")
         raise InputError(f"no language model at {where}: {str(error).splitlines()[0]}") from error
 
 
@@ -177,6 +180,7 @@ def build_language(
         codes=config.visual_tokenizer.codes,
         end=text.eos_token_id,
         trained=config.language.source != "random",
+        read_as=config.language.read_as,
     )
     if config.language.lora_rank:
         inject_lora(language, config.language)
@@ -255,10 +259,10 @@ def export(language: Language, text: PreTrainedTokenizerBase, folder: Path) -> N
     table, head = lm.get_input_embeddings().weight, lm.get_output_embeddings()
     joint = {id(table): torch.cat([table, language.rows.to(table.dtype)])}
     if not language.tied:
-        if head.bias is not None:
-            raise InputError("a LM whose head has a bias cannot be exported with visual rows")
         rows = language.head_rows.to(head.weight.dtype)
         joint[id(head.weight)] = torch.cat([head.weight, rows])
+    if head.bias is not None:
+        joint[id(head.bias)] = F.pad(head.bias, (0, language.vocabulary.visual_size))
     tensors = lm.state_dict()
     for name, parameter in lm.named_parameters(remove_duplicate=False):
         tensors[name] = joint.get(id(parameter), tensors[name])

@@ -61,6 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `lavit`."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("lavit").setLevel(logging.INFO)
+    # threads that wait soon give their core away, or two processes spin in each other's way:
+    # libgomp reads this when torch is first imported (placement.py has what works later)
+    if not {"OMP_WAIT_POLICY", "torch"} & {*os.environ, *sys.modules}:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     for library in ("HF_HUB", "HF_DATASETS"):  # this command line has bars of its own
         os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -69,9 +73,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         words = ["train-finetune", *words[2:]]
     if len(words) > 1 and words[0] in GROUPS:
         verbs, prog, words = GROUPS[words[0]], f"lavit {words[0]}", words[1:]
+    about = "LaVIT: images as a foreign language."
     try:
-        about = "LaVIT: images as a foreign language."
-        tyro.extras.subcommand_cli_from_dict(verbs, prog=prog, description=about, args=words)
+        try:
+            tyro.extras.subcommand_cli_from_dict(verbs, prog=prog, description=about, args=words)
+        finally:
+            sys.stdout.flush()  # `lavit --help | head`: that the reader has left shows here
+    except BrokenPipeError as gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more
+        raise SystemExit(141) from gone  # as the shell has it for SIGPIPE
     except InputError as error:
         print(f"lavit: {error}", file=sys.stderr)
         raise SystemExit(2) from error

@@ -76,7 +76,7 @@ def evaluate(
             raise InputError("--items are judged as scenes are: leave --data out")
     if json is not None:
         evaluation.write_json(found, json)
-    if not names and not valid and (folder / "training.json").is_file():
+    if not names and not valid and found.get("comparable", True) and (folder / "training.json").is_file():
         record_figures(folder, evaluation.card_rows(found))
     _print(found)
 
@@ -98,6 +98,8 @@ def _print(found: dict[str, Any]) -> None:
         print(found["held_out"])
     elif found["valid"]:
         print("on the splits to choose by: no figures to publish")
+    elif found["test_hash"] is None:
+        print(f"config {found['config_hash']}  items of your own")
     else:
         others = "  NOT COMPARABLE with published figures: other scenes or other packages"
         said = "" if found["comparable"] else others

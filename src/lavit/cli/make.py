@@ -46,7 +46,8 @@ def train(
 
     from lavit.presets import preset as find
     from lavit.presets import scaled
-    from lavit.train.run import STAGES, Run
+    from lavit.train.run import Run
+    from lavit.train.settings import STAGES
 
     chosen = find(preset)
     model = chosen.model

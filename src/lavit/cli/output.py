@@ -14,6 +14,8 @@ import tyro
 from lavit.config import InputError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from lavit.generate.pipeline import Pipeline
     from lavit.train.loop import Report
 
@@ -59,7 +61,7 @@ def answer_with(as_json: bool, text: str, **fields: Any) -> None:
     print(json.dumps(fields, ensure_ascii=False) if as_json else text, flush=True)
 
 
-def write_pictures(pictures: Sequence[Any], out: Path) -> None:
+def write_pictures(pictures: Sequence[Image | None], out: Path) -> None:
     """Save pictures as OUT, or OUT-0, OUT-1 … where there are several; None is left out."""
     for number, picture in enumerate(pictures):
         if picture is None:
@@ -73,7 +75,7 @@ def write_pictures(pictures: Sequence[Any], out: Path) -> None:
         print(name)
 
 
-def write_drawn(draw: Callable[[], Sequence[Any]], out: Path) -> None:
+def write_drawn(draw: Callable[[], Sequence[Image]], out: Path) -> None:
     """Draw and save; where the safety checker refuses some pictures the others are saved first."""
     from lavit.generate.safety import Refused
 

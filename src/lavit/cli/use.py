@@ -61,7 +61,9 @@ def choose(
     json: bool = False,
 ) -> None:
     """Say which of some texts a picture shows: the likeliest as its caption."""
-    chosen = load_model(model, [image], parts=TO_READ).choose(image, among, n=n)
+    if not 1 <= n <= max(1, len(among)):
+        raise InputError(f"n is {n}: choose from 1 to all {len(among)} texts")
+    chosen = load_model(model, [image], parts=TO_READ).rank(image, among)[:n]
     answer_with(json, "\n".join(chosen), image=image, chosen=chosen)
 
 
@@ -75,6 +77,7 @@ def ask(
 ) -> None:
     """Answer a question about a picture."""
     lavit = load_model(model, [image], protocol=protocol, parts=TO_READ)
+    warn_of_unknown(lavit, [question])
     answer = lavit.ask(image, question)
     answer_with(json, answer, image=image, question=question, answer=answer)
 
@@ -105,7 +108,8 @@ def chat(
                 continue
             words = {"type": "text", "text": rest if draws else line}
             talk = [*messages, {"role": "user", "content": [*shown, words]}]
-            reply = lavit.chat(talk, out="image" if draws else "text", seed=seed, steps=steps)
+            how = {"out": "image", "steps": steps} if draws else {}
+            reply = lavit.chat(talk, seed=seed, **how)
         except InputError as error:
             print(f"lavit: {error}", file=sys.stderr)
             continue
@@ -135,18 +139,23 @@ class Drawing:
     safety: Safety = True
     watermark: Watermark = None
 
-    def write(self, prompts: Sequence[str], images: Sequence[str] | None = None) -> None:
-        """Draw prompts, from pictures where there are some, and save."""
+    def write(self, prompts: Sequence[str], image: str | None = None) -> None:
+        """Draw prompts, from a picture where there is one, and save."""
+        if self.n < 1:
+            raise InputError(f"n is {self.n}: ask for at least one picture")
         safety = None if self.safety else False  # None: as the model says
         options = {"protocol": self.protocol, "safety": safety, "watermark": self.watermark}
-        reads = images is not None or self.best_of is not None or self.protocol != "default"
+        reads = image is not None or self.best_of is not None or self.protocol != "default"
         parts = PARTS if reads else PARTS[1:]
-        lavit = load_model(self.model, images, parts=parts, **options)
+        lavit = load_model(self.model, None if image is None else [image], parts=parts, **options)
         warn_of_unknown(lavit, prompts)
-        names = ("n", "best_of", "seed", "guidance", "steps", "size")
+        names = ("best_of", "seed", "guidance", "steps", "size")
         how = {name: getattr(self, name) for name in names}
-        draw = partial(lavit.draw, **how) if images is None else partial(lavit.edit, images, **how)
-        write_drawn(lambda: [picture for made in draw(prompts) for picture in made], self.out)
+        wanted = [prompt for prompt in prompts for _ in range(self.n)]
+        if image is None:
+            write_drawn(partial(lavit.draw, wanted, **how), self.out)
+        else:
+            write_drawn(partial(lavit.edit, [image] * len(wanted), wanted, **how), self.out)
 
 
 Drawn = Annotated[Drawing, tyro.conf.arg(name="")]
@@ -155,15 +164,15 @@ Drawn = Annotated[Drawing, tyro.conf.arg(name="")]
 def draw(prompts: Words[tuple[str, ...]], /, how: Drawn) -> None:
     """Draw prompts. Several pictures are FILE-0, FILE-1 …, those of the first prompt first.
 
-    --n 4 draws each prompt four times; --best-of 8 draws eight and keeps the n in which the model
-    reads the prompt best.
+    Picture i takes seed + i. --n 4 draws each prompt four times; --best-of 8 draws eight for each
+    picture and keeps the one in which the model reads the prompt best.
     """
     how.write(prompts)
 
 
 def edit(image: Words[str], prompt: Words[str], /, how: Drawn) -> None:
     """Draw from a picture and an instruction."""
-    how.write([prompt], [image])
+    how.write([prompt], image)
 
 
 def reconstruct(
@@ -182,8 +191,8 @@ def reconstruct(
     checked = None if safety else False  # None: as the model says
     parts = (*TO_SEE, "pixels")
     lavit = load_model(model, images, safety=checked, watermark=watermark, parts=parts)
-    back = partial(lavit.reconstruct, keep=keep, seed=seed, steps=steps, size=size)
-    write_drawn(lambda: [back(image) for image in images], out)
+    how = {"keep": keep, "seed": seed, "steps": steps, "size": size}
+    write_drawn(partial(lavit.reconstruct, images, **how), out)
 
 
 def tokenize(

@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lavit.config import TO_SEE, InputError, read_json, require, to_json
+from lavit.config import TO_SEE, InputError, read_json, require, to_json, write_json
 from lavit.data.corpus import Broken, Corpus
 from lavit.data.sources import Pictures, below, load_records
 from lavit.model import LaVIT
@@ -203,15 +203,19 @@ def load_tokens(folder: str | Path, *, tokenizer: str | None = None) -> TokenCor
 def corpus_codes(
     folder: str | Path,
     corpus: Corpus,
-    data: str | Path,
     *,
     tokenizer: str,
 ) -> tuple[tuple[int, ...], ...]:
-    """Codes of every picture of a corpus, in its order, from tokens of the source `data`.
+    """Codes of every picture of a corpus, in its order, from tokens of its source of pictures.
 
-    `tokenizer` is the `tokenizer_hash` of the run. Tokens of another tokenizer, and pictures that
-    have none, raise `InputError`.
+    `tokenizer` is the `tokenizer_hash` of the run. Tokens of another tokenizer, pictures that have
+    none, and several sources of pictures, whose names may be the same, raise `InputError`.
     """
+    sources = [part.name for part in corpus.parts if len(part.pictures)]
+    if len(sources) > 1:
+        said = f"{folder} holds the codes of one source of pictures, and there are {len(sources)}"
+        raise InputError(f"{said}: give one of {', '.join(sources)}, beside sources of text")
+    data = sources[0]
     found = load_tokens(folder, tokenizer=tokenizer)
     codes = dict(zip(found.names, found.tokens.split(), strict=True))
     names = [below(picture.record.name, data) for picture in corpus.pictures]
@@ -248,11 +252,7 @@ def _settle(job: Job, records: Pictures, lavit: LaVIT) -> dict[str, Any]:
             made = f"{job.out} holds tokens made with another {', '.join(others)}"
             raise InputError(f"{made}: give another --out, or delete it")
         return settings
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, {**settings, "complete": False})
-    except OSError as error:
-        raise InputError(f"cannot write to {job.out}: {error.strerror}") from error
+    write_json(path, {**settings, "complete": False})
     return settings
 
 
@@ -268,7 +268,7 @@ def _finish(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         "tokens": sum(one["tokens"] for one in said),
         "broken": [{"name": name, "reason": reason} for name, reason in broken],
     }
-    _replace(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, manifest)
     for name, reason in broken:
         log.warning("left out %s: %s", name, reason)
     if not manifest["pictures"]:
@@ -384,9 +384,3 @@ def _read(path: Path, tokenizer: str, columns: list[str] | None = None) -> tuple
         other = f"{path} was made by another tokenizer than its folder says"
         raise InputError(f"{other}: delete it and tokenise again")
     return table, said
-
-
-def _replace(path: Path, data: dict[str, Any]) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, path)

@@ -196,9 +196,7 @@ class ConversationDocuments(Rows):
     def _lay_out(self, conversation: Conversation) -> list[Sequence]:
         found = [lay_out(one, self.vocabulary) for one in self.documents(conversation)]
         for sequence in found:
-            if len(sequence) > self.config.tokens:
-                long = f"{len(sequence)} tokens are more than a row of {self.config.tokens}"
-                raise InputError(f"{long}: use longer rows")
+            self.check_length(sequence)
             if all(label == IGNORE for label in sequence.labels):
                 raise InputError("every label is masked: a turn of the assistant is empty")
         return found

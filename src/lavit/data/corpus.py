@@ -4,7 +4,7 @@ Any source of data/sources.py gives pictures and texts, or texts alone. A column
 texts that ask for a picture where its captions do not. A folder may give more: questions.jsonl and
 edits.jsonl about its pictures. Several sources are one string, `pictures,shapes:0.5,a.jsonl:0.2`: a
 document of training comes from each in proportion to the weight behind its colon (1 where none
-stands). Broken pictures are left out, counted and named.
+stands). Broken pictures are left out, counted and named; those without texts serve stages 1 and 3.
 """
 
 from __future__ import annotations
@@ -186,15 +186,14 @@ def _load_source(name: str, splits: Sequence[str], first: int) -> Found:
         for line in _lines(folder / "edits.jsonl")
         if places.keys() >= {*(sources := line["sources"]), line["target"]}
     ]
-    asked = {question.picture for question in questions}
-    pictures = [_picture(record, at in asked) for at, record in enumerate(records, first)]
-    return pictures, questions, edits, broken, ()
+    silent = sum(not record.texts for record in records)
+    if silent:
+        log.info("%d of %d pictures of %s have no text", silent, len(records), name)
+    return [_picture(record) for record in records], questions, edits, broken, ()
 
 
-def _picture(record: Record, asked: bool) -> Picture:
-    """What may be said of a picture; one without words must at least be asked about."""
-    if not record.texts and not asked:
-        raise InputError(f"{record.name} has no text: give a column text, caption or name")
+def _picture(record: Record) -> Picture:
+    """What may be said of a picture."""
     asking = record.columns.get("prompts")
     if asking is None:  # who asks for a picture ends with no full stop
         asking = [text.removesuffix(".") for text in record.texts]

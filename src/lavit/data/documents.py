@@ -12,11 +12,12 @@ and 5).
 
 Some steps share a window of rows: documents are drawn until they would overflow it, then spread
 over its rows. So rows are full, each holds long documents and short ones, and no length is favoured
-(`fill_from_front`).
+(`fill_from_front`). A document longer than a row is left out, counted and named.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Sequence_
 from typing import Any, TypeVar
@@ -40,6 +41,7 @@ from lavit.layout import (
 from lavit.sequence import (
     Batch,
     Document,
+    Image,
     Sequence,
     fill_from_front,
     lay_out,
@@ -48,12 +50,14 @@ from lavit.sequence import (
 )
 from lavit.vocabulary import Vocabulary
 
+log = logging.getLogger(__name__)
 Rng = np.random.Generator
 Item = TypeVar("Item")
 Codes = Callable[[int], tuple[int, ...]]  # of a picture, by its number
 KINDS = ("reading", "writing", "question", "edit", "text")
 ASKED = 4  # questions of one document
 WINDOW = 64  # rows that are filled together, at least
+MOST_LONG = 100  # documents longer than a row for each one that is not
 
 
 class Source:
@@ -86,10 +90,17 @@ class Rows:
         seed: int,
     ) -> None:
         self.tokenizer, self.vocabulary, self.config, self.seed = text, vocabulary, config, seed
+        self.left_out: dict[str, str] = {}  # records, each named once, and why
 
-    def ids(self, text: str) -> tuple[int, ...]:
-        """Ids of a text, without the tokenizer's own begin and end."""
-        return ids_of(self.tokenizer, text)
+    def leave_out(self, name: str, error: InputError) -> None:
+        """Name and count a record that cannot be used."""
+        if name not in self.left_out:
+            self.left_out[name] = str(error)
+            log.warning("left out %s: %s (%d so far)", name, error, len(self.left_out))
+
+    def ids(self, text: str, controls: bool = False) -> tuple[int, ...]:
+        """Ids of a text; see `ids_of`."""
+        return ids_of(self.tokenizer, text, controls)
 
     def segments(self, parts: Sequence_[Part], codes: Codes) -> Document:
         """Parts, whose pictures are numbers, as a document."""
@@ -99,7 +110,14 @@ class Rows:
         """A document as ids, with labels for a share of the codes that are read."""
         read = self.config.supervise_read_images
         laid = lay_out(document, self.vocabulary, supervise_read_images=read)
+        self.check_length(laid)
         return supervise_some(laid, self.config.read_share, rng)
+
+    def check_length(self, sequence: Sequence) -> None:
+        """Raise `InputError` for a document that no row holds."""
+        if len(sequence) > self.config.tokens:
+            long = f"{len(sequence)} tokens are more than a row of {self.config.tokens}"
+            raise InputError(f"{long}: use longer rows")
 
     def spread(self, lengths: list[int], rows: int, seed: list[int]) -> list[list[int]]:
         """As many of the first documents as fit together: their numbers in rows of any order."""
@@ -117,7 +135,7 @@ class Documents(Rows):
     def __init__(self, corpus: Corpus, codes: tuple[tuple[int, ...], ...], **shared: Any) -> None:
         super().__init__(**shared)
         self.corpus, self.codes = corpus, codes
-        self._ids: dict[str, tuple[int, ...]] = {}
+        self._ids: dict[tuple[str, bool], tuple[int, ...]] = {}
         self._window: tuple[int, list[list[Sequence]]] | None = None
         self._asked: dict[int, list[int]] = {}
         for number, question in enumerate(corpus.questions):
@@ -131,11 +149,11 @@ class Documents(Rows):
             if len(part.texts)
         }
 
-    def ids(self, text: str) -> tuple[int, ...]:
+    def ids(self, text: str, controls: bool = False) -> tuple[int, ...]:
         """The same, kept: most texts come again."""
-        if text not in self._ids:
-            self._ids[text] = super().ids(text)
-        return self._ids[text]
+        if (text, controls) not in self._ids:
+            self._ids[text, controls] = super().ids(text, controls)
+        return self._ids[text, controls]
 
     def draw(self, rng: Rng) -> Document:
         """One document."""
@@ -145,6 +163,13 @@ class Documents(Rows):
         source = self.sources[number]
         kind = KINDS[by_shares(source.until, rng)]
         return self.segments(getattr(self, f"_{kind}")(source, rng), self.codes.__getitem__)
+
+    def _name(self, document: Document) -> str:
+        """What a document is about: its first picture, or how its text begins."""
+        for segment in document:
+            if isinstance(segment, Image):
+                return self.corpus.pictures[segment.index].record.name
+        return f"a text, {self.tokenizer.decode(document[0].ids[:16])!r}"
 
     def _reading(self, source: Source, rng: Rng) -> list[Part]:
         number = _one(source.read, rng)
@@ -177,9 +202,17 @@ class Documents(Rows):
         if self._window is None or self._window[0] != window:
             rng = np.random.default_rng([self.seed, window])
             drawn: list[Sequence] = []
-            room = rows * self.config.tokens
+            room, long = rows * self.config.tokens, 0
             while room >= 0:
-                drawn.append(self.lay_out(self.draw(rng), rng))
+                document = self.draw(rng)
+                try:
+                    drawn.append(self.lay_out(document, rng))
+                except InputError as error:
+                    self.leave_out(self._name(document), error)
+                    long += 1
+                    if long > MOST_LONG * (1 + len(drawn)):
+                        raise InputError(f"next to no document fits: {error}") from error
+                    continue
                 room -= len(drawn[-1])
             filled = self.spread([len(one) for one in drawn], rows, [self.seed, window, 1])
             self._window = (window, [[drawn[number] for number in row] for row in filled])

@@ -18,16 +18,14 @@ from jaxtyping import Float, Int
 from PIL.Image import Image
 from torch import Tensor
 
-from lavit.config import VisionConfig, to_json
+from lavit.config import VisionConfig, read_json, to_json, write_json
 from lavit.data.sources import Record
 from lavit.images import pixels
-from lavit.modules.selector import KeepPolicy
 from lavit.modules.tokenizer import VisualTokenizer
-from lavit.modules.vision import Vision
+from lavit.modules.vision import BLOCK, Vision
 from lavit.sequence import VisualTokens
 
-BLOCK = 8  # pictures encoded at a time: more do not fit a CPU's cache
-SAVED = 512  # pictures between two marks on disk
+SAVED = 512  # pictures between two marks on disk, and of features that are read at a time
 
 
 @dataclass(frozen=True)
@@ -78,39 +76,34 @@ def compute_features(
     folder.mkdir(parents=True, exist_ok=True)
     path, mark = folder / f"features-{key}.npy", folder / f"features-{key}.json"
     config = vision.config
-    done = json.loads(mark.read_text())["done"] if mark.exists() and path.exists() else 0
+    done = read_json(mark)["done"] if mark.exists() and path.exists() else 0
     shape = None if done else (len(records), config.patches, config.dim)
     mode = "r+" if done else "w+"
     array = np.lib.format.open_memmap(path, mode=mode, dtype=np.float16, shape=shape)
-    device = next(vision.parameters()).device
     while done < len(records):
         images = [record.open() for record in records[done : done + BLOCK]]
-        batch = pixels(images, config.image_size, config.mean, config.std)
-        array[done : done + len(images)] = vision(batch.to(device)).half().cpu().numpy()
+        array[done : done + len(images)] = vision.encode(images).cpu().numpy()
         done += len(images)
         if done % SAVED and done < len(records):
             continue
         array.flush()
-        mark.write_text(json.dumps({"done": done}))
+        write_json(mark, {"done": done})
         if progress:
             progress(done, len(records))
     return Features(np.load(path, mmap_mode="r"))
 
 
-@torch.no_grad()
 def tokenize_features(
     tokenizer: VisualTokenizer,
     features: Features,
-    *,
-    policy: KeepPolicy | None = None,
-    batch: int = 64,
+    pictures: Int[Tensor, "images"] | None = None,
 ) -> VisualTokens:
-    """Visual tokens of every picture of cached features, in order."""
+    """Visual tokens (on the CPU) of these pictures of cached features (None: of all), in order."""
     device = next(tokenizer.parameters()).device
-    batches = torch.arange(len(features)).split(batch)
-    parts = [tokenizer.encode(features.rows(one).to(device), policy) for one in batches]
-    names = ("codes", "lengths", "keep")
-    return VisualTokens(*(torch.cat([getattr(p, name) for p in parts]).cpu() for name in names))
+    pictures = torch.arange(len(features)) if pictures is None else pictures
+    parts = [tokenizer.encode(features.rows(one).to(device)) for one in pictures.split(SAVED)]
+    whole = VisualTokens.joined(parts)
+    return VisualTokens(whole.codes.cpu(), whole.lengths.cpu(), whole.keep.cpu())
 
 
 def nothing_read(vision: VisionConfig) -> tuple[Features, VisualTokens]:

@@ -63,11 +63,10 @@ class Streamed:
     folder: Path  # of pictures that are paths
     name: str
 
-    def record(self, row: Mapping[str, Any], place: object = None) -> Record:
+    def record(self, row: Mapping[str, Any], place: object) -> Record:
         """A row as a record, of texts alone without a picture; `place` names what has no path."""
         cells = dict(row)
-        name = f"{self.name}[{cells.get('__key__', '') if place is None else place}]"
-        image, name = _encoded(cells.pop(self.image, None), self.folder, name)
+        image, name = _encoded(cells.pop(self.image, None), self.folder, f"{self.name}[{place}]")
         texts = _texts(cells.get(self.text)) if self.text else ()
         return Record(image, texts, name, cells)
 
@@ -284,7 +283,8 @@ def _load(datasets: Any, data: str | Path, split: str, cache: Path | None, strea
         lines = str(error).splitlines() or [type(error).__name__]
         cause = error.__cause__ or error.__context__
         why = f"{lines[0]}{f' ({str(cause).splitlines()[0]})' if cause and str(cause) else ''}"
-        raise InputError(f"{name!r}, split {split!r}, cannot be opened: {why}") from error
+        where = "" if path.exists() else " is no file or folder here, and as a name on the hub"
+        raise InputError(f"{name!r}{where}, split {split!r}, cannot be opened: {why}") from error
 
 
 def _fingerprint(path: Path) -> str:

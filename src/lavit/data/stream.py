@@ -2,15 +2,15 @@
 
 Each process reads its own part of the shards and never looks ahead: pictures are encoded on the
 fly, block by block, and become documents as data/documents.py makes them (reading, writing, text).
-Rows are filled window by window with the documents in the order of the stream, so none is lost. The
-place in the stream is a small JSON state; a run that resumes from it reads the same records, into
-the same rows. (datasets' `IterableDataset.state_dict`.)
+Rows are filled window by window with the documents in the order of the stream, so none is lost but
+broken pictures and documents longer than a row, which are counted and named. The place in the
+stream is a small JSON state; a run that resumes from it reads the same records, into the same rows.
+(datasets' `IterableDataset.state_dict`.)
 """
 
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,7 +31,6 @@ from lavit.layout import drawing, reading
 from lavit.sequence import Batch, Text, VisualTokens, lay_out
 from lavit.sequence import Sequence as Document
 
-log = logging.getLogger(__name__)
 BLOCK = 32  # records that are read and encoded together
 EMPTY = 16  # blocks without any document before a stream is given up
 Encode = Callable[[list[Picture.Image]], tuple[Float[Tensor, "images patches dim"], VisualTokens]]
@@ -50,7 +49,7 @@ class Stream:
             few = f"{name!r} has {shards} shards for {ranks} processes"
             raise InputError(f"{few}: make more shards, or start at most {shards} processes")
         self.rows = parts.split_dataset_by_node(self.source.rows, rank, ranks)
-        self.epoch = 0
+        self.epoch, self.taken = 0, 0  # records of this epoch
         self._records: Any = None
 
     def take(self) -> Record:
@@ -61,18 +60,19 @@ class Stream:
                 self._records = iter(self.rows)
             row = next(self._records, None)
             if row is not None:
-                return self.source.record(row)
-            self.epoch, self._records = self.epoch + 1, None
+                self.taken += 1
+                return self.source.record(row, f"streamed {self.taken}")
+            self.epoch, self.taken, self._records = self.epoch + 1, 0, None
         raise InputError(f"{self.name!r} has no records for this process")
 
     def state(self) -> dict[str, Any]:
         """The place in the stream, as JSON data."""
         rows = None if self._records is None else self.rows.state_dict()
-        return {"epoch": self.epoch, "rows": rows}
+        return {"epoch": self.epoch, "taken": self.taken, "rows": rows}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go to a place."""
-        self.epoch, self._records = state["epoch"], None
+        self.epoch, self.taken, self._records = state["epoch"], state["taken"], None
         if state["rows"] is not None:
             self.rows.set_epoch(self.epoch)
             self.rows.load_state_dict(state["rows"])
@@ -120,7 +120,6 @@ class StreamingDocuments(Rows):
         self.rows = config.rows // ranks
         share = np.array(config.mixture[:2])
         self.reading = float(share[0] / share.sum()) if share.sum() else 1.0
-        self.broken: dict[str, str] = {}  # records that were left out, each named once, and why
         self._blocks: list[Block] = []  # read, and not all of it served
         self._skip = 0  # documents of the first block that earlier windows took
         self._read = 0  # number of the next block
@@ -157,8 +156,8 @@ class StreamingDocuments(Rows):
             self._blocks.append(self._next_block())
             empty = not any(block.documents for block in self._blocks[-EMPTY:])
             if len(self._blocks) >= EMPTY and empty:
-                none = f"{EMPTY * BLOCK} records in a row give no document"
-                raise InputError(f"{none}: lavit data check says why")
+                why = next(reversed(self.left_out.values()), "they hold nothing")
+                raise InputError(f"{EMPTY * BLOCK} records in a row give no document: {why}")
         self._start = {**self._blocks[0].start, "skip": self._skip}
         waiting = self._waiting()
         lengths, seed = [len(one) for _, one in waiting], [self.seed, self.rank, self._read, 1]
@@ -178,7 +177,7 @@ class StreamingDocuments(Rows):
         rng = np.random.default_rng([self.seed, self.rank, self._read])
         self._read += 1
         texts: list[str] = []
-        pictures: list[tuple[Picture.Image, str]] = []
+        pictures: list[tuple[Picture.Image, str, str]] = []  # with its text and name
         for _ in range(BLOCK):
             stream = self.streams[by_shares(self.until, rng)]
             record = stream.take()
@@ -187,19 +186,21 @@ class StreamingDocuments(Rows):
                 texts += [text] * bool(text)
                 continue
             try:
-                pictures.append((record.open(), text))
+                pictures.append((record.open(), text, record.name))
             except InputError as error:
-                if record.name not in self.broken:
-                    log.warning("left out %s: %s", record.name, error)
-                self.broken[record.name] = str(error)
+                self.leave_out(record.name, error)
         pieces = [piece for text in texts for piece in self._cut(text)]
         documents = [lay_out((piece,), self.vocabulary) for piece in pieces]
         patches, keep = self._no_pictures()
         if pictures:
-            patches, tokens = self.encode([image for image, _ in pictures])
+            patches, tokens = self.encode([image for image, _, _ in pictures])
             patches, keep = patches.cpu(), tokens.keep.cpu()
-            for number, (codes, (_, text)) in enumerate(zip(tokens.split(), pictures, strict=True)):
-                documents.append(self._document(tuple(codes.tolist()), number, text, rng))
+            both = zip(tokens.split(), pictures, strict=True)
+            for number, (codes, (_, text, name)) in enumerate(both):
+                try:
+                    documents.append(self._document(tuple(codes.tolist()), number, text, rng))
+                except InputError as error:
+                    self.leave_out(name, error)
         order = rng.permutation(len(documents))
         return Block(start, tuple(documents[number] for number in order), patches, keep)
 
@@ -246,6 +247,7 @@ def stream_texts(data: str, *, records: int = 10_000) -> Corpus:
     parts = []
     for name, weight in parse_mixture(data):
         source = stream_source(name)
-        told = tuple(text for row in source.rows.take(records) for text in source.record(row).texts)
-        parts.append(CorpusPart(name, weight, texts=told))
+        first = (source.record(row, "") for row in source.rows.take(records))
+        texts = tuple(text for record in first for text in record.texts)
+        parts.append(CorpusPart(name, weight, texts=texts))
     return Corpus((), parts=tuple(parts))

@@ -14,6 +14,7 @@ from lavit.evaluate import judge
 from lavit.evaluate.drawing import packed, turned, unpacked
 from lavit.evaluate.exam import Exam, Missing
 from lavit.evaluate.figures import Figure, average, share
+from lavit.generate.options import ChatMessage
 
 TURNS = 4
 TALKS = 8  # that go on together
@@ -79,7 +80,7 @@ def message(parts: list[Any]) -> dict[str, Any]:
     return {"role": "user", "content": content}
 
 
-def plain(reply: dict[str, Any]) -> Reply:
+def plain(reply: ChatMessage) -> Reply:
     """The model's message as plain data."""
     part = reply["content"][0]
     return {"text": part["text"]} if part["type"] == "text" else {"picture": packed(part["image"])}

@@ -10,12 +10,14 @@ fresh renders about 5 % count as copies (the floor), and of training pictures al
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 from PIL import Image
 
+from lavit.data.scenes.dataset import unit_at
 from lavit.data.scenes.language import prompt
-from lavit.data.scenes.sample import build, scene_at
+from lavit.data.scenes.sample import build
 from lavit.data.scenes.splits import facts_key
 from lavit.data.scenes.world import Scene, facts
 from lavit.evaluate.drawing import drawn
@@ -33,7 +35,8 @@ def draw_copies(exam: Exam) -> Figure:
     """Share of drawings that are copies of training pictures."""
     exam.needs("language", "pixels")
     seed = int((scenes_of(exam.folder) or {}).get("seed", 0))
-    pool = [scene_at("train", number, seed=seed, rules=exam.rules) for number in range(POOL)]
+    units = (unit_at("train", number, seed=seed, rules=exam.rules) for number in range(POOL))
+    pool = list(islice((told.scene for unit in units for told in unit.pictures), POOL))
     items = [number for number, scene in enumerate(pool) if scene.things][: exam.count]
 
     def parts(item: int) -> list[str]:

@@ -17,6 +17,7 @@ import lavit
 from lavit.config import InputError
 from lavit.data.scenes.edits import edit
 from lavit.data.scenes.language import describe, prompt
+from lavit.data.scenes.lexicon import unknown_words
 from lavit.data.scenes.parse import parse
 from lavit.data.scenes.questions import Question, questions, right
 from lavit.data.scenes.render import render
@@ -26,6 +27,7 @@ from lavit.data.scenes.tasks import several
 from lavit.data.scenes.world import Scene, facts
 from lavit.evaluate.demo_page import Item, Section, page, save_sheet, sheet
 from lavit.evaluate.exam import Progress
+from lavit.evaluate.judge import Judge, all_right
 from lavit.evaluate.known import rules_of, scenes_of, strange_words
 from lavit.storage import model_folder
 from lavit.visualize import kept_over
@@ -70,6 +72,9 @@ def write_demo(
     except OSError as error:
         raise InputError(f"cannot write to {out}: {error.strerror or error}") from error
     return sections
+
+
+VERDICT = {True: "as asked", False: "not as asked", None: ""}  # of the judge
 
 
 @dataclass(frozen=True)
@@ -158,8 +163,9 @@ class Show:
         tasks = [Task((), prompt(scene, rng, full=True), scene) for scene in scenes]
         about = (
             "Prompts that name things never seen together in training, and the first picture "
-            "that comes out for each."
-        )  # fmt: skip
+            "that comes out for each. A tick means that the judge, a detector that sees the picture "
+            "alone, finds everything that was asked for and nothing else."
+        )
         return self.made("Drawing", about, tasks)
 
     def editing(self) -> Section:
@@ -210,14 +216,16 @@ class Show:
         sources = [[self.picture(scene) for scene in task.sources] for task in tasks]
         prompts = [[*shown, task.words] for shown, task in zip(sources, tasks, strict=True)]
         seeds = [self.seed * APART + number for number in range(len(tasks))]
-        made = self.pipe.generate(prompts, seed=seeds)
+        made = self.pipe.compose(prompts, seed=seeds)
+        seen = Judge.load().look(made)
         items = []
-        for task, shown, (drawn,) in zip(tasks, sources, made, strict=True):
+        for task, shown, drawn, saw in zip(tasks, sources, made, seen, strict=True):
             names = ("before",) if len(shown) == 1 else ("first", "second")
             pictures = [*zip(names, shown, strict=False), ("drawn", drawn)]
             if shown:
                 pictures.append(("one right answer", self.picture(task.target)))
-            items.append(Item(tuple(pictures), asked=task.words))
+            good = None if unknown_words(task.words) else all_right(facts(task.target), saw)
+            items.append(Item(tuple(pictures), asked=task.words, said=VERDICT[good], right=good))
         return Section(title, about, tuple(items))
 
     def ladder(self) -> Section:

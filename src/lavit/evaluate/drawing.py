@@ -23,7 +23,7 @@ from lavit.evaluate import judge
 from lavit.evaluate.exam import Exam
 from lavit.evaluate.figures import Figure, average, averages, mean, share
 from lavit.evaluate.judge import Seen
-from lavit.generate.prompts import writing
+from lavit.generate.prompts import image_jobs
 from lavit.layout import mixed
 
 T = TypeVar("T")
@@ -37,23 +37,14 @@ def prompt_of(exam: Exam, split: str, item: int) -> str:
 
 
 def written(exam: Exam, task: str, items: Sequence[int], parts: Parts) -> list[list[int]]:
-    """Codes of one image for each item, as `Pipeline.generate` samples them, kept by item."""
+    """Codes of one image for each item, as `Pipeline.compose` samples them, kept by item."""
     exam.needs("language")
 
     def make(numbers: list[int]) -> list[list[int]]:
-        jobs = writing(
-            exam.model,
-            exam.pipe.protocol,
-            [mixed(parts(number), read=False) for number in numbers],
-            out="image",
-            n=1,
-            seed=exam.seeds(numbers),
-            sampling=None,
-            picture=None,
-            guidance=None,
-        )
+        prompts = [mixed(parts(number), read=False) for number in numbers]
+        jobs = image_jobs(exam.model, exam.pipe.protocol, prompts, seed=exam.seeds(numbers))
         done = exam.pipe.engine.complete([job.request for job in jobs])
-        return [list(samples[0].images[0]) for samples in done]
+        return [list(completion.images[0]) for completion in done]
 
     return exam.made(f"write {task}", items, make)
 

@@ -17,7 +17,7 @@ from lavit.data.scenes.sample import belongs
 from lavit.data.scenes.tasks import several
 from lavit.data.scenes.world import STYLES, Facts, Scene, facts
 from lavit.evaluate.drawing import all_of, atoms_of, drawn, failures, painted, seen, turned
-from lavit.evaluate.exam import Exam, tokens_of
+from lavit.evaluate.exam import Exam
 from lavit.evaluate.figures import Figure, average, averages, share
 from lavit.evaluate.judge import Seen
 
@@ -88,7 +88,7 @@ def seen_drawn(exam: Exam, task: str, asked: list[Asked]) -> list[Seen]:
 def seen_oracle(exam: Exam, task: str, asked: list[Asked]) -> list[Seen]:
     """What is seen of the targets after their own tokens and the decoder."""
     exam.needs("visual_tokenizer", "pixels")
-    tokens = tokens_of(exam.tokenizer, exam.features([exam.picture(one.target) for one in asked]))
+    tokens = exam.tokenizer.encode(exam.features([exam.picture(one.target) for one in asked]))
     codes = [one.tolist() for one in tokens.split()]
     pictures = painted(exam, f"oracle {task}", [one.item for one in asked], codes)
     return seen(exam, f"{task} oracle", pictures)
@@ -132,7 +132,7 @@ def edit_blind(exam: Exam) -> Figure:
     asked = edits(exam)
     pairs = zip(asked, turned(asked), strict=True)
     blind = [replace(one, sources=other.sources) for one, other in pairs]
-    return share(done(asked, seen_drawn(exam, "edit blind", blind)))
+    return share(done(asked, seen_drawn(exam, f"edit blind {exam.count}", blind)))
 
 
 def edit_oracle(exam: Exam) -> Figure:

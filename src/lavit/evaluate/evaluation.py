@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from lavit.config import InputError
 from lavit.data.scenes import frozen
+from lavit.data.scenes.splits import Rules
 from lavit.evaluate.allocation import allocation_gain
 from lavit.evaluate.conversing import chat_all
 from lavit.evaluate.copies import draw_copies
@@ -24,6 +25,7 @@ from lavit.evaluate.edits import compose_all, edit_all, edit_blind, edit_oracle,
 from lavit.evaluate.exam import Exam, Missing, config_hash
 from lavit.evaluate.figures import Figure, nothing
 from lavit.evaluate.judging import false_accepts, judge_test
+from lavit.evaluate.known import trained_rules
 from lavit.evaluate.ladder import ladder_blank, ladder_spearman
 from lavit.evaluate.own import OWN, load_items
 from lavit.evaluate.probes import background_kept, identity_kept, write_identity
@@ -79,16 +81,21 @@ def chosen(names: Sequence[str], known: Mapping[str, Any]) -> list[str]:
 def measured(
     known: Mapping[str, Callable[[T], Figure]], names: Sequence[str], subject: T,
 ) -> dict[str, Any]:  # fmt: skip
-    """The figures of `names` (none: all that are known) as plain data."""
-    found = {}
+    """The figures of `names` (none: all that are known) as plain data.
+
+    What this model or machine lacks is null, with the reason; `InputError` if that is all of it.
+    """
+    found, lacking = {}, {}
     for name in chosen(names, known):
         try:
             figure = known[name](subject)
         except Missing as missing:
-            if name in names:
-                raise InputError(f"{name} cannot be had: {missing}") from missing
+            lacking[name] = str(missing)
             figure = nothing(str(missing))
         found[name] = figure.entry()
+    if found.keys() == lacking.keys():
+        name, reason = next(iter(lacking.items()))
+        raise InputError(f"{name} cannot be had: {reason}")
     return found
 
 
@@ -101,11 +108,12 @@ def evaluate(
 ) -> dict[str, Any]:
     """Figures of a model on scenes as plain data; `items` is a file of a user's own."""
     exam.items = None if items is None else load_items(items)
+    apart = exam.valid or (len(names) > 0 and set(names) <= set(OWN))  # from the test sets
     return {
         "figures": measured(figures, names, exam),
         "config_hash": config_hash(exam.folder),
         "weights_hash": exam.weights,
-        **({"test_hash": None, "comparable": False} if exam.valid else test_hash(exam)),
+        **({"test_hash": None, "comparable": False} if apart else test_hash(exam)),
         "valid": exam.valid,
         "seed": exam.seed,
         "items": exam.count,
@@ -115,21 +123,33 @@ def evaluate(
 
 
 def test_hash(exam: Exam) -> dict[str, Any]:
-    """The hash of the test sets, what drew them, and whether published figures compare."""
+    """The hash of the test sets, what drew them, and whether published figures compare.
+
+    They do where test sets and packages are those of this version, and training kept to the rules
+    of these test sets, as far as its folder says.
+    """
     made_by = frozen.versions()
     task = "hash " + hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:12]
     splits = frozen.MEASURING
 
     def make(numbers: list[int]) -> list[str]:
-        return [frozen.split_hash(splits[number], exam.rules) for number in numbers]
+        return [_split_hash(splits[number], exam.rules) for number in numbers]
 
     made = exam.made(task, range(len(splits)), make, together=1)
     hashes = dict(zip(splits, made, strict=True))
     return {
         "test_hash": frozen.joint_hash(hashes),
-        "comparable": frozen.frozen(exam.rules) == hashes,
+        "comparable": frozen.frozen(exam.rules) == hashes and trained_rules(exam.folder) == exam.rules,
         "packages": made_by,
     }
+
+
+def _split_hash(split: str, rules: Rules) -> str:
+    """The hash of a split, or why there is none (no pair is held out)."""
+    try:
+        return frozen.split_hash(split, rules)
+    except InputError as error:
+        return str(error)
 
 
 def predictions_path(folder: Path, out: Path | None) -> Path:

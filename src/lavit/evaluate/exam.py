@@ -129,8 +129,11 @@ class Exam:
         return TO_CHOOSE_BY[split] if self.valid else split
 
     def scene(self, split: str, item: int) -> Scene:
-        """Picture `item` of a split."""
-        return _scene(self.split(split), item, rules=self.rules)
+        """Picture `item` of a split; `Missing` where these rules leave it none."""
+        try:
+            return _scene(self.split(split), item, rules=self.rules)
+        except InputError as error:
+            raise Missing(str(error)) from error
 
     def picture(self, scene: Scene) -> Image:
         """A scene as the encoder sees it."""
@@ -147,8 +150,7 @@ class Exam:
 
     def features(self, pictures: Sequence[Image]) -> Features:
         """Encoder features of pictures."""
-        starts = range(0, len(pictures), BATCH)
-        return torch.cat([self.model.patches(pictures[at : at + BATCH]) for at in starts])
+        return self.model.patches(pictures)
 
     def encoded(self, split: str, count: int) -> tuple[Features, VisualTokens]:
         """Encoder features and visual tokens of the first pictures of a split, kept in memory."""
@@ -159,19 +161,8 @@ class Exam:
                 parts.append(self.features([self.picture(self.scene(split, n)) for n in numbers]))
                 self.progress(f"encode {split}", numbers[-1] + 1, count)
             features = torch.cat(parts)
-            self.cache["encoded", split, count] = features, tokens_of(self.tokenizer, features)
+            self.cache["encoded", split, count] = features, self.tokenizer.encode(features)
         return self.cache["encoded", split, count]
-
-
-@torch.no_grad()
-def tokens_of(tokenizer: VisualTokenizer, features: Features) -> VisualTokens:
-    """Visual tokens of features, under the default policy."""
-    parts = [tokenizer.encode(part) for part in features.split(BATCH)]
-    return VisualTokens(
-        torch.cat([part.codes for part in parts]),
-        torch.cat([part.lengths for part in parts]),
-        torch.cat([part.keep for part in parts]),
-    )
 
 
 @torch.no_grad()

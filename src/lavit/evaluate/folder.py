@@ -20,7 +20,7 @@ from lavit.data.corpus import Corpus, load_corpus, parse_mixture
 from lavit.data.held_out import HELD_OUT, SHARE, divides
 from lavit.evaluate.drawing import turned
 from lavit.evaluate.evaluation import chosen, measured
-from lavit.evaluate.exam import Exam, Missing, config_hash, tokens_of
+from lavit.evaluate.exam import Exam, Missing, config_hash
 from lavit.evaluate.figures import Figure, average, bootstrapped, mean, plain, share, spearman
 from lavit.evaluate.known import training_of
 from lavit.evaluate.ladder import jpeg_bytes
@@ -39,7 +39,7 @@ class Material:
         self.pictures = corpus.pictures[: exam.asked or len(corpus.pictures)]
         self.images: list[Image] = [one.record.open() for one in self.pictures]
         self.features = exam.features(self.images)
-        self.tokens = tokens_of(exam.tokenizer, self.features)
+        self.tokens = exam.tokenizer.encode(self.features)
         self.lengths = self.tokens.lengths.cpu().numpy().astype(np.float64)
         names = repr([one.record.name for one in self.pictures])
         self.name = hashlib.sha256(names.encode()).hexdigest()[:12]

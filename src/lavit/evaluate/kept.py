@@ -1,22 +1,31 @@
 """What a model said and drew, item by item, in a file: an evaluation that was stopped goes on where
 it was.
 
-A line is one item: {"key", "task", "item", "chunk", "made"}. The key is a hash of the weights, the
-configuration, the seed and the world; lines of another key are left alone. Items are made in chunks
-of fixed borders, so that an item is always computed beside the same others, stopped or not.
+A line is one item: {"key", "task", "item", "chunk", "made", "check"}. The key is a hash of the
+weights, the configuration, the seed and the world; lines of another key are left alone. `check` is
+a hash of the rest: a line that was changed is made anew. Items are made in chunks of fixed borders,
+so that an item is always computed beside the same others, stopped or not.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lavit.config import InputError
 
+log = logging.getLogger(__name__)
 TOGETHER = 32  # items of a chunk
 Progress = Callable[[str, int, int], None]  # of what, how many are done, of how many
+
+
+def checked(row: dict[str, Any]) -> str:
+    """A hash of a line."""
+    return hashlib.sha256(json.dumps(row).encode()).hexdigest()[:12]
 
 
 class Kept:
@@ -29,13 +38,20 @@ class Kept:
         self.found: dict[tuple[str, int, str], Any] = {}
         data = path.read_bytes() if path is not None and path.exists() else b""
         self.torn = data[-1:] not in (b"", b"\n")  # the last line was cut off
+        changed = 0
         for line in data.splitlines():
             try:
                 row = json.loads(line)
-                if row["key"] == self.key:
+                if row["key"] != self.key:
+                    continue
+                if row.pop("check", None) == checked(row):
                     self.found[row["task"], row["item"], row["chunk"]] = row["made"]
+                else:
+                    changed += 1
             except (ValueError, KeyError, TypeError):
                 continue  # cut off when an evaluation was stopped
+        if changed:
+            log.warning("%d predictions of %s were changed: they are made anew", changed, path)
 
     def made(
         self,
@@ -63,7 +79,7 @@ class Kept:
         for item, one in zip(chunk, made, strict=True):
             self.found[task, item, name] = one
             row = {"key": self.key, "task": task, "item": item, "chunk": name, "made": one}
-            lines += json.dumps(row) + "\n"
+            lines += json.dumps({**row, "check": checked(row)}) + "\n"
         if self.path is None:
             return
         try:

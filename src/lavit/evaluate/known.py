@@ -11,6 +11,8 @@ from lavit.data.corpus import origin_of, parse_mixture
 from lavit.data.scenes.lexicon import unknown_words
 from lavit.data.scenes.splits import Rules
 
+RULES = ("objects", "held_out_pairs")
+
 
 def training_of(folder: Path) -> dict[str, Any]:
     """The training that made a model, if its folder says."""
@@ -31,12 +33,20 @@ def scenes_of(folder: Path) -> dict[str, Any] | None:
     return scenes if isinstance(scenes, dict) else None
 
 
+def trained_rules(folder: Path) -> Rules | None:
+    """The rules that a model's training kept to; None if it was not, or not only, scenes."""
+    scenes = scenes_of(folder)
+    if scenes is None or scenes.get("split", "train") != "train":
+        return None
+    return Rules(**{name: scenes[name] for name in RULES if name in scenes})
+
+
 def rules_of(
     folder: Path, objects: int | None = None, held_out_pairs: float | None = None,
 ) -> Rules:  # fmt: skip
     """The rules that are asked for; the rest is as in the model's training, else as nano has it."""
     known = scenes_of(folder) or {}
-    asked = {"objects": objects, "held_out_pairs": held_out_pairs}
+    asked = dict(zip(RULES, (objects, held_out_pairs), strict=True))
     known |= {name: value for name, value in asked.items() if value is not None}
     return Rules(**{name: known[name] for name in asked if name in known})
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lavit.data.scenes.render import background, render, sprite
 from lavit.data.scenes.world import BACKGROUNDS, Scene, objects
-from lavit.evaluate.exam import Exam, tokens_of
+from lavit.evaluate.exam import Exam
 from lavit.evaluate.figures import Figure, average, bootstrapped, mean, spearman
 
 AREA_SIZE = 64  # pixels at which the covered area is measured
@@ -69,7 +69,7 @@ def ladder_blank(exam: Exam) -> Figure:
     }
     shares = {}
     for name, pictures in kinds.items():
-        tokens = tokens_of(exam.tokenizer, exam.features(pictures))
+        tokens = exam.tokenizer.encode(exam.features(pictures))
         shares[name] = (tokens.lengths.double() / tokens.keep.shape[1]).tolist()
     blank = shares.pop("blank")
     details = {name: average(found) for name, found in shares.items()}
@@ -137,7 +137,7 @@ def outside(exam: Exam) -> dict[str, float]:
         pictures.append(picture.convert("RGB"))
     if len(pictures) < 3:
         return {}
-    lengths = tokens_of(exam.tokenizer, exam.features(pictures)).lengths.double().tolist()
+    lengths = exam.tokenizer.encode(exam.features(pictures)).lengths.double().tolist()
     sizes = [jpeg_bytes(picture) for picture in pictures]
     return {
         "outside_spearman_with_bytes": spearman(lengths, sizes),

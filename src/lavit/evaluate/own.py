@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -38,6 +38,7 @@ from lavit.evaluate.exam import Exam, Missing
 from lavit.evaluate.figures import Figure, mean, share
 from lavit.evaluate.reading import answers, captions
 from lavit.images import open_image
+from lavit.modules.vision import sha256
 
 KINDS = ("read", "draw", "ask", "edit", "chat")
 
@@ -73,6 +74,8 @@ def load_items(path: Path) -> list[Item]:
             continue
         try:
             items.append(_item(json.loads(line), path.parent))
+        except RecursionError as error:
+            raise InputError(f"{path}, line {number}: it is nested too deeply") from error
         except (InputError, ValueError, KeyError, TypeError) as error:
             said = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
             raise InputError(f"{path}, line {number}: {said}") from error
@@ -88,8 +91,9 @@ def _item(row: Any, folder: Path) -> Item:
     if kind not in KINDS:
         raise InputError(f"kind is {kind!r}: give one of {', '.join(KINDS)}")
     if kind == "chat":
-        if not isinstance(row["turns"], list) or not row["turns"]:
-            raise InputError("turns is a list of what the user says")
+        turns = row["turns"]
+        if not isinstance(turns, list) or not turns or not all(isinstance(t, dict) for t in turns):
+            raise InputError('turns is a list of {"text": …} with pictures, answers or facts')
         return Item(kind, tuple(_turn(turn, turn["text"], folder) for turn in row["turns"]))
     words = {"read": "", "ask": "question"}.get(kind, "prompt")
     turn = _turn(row, row[words] if words else "", folder)
@@ -155,9 +159,12 @@ def _shown(exam: Exam, turn: Turn) -> list[Image]:
     return opened
 
 
-def _task(items: list[Any], name: str) -> str:
-    """The name under which answers are kept: those of other items are none of these."""
-    return f"own {name} {hashlib.sha256(repr(items).encode()).hexdigest()[:12]}"
+def _task(items: Sequence[Item | Turn], name: str) -> str:
+    """The name under which answers are kept: those of other items, or pictures, are none of these."""
+    turns = chain(*(one.turns if isinstance(one, Item) else (one,) for one in items))
+    shown = (one for turn in turns for one in turn.pictures if isinstance(one, str))
+    told = [repr(items), *(sha256(Path(path)) for path in shown)]
+    return f"own {name} {hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]}"
 
 
 def _chosen(exam: Exam, *kinds: str) -> tuple[list[Turn], list[Turn], list[Reply]]:
@@ -180,15 +187,16 @@ def _chosen(exam: Exam, *kinds: str) -> tuple[list[Turn], list[Turn], list[Reply
 
 def _talk(exam: Exam, item: Item, number: int) -> list[Reply]:
     """The model's replies, turn by turn, which stand in the talk."""
-    messages: list[Any] = []
+    messages: list[Mapping[str, Any]] = []
     replies = []
     for turn in item.turns:
         messages.append(message([*_shown(exam, turn), turn.text]))
         if turn.facts is not None:
             exam.needs("pixels")
         out = "text" if turn.facts is None else "image"
-        messages.append(exam.pipe.chat(messages, out=out, seed=exam.seeds([number])[0]))
-        replies.append(plain(messages[-1]))
+        reply = exam.pipe.chat(messages, out=out, seed=exam.seeds([number]))
+        messages.append(reply)
+        replies.append(plain(reply))
     return replies
 
 

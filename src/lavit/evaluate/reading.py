@@ -49,7 +49,8 @@ def captions(exam: Exam, task: str, items: Sequence[int], shown: Shown) -> list[
     exam.needs("language")
 
     def make(numbers: list[int]) -> list[str]:
-        return exam.pipe.caption([shown(number) for number in numbers], seed=exam.seed)
+        pictures = [shown(number) for number in numbers]
+        return exam.pipe.caption(pictures, seed=exam.seeds(numbers))
 
     return exam.made(task, items, make)
 
@@ -108,7 +109,8 @@ def answers(
 
     def make(numbers: list[int]) -> list[str]:
         pictures = [shown(number) for number in numbers]
-        return exam.pipe.ask(pictures, [question(number) for number in numbers], seed=exam.seed)
+        asked = [question(number) for number in numbers]
+        return exam.pipe.ask(pictures, asked, seed=exam.seeds(numbers))
 
     return exam.made(task, items, make)
 
@@ -165,7 +167,7 @@ def answer_blind(exam: Exam) -> Figure:
     """The same when another scene's picture is shown."""
 
     def other(item: int) -> Image:
-        return exam.picture(exam.scene("test", (item + 4) % exam.count))
+        return exam.picture(exam.scene("test", item + 4))  # with as many things
 
     return share(_answered(exam, "answer blind", other), floor=text_only(exam))
 

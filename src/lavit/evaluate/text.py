@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lavit.config import LanguageConfig, from_json
 from lavit.evaluate.exam import Exam, Missing, Progress
 from lavit.evaluate.figures import Figure, mean
+from lavit.layout import ids_of
 from lavit.modules.language import Language
 from lavit.storage import load_base
 
@@ -55,7 +56,7 @@ def perplexity(
         models.append(lambda ids: base.to(device)(input_ids=ids).logits)
     scores: list[list[tuple[float, int]]] = [[] for _ in models]
     for number, passage in enumerate(texts):
-        ids = torch.tensor([text(passage, add_special_tokens=False)["input_ids"]], device=device)
+        ids = torch.tensor([ids_of(text, passage)], device=device)
         if ids.shape[1] < 2:
             continue
         for found, logits in zip(scores, models, strict=True):

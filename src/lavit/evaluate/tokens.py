@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lavit.data.scenes.sample import scene_at
-from lavit.evaluate.exam import BATCH, Exam, Features, tokens_of
+from lavit.evaluate.exam import BATCH, Exam, Features
 from lavit.evaluate.figures import Figure, average, mean, plain
 from lavit.modules.tokenizer import VisualTokenizer, cosine_distance
 
@@ -92,7 +92,7 @@ def live_codes(exam: Exam) -> Figure:
     def make(numbers: list[int]) -> list[list[int]]:
         scenes = [scene_at("train", n, seed=OTHER_SEED, rules=exam.rules) for n in numbers]
         features = exam.features([exam.picture(scene) for scene in scenes])
-        return [codes.tolist() for codes in tokens_of(exam.tokenizer, features).split()]
+        return [codes.tolist() for codes in exam.tokenizer.encode(features).split()]
 
     used = len(set().union(*exam.made("codes", range(pictures), make, together=TOGETHER)))
     return plain(used / size, pictures, note=f"{used} of {size} codes")

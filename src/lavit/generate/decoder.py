@@ -72,7 +72,7 @@ class LaneCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write keys and values `[lanes, heads, tokens, dim]` of a layer; returns the visible ones."""
+        """Write keys and values `[lanes, heads, tokens, dim]` of a layer; returns the visible."""
         found = []
         for at, new in enumerate((key_states, value_states), 2 * layer_idx):
             lanes, heads, _, dim = new.shape
@@ -141,7 +141,9 @@ class Decoder:
                 "use a causal LM that attends to keys and values"
             )
         self._body = torch.compile(body, dynamic=False, backend=compile) if compile else body
-        self._head_rows = language.rows if language.tied else language.head_rows
+        rows = language.rows if language.tied else language.head_rows
+        assert rows is not None  # an untied head has rows of its own
+        self._head_rows: Tensor = rows
 
     @property
     def device(self) -> torch.device:

@@ -1,3 +1,5 @@
+# mypy: disable-error-code="attr-defined"
+# (parts of a diffusers pipeline are attributes that it sets by itself)
 """The pixel decoder as a diffusers pipeline: progress bar, callbacks, offload, schedulers to swap.
 
     pipe = PixelsPipeline.of(lv.model.pixels)

@@ -1,10 +1,10 @@
 """The engine: many requests for text and images in one batch of lanes. It speaks tokens only.
 
     read      one id per lane in one forward: text and image lanes, and their unconditional twins
-    admit     prompts that wait are read once each, in one padded batch, and their samples get lanes
-    choose    logits of the modality each lane is in, guidance (paper Eq. 7), one id per sample
+    admit     prompts that wait are read once each, in one padded batch, and get lanes
+    choose    logits of the modality each lane is in, guidance (paper Eq. 7), one id per request
 
-A sample draws from its own generator and its lanes attend to their own past, so its tokens do not
+A request draws from its own generator and its lanes attend to their own past, so its tokens do not
 depend on the batch that it happens to run in (up to the rounding of the products).
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -64,11 +63,14 @@ class Engine:
         while session.busy:
             yield from session.step()
 
-    def complete(self, requests: Sequence[Request]) -> list[list[Completion]]:
-        """Run to the end: the n completions of each request."""
+    def check(self, request: Request) -> None:
+        """Raise `InputError` for a request that the LM cannot serve."""
+        request.check(self.vocabulary, self.decoder.context)
+
+    def complete(self, requests: Sequence[Request]) -> list[Completion]:
+        """Run to the end: the completion of each request."""
         done = collect(self.generate(requests), self.vocabulary)
-        counts = [request.sampling.n for request in requests]
-        return [[done[number, i] for i in range(n)] for number, n in enumerate(counts)]
+        return [done[number] for number in range(len(requests))]
 
 
 class Session:
@@ -93,29 +95,30 @@ class Session:
 
     def add(self, request: Request) -> int:
         """Queue a request, or raise `InputError`; returns its number, which its events carry."""
-        request.check(self.vocabulary, self.decoder.context)
+        self.engine.check(request)
         self.waiting.append((self._numbers, request))
         self._numbers += 1
         return self._numbers - 1
 
-    def cancel(self, number: int, sample: int | None = None) -> None:
-        """Drop a request, or one running sample of it (beams stay together); its events end."""
-        if sample is None:
-            self.waiting = deque(item for item in self.waiting if item[0] != number)
+    def cancel(self, number: int) -> None:
+        """Drop a request; its events end."""
+        self.waiting = deque(item for item in self.waiting if item[0] != number)
         for stream in self.streams:
-            if stream.number == number and sample in (None, getattr(stream, "sample", None)):
+            if stream.number == number:
                 stream.moves = []
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Read, admit, choose: one id for every sample. Returns what happened."""
+        """Read, admit, choose: one id for every request. Returns what happened."""
         hidden, events = self._admit(self._read())
         if hidden is not None:
             logits = self._logits(hidden)
             chosen = self._draw(logits)
             for place, stream in enumerate(self.streams):
-                own = logits[place] if isinstance(stream, Beams) else chosen[place]
-                events += stream.take(own)
+                if isinstance(stream, Beams):
+                    events += stream.take(logits[place])
+                else:
+                    events += stream.take(chosen[place])
         return events
 
     def _read(self) -> Hidden | None:
@@ -134,7 +137,7 @@ class Session:
         return self.decoder.step(torch.tensor(ids, device=self.decoder.device), self.memory)
 
     def _admit(self, hidden: Hidden | None) -> tuple[Tensor | None, list[Event]]:
-        """Read the prompts that there is room for, each once, and give lanes to their samples."""
+        """Read the prompts that there is room for, each once, and give them lanes."""
         used = sum(stream.most_lanes for stream in self.streams)
         admitted: list[tuple[int, Request]] = []
         while self.waiting and (not used or used + self.waiting[0][1].lanes <= self.engine.lanes):
@@ -147,19 +150,14 @@ class Session:
         events: list[Event] = []
         for row, (number, request) in enumerate(admitted):
             room = self.decoder.context - len(request.ids) - (request.mode == "image")
-            common, how = (request, self.vocabulary, room), request.sampling
-            if how.beams > 1:
-                streams: list[Any] = [Beams(number, *common)]
-            else:
-                streams = [Writer(number, sample, *common) for sample in range(how.n)]
-            for stream in streams:
-                inside, lanes = stream.inside, stream.lanes
-                rows += [row, len(admitted)][:lanes] if inside else [row] * lanes
-                self.streams.append(stream)
-                self._layout.append(lanes)
-                if inside:
-                    start = self.vocabulary.image_start
-                    events.append(Event(number, stream.sample, "image_start", start))
+            kind: type[Beams] | type[Writer]
+            kind = Beams if request.sampling.beams > 1 else Writer
+            stream = kind(number, request, self.vocabulary, room)
+            rows += [row, len(admitted)][: stream.lanes] if stream.inside else [row] * stream.lanes
+            self.streams.append(stream)
+            self._layout.append(stream.lanes)
+            if stream.inside:
+                events.append(Event(number, "image_start", self.vocabulary.image_start))
         memory.keep(rows)
         last = last[rows]
         if self.memory is None or hidden is None:
@@ -217,6 +215,7 @@ class Session:
         """The next joint id of each writer, by place; those that draw alike are drawn together."""
         chosen: dict[int, int] = {}
         groups: dict[tuple, list[int]] = defaultdict(list)
+        writers: dict[int, Writer] = {}
         for place, stream in enumerate(self.streams):
             if isinstance(stream, Beams):
                 continue
@@ -226,9 +225,10 @@ class Session:
             how = stream.sampling
             drawing = (how.temperature, how.top_k, how.top_p, how.min_p)
             groups[stream.inside, stream.may_open, *drawing].append(place)
+            writers[place] = stream
         for (inside, *_), places in groups.items():
             together = torch.cat([logits[place] for place in places])
-            members = [self.streams[place] for place in places]
+            members = [writers[place] for place in places]
             allowed = self._writing_ids if inside else torch.arange(together.shape[-1])
             for row, stream in enumerate(members):
                 if forbidden := stream.forbidden():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from functools import cache
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,7 @@ class Packed:
         self.weight = weight.new_empty(1).expand(weight.shape)  # the kernel reads only the shape
 
     @classmethod
-    def of(cls, *linears: nn.Module) -> Packed:
+    def of(cls, *linears: Any) -> Packed:
         """Linear layers of one input as one; LoRA is merged."""
         weights, biases = [], []
         for linear in linears:
@@ -72,7 +73,7 @@ def packing_works() -> bool:
 class Layer:
     """The packed weights of one block."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: Any) -> None:
         attention, mlp = block.self_attn, block.mlp
         self.norm_attention = block.input_layernorm.weight.detach()
         self.qkv = Packed.of(attention.q_proj, attention.k_proj, attention.v_proj)
@@ -88,8 +89,9 @@ class PackedDecoder(Decoder):
     def __init__(self, language: Language) -> None:
         super().__init__(language)
         self.config = language.lm.config
-        self.layers = [Layer(block) for block in language.body.layers]
-        self.norm = language.body.norm.weight.detach()
+        self.body = cast(Any, language.body)
+        self.layers = [Layer(block) for block in self.body.layers]
+        self.norm: Tensor = self.body.norm.weight.detach()
         self.text_head = Packed.of(language.lm.get_output_embeddings())
         self.visual_head = Packed(self._head_rows[language.vocabulary.writing])
 
@@ -97,7 +99,7 @@ class PackedDecoder(Decoder):
         """Read one joint id per lane; returns its hidden state."""
         x = self.language.embed(ids[:, None])
         positions, mask = memory.begin(1, x.dtype)
-        cos, sin = self.language.body.rotary_emb(x, positions)
+        cos, sin = self.body.rotary_emb(x, positions)
         x, lanes, dim = x[:, 0], len(ids), cos.shape[-1]
         turn = torch.cat([-sin[..., : dim // 2], sin[..., dim // 2 :]], -1)  # the turned half
         heads, pairs = self.config.num_attention_heads, self.config.num_key_value_heads
@@ -149,7 +151,7 @@ def obstacle(language: Language) -> str | None:
     return None
 
 
-def _known(module: nn.Module) -> bool:
+def _known(module: Any) -> bool:
     """True for a plain linear layer, alone or under LoRA."""
     if type(module) is nn.Linear:
         return True

@@ -6,34 +6,50 @@ each is encoded alone, so that a prompt does not depend on its batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from lavit.config import InputError
+from lavit.generate.options import Keep, Messages, Pieces, Seed
 from lavit.generate.protocols import Protocol, fitted
 from lavit.generate.request import Request
 from lavit.generate.sampling import Sampling
 from lavit.generate.stream import Job
-from lavit.images import open_image
-from lavit.layout import ImagePart, Part, Reply, ids_of, segments, turn_end
+from lavit.images import ImageInput, open_image
+from lavit.layout import (
+    ImagePart,
+    Part,
+    Reply,
+    asking,
+    conversation,
+    drawing,
+    editing,
+    ids_of,
+    mixed,
+    reading,
+    segments,
+    turn_end,
+)
 from lavit.model import LaVIT
 from lavit.modules.selector import KeepPolicy
 from lavit.sequence import lay_out
 
-Picture = str | Path | bytes | Image.Image
 Parts = Sequence[Part]
-# sample i of every input takes seed + i, or entry i of a tuple; a list has one of these for each
-# input; None: fresh ones
-Seed = int | tuple[int, ...] | list[Any] | None
-MODES = {"text": "text", "image": "image", "auto": "mixed"}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The inputs of one call, laid out; `one`: a single input was given, not a list."""
+
+    parts: list[list[Part]]
+    one: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +71,8 @@ def lay_prompt(model: LaVIT, parts: Parts) -> Prompt:
     def codes(part: ImagePart) -> tuple[int, ...]:
         if not part.read:
             return tuple(_codes(model, part).tolist())
+        model.needs("vision", "visual_tokenizer")
         patches = model.patches([open_image(part.image)])
-        model.needs("visual_tokenizer")
         keep = model.visual_tokenizer.select(patches, KeepPolicy.parse(part.keep))
         prepared = model.visual_tokenizer.prepare(patches).to(language.rows.dtype)
         features.append(language.read(prepared, keep))
@@ -86,29 +102,114 @@ def _codes(model: LaVIT, part: ImagePart) -> Tensor:
     return torch.tensor(part.codes)
 
 
-def pictures_of(items: Picture | Sequence[Picture]) -> tuple[list[Picture], bool]:
-    """A list of pictures, and whether it was one that was given."""
-    if isinstance(items, str | Path | bytes | Image.Image):
-        return [items], True
-    if not items:
+def pictures_of(images: ImageInput | Sequence[ImageInput]) -> list[ImageInput]:
+    """One picture or several as a list; raises `InputError` for none."""
+    pictures = [images] if isinstance(images, ImageInput) else list(images)
+    if not pictures:
         raise InputError("give at least one picture")
-    return list(items), False
+    return pictures
 
 
-def words_of(
-    items: str | Sequence[str], what: str, pictures: Sequence[Picture] | None = None
-) -> tuple[list[str], bool]:
-    """A list of texts, none empty, as many as `pictures` (if given); and whether it was one."""
-    one = isinstance(items, str)
-    texts = [text.strip() for text in ([items] if one else items)]
-    if not texts:
+def words_of(texts: str | Sequence[str], what: str) -> list[str]:
+    """One text or several as a list; `what` they are is named where one is empty, or none is there.
+
+    Raises `InputError` then.
+    """
+    words = [text.strip() for text in ([texts] if isinstance(texts, str) else texts)]
+    if not words:
         raise InputError(f"give at least one {what}")
-    if not all(texts):
+    if not all(words):
         raise InputError(f"the {what} is empty: say in words what is wanted")
-    if pictures is not None and len(texts) != len(pictures):
-        counts = f"{len(pictures)} pictures but {len(texts)} {what}s"
-        raise InputError(f"{counts}: give one of the {what}s a picture")
-    return texts, one
+    return words
+
+
+def pairs_of(
+    images: ImageInput | Sequence[ImageInput],
+    texts: str | Sequence[str],
+    what: str,
+) -> list[tuple[ImageInput, str]]:
+    """Each picture with its text; raises `InputError` where there are not as many of both."""
+    pictures, words = pictures_of(images), words_of(texts, what)
+    if len(pictures) != len(words):
+        counts = f"{len(pictures)} pictures but {len(words)} {what}s"
+        raise InputError(f"{counts}: give each picture its {what}")
+    return list(zip(pictures, words, strict=True))
+
+
+def captions_of(images: ImageInput | Sequence[ImageInput], keep: Keep) -> Inputs:
+    """Pictures that are to be described."""
+    parts = [reading(picture, keep=keep) for picture in pictures_of(images)]
+    return Inputs(parts, isinstance(images, ImageInput))
+
+
+def answers_of(
+    images: ImageInput | Sequence[ImageInput],
+    questions: str | Sequence[str],
+    keep: Keep,
+) -> Inputs:
+    """Pictures, and a question about each; raises `InputError` for one without words."""
+    pairs = pairs_of(images, questions, "question")
+    for _, question in pairs:
+        if not any(map(str.isalnum, question)):
+            said = f"the question {question!r} has no words"
+            raise InputError(f"{said}: ask about the picture")
+    parts = [asking(picture, (question, None), keep=keep) for picture, question in pairs]
+    return Inputs(parts, isinstance(images, ImageInput))
+
+
+def drawings_of(prompts: str | Sequence[str]) -> Inputs:
+    """Prompts of pictures."""
+    parts = [drawing(prompt) for prompt in words_of(prompts, "prompt")]
+    return Inputs(parts, isinstance(prompts, str))
+
+
+def edits_of(
+    images: ImageInput | Sequence[ImageInput],
+    instructions: str | Sequence[str],
+) -> Inputs:
+    """Pictures, and what is to be made of each."""
+    pairs = pairs_of(images, instructions, "instruction")
+    parts = [editing([picture], instruction) for picture, instruction in pairs]
+    return Inputs(parts, isinstance(images, ImageInput))
+
+
+def mixtures_of(pieces: Pieces | Sequence[Pieces], *, read: bool) -> Inputs:
+    """Words and pictures in any order; pictures are `read`, or enter as codes."""
+    if isinstance(pieces, ImageInput):  # one word or picture by itself
+        pieces = [pieces]
+    several = bool(pieces) and all(isinstance(item, list | tuple) for item in pieces)
+    items: list[Any] = list(pieces) if several else [pieces]
+    return Inputs([mixed(item, read=read) for item in items], not several)
+
+
+def talks_of(
+    messages: Messages | Sequence[Messages],
+    text: PreTrainedTokenizerBase,
+    reply: Reply,
+) -> Inputs:
+    """Conversations up to where the assistant's reply begins."""
+    several = not isinstance(messages, Mapping | str) and bool(messages)
+    several = several and not isinstance(messages[0], Mapping)
+    talks: list[Any] = list(messages) if several else [messages]
+    return Inputs([conversation(talk, text, reply=reply) for talk in talks], not several)
+
+
+def seeds_of(seed: Seed, count: int) -> list[int]:
+    """A seed for each of `count` inputs: seed + i, or entry i of a list.
+
+    Raises `InputError` for what is no seed, and for a list of another length.
+    """
+    given = list(seed) if isinstance(seed, Sequence) else [seed]
+    for one in given:
+        if isinstance(one, bool) or not isinstance(one, int) or not -(2**63) <= one < 2**63:
+            usable = "give a whole number below 2**63, or a list of one for each input"
+            raise InputError(f"seed {one!r} is no seed: {usable}")
+    if isinstance(seed, int):
+        return [seed + number for number in range(count)]
+    if len(given) != count:
+        remedy = "give one for each, or a single number"
+        raise InputError(f"{len(given)} seeds for {count} inputs: {remedy}")
+    return given
 
 
 def jobs_of(
@@ -116,64 +217,58 @@ def jobs_of(
     prompts: Sequence[Parts],
     sampling: Sampling,
     *,
-    n: int | None,
-    seed: Seed,
+    seed: Seed = 0,
     ends: tuple[str, ...] = (),
     **options: Any,
 ) -> list[Job]:
-    """A job of n samples (None: one) for each prompt, seeds resolved; options as in `Request`."""
-    if isinstance(seed, list) and len(seed) != len(prompts):
-        counts = f"{len(seed)} seeds for {len(prompts)} inputs"
-        raise InputError(f"{counts}: a list has one entry for each input")
-    seeds = seed if isinstance(seed, list) else [seed] * len(prompts)
-    samplings = [replace(sampling, n=1 if n is None else n, seed=own) for own in seeds]
+    """A job for each prompt, its text cut before one of `ends`; options as in `Request`."""
+    seeds = seeds_of(seed, len(prompts))
     jobs = []
-    for parts, how in zip(prompts, samplings, strict=True):
-        how, prompt = replace(how, seed=how.seeds()), lay_prompt(model, parts)
-        jobs.append(Job(Request(sampling=how, **vars(prompt), **options), ends))
+    for parts, own in zip(prompts, seeds, strict=True):
+        prompt = vars(lay_prompt(model, parts))
+        jobs.append(Job(Request(sampling=sampling, seed=own, **prompt, **options), ends))
     return jobs
 
 
-def writing(
+def image_jobs(
     model: LaVIT,
     protocol: Protocol,
     prompts: Sequence[Parts],
     *,
-    out: Reply,
-    n: int | None = None,
     seed: Seed = 0,
     sampling: Sampling | None = None,
-    picture: Sampling | None = None,
     guidance: float | None = None,
-    chat: bool = False,
 ) -> list[Job]:
-    """Jobs that go on with text, a picture, or both. In a chat text ends where the turn does."""
-    if out not in MODES:
-        raise InputError(f"out {out!r} is not known: use 'text', 'image' or 'auto'")
+    """Jobs that go on with one picture each; options as in `CodesOptions`."""
+    how = sampling_of_codes(model, protocol, sampling, guidance)
+    return jobs_of(model, prompts, how, seed=seed, mode="image")
+
+
+def sampling_of_codes(
+    model: LaVIT,
+    protocol: Protocol,
+    sampling: Sampling | None,
+    guidance: float | None,
+) -> Sampling:
+    """How codes are written; raises `InputError` for more than this model's pictures have."""
     patches = model.config.visual_tokenizer.patches
-    inside = (sampling if out == "image" else picture) or fitted(protocol.drawing, patches)
-    if guidance is not None:
-        inside = replace(inside, guidance=guidance)
-    if out != "text" and inside.max_tokens > patches:
+    how = sampling or fitted(protocol.drawing, patches)
+    if how.max_tokens > patches:
         raise InputError(
-            f"max_tokens is {inside.max_tokens}, but pictures of this model have at most {patches} "
+            f"max_tokens is {how.max_tokens}, but pictures of this model have at most {patches} "
             f"codes: set max_tokens={patches} or fewer"
         )
-    how = inside if out == "image" else sampling
-    if how is None:  # a reply that may hold pictures need not hold text
-        how = replace(protocol.chat, min_tokens=0) if out == "auto" else protocol.chat
-    ends, stop = _turn_end(model) if chat and out != "image" else ((), ())
-    options = {"mode": MODES[out], "picture": inside, "stop": stop}
-    return jobs_of(model, prompts, how, n=n, seed=seed, ends=ends, **options)
+    return how if guidance is None else replace(how, guidance=guidance)
 
 
-def _turn_end(model: LaVIT) -> tuple[tuple[str, ...], tuple[int, ...]]:
+def turn_ends(model: LaVIT) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """How an assistant's turn ends: strings that cut its text, ids that stop it."""
     text = model.text_tokenizer
     closing = turn_end(text)
     if not closing:
         return (), ()
-    ids = text(closing, add_special_tokens=False)["input_ids"]
-    if ids and not text.decode(ids[:1], skip_special_tokens=True):  # a special token
-        return (), (ids[0],)
+    known, ids = text.added_tokens_decoder, ids_of(text, closing, controls=True)
+    stop = next((id for id in ids if id in known and known[id].special), None)
+    if stop is not None:
+        return (), (stop,)
     return (closing.strip() or closing,), ()

@@ -1,4 +1,4 @@
-"""Named ways to ask and draw: prompts, lengths, cuts and normalisation (method, Sec. 5).
+"""Named ways to ask and draw: lengths, cuts and how answers are compared (method, Sec. 5).
 
 CAPTION     the paper's captions: no prompt, beam 2, 8-36 new tokens, cut at the first full stop
 QUESTION    its answers: "Question: … Answer:", beam 5, 2-10 new tokens, no length penalty
@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 
 from lavit.config import InputError
 from lavit.generate.sampling import Sampling
-from lavit.layout import normalised
 
 CAPTION = Sampling(temperature=0.0, beams=2, min_tokens=8, max_tokens=36)
 QUESTION = Sampling(
@@ -50,7 +49,7 @@ class Protocol:
     answer: Sampling
     drawing: Sampling
     chat: Sampling = CHAT
-    best_of: int | None = None  # candidates of a drawing, of which the likeliest are kept
+    best_of: int | None = None  # candidates of a drawing, of which the likeliest is kept
     caption_ends: tuple[str, ...] = CAPTION_ENDS  # a text ends before the first of these
     answer_ends: tuple[str, ...] = ANSWER_ENDS
 
@@ -65,9 +64,15 @@ def protocol_of(name: str, patches: int) -> Protocol:
         answer_ends=(),
         drawing=Sampling(top_k=50, guidance=3.0, min_tokens=1, max_tokens=patches),
     )
-    texts = {"caption": CAPTION, "answer": QUESTION}
-    paper = Protocol(name="paper", drawing=fitted(DRAW, patches), best_of=BEST_OF, **texts)
-    published = Protocol(name="published", drawing=fitted(PUBLISHED, patches), **texts)
+    paper = Protocol(
+        name="paper",
+        caption=CAPTION,
+        answer=QUESTION,
+        drawing=fitted(DRAW, patches),
+        best_of=BEST_OF,
+    )
+    drawing = fitted(PUBLISHED, patches)
+    published = replace(paper, name="published", drawing=drawing, best_of=None)
     known = {protocol.name: protocol for protocol in (greedy, paper, published)}
     if name not in known:
         raise InputError(f"protocol {name!r} is not known: use one of {', '.join(known)}")
@@ -82,7 +87,7 @@ def fitted(sampling: Sampling, patches: int) -> Sampling:
 
 def answerable(question: str) -> str:
     """The question that VizWiz asks first."""
-    return f"can this be answered from the picture, {normalised(question).rstrip('?')}?"
+    return f"can this be answered from the picture, {question.strip(' ?')}?"
 
 
 def refuses(answer: str) -> bool:

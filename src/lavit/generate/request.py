@@ -39,10 +39,11 @@ class Request:
 
     ids: tuple[int, ...]
     sampling: Sampling
+    seed: int = 0
     mode: Mode = "text"
     slots: tuple[bool, ...] = ()
     features: Float[Tensor, "slots width"] | None = None
-    picture: Sampling = PUBLISHED  # inside images of mode "mixed" (not its n and seed)
+    picture: Sampling = PUBLISHED  # inside images of mode "mixed"
     images: int = 4  # at most so many images in mode "mixed"
     stop: tuple[int, ...] = ()  # text ids that end the text, besides end of text
 
@@ -59,8 +60,7 @@ class Request:
     @property
     def lanes(self) -> int:
         """Rows of the batch that the request takes at most."""
-        beams = self.sampling.beams
-        return beams if beams > 1 else self.sampling.n * (1 + self.guided)
+        return self.sampling.beams if self.sampling.beams > 1 else 1 + self.guided
 
     def check(self, vocabulary: Vocabulary, context: int) -> None:
         """Raise `InputError` if the LM cannot serve this request."""
@@ -95,10 +95,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Event:
-    """One thing that happened to sample `sample` of request `request` (its place in the list)."""
+    """One thing that happened to request number `request` (its place in the list)."""
 
     request: int
-    sample: int
     kind: Kind
     id: int | None = None  # joint id; None where kind is "finished"
     reason: Reason | None = None  # where kind is "finished"
@@ -107,7 +106,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Completion:
-    """One finished sample: text and images in the order they were written."""
+    """What was written after a prompt: text and images in order."""
 
     segments: Document
     reason: Reason
@@ -124,19 +123,21 @@ class Completion:
         return tuple(part.codes for part in self.segments if isinstance(part, Image))
 
 
-def collect(events: Iterable[Event], vocabulary: Vocabulary) -> dict[tuple[int, int], Completion]:
-    """Completions of all samples that finish in `events`, by (request, sample)."""
-    written: dict[tuple[int, int], list[Segment]] = defaultdict(list)
-    done: dict[tuple[int, int], Completion] = {}
+def collect(events: Iterable[Event], vocabulary: Vocabulary) -> dict[int, Completion]:
+    """Completions of all requests that finish in `events`, by number."""
+    written: dict[int, list[Segment]] = defaultdict(list)
+    done: dict[int, Completion] = {}
     for event in events:
-        parts = written[event.request, event.sample]
+        parts = written[event.request]
         last = parts[-1] if parts else None
         if event.kind == "finished":
             assert event.reason is not None
-            done[event.request, event.sample] = Completion(tuple(parts), event.reason, event.score)
-        elif event.kind == "image_start":
+            done[event.request] = Completion(tuple(parts), event.reason, event.score)
+            continue
+        assert event.id is not None
+        if event.kind == "image_start":
             parts.append(Image((), read=False))
-        elif event.kind == "code":
+        elif event.kind == "code" and isinstance(last, Image):
             code = int(vocabulary.codes_of(torch.tensor(event.id)))
             parts[-1] = replace(last, codes=(*last.codes, code))
         elif event.kind == "text" and isinstance(last, Text):

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -62,13 +62,13 @@ class SafetyChecker:
                 f"{folder} is missing, and pictures of published weights are checked: get it with "
                 f"`hf download {SOURCE} {files} --local-dir {folder.parent}`, or {off}"
             )
-        options = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+        options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
+        read = safety_checker.StableDiffusionSafetyChecker.from_pretrained
         try:
-            found = safety_checker.StableDiffusionSafetyChecker.from_pretrained(folder, **options)
+            model, info = cast(Any, read(folder, output_loading_info=True, **options))
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             line = str(error).splitlines()[0]
             raise InputError(f"{folder} cannot be read: {line}; mend it, or {off}") from error
-        model, info = found
         kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
         if wrong := sorted(str(key) for kind in kinds for key in info[kind]):
             some = ", ".join(wrong[:3])

@@ -8,7 +8,6 @@ its logits, and on no other row.
 from __future__ import annotations
 
 import math
-import secrets
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,7 +19,7 @@ from lavit.config import InputError
 
 Logits = Float[Tensor, "rows vocab"]
 REALS = ("temperature", "top_p", "min_p", "guidance", "length_penalty")
-WHOLES = ("top_k", "min_tokens", "max_tokens", "n", "beams")
+WHOLES = ("top_k", "min_tokens", "max_tokens", "beams")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +36,7 @@ class Sampling:
     guidance: float = 1.0  # a of Eq. 7, inside images; 1 leaves the conditional logits as they are
     min_tokens: int = 1  # the end is forbidden before
     max_tokens: int = 200  # the end is forced here
-    # sample i takes seed + i, or its own entry; None: a fresh one each time
-    seed: int | tuple[int, ...] | None = 0
-    n: int = 1  # samples of one prompt
-    beams: int = 1  # above 1: beam search, text only; the n best come out
+    beams: int = 1  # above 1: beam search, text only
     length_penalty: float = 1.0  # a beam's score is its log-probability / length ** penalty
     # True: stop as soon as `beams` answers are finished; False: when the running ones look no
     # better; "never": when no running one can be better any more
@@ -61,10 +57,7 @@ class Sampling:
             (self.max_tokens >= 1, f"max_tokens {self.max_tokens} must be at least 1"),
             (0 <= self.min_tokens <= self.max_tokens,
              f"min_tokens {self.min_tokens} is not in 0..{self.max_tokens} (max_tokens)"),
-            (self.n >= 1, f"n is {self.n}: ask for at least one sample"),
             (self.beams >= 1, f"beams is {self.beams}: use 1 for no beam search"),
-            (self.beams == 1 or self.n <= self.beams,
-             f"n={self.n} samples from {self.beams} beams: use at least {self.n} beams"),
             (self.beams == 1 or self.temperature == 0,
              f"beam search draws nothing: set temperature=0 (it is {self.temperature}) or beams=1"),
         ):  # fmt: skip
@@ -80,22 +73,6 @@ class Sampling:
         stopping = self.early_stopping
         if stopping not in (True, False, "never"):
             raise InputError(f"early_stopping is {stopping!r}: give True, False or 'never'")
-        several = isinstance(self.seed, tuple)
-        for seed in self.seed if several else (self.seed,):
-            known = type(seed) is int and -(2**63) <= seed < 2**63
-            if not known and (seed is not None or several):
-                usable = "give an int below 2**63, a tuple of n of them, or None"
-                raise InputError(f"seed {seed!r} is no seed: {usable}")
-        if several and len(self.seed) != self.n:
-            counts = f"{len(self.seed)} seeds for n={self.n} samples"
-            raise InputError(f"{counts}: give one seed for each")
-
-    def seeds(self) -> tuple[int, ...]:
-        """The seed of each of the n samples; sample i of seed s is the single one of seed s + i."""
-        if isinstance(self.seed, tuple):
-            return self.seed
-        first = secrets.randbits(48) if self.seed is None else self.seed
-        return tuple(first + i for i in range(self.n))
 
 
 def guide(conditional: Logits, unconditional: Logits, scale: Float[Tensor, "rows"]) -> Logits:

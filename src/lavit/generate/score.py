@@ -7,9 +7,7 @@ float may take its place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import TypeVar
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -19,21 +17,8 @@ from torch import Tensor
 from lavit.config import InputError
 from lavit.generate.decoder import Decoder
 from lavit.generate.prompts import Prompt, lay_prompt
-from lavit.layout import reading
+from lavit.layout import ids_of, reading
 from lavit.model import LaVIT
-
-T = TypeVar("T")
-Scorer = Callable[[str, Image.Image], float]
-
-
-def scorer_of(model: LaVIT, scorer: Scorer | str) -> Scorer:
-    """The scorer that is meant: a function, or "likelihood"."""
-    if callable(scorer):
-        return scorer
-    if scorer != "likelihood":
-        known = "use 'likelihood' or a function (prompt, picture) -> float"
-        raise InputError(f"scorer {scorer!r} is not known: {known}")
-    return partial(likelihood, model)
 
 
 def likelihood(model: LaVIT, prompt: str, picture: Image.Image) -> float:
@@ -42,16 +27,23 @@ def likelihood(model: LaVIT, prompt: str, picture: Image.Image) -> float:
     return float(_said(model, seen, prompt).mean())
 
 
-def choices(model: LaVIT, seen: Prompt, texts: Sequence[str]) -> list[float]:
-    """Log-likelihood of each whole text behind a prompt, the likelier of with and without a "."."""
-    return [max(float(_said(model, seen, text + end).sum()) for end in ("", ".")) for text in texts]
+def ranked(model: LaVIT, seen: Prompt, texts: Sequence[str]) -> list[str]:
+    """Whole texts by their log-likelihood behind a prompt, likeliest first; of equals the earlier.
+
+    A text counts as the likelier of itself with and without a full stop.
+    """
+
+    def score(text: str) -> float:
+        return max(float(_said(model, seen, text + end).sum()) for end in ("", "."))
+
+    return sorted(texts, key=score, reverse=True)  # keeps the order of equals
 
 
 @torch.inference_mode()
 def _said(model: LaVIT, seen: Prompt, words: str) -> Float[Tensor, "tokens"]:
     """Log-likelihood of each token of the words behind a prompt, and of the end."""
     language, text = model.language, model.text_tokenizer
-    said = [*text(words, add_special_tokens=False)["input_ids"], language.vocabulary.end]
+    said = [*ids_of(text, words), language.vocabulary.end]
     ids = torch.tensor([[*seen.ids, *said]], device=model.device)
     length, context = ids.shape[1], Decoder(language).context
     if length > context:
@@ -67,9 +59,3 @@ def _said(model: LaVIT, seen: Prompt, words: str) -> Float[Tensor, "tokens"]:
     heads = (language.text_logits(hidden), language.visual_logits(hidden))
     log_p = torch.cat(heads, -1).float().log_softmax(-1)
     return log_p.gather(-1, ids[0, -len(said) :, None])[:, 0]
-
-
-def best(candidates: Sequence[T], scores: Sequence[float], n: int) -> list[T]:
-    """The n candidates of the highest scores, best first; of equals the earlier one."""
-    order = sorted(range(len(candidates)), key=lambda place: -scores[place])  # stable
-    return [candidates[place] for place in order[:n]]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from queue import SimpleQueue
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -29,21 +29,21 @@ from lavit.vocabulary import Vocabulary
 
 # takes codes, seeds=… and maybe watch=…, which is called with each solver step and its latents
 Painter = Callable[..., list[Image.Image]]
-Made = list[Any]  # strings, and updates of kind "image"
+Preview = Callable[[Tensor], list[Image.Image]]  # latents to pictures
+UpdateKind = Literal["text", "image_start", "code", "preview", "image", "finished"]
 
 
 @dataclass(frozen=True)
 class Update:
-    """One thing that happened to sample `sample` of input `input`; its kind says what is set:
+    """One thing that happened to input number `input`; its kind says what is set:
 
     text: the next piece in `text`; image_start; code: all `codes` of the open image so far;
     preview: a `picture` from noise after solver `step` (0, 1, …); image: finished `picture` and
-    its `codes`; finished: the `reason`. `image` numbers the images of the sample.
+    its `codes`; finished: the `reason`. `image` numbers the images of the input.
     """
 
     input: int
-    sample: int
-    kind: Literal["text", "image_start", "code", "preview", "image", "finished"]
+    kind: UpdateKind
     text: str = ""
     codes: tuple[int, ...] = ()
     picture: Image.Image | None = None
@@ -54,10 +54,21 @@ class Update:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A request with its seeds resolved; its text is cut before the first of the strings `ends`."""
+    """A request; its text is cut before the first of the strings `ends`."""
 
     request: Request
     ends: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Painted:
+    """A picture that was written, and the codes it was painted from."""
+
+    picture: Image.Image
+    codes: tuple[int, ...]
+
+
+Made = list[str | Painted]  # what one job wrote, in order
 
 
 def updates(
@@ -66,71 +77,82 @@ def updates(
     jobs: Sequence[Job],
     *,
     paint: Painter | None = None,
-    show: Callable[[Tensor], list[Image.Image]] | None = None,
+    show: Preview | None = None,
 ) -> Iterator[Update]:
     """Run jobs; yields what happens. Closing the iterator stops everything.
 
-    Without `paint`, images come unpainted. show: latents to pictures, for previews of each solver
-    step. Raises `InputError` at once for a request that the LM cannot serve.
+    Without `paint`, images come unpainted; with `show`, previews of each solver step come before
+    them. Raises `InputError` at once for a request that the LM cannot serve.
     """
     session = engine.session()
-    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    decode = partial(text.decode, **options)
-    samples = {}
+    replies: dict[int, _Reply] = {}
+
+    def decode(ids: list[int]) -> str:
+        plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return str(text.decode(ids, **plain))
+
     for job in jobs:
         number, pieces = session.add(job.request), partial(TextPieces, decode, job.ends)
-        for sample, seed in enumerate(job.request.sampling.seeds()):
-            base = Update(number, sample, "text")
-            samples[number, sample] = _Sample(base, seed, pieces, engine.vocabulary)
+        replies[number] = _Reply(number, pieces, engine.vocabulary)
 
     def happening() -> Iterator[Update]:
         while session.busy:
             for event in session.step():
-                sample = samples[event.request, event.sample]
-                for update in sample.take(event):
+                reply = replies[event.request]
+                for update in reply.take(event):
                     if update.kind == "image" and paint is not None:
-                        yield from _painted(update, sample.seed, paint, show)
+                        seed = jobs[update.input].request.seed
+                        yield from _painted(update, seed, paint, show)
                     else:
                         yield update
-                if sample.done and event.kind != "finished":
-                    session.cancel(event.request, event.sample)
+                if reply.done and event.kind != "finished":
+                    session.cancel(event.request)
 
     return happening()
 
 
-def gathered(happening: Iterable[Update], jobs: Sequence[Job], paint: Painter) -> list[list[Made]]:
-    """What each sample of each job wrote, in order: strings, and images, painted all together."""
-    found: list[list[Made]] = [[[] for _ in range(job.request.sampling.n)] for job in jobs]
-    images: list[Update] = []
+def gathered(happening: Iterable[Update], jobs: Sequence[Job], paint: Painter | None) -> list[Made]:
+    """What each job wrote, in order: strings, and images, all painted together at the end.
+
+    `paint` is None where jobs write text alone.
+    """
+    found: list[list[str | Update]] = [[] for _ in jobs]
     for update in happening:
-        parts = found[update.input][update.sample]
-        if update.kind == "text" and parts and isinstance(parts[-1], str):
+        parts = found[update.input]
+        if update.kind == "image":
+            parts.append(update)
+        elif update.kind == "text" and parts and isinstance(parts[-1], str):
             parts[-1] += update.text
         elif update.kind == "text":
             parts.append(update.text)
-        elif update.kind == "image":
-            parts.append(update)
-            images.append(update)
-    images.sort(key=lambda image: (image.input, image.sample, image.image))
+    images = [part for parts in found for part in parts if isinstance(part, Update)]
     codes = [torch.tensor(image.codes) for image in images]
-    seeds = [jobs[image.input].request.sampling.seeds()[image.sample] for image in images]
-    for image, picture in zip(images, paint(codes, seeds=seeds) if images else (), strict=True):
-        parts = found[image.input][image.sample]
-        parts[parts.index(image)] = replace(image, picture=picture)
-    return found
+    seeds = [jobs[image.input].request.seed for image in images]
+    pictures = iter(paint(codes, seeds=seeds) if images and paint is not None else ())
+
+    def finished(part: str | Update) -> str | Painted:
+        return part if isinstance(part, str) else Painted(next(pictures), part.codes)
+
+    return [[finished(part) for part in parts] for parts in found]
 
 
-def _painted(image: Update, seed: int, paint: Painter, show: Callable | None) -> Iterator[Update]:
+def _painted(image: Update, seed: int, paint: Painter, show: Preview | None) -> Iterator[Update]:
+    """The update `image` with its picture; before it, with `show`, one for each solver step."""
     work = partial(paint, [torch.tensor(image.codes)], seeds=[seed])
-    for step, found in [(None, work())] if show is None else _watched(work):
-        (picture,) = found if step is None else show(found)
-        kind = "image" if step is None else "preview"
+    if show is None:
+        (picture,) = work()
+        yield replace(image, picture=picture)
+        return
+    for step, found in _watched(work):
+        (picture,) = show(found) if isinstance(found, Tensor) else found
+        kind: UpdateKind = "image" if step is None else "preview"
         yield replace(image, kind=kind, picture=picture, step=step)
 
 
-def _watched(work: Callable[..., Any]) -> Iterator[tuple[int | None, Any]]:
+def _watched(work: Painter) -> Iterator[tuple[int | None, Tensor | list[Image.Image]]]:
     """Run `work(watch=…)` in a thread; yields what `watch` is called with, then (None, result)."""
-    found: SimpleQueue[tuple[int | None, Any]] = SimpleQueue()
+    found: SimpleQueue[tuple[int | None, Tensor | list[Image.Image] | BaseException]]
+    found = SimpleQueue()
     stop = threading.Event()
 
     def watch(step: int, latents: Tensor) -> None:
@@ -158,30 +180,36 @@ def _watched(work: Callable[..., Any]) -> Iterator[tuple[int | None, Any]]:
         thread.join()
 
 
-class _Sample:
-    """One sample on its way: its open text or image, and whether it is done."""
+class _Reply:
+    """What one job writes, on its way: its open text or image, and whether it is done."""
 
-    def __init__(self, base: Update, seed: int, pieces: Callable, vocabulary: Vocabulary) -> None:
-        self.base, self.seed, self.pieces, self.vocabulary = base, seed, pieces, vocabulary
+    def __init__(
+        self,
+        number: int,
+        pieces: Callable[[], TextPieces],
+        vocabulary: Vocabulary,
+    ) -> None:
+        self.number, self.pieces, self.vocabulary = number, pieces, vocabulary
         self.text = pieces()
         self.codes: tuple[int, ...] = ()
         self.images = 0
         self.done = False
 
     def take(self, event: Event) -> list[Update]:
-        """What an event of the engine comes to; nothing once the sample is done."""
+        """What an event of the engine comes to; nothing once all is done."""
         if self.done:
             return []
         if event.kind == "text":
+            assert event.id is not None
             return self._texts(self.text.add(event.id))
         if event.kind == "code":
             self.codes += (int(self.vocabulary.codes_of(torch.tensor(event.id))),)
             return [self._update("code", codes=self.codes)]
         if event.kind == "image_end":
-            painted = self._update("image", codes=self.codes)
+            written = self._update("image", codes=self.codes)
             self.images += 1
             self.text = self.pieces()
-            return [painted]
+            return [written]
         rest = self._texts(self.text.close())
         if self.done:
             return rest
@@ -198,8 +226,14 @@ class _Sample:
         self.done = True
         return self._update("finished", reason=reason)
 
-    def _update(self, kind: Any, **fields: Any) -> Update:
-        return replace(self.base, kind=kind, image=self.images, **fields)
+    def _update(
+        self,
+        kind: UpdateKind,
+        text: str = "",
+        codes: tuple[int, ...] = (),
+        reason: Reason | None = None,
+    ) -> Update:
+        return Update(self.number, kind, text, codes, image=self.images, reason=reason)
 
 
 class TextPieces:

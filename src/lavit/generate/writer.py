@@ -1,4 +1,4 @@
-"""What is being written: a sample over joint ids, or the beams of a text.
+"""What is being written: one continuation in joint ids, or the beams of a text.
 
     text ──image start──▶ image ──image end──▶ text   (mode "mixed"; others stay as they begin)
 
@@ -21,19 +21,12 @@ UNLIKELY = -1e9  # score of the beams that stand for nothing before the first st
 
 
 class Writer:
-    """Sample `sample` of request `number`: a small state machine; `room` tokens fit the context."""
+    """What follows request `number`: a small state machine; `room` tokens fit the context."""
 
-    def __init__(
-        self,
-        number: int,
-        sample: int,
-        request: Request,
-        vocabulary: Vocabulary,
-        room: int,
-    ) -> None:
-        self.number, self.sample = number, sample
-        self.request, self.vocabulary, self.room = request, vocabulary, room
-        self.generator = torch.Generator().manual_seed(request.sampling.seeds()[sample])
+    def __init__(self, number: int, request: Request, vocabulary: Vocabulary, room: int) -> None:
+        self.number, self.request = number, request
+        self.vocabulary, self.room = vocabulary, room
+        self.generator = torch.Generator().manual_seed(request.seed)
         self.inside = request.mode == "image"
         self.most_lanes = 1 + request.guided
         self.images = int(self.inside)
@@ -96,7 +89,7 @@ class Writer:
         return [*events, self._event("finished", reason=reason)]
 
     def _reason(self, kind: Kind) -> Reason | None:
-        """Why the sample is done after an id of this kind; None where it goes on."""
+        """Why all is done after an id of this kind; None where it goes on."""
         alone = self.request.mode == "image"
         if alone and kind == "image_end":
             return "end"
@@ -106,7 +99,7 @@ class Writer:
         return "context" if self.room <= 0 else None
 
     def _event(self, kind: Kind, id: int | None = None, reason: Reason | None = None) -> Event:
-        return Event(self.number, self.sample, kind, id, reason)
+        return Event(self.number, kind, id, reason)
 
 
 class Beams:
@@ -115,6 +108,7 @@ class Beams:
     Each step ranks the continuations of all beams by summed log-probability. Those that end, if
     they rank among the first `beams`, become answers with score log-probability / length **
     penalty (the end counts as a token); the best `beams` of those that go on are the next beams.
+    The best answer is what is written.
     """
 
     inside = False  # text only
@@ -131,7 +125,7 @@ class Beams:
         self.moves: list[tuple[int, int]] = []
 
     def take(self, logits: Float[Tensor, "beams text"]) -> list[Event]:
-        """Extend the beams by one id: set `moves`; returns the answers when all is done."""
+        """Extend the beams by one id: set `moves`; returns the best answer when all is done."""
         length = len(self.ids[0]) + 1
         log_p = logits.float().log_softmax(-1)
         if length <= self.sampling.min_tokens:
@@ -155,11 +149,9 @@ class Beams:
         if length < self.limit and not self._settled(length):
             return []
         self.moves = []
-        events = []
-        for sample, (score, ids, reason) in enumerate(self.answers[: self.sampling.n]):
-            events += [Event(self.number, sample, "text", id) for id in ids]
-            events.append(Event(self.number, sample, "finished", reason=reason, score=score))
-        return events
+        score, ids, reason = self.answers[0]
+        events = [Event(self.number, "text", id) for id in ids]
+        return [*events, Event(self.number, "finished", reason=reason, score=score)]
 
     def _settled(self, length: int) -> bool:
         """True where no running beam changes the answers any more, by `early_stopping`.

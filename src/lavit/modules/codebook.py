@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lavit.modules.layers import initialise
 
 Vectors = Float[Tensor, "total code_dim"]
+CHUNK = 8192  # vectors that k-means compares with all codes at a time
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,15 @@ def gather_rows(rows: Float[Tensor, "total dim"]) -> Float[Tensor, "all_rows dim
     gathered = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(gathered, padded.contiguous())
     return torch.cat([part[: int(n)] for part, n in zip(gathered, counts, strict=True)])
+
+
+def _nearest(
+    vectors: Vectors, centres: Float[Tensor, "codes code_dim"]
+) -> tuple[Float[Tensor, "total"], Int[Tensor, "total"]]:
+    """Cosine of each vector and its nearest centre, and that one's number."""
+    parts = [(part @ centres.T).max(-1) for part in vectors.split(CHUNK)]
+    cosines, numbers = zip(*parts, strict=True)
+    return torch.cat(cosines), torch.cat(numbers)
 
 
 class Codebook(nn.Module):
@@ -104,7 +114,7 @@ class Codebook(nn.Module):
             pick = torch.cat([pick, again])
         centres = vectors[pick].clone()
         for _ in range(rounds):
-            nearest, codes = (vectors @ centres.T).max(-1)
+            nearest, codes = _nearest(vectors, centres)
             mass = torch.bincount(codes, minlength=self.size).float()
             sums = torch.zeros_like(centres).index_add_(0, codes, vectors)
             empty = (mass == 0).nonzero()[:, 0]
@@ -113,7 +123,7 @@ class Codebook(nn.Module):
             found = sums.norm(dim=-1, keepdim=True) > 0
             centres = F.normalize(torch.where(found, sums, centres), dim=-1)
         self.vectors.copy_(centres)
-        codes = (vectors @ centres.T).argmax(-1)
+        _, codes = _nearest(vectors, centres)
         mass = torch.bincount(codes, minlength=self.size).float().clamp(min=1.0)
         self.mass.copy_(mass / mass.mean())
         self.sums.copy_(self.vectors * self.mass[:, None])

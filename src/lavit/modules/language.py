@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ from lavit.modules.attention import attend_by_document, group_documents
 from lavit.modules.head import HeadLoss
 from lavit.modules.layers import Keep, Patches
 from lavit.modules.merger import Merger, MergerBlock
-from lavit.sequence import IGNORE, Batch, attention_mask, fill_slots
+from lavit.sequence import IGNORE, Batch, attention_mask, check_slots, fill_slots
 from lavit.vocabulary import Vocabulary
 
 CHUNK = 1024  # positions whose logits exist at one time
@@ -58,7 +59,8 @@ class Language(nn.Module):
 
     `lm` is any transformers causal LM whose logits are `get_output_embeddings()(hidden)`
     (`check_head`). `end` is the id that ends a text; `merger` is copied; `trained` says whether the
-    LM is more than freshly initialised: new rows begin accordingly.
+    LM is more than freshly initialised: new rows begin accordingly. `read_as` is that of
+    `LanguageConfig`.
     """
 
     def __init__(
@@ -70,9 +72,10 @@ class Language(nn.Module):
         codes: int,
         end: int,
         trained: bool = True,
+        read_as: Literal["features", "codes"] = "features",
     ) -> None:
         super().__init__()
-        self.lm = lm
+        self.lm, self.read_as = lm, read_as
         self.by_document = attend_by_document(lm)
         table, head = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
         text_size, self.width = table.shape
@@ -101,6 +104,11 @@ class Language(nn.Module):
         """Rows of the visual head: those that embed where the LM ties its own."""
         return self.rows if self.head_rows is None else self.head_rows
 
+    @property
+    def scale(self) -> float | Float[Tensor, ""]:
+        """What the LM's embedding multiplies its rows by (Gemma): the visual rows get the same."""
+        return getattr(self.lm.get_input_embeddings(), "embed_scale", 1.0)
+
     def recompute(self, on: bool) -> None:
         """Activation checkpointing of the LM's and the reader's blocks."""
         self.merger.recompute = on
@@ -113,11 +121,17 @@ class Language(nn.Module):
                 module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
     def check_head(self) -> None:
-        """Raise `InputError` unless the LM's logits are its head applied to the hidden states."""
+        """Raise `InputError` unless the LM embeds by its table, and its head makes its logits."""
         ids = torch.arange(4, device=self.rows.device)[None] % self.vocabulary.text_size
+        embedding = self.lm.get_input_embeddings()
         with torch.no_grad():
+            same = torch.allclose(embedding(ids), embedding.weight[ids] * self.scale, rtol=1e-3)
             expected = self.lm(input_ids=ids).logits
             found = self.text_logits(self.body(input_ids=ids).last_hidden_state)
+        if not same:
+            kind = type(embedding).__name__
+            said = f"{kind} does more than look rows up and scale them, which is not supported"
+            raise InputError(f"{said}: use another language model")
         if not torch.allclose(expected, found, rtol=1e-3, atol=1e-3):
             changes = "changes its logits behind the head (soft-capping or scaling)"
             hint = "use a language model whose logits are head(hidden)"
@@ -140,7 +154,7 @@ class Language(nn.Module):
         """Input embeddings of joint ids; at `slots` the rows of `features` enter instead."""
         visual = self.vocabulary.is_visual(ids)
         text = self.lm.get_input_embeddings()(ids.masked_fill(visual, self.vocabulary.end))
-        rows = F.embedding(self.vocabulary.rows(ids).clamp(min=0), self.rows)
+        rows = F.embedding(self.vocabulary.rows(ids).clamp(min=0), self.rows) * self.scale
         embeddings = torch.where(visual[..., None], rows.to(text.dtype), text)
         if slots is None or features is None:
             return embeddings
@@ -180,10 +194,15 @@ class Language(nn.Module):
     ) -> LanguageLoss:
         """Next-id cross-entropy over text and codes with one softmax (Eq. 6), summed over targets.
 
-        `patches` and `keep` are those of `batch.images`, in order; without them slots take the rows
-        of their codes.
+        `patches` and `keep` are those of `batch.images`, in order; without them, or where pictures
+        are read as codes, slots take the rows of their codes.
         """
-        features = self.read(patches, keep) if patches is not None and len(patches) else None
+        if self.read_as == "codes":
+            patches = None
+        features = None
+        if patches is not None and len(patches):
+            check_slots(batch.slots, keep.sum(1))
+            features = self.read(patches, keep)
         embeddings = self.embed(batch.ids, slots=batch.slots, features=features)
         if patches is not None and features is None and torch.is_grad_enabled():
             # a rank whose rows read no picture takes part in the reader's gradients all the same

@@ -95,11 +95,18 @@ class VisualTokenizer(nn.Module):
         generator: torch.Generator | None = None,
         keep: Keep | None = None,
     ) -> VisualTokens:
-        """Visual tokens of encoder features; `keep` gives the mask instead of the policy."""
+        """Visual tokens of encoder features; `keep` gives the mask instead of the policy.
+
+        Each picture is encoded alone: in a batch, the lengths of the others change its last bits,
+        and now and then a code.
+        """
+        alone = patches.split(1)
         if keep is None:
-            keep = self.select(patches, policy, generator=generator)
-        rows = self.merger(self.prepare(patches), keep)
-        return VisualTokens(self.codebook.index(self.codebook.project(rows)), keep.sum(1), keep)
+            keep = torch.cat([self.select(one, policy, generator=generator) for one in alone])
+        pairs = zip(alone, keep.split(1), strict=True)
+        rows = (self.merger(self.prepare(one), mask) for one, mask in pairs)
+        codes = [self.codebook.index(self.codebook.project(merged)) for merged in rows]
+        return VisualTokens(torch.cat(codes), keep.sum(1), keep)
 
     def decode(
         self,

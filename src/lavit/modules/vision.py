@@ -12,18 +12,22 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
+from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from lavit.config import InputError, VisionConfig, require
+from lavit.images import pixels as to_pixels
 from lavit.modules.layers import Patches
 
 EFFICIENTNET = "efficientnet-lite0"
+BLOCK = 8  # pictures encoded at a time: more do not fit a CPU's cache
 BLIP = "blip_2_vision_model"  # which AutoModel does not know
 
 
@@ -39,6 +43,23 @@ class Vision(nn.Module):
         """Stay in eval mode: batch norms and dropout of the encoder are frozen."""
         return super().train(False)
 
+    def encode(self, images: Sequence[Image]) -> Patches:
+        """Features of pictures of any size, the same to the last bit in training and in use.
+
+        Blocks are small, since larger ones may be computed in another order (EfficientNet-Lite0: of
+        16 and more), and features are rounded to fp16, as training keeps them.
+        """
+        config = self.config
+        blocks = [images[at : at + BLOCK] for at in range(0, len(images), BLOCK)]
+        how = (config.image_size, config.mean, config.std)
+        return torch.cat([self.encode_pixels(to_pixels(block, *how)) for block in blocks])
+
+    def encode_pixels(self, pixels: Float[Tensor, "images 3 height width"]) -> Patches:
+        """`encode` of pictures that are normalised tensors already (`images.pixels`)."""
+        weight = next(self.parameters())
+        blocks = pixels.to(weight.device, weight.dtype).split(BLOCK)
+        return torch.cat([self(block).half() for block in blocks]).float()
+
     @torch.no_grad()
     def forward(self, pixels: Float[Tensor, "images 3 height width"]) -> Patches:
         """Features of normalised pictures (`images.pixels`); another size raises `InputError`."""
@@ -51,9 +72,9 @@ class Vision(nn.Module):
             patches = self.early(pixels, (layer,))[-1].flatten(2).transpose(1, 2)
         else:  # class and register tokens stand in front
             patches = self.states(pixels)[config.layer][:, -config.patches :]
-        if patches.shape[1:] != (config.patches, config.dim):
-            found = f"{patches.shape[1]} patches of {patches.shape[2]} channels"
-            wanted = f"{config.patches} of {config.dim}"
+        if patches.shape != (len(pixels), config.patches, config.dim):
+            found = "{} x {} patches of {} channels".format(*patches.shape)
+            wanted = f"{len(pixels)} x {config.patches} of {config.dim}"
             raise InputError(f"the encoder gives {found}, the configuration says {wanted}")
         return patches
 
@@ -94,7 +115,7 @@ class Vision(nn.Module):
 
 
 def load_vision(config: VisionConfig, folder: Path | None = None) -> Vision:
-    """Build the encoder that `config` names; `folder` is where that of source "folder" lies."""
+    """Build the encoder that `config` names, in fp32; `folder` is where that of "folder" lies."""
     if config.source == EFFICIENTNET:
         return Vision(config, _efficientnet_lite0(config))
     from transformers import AutoConfig, AutoModel, Blip2VisionModel
@@ -113,7 +134,7 @@ def load_vision(config: VisionConfig, folder: Path | None = None) -> Vision:
         reason = str(error).splitlines()[0]
         raise InputError(f"no vision encoder at {where}: {reason}") from error
     kind = Blip2VisionModel if architecture.model_type == BLIP else AutoModel
-    encoder = kind.from_pretrained(where)
+    encoder = kind.from_pretrained(where, dtype=torch.float32)  # whatever it was saved in
     return Vision(config, getattr(encoder, "vision_model", encoder))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -44,10 +45,14 @@ def seeded(*numbers: int) -> torch.Generator:
 
 def draw_pictures(count: int, batch: int, *, seed: int, step: int) -> Int[Tensor, "batch"]:
     """Pictures of a step: epoch after epoch in new orders, each picture once an epoch."""
-    at = torch.arange(step * batch, (step + 1) * batch)
-    epochs = (at // count).unique().tolist()
-    orders = {e: torch.randperm(count, generator=seeded(seed, 1, e)) for e in epochs}
-    return torch.stack([orders[int(i) // count][int(i) % count] for i in at])
+    at = range(step * batch, (step + 1) * batch)
+    return torch.stack([_order(count, seed, i // count)[i % count] for i in at])
+
+
+@lru_cache(maxsize=2)  # a step may end one epoch and begin the next
+def _order(count: int, seed: int, epoch: int) -> Int[Tensor, "pictures"]:
+    """All pictures in the order of an epoch."""
+    return torch.randperm(count, generator=seeded(seed, 1, epoch))
 
 
 def draw_batch(count: int, batch: int, shard: Shard, *, seed: int, step: int) -> PictureBatch:

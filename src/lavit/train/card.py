@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lavit.config import ModelConfig, TrainConfig, from_json, read_config, read_json
+from lavit.config import ModelConfig, TrainConfig, from_json, read_config, read_json, write_whole
 from lavit.data.sources import LICENCE_WORDS
 from lavit.train.metrics import read_lines
 
@@ -59,13 +59,13 @@ def write_card(folder: Path) -> Path:
         *([f"## Limits\n{said['limits']}"] if "limits" in said else []),
         "## Licences\n" + _table(("of", "licence"), _licences(said)),
     ]
-    path.write_text(HEADER + "\n" + "\n\n".join(parts) + "\n")
+    write_whole(path, HEADER + "\n" + "\n\n".join(parts) + "\n")
     return path
 
 
 def record_figures(folder: Path, figures: Sequence[dict[str, Any]]) -> None:
     """Keep the figures of an evaluation in `folder/eval.jsonl` and write the card anew."""
-    (folder / "eval.jsonl").write_text("".join(json.dumps(figure) + "\n" for figure in figures))
+    write_whole(folder / "eval.jsonl", "".join(json.dumps(figure) + "\n" for figure in figures))
     write_card(folder)
 
 

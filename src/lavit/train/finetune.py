@@ -34,7 +34,7 @@ from lavit.config import (
     write_json,
 )
 from lavit.data.conversations import ConversationDocuments, load_conversations
-from lavit.data.features import nothing_read, tokenize_features
+from lavit.data.features import nothing_read
 from lavit.model import LaVIT
 from lavit.modules.language import Language
 from lavit.storage import inject_lora, merge_lora, model_folder
@@ -109,6 +109,9 @@ class Finetune(Run):
                 raise InputError(f"{said}: give another --out, or delete it")
         return model
 
+    def _agree(self, stages: Sequence[str]) -> None:
+        """Nothing more to settle: there is one stage."""
+
     def _take_steps(self, steps: int) -> None:
         language = replace(self.training.language, steps=steps)
         self.training = replace(self.training, language=language)
@@ -127,7 +130,7 @@ class Finetune(Run):
         features, tokens = nothing_read(self.config.vision)
         if conversations.pictures:
             features = self._features(conversations.pictures, model.vision)
-            tokens = tokenize_features(model.visual_tokenizer, features)
+            tokens = self._tokens(model.visual_tokenizer, features)
         config, seed = self.training.language, self.training.seed
         codes = tuple(tuple(part.tolist()) for part in tokens.split())
         make = {"text": text, "vocabulary": language.vocabulary, "config": config, "seed": seed}

@@ -91,6 +91,9 @@ class LanguageStage(Stage):
         _, batch, targets = self._drawn
         if self.streams is not None:
             shard = Shard(shard.rank % self.accumulate, self.accumulate)
+        if len(batch.ids) < shard.ranks:
+            said = f"{len(batch.ids)} rows a step cannot be shared by {shard.ranks} processes"
+            raise InputError(f"{said} (or parts of a step): start fewer, or give more rows")
         mine = shard.of(torch.arange(len(batch.ids)))
         fields = (batch.ids, batch.labels, batch.positions, batch.documents, batch.slots)
         fields = [field[mine] for field in fields]

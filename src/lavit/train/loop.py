@@ -11,6 +11,7 @@ import contextlib
 import logging
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +34,7 @@ Pair = tuple[Tensor, Tensor | float]  # a sum, and the count to divide it by
 Figure = Tensor | Pair  # a mean over processes, or such a pair
 
 
-class Stage:
+class Stage(ABC):
     """What a stage says: its module, rates, batches and losses; the rest where it needs it."""
 
     name: str
@@ -55,13 +56,13 @@ class Stage:
         params = [p for p in self.module.parameters() if p.requires_grad]
         return [{"params": params, "lr": rate, "weight_decay": decay}]
 
+    @abstractmethod
     def batch(self, step: int, shard: Shard) -> Any:
         """This rank's batch of a step: a function of the step and the seed alone."""
-        raise NotImplementedError
 
+    @abstractmethod
     def losses(self, module: nn.Module, batch: Any, step: int) -> dict[str, Figure]:
         """`loss` to go backward (its sum over the parts of a step counts), and figures to log."""
-        raise NotImplementedError
 
     def after_step(self, step: int) -> dict[str, float]:
         """Whatever follows the optimiser's step (codebook, averaged weights); more figures."""
@@ -73,6 +74,7 @@ class Stage:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take back what `state` gave."""
+        assert not state, f"the stage {self.name} has no state beyond its module's"
 
 
 @dataclass

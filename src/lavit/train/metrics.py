@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lavit.config import InputError, require
+from lavit.config import InputError, require, write_whole
 
 log = logging.getLogger(__name__)
 PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
@@ -44,7 +44,7 @@ class Metrics:
         for path in filter(Path.exists, (run / "metrics.jsonl", run / "samples.jsonl")):
             lines = list(read_lines(path))
             kept = [line for line in lines if line["stage"] != stage or line["step"] <= start]
-            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.opened = [_open(name, run, stage, start) for name in trackers]
 
     def write(self, step: int, values: dict[str, float]) -> None:

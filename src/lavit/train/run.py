@@ -2,7 +2,9 @@
 
 The run folder *is* a model folder (`lavit caption --model RUN …`) with more in it: training.json,
 metrics.jsonl, samples.jsonl, README.md (the model card), tensorboard/, checkpoints/, cache/. The
-same command on the same folder goes on where it was; other settings there are refused.
+same command on the same folder goes on where it was; other settings of a stage that has begun are
+refused. `base/` and `decoder/` there are what a configuration without a source of its own starts
+from: a language model and a diffusers folder.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from PIL.Image import Image
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -25,11 +28,10 @@ from lavit.config import (
     InputError,
     LoopConfig,
     ModelConfig,
-    TrainConfig,
-    from_json,
     read_config,
     read_json,
     to_json,
+    write_config,
     write_json,
 )
 from lavit.data.bulk import corpus_codes, tokenizer_hash
@@ -44,7 +46,6 @@ from lavit.data.features import (
 )
 from lavit.data.sources import Record
 from lavit.data.stream import StreamingDocuments, stream_texts
-from lavit.images import pixels as to_pixels
 from lavit.model import LaVIT
 from lavit.modules.language import Language
 from lavit.modules.pixels import Pixels
@@ -66,12 +67,11 @@ from lavit.train.loop import Report, Stage, train
 from lavit.train.metrics import check_trackers
 from lavit.train.pixels import AutoencoderStage, PixelsStage
 from lavit.train.samples import Samples
+from lavit.train.settings import PART_OF, STAGES, same_run, with_stage
 from lavit.train.spread import first_alone, halve_frozen, make_accelerator
 from lavit.train.tokenizer import TokenizerStage
 
 log = logging.getLogger(__name__)
-PART_OF = {"tokenizer": "visual_tokenizer", "language": "language", "pixels": "pixels"}
-STAGES = tuple(PART_OF)
 
 
 class Run:
@@ -106,27 +106,48 @@ class Run:
             self._take_tokenizer(self.start)
 
     def _settle(self, model: ModelConfig) -> ModelConfig:
-        """Write what this run is, or check that the folder is of the same; the model's settings."""
+        """Read what the folder's run is, if it holds one; the model's settings."""
         mine = {"data": self.data, "model": to_json(model), "training": to_json(self.training)}
         if self.start:
             mine["start"] = self.start.name
         if origin := origin_of(self.data):  # how the data were made: no setting of the run
             mine["origin"] = origin
-        path = self.folder / "training.json"
+        path, config = self.folder / "training.json", self.folder / "config.json"
         self.accelerator.wait_for_everyone()
         saved = read_json(path) if path.exists() else {}
-        self.accelerator.wait_for_everyone()
-        if saved and not _same_run(saved, mine):
+        found = read_config(self.folder) if saved and config.exists() else model
+        self._mine, self._saved = mine, saved or mine
+        self._agree(())
+        coming = [PART_OF[stage] for stage in STAGES if not self._done(stage)]
+        return replace(found, **{part: getattr(model, part) for part in coming})
+
+    def _done(self, stage: str) -> bool:
+        return (self.folder / PART_OF[stage] / "done").exists()
+
+    def _begun(self, stage: str) -> bool:
+        checkpoints = [stage, "autoencoder"] if stage == "pixels" else [stage]
+        begun = any((self.folder / "checkpoints" / name).exists() for name in checkpoints)
+        return begun or self._done(stage)
+
+    def _agree(self, stages: Sequence[str]) -> None:
+        """Write what this run is, or check that the folder is of the same one.
+
+        Compared are the settings of those of `stages` that have begun, and what is of no stage.
+        """
+        begun = [stage for stage in stages if self._begun(stage)]
+        if not same_run(self._saved, self._mine, begun):
             said = f"{self.folder} holds a run with other settings"
             raise InputError(f"{said}: give another --out, or delete it to start anew")
-        if self.accelerator.is_main_process and not saved.keys() >= mine.keys():
-            write_json(path, mine | saved)
-        begun = saved and (self.folder / "config.json").exists()
-        return read_config(self.folder) if begun else model
+        self._saved = self._mine | self._saved
+        for stage in set(stages).difference(begun):
+            self._saved = with_stage(self._saved, stage, self._mine)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            write_json(self.folder / "training.json", self._saved)
 
     def _take_tokenizer(self, start: Path) -> None:
         """Copy stage 1 of another model, once, under this run's own configuration."""
-        done = (self.folder / "visual_tokenizer" / "done").exists()
+        done = self._done("tokenizer")
         self.accelerator.wait_for_everyone()
         if not done:
             model = LaVIT.from_pretrained(start, parts=TO_SEE)
@@ -151,7 +172,7 @@ class Run:
     @cached_property
     def tokens(self) -> VisualTokens:
         """Stage-1 tokens of every picture."""
-        return tokenize_features(self.tokenizer, self.features)
+        return self._tokens(self.tokenizer, self.features)
 
     @cached_property
     def tokenizer(self) -> VisualTokenizer:
@@ -171,7 +192,9 @@ class Run:
             if stage not in STAGES:
                 known = ", ".join(STAGES)
                 raise InputError(f"there is no stage {stage!r}: choose from {known}, all")
-            if (self.folder / PART_OF[stage] / "done").exists():
+        self._agree(stages)
+        for stage in stages:
+            if self._done(stage):
                 log.info("%s is trained already", stage)
                 continue
             torch.manual_seed(self.training.seed)
@@ -184,6 +207,16 @@ class Run:
             progress = partial(self.prepare, "encoder features")
         with first_alone(self.accelerator):
             return compute_features(records, vision, self.folder / "cache", progress=progress)
+
+    def _tokens(self, tokenizer: VisualTokenizer, features: Features) -> VisualTokens:
+        """Visual tokens of cached features; each process makes a share of them."""
+        accelerator = self.accelerator
+        shares = torch.arange(len(features)).tensor_split(accelerator.num_processes)
+        share = shares[accelerator.process_index]
+        _, mine = nothing_read(self.config.vision)
+        if len(share):
+            mine = tokenize_features(tokenizer, features, share)
+        return VisualTokens.joined(gather_object([mine]))
 
     def _loop(self, stage: Stage, origins: dict[str, str] | None = None, **options: Any) -> None:
         """Train a stage; `options` are the loop's, `origins` those of `parameter_lines`."""
@@ -207,6 +240,7 @@ class Run:
         """Write parts of the run, and mark the last one as finished."""
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
+            write_config(self.folder, self.config)  # parts to come may have other settings by now
             model.save_pretrained(self.folder, parts=parts)
             (self.folder / parts[-1] / "done").touch()
             write_card(self.folder)
@@ -264,10 +298,12 @@ class Run:
     def _load_language(self, text: TextTokenizer | None) -> tuple[Language, TextTokenizer]:
         """A language part around its base LM, or as `start` left it."""
         if self.start:
-            return load_language(self.config, self.start)
-        lm, found = load_base(self.config.language, self.folder / "base")
-        text = found or text
-        return build_language(lm, self.tokenizer.merger, self.config, text), text
+            language, text = load_language(self.config, self.start)
+        else:
+            lm, found = load_base(self.config.language, self.folder / "base")
+            text = found or text
+            language = build_language(lm, self.tokenizer.merger, self.config, text)
+        return language.float(), text  # small steps are lost on weights of half precision
 
     def _language_stage(self, language: Language, text: TextTokenizer) -> LanguageStage:
         """Stage 2 on the corpus; on codes made beforehand; or on a stream."""
@@ -283,7 +319,7 @@ class Run:
         mixture = config.mixture
         if config.token_corpus:
             hashed = tokenizer_hash(LaVIT(self.config, folder=self.folder))
-            codes = corpus_codes(config.token_corpus, self.corpus, self.data, tokenizer=hashed)
+            codes = corpus_codes(config.token_corpus, self.corpus, tokenizer=hashed)
             features, tokens = nothing_read(vision)
             mixture = (0.0, mixture[1], 0.0, *mixture[3:])
         else:
@@ -297,9 +333,7 @@ class Run:
     @torch.no_grad()
     def _encode(self, images: list[Image]) -> tuple[Tensor, VisualTokens]:
         """Features [images patches dim] and tokens of pictures of a stream."""
-        vision = self.config.vision
-        pictures = to_pixels(images, vision.image_size, vision.mean, vision.std)
-        patches = self.vision(pictures.to(self.accelerator.device)).float()
+        patches = self.vision.encode(images)
         return patches, self.tokenizer.encode(patches)
 
     def _new_text_tokenizer(self) -> TextTokenizer:
@@ -312,12 +346,22 @@ class Run:
                 text.save_pretrained(folder)
         return AutoTokenizer.from_pretrained(folder)
 
+    def _first_pixels(self) -> Pixels:
+        """The decoder before its first step; without sizes of its own it starts from `decoder/`."""
+        config = self.config.pixels
+        if self.start and (self.start / "pixels").is_dir():
+            return Pixels.load(self.start / "pixels", config)
+        if not config.unet and not config.start_from:
+            folder = self.folder / "decoder"
+            if not (folder / "unet").is_dir():
+                said = f"{folder} holds no diffusion model to start from"
+                raise InputError(f"{said}: put a diffusers folder there (Stable Diffusion 1.5)")
+            config = replace(config, start_from=str(folder))
+        return Pixels.build(config)
+
     def _train_pixels(self) -> None:
         config, seed = self.training.pixels, self.training.seed
-        if self.start and (self.start / "pixels").is_dir():
-            pixels = Pixels.load(self.start / "pixels", self.config.pixels)
-        else:
-            pixels = Pixels.build(self.config.pixels)
+        pixels = self._first_pixels()
         if config.autoencoder_steps:
             autoencoder = AutoencoderStage(pixels, self.pictures, config, seed=seed)
             self._loop(autoencoder, warmup=config.warmup)
@@ -336,14 +380,3 @@ class Run:
         self._loop(stage, warmup=config.warmup)
         pixels.load_state_dict(stage.averaged.module.state_dict())
         self._save(LaVIT(self.config, pixels=pixels), "pixels")
-
-
-def _same_run(saved: dict[str, Any], mine: dict[str, Any]) -> bool:
-    """Whether two descriptions of a run agree; a setting that the older lacks is its default."""
-    if any(saved.get(name) != mine.get(name) for name in ("data", "start")):
-        return False
-    kinds = (("model", ModelConfig), ("training", TrainConfig))
-    try:
-        return all(from_json(kind, saved[key]) == from_json(kind, mine[key]) for key, kind in kinds)
-    except (InputError, KeyError):
-        return False

@@ -5,6 +5,7 @@ Codes are written as numbers: painting them needs stage 3, which comes later.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class Samples:
                 "prompt": picture.prompts[0],
                 "codes": list(drawn.images[0]),
             }
-            for (_, picture), (said,), (drawn,) in zip(self.pictures, done, done, strict=True)
+            for (_, picture), said, drawn in zip(self.pictures, done, done, strict=True)
         ]
 
     def _requests(self, number: int, picture: Any) -> tuple[Request, Request]:
@@ -60,12 +61,14 @@ class Samples:
         language = stage.module
         device = language.rows.device
         patches, keep = stage.features.rows(at), stage.tokens.keep[at].to(device)
-        features = language.read(stage.tokenizer.prepare(patches).to(device), keep)
         seen, asked = self._laid(reading(number)), self._laid(drawing(picture.prompts[0]))
         said = Sampling(temperature=0.0, max_tokens=WORDS)
+        caption = Request(ids=seen.ids, sampling=said)
+        if language.read_as == "features":
+            features = language.read(stage.tokenizer.prepare(patches).to(device), keep)
+            caption = replace(caption, slots=seen.slots, features=features)
         length = {"min_tokens": 1, "max_tokens": keep.shape[1]}
-        drawn = Sampling(temperature=1.0, top_k=50, guidance=2.0, seed=0, **length)
-        caption = Request(ids=seen.ids, slots=seen.slots, features=features, sampling=said)
+        drawn = Sampling(temperature=1.0, top_k=50, guidance=2.0, **length)
         return caption, Request(ids=asked.ids, mode="image", sampling=drawn)
 
     def _laid(self, parts: list[Part]) -> Sequence:

@@ -24,12 +24,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lavit.config import InputError
+from lavit.placement import share_cores
 
 Precision = Literal["auto", "fp32", "bf16"]
 
 
 def make_accelerator(precision: Precision = "auto", *, fsdp: bool = False) -> Accelerator:
     """Accelerate's object for this process; `fsdp` or `accelerate launch --use_fsdp` shards."""
+    share_cores()
     fsdp = fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     plugin = None

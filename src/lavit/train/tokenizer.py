@@ -76,7 +76,7 @@ class TokenizerStage(Stage):
     def losses(self, module: nn.Module, batch: PictureBatch, step: int) -> dict[str, Tensor]:
         """Eq. 4 plus commitment; figures of selector health."""
         config = self.config
-        if step == config.steps_a and config.k_means:
+        if step == config.steps_a and step != self.step and config.k_means:  # of its first part
             self._start_codes()
         patches, noise = self._inputs(batch, step)
         health.check_features(patches, step)

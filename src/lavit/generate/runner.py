@@ -1,0 +1,281 @@
+"""What stands between the verbs and the engine: the jobs of a call, run at once or as a stream.
+
+inputs (prompts.py) ── Work: jobs, and what paints their pictures ─┬─ run: what each job wrote
+                                                                   └─ stream: updates
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any, TypeVar, Unpack
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lavit.config import InputError
+from lavit.generate.engine import Engine
+from lavit.generate.options import (
+    ChatMessage,
+    CodesOptions,
+    DrawingOptions,
+    ImageContent,
+    Messages,
+    MessagesList,
+    OpenOptions,
+    Scorer,
+    Seed,
+    Size,
+    TextContent,
+    TextOptions,
+    Written,
+)
+from lavit.generate.prompts import (
+    Inputs,
+    image_jobs,
+    jobs_of,
+    sampling_of_codes,
+    talks_of,
+    turn_ends,
+)
+from lavit.generate.protocols import Protocol, protocol_of
+from lavit.generate.safety import Release, release_of
+from lavit.generate.sampling import Sampling
+from lavit.generate.score import likelihood
+from lavit.generate.stream import Job, Made, Painted, Painter, Update, gathered, updates
+from lavit.images import to_image
+from lavit.layout import Part, Reply, TextPart
+from lavit.model import LaVIT
+
+T = TypeVar("T")
+TOGETHER = 16  # pictures that are painted in one batch
+APART = 2**32  # between the seeds of the candidates of one drawing
+REPLIES = {"text": TextOptions, "image": DrawingOptions, "auto": OpenOptions}
+
+
+@dataclass(frozen=True)
+class Work:
+    """The jobs of one call; `one`: a single input was given, not a list."""
+
+    jobs: list[Job]
+    one: bool
+    paint: Painter | None = None  # None: they write text alone
+
+
+class Runner:
+    """A loaded model, its engine, and what happens to pictures before a user sees them."""
+
+    def __init__(
+        self,
+        model: LaVIT,
+        *,
+        protocol: str | Protocol = "default",
+        safety: bool | None = None,
+        watermark: str | None = None,
+    ) -> None:
+        self.model, self.safety, self.watermark = model, safety, watermark
+        if isinstance(protocol, str):
+            protocol = protocol_of(protocol, model.config.visual_tokenizer.patches)
+        self.protocol = protocol
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The token engine over this model's language part."""
+        self.model.needs("language")
+        return Engine(self.model.language)
+
+    @cached_property
+    def release(self) -> Release:
+        """The safety check and the watermark."""
+        return release_of(self.model, safety=self.safety, watermark=self.watermark)
+
+    def paint(
+        self,
+        codes: Sequence[Tensor],
+        *,
+        seeds: Sequence[int],
+        steps: int | None = None,
+        guidance: float | None = None,
+        size: Size | None = None,
+        watch: Callable[[int, Tensor], None] | None = None,
+    ) -> list[Image.Image]:
+        """Pictures of codes through reconstructor and pixel decoder, released (or `Refused`).
+
+        `codes` are those of each picture, `[kept]`; `watch` is called with the step's number and
+        the latents after each step.
+        """
+        self.model.needs("visual_tokenizer", "pixels")
+        done: list[Image.Image] = []
+        for at in range(0, len(codes), TOGETHER):
+            with torch.inference_mode():
+                pictures = self.model.pixels.sample(
+                    self.model.decode(codes[at : at + TOGETHER]),
+                    steps=steps,
+                    guidance=guidance,
+                    seeds=list(seeds)[at : at + TOGETHER],
+                    size=size,
+                    callback=watch,
+                )
+            done += [to_image(picture) for picture in pictures]
+        return self.release(done, seeds)
+
+    def _ready(self, size: Size | None, jobs: Sequence[Job] = ()) -> None:
+        """Raise what would stop the picture at the end before work begins.
+
+        What the language model cannot serve is refused first.
+        """
+        for job in jobs:
+            self.engine.check(job.request)
+        self.model.needs("visual_tokenizer", "pixels")
+        self.model.pixels.check_size(self.model.pixels.picture_size(size))
+        _ = self.release
+
+    def _words(
+        self,
+        inputs: Inputs,
+        usual: Sampling,
+        ends: tuple[str, ...] = (),
+        *,
+        stop: tuple[int, ...] = (),
+        seed: Seed = 0,
+        sampling: Sampling | None = None,
+    ) -> Work:
+        """Text behind each input, written as `usual` where no `sampling` is given."""
+        how = sampling or usual
+        jobs = jobs_of(self.model, inputs.parts, how, seed=seed, ends=ends, stop=stop)
+        return Work(jobs, inputs.one)
+
+    def _picture(
+        self,
+        inputs: Inputs,
+        *,
+        steps: int | None = None,
+        size: Size | None = None,
+        **how: Unpack[CodesOptions],
+    ) -> Work:
+        """A picture behind each input."""
+        jobs = image_jobs(self.model, self.protocol, inputs.parts, **how)
+        self._ready(size, jobs)
+        return Work(jobs, inputs.one, partial(self.paint, steps=steps, size=size))
+
+    def _mixture(
+        self,
+        inputs: Inputs,
+        ends: tuple[str, ...] = (),
+        *,
+        stop: tuple[int, ...] = (),
+        seed: Seed = 0,
+        sampling: Sampling | None = None,
+        image_sampling: Sampling | None = None,
+        guidance: float | None = None,
+        steps: int | None = None,
+        size: Size | None = None,
+    ) -> Work:
+        """Text behind each input, in which the model opens pictures by itself."""
+        # a reply that may hold pictures need not hold text
+        how = sampling or replace(self.protocol.chat, min_tokens=0)
+        inside = sampling_of_codes(self.model, self.protocol, image_sampling, guidance)
+        options = {"stop": stop, "mode": "mixed", "picture": inside}
+        jobs = jobs_of(self.model, inputs.parts, how, seed=seed, ends=ends, **options)
+        self._ready(size, jobs)
+        return Work(jobs, inputs.one, partial(self.paint, steps=steps, size=size))
+
+    def _replies(self, messages: Messages | MessagesList, out: Reply, **how: Any) -> Work:
+        """The assistant's turn behind each conversation; its text ends where the turn does."""
+        self.model.needs("language")
+        inputs = talks_of(messages, self.model.text_tokenizer, out)
+        if unused := sorted(how.keys() - REPLIES[out].__optional_keys__):
+            raise InputError(f"a reply of kind {out!r} takes no {', '.join(unused)}: leave it out")
+        if out == "image":
+            return self._picture(inputs, **how)
+        ends, stop = turn_ends(self.model)
+        if out == "auto":
+            return self._mixture(inputs, ends, stop=stop, **how)
+        return self._words(inputs, self.protocol.chat, ends, stop=stop, **how)
+
+    def _run(self, work: Work) -> list[Made]:
+        """What each job wrote; all pictures are painted together at the end."""
+        happening = updates(self.engine, self.model.text_tokenizer, work.jobs)
+        return gathered(happening, work.jobs, work.paint)
+
+    def _texts(self, work: Work) -> list[str]:
+        """The text that each job wrote."""
+        found = self._run(work)
+        return ["".join(part for part in made if isinstance(part, str)) for made in found]
+
+    def _best(
+        self,
+        inputs: Inputs,
+        *,
+        best_of: int | None = None,
+        scorer: Scorer | None = None,
+        **how: Unpack[DrawingOptions],
+    ) -> Image.Image | list[Image.Image]:
+        """The picture behind each input, of `best_of` candidates the one that scores most."""
+        count = self.protocol.best_of or 1 if best_of is None else best_of
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise InputError(f"best_of is {count!r}: give the number of candidates, 1 or more")
+        if scorer is not None and count == 1:
+            raise InputError("a scorer chooses among candidates: give best_of=2 or more")
+        if count > 1 and scorer is None:  # the model reads its own drawings
+            self.model.needs("vision", "visual_tokenizer")
+        work = self._picture(inputs, **how)
+        jobs = [reseeded(job, APART * n) for job in work.jobs for n in range(count)]
+        made = self._run(replace(work, jobs=jobs))
+        pictures = [part.picture for parts in made for part in parts if isinstance(part, Painted)]
+        if count > 1:
+            score = scorer or partial(likelihood, self.model)
+            groups = [pictures[at : at + count] for at in range(0, len(pictures), count)]
+            pairs = zip(inputs.parts, groups, strict=True)
+            pictures = [max(group, key=partial(score, spoken(parts))) for parts, group in pairs]
+        return shaped(pictures, inputs.one)
+
+    def _stream(self, work: Work, previews: bool = False) -> Iterator[Update]:
+        """What jobs write, as it happens."""
+        if previews and work.paint is None:
+            raise InputError("a reply in words has no previews: leave previews out")
+        if previews and self.release.checker is not None:
+            remedy = "leave previews out, or load with safety=False"
+            raise InputError(f"previews would pass the safety checker unseen: {remedy}")
+        show = self._preview if previews else None
+        run = partial(updates, self.engine, self.model.text_tokenizer, work.jobs)
+        return run(paint=work.paint, show=show)
+
+    @torch.inference_mode()
+    def _preview(self, latents: Tensor) -> list[Image.Image]:
+        pixels = self.model.pixels
+        dtype = next(pixels.parameters()).dtype
+        return [to_image(picture) for picture in pixels.decode(latents.to(dtype))]
+
+
+def shaped(found: list[T], one: bool) -> T | list[T]:
+    """The results of a list of inputs, or the result of one."""
+    return found[0] if one else found
+
+
+def reseeded(job: Job, by: int) -> Job:
+    """The same job, its seed moved."""
+    return replace(job, request=replace(job.request, seed=job.request.seed + by))
+
+
+def spoken(parts: Sequence[Part]) -> str:
+    """The words of an input."""
+    return " ".join(part.text for part in parts if isinstance(part, TextPart))
+
+
+def written(made: Made) -> Written:
+    """Words and pictures of what one job wrote."""
+    return [part if isinstance(part, str) else part.picture for part in made]
+
+
+def message(made: Made) -> ChatMessage:
+    """What one job wrote, in the form of Hugging Face chats."""
+    content: list[TextContent | ImageContent] = []
+    for part in made:
+        if isinstance(part, str):
+            content.append({"type": "text", "text": part})
+        else:
+            content.append({"type": "image", "image": part.picture, "codes": part.codes})
+    return {"role": "assistant", "content": content or [{"type": "text", "text": ""}]}
