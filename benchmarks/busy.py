@@ -2,9 +2,10 @@
 
     python benchmarks/busy.py PICTURE... [--model FOLDER] [--rounds 3] [--json FILE]
 
-Each process loads the model, says that it is ready, and captions the same pictures one by one when all are. Sharing the
-machine fairly gives 2 at most. Beside it the same where threads spin 300,000 times while they wait, as libgomp does by
-itself; `lavit` asks for 1,000 times. Measure idle; the medians of the rounds count.
+Each process loads the model, says that it is ready, and captions the same pictures one by one once
+all are. Sharing the machine fairly gives 2 at most. The same is measured where threads spin 300,000
+times while they wait, as libgomp does by itself; `lavit` asks for 1,000 times. Measure idle; the
+medians of the rounds count.
 """
 
 from __future__ import annotations
@@ -42,12 +43,18 @@ def seconds(processes: int, spins: str, arguments: list[str]) -> float:
     children = [
         subprocess.Popen(
             [sys.executable, "-c", CHILD, *arguments],
-            env=settings, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            env=settings,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
         )
         for _ in range(processes)
-    ]  # fmt: skip
+    ]
     if any(child.stdout.readline() != "ready\n" for child in children):
-        raise SystemExit(f"a process could not caption: try lavit caption {arguments[1]} --model {arguments[0]}")
+        raise SystemExit(
+            f"a process could not caption: try lavit caption {arguments[1]} --model {arguments[0]}"
+        )
     for child in children:
         child.stdin.write("\n")
         child.stdin.flush()
@@ -56,7 +63,9 @@ def seconds(processes: int, spins: str, arguments: list[str]) -> float:
 
 def main() -> None:
     """Print the ratios beside their aim."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="nano")
     parser.add_argument("pictures", nargs="+")
     parser.add_argument("--rounds", type=int, default=3)

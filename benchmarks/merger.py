@@ -47,7 +47,9 @@ def seconds(call: Callable[[], Tensor]) -> float:
 @torch.inference_mode()
 def main() -> None:
     """Measure, check that both forms agree, print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--depth", type=int, default=DEPTH)
     parser.add_argument("--runs", type=int, default=7)
@@ -73,7 +75,9 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in times.items()}
     ratio = medians["dense"] / medians["ragged"]
     size = f"{DIM} x {options.depth} blocks x {PATCHES} patches"
-    print(f"merger {size}, {kept} kept, {options.images} image(s), fp32, {options.threads} threads,")
+    print(
+        f"merger {size}, {kept} kept, {options.images} image(s), fp32, {options.threads} threads,"
+    )
     print(f"median of {len(times['dense'])} alternating runs; relative error {error:.1e}")
     for name, value in medians.items():
         spread = f"{min(times[name]):.3f} … {max(times[name]):.3f}"

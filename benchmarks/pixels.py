@@ -1,11 +1,12 @@
-"""The pixel decoder against its limit, the UNet's forwards alone, and 12 steps of DPM-Solver++ against 50 of DDIM.
+"""The pixel decoder against the UNet's forwards alone; 12 steps of DPM-Solver++ against 50 of DDIM.
 
     python benchmarks/pixels.py [--run RUN] [--json FILE] [--rounds 7] [--batch 1]
 
-The limit is the time of the UNet on the very inputs of one step, times the number of steps; what sampling takes beyond it
-is overhead (condition, guidance, solver, decoding): the target is a ratio of at most 1.10. Runs are interleaved, round
-after round; a figure is the median of the rounds' ratios, its spread the smallest and the largest. Without --run the
-decoder is nano's with random weights, which are as fast as trained ones. Measure idle, or with OMP_NUM_THREADS=1.
+The limit is the time of the UNet on the very inputs of one step, times the number of steps; what
+sampling takes beyond it is overhead (condition, guidance, solver, decoding): the target is a ratio
+of at most 1.10. Runs are interleaved, round after round; a figure is the median of the rounds'
+ratios, its spread the smallest and the largest. Without --run the decoder is nano's with random
+weights, which are as fast as trained ones. Measure idle, or with OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
@@ -82,10 +83,14 @@ def main() -> None:
     options = parser.parse_args()
     pixels, batch = decoder(options.run), options.batch
     config = pixels.config
-    features = torch.randn(batch, config.patches, config.features_dim, generator=torch.Generator().manual_seed(0))
+    features = torch.randn(
+        batch, config.patches, config.features_dim, generator=torch.Generator().manual_seed(0)
+    )
 
     def sampled(steps: int, sampler: str, guidance: float) -> Callable[[], object]:
-        return lambda: pixels.sample(features, seeds=range(batch), steps=steps, sampler=sampler, guidance=guidance)
+        return lambda: pixels.sample(
+            features, seeds=range(batch), steps=steps, sampler=sampler, guidance=guidance
+        )
 
     plain, guided = forward_of(pixels, features, 1.0), forward_of(pixels, features, GUIDANCE)
     runs = {
@@ -110,11 +115,17 @@ def main() -> None:
     for name, (above, below) in ratios.items():
         each = [a / b for a, b in zip(times[above], times[below], strict=True)]
         figures[f"{name}_ratio"] = statistics.median(each)
-        against.add_row(f"{name}_ratio", f"{statistics.median(each):.3f}", f"{min(each):.3f} … {max(each):.3f}")
+        against.add_row(
+            f"{name}_ratio", f"{statistics.median(each):.3f}", f"{min(each):.3f} … {max(each):.3f}"
+        )
     console = Console()
     console.print(table, against)
-    size = f"{config.size} px, {sum(p.numel() for p in pixels.unet.parameters()) / 1e6:.1f} M weights"
-    console.print(f"{size}, batch {batch}, {torch.get_num_threads()} threads, {options.rounds} rounds")
+    size = (
+        f"{config.size} px, {sum(p.numel() for p in pixels.unet.parameters()) / 1e6:.1f} M weights"
+    )
+    console.print(
+        f"{size}, batch {batch}, {torch.get_num_threads()} threads, {options.rounds} rounds"
+    )
     if options.json:
         options.json.write_text(json.dumps({"figures": figures}, indent=1) + "\n")
 

@@ -1,11 +1,12 @@
-"""Cold start and memory of `lavit caption` in a fresh process, and where the time of its imports goes.
+"""Cold start and memory of `lavit caption` in a fresh process, and the time of its imports.
 
     python benchmarks/start.py PICTURE [--model FOLDER] [--rounds 3] [--profile] [--json FILE]
 
-Each round starts the command line anew and waits for its caption: wall seconds, CPU seconds and peak resident memory of
-that process, beside a process that only imports torch (the floor). The medians count; `lavit --help` is timed too. The
-first round of a machine reads everything from disk: drop it by hand if the disk's cache was cold. --profile lists the
-slowest imports (`python -X importtime`, which slows them down itself).
+Each round starts the command line anew and waits for its caption: wall seconds, CPU seconds and
+peak resident memory of that process, and the same of a process that only imports torch (the floor).
+The medians count; `lavit --help` is timed too. The first round of a machine reads everything from
+disk: drop it by hand if the disk's cache was cold. --profile lists the slowest imports
+(`python -X importtime`, which slows them down itself).
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ def measure(arguments: list[str]) -> tuple[float, float, float]:
         "done = subprocess.run([sys.executable, *sys.argv[1:]], stdout=subprocess.DEVNULL)\n"
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, done.returncode)"
     )
-    found = subprocess.run([sys.executable, "-S", "-c", code, *arguments], capture_output=True, text=True)
+    found = subprocess.run(
+        [sys.executable, "-S", "-c", code, *arguments], capture_output=True, text=True
+    )
     wall = time.perf_counter() - start
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     peak, code_ = found.stdout.split() or ("0", "1")
@@ -67,20 +70,27 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     caption = ["-c", MAIN, "caption", str(options.picture), "--model", options.model]
-    runs = {"import torch": ["-c", "import torch"], "lavit --help": ["-c", MAIN, "--help"], "lavit caption": caption}
+    runs = {
+        "import torch": ["-c", "import torch"],
+        "lavit --help": ["-c", MAIN, "--help"],
+        "lavit caption": caption,
+    }
     table = Table("run", "wall s", "spread", "CPU s", "peak MB")
     figures: dict[str, float] = {}
     for name, arguments in runs.items():
         rounds = [measure(arguments) for _ in range(options.rounds)]
         wall, cpu, peak = (statistics.median(column) for column in zip(*rounds, strict=True))
         walls = [round_[0] for round_ in rounds]
-        table.add_row(name, f"{wall:.2f}", f"{min(walls):.2f} … {max(walls):.2f}", f"{cpu:.2f}", f"{peak:.0f}")
+        table.add_row(
+            name, f"{wall:.2f}", f"{min(walls):.2f} … {max(walls):.2f}", f"{cpu:.2f}", f"{peak:.0f}"
+        )
         key = name.replace("lavit ", "").replace("--", "").replace(" ", "_")
         figures |= {f"{key}_seconds": wall, f"{key}_cpu_seconds": cpu, f"{key}_megabytes": peak}
     console = Console()
     console.print(table)
     console.print(
-        f"{options.model}: caption in {figures['caption_seconds']:.1f} s (wanted: {MOST_SECONDS:.0f} at most), "
+        f"{options.model}: caption in {figures['caption_seconds']:.1f} s "
+        f"(wanted: {MOST_SECONDS:.0f} at most), "
         f"{figures['caption_megabytes']:.0f} MB (wanted: {MOST_MEGABYTES:.0f} at most)"
     )
     if options.profile:

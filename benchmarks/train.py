@@ -1,20 +1,24 @@
-"""Training at mini width: how much of the machine's matmul rate a step reaches, and how it compares with transformers.
+"""Training at mini width: the share of the machine's matmul rate, and the rate of transformers.
 
-    python benchmarks/train.py --data FOLDER [--threads 2] [--rows 8] [--tokens 512] [--runs 4] [--json FILE]
+    python benchmarks/train.py --data FOLDER [--threads 2] [--rows 8] [--tokens 512] [--runs 4]
+                               [--json FILE]
 
-The model has SmolLM2-135M's shape (30 blocks of 576, 9 heads of which 3 for keys and values, 49,152 text ids) and the
-visual rows of `codes`, random weights, fp32, everything trains. The documents are those of --data, with a code drawn
-for each kept patch (a third of 100) in place of a trained tokenizer's: lengths are what matters here.
+The model has SmolLM2-135M's shape (30 blocks of 576, 9 heads of which 3 for keys and values, 49,152
+text ids) and the visual rows of `codes`, random weights, fp32, everything trains. The documents are
+those of --data, with a code drawn for each kept patch (a third of 100) in place of a trained
+tokenizer's: lengths are what matters here.
 
-mfu_ratio            (6 · parameters · useful tokens + attention inside documents, causal) / seconds of a whole step with
-                     AdamW and clipping, over the best fp32 product of 1024³ to 4096³ just before and after it; the
-                     median over steps. Recomputation and padding are not counted. A plain transformers step of 4×96
-                     tokens gets about 0.66. Aim 0.70.
-train_tokens_ratio   useful tokens a second of our packed step over those of a `transformers.Trainer` step on the same
-                     documents in random order, batch 16, padded to the longest, same weights. Aim 1.5.
+mfu_ratio            (6 · parameters · useful tokens + attention inside documents, causal) / seconds
+                     of a whole step with AdamW and clipping, over the best fp32 product of 1024³ to
+                     4096³ just before and after it; the median over steps. Recomputation and
+                     padding are not counted. A plain transformers step of 4×96 tokens gets about
+                     0.66. Aim 0.70.
+train_tokens_ratio   useful tokens a second of our packed step over those of a
+                     `transformers.Trainer` step on the same documents in random order, batch 16,
+                     padded to the longest, same weights. Aim 1.5.
 
-Peak memory is that of the process. Steps alternate with the peer's; medians count. About ten minutes on two idle cores;
-busy cores make every figure worthless.
+Peak memory is that of the process. Steps alternate with the peer's; medians count. About ten
+minutes on two idle cores; busy cores make every figure worthless.
 """
 
 from __future__ import annotations
@@ -29,7 +33,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from lavit.config import LanguageTraining
 from lavit.data.corpus import load_corpus
@@ -74,8 +85,12 @@ def make_documents(data: str, config: LanguageTraining) -> Documents:
     """Documents of a data set with drawn codes, about a third of the patches each."""
     corpus = load_corpus(data)
     generator = torch.Generator().manual_seed(0)
-    lengths = (KEPT + torch.randn(len(corpus), generator=generator)).round().long().clamp(1, PATCHES)
-    codes = tuple(tuple(torch.randint(CODES, (int(n),), generator=generator).tolist()) for n in lengths)
+    lengths = (
+        (KEPT + torch.randn(len(corpus), generator=generator)).round().long().clamp(1, PATCHES)
+    )
+    codes = tuple(
+        tuple(torch.randint(CODES, (int(n),), generator=generator).tolist()) for n in lengths
+    )
     text = train_text_tokenizer(corpus, 8192)
     vocabulary = Vocabulary(text_size=SHAPE["vocab_size"], codes=CODES, end=0)
     return Documents(corpus, codes, text=text, vocabulary=vocabulary, config=config, seed=0)
@@ -85,21 +100,31 @@ def make_language(layers: int) -> Language:
     """The model at mini width, random weights."""
     torch.manual_seed(0)
     options = {**SHAPE, "num_hidden_layers": layers}
-    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(options.pop("model_type"), **options))
+    lm = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(options.pop("model_type"), **options)
+    )
     return Language(lm, Merger(DIM, 5, 2, 2.0), dim=DIM, codes=CODES, end=0).train()
 
 
 def flops(language: Language, batch: Batch) -> float:
-    """Of one pass forward and backward: what the model asks for, whatever an implementation spends."""
+    """FLOPs of one pass forward and backward: what the model needs, not what the code spends."""
     lm, width = language.lm, language.width
     parameters = sum(p.numel() for p in lm.parameters()) + language.rows.numel()
     tokens = int((batch.documents >= 0).sum())
     squares = sum(
-        len(document) * (len(document) + 1) / 2 for row in unpack(batch, language.vocabulary) for document in row
+        len(document) * (len(document) + 1) / 2
+        for row in unpack(batch, language.vocabulary)
+        for document in row
     )
-    reader = sum(p.numel() for p in (*language.merger.parameters(), *language.to_language.parameters()))
+    reader = sum(
+        p.numel() for p in (*language.merger.parameters(), *language.to_language.parameters())
+    )
     read = int(batch.slots.sum())
-    return 6 * parameters * tokens + 12 * lm.config.num_hidden_layers * width * squares + 6 * reader * read
+    return (
+        6 * parameters * tokens
+        + 12 * lm.config.num_hidden_layers * width * squares
+        + 6 * reader * read
+    )
 
 
 class Ours:
@@ -110,7 +135,7 @@ class Ours:
         self.optimizer = torch.optim.AdamW(language.parameters(), lr=1e-5, eps=1e-6, fused=True)
 
     def __call__(self) -> tuple[float, int, float]:
-        """Seconds, useful tokens and model FLOPs of one step; the batch is laid out before, as a loader would."""
+        """Seconds, useful tokens and model FLOPs of one step; its batch is laid out beforehand."""
         batch = self.documents.batch(self.step)
         self.step += 1
         patches = torch.randn(len(batch.images), PATCHES, DIM)
@@ -143,20 +168,25 @@ class Clock(TrainerCallback):
 
 
 class Peer:
-    """`transformers.Trainer` on the same documents as plain joint ids: random order, batch 16, padded to the longest."""
+    """`transformers.Trainer` on the same documents as joint ids, in padded batches of 16."""
 
     batch = 16
 
     def __init__(self, language: Language, documents: Documents) -> None:
         options = {**SHAPE, "num_hidden_layers": language.lm.config.num_hidden_layers}
         options["vocab_size"] = language.vocabulary.size
-        self.model = AutoModelForCausalLM.from_config(AutoConfig.for_model(options.pop("model_type"), **options))
+        self.model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(options.pop("model_type"), **options)
+        )
         with torch.no_grad():
             plain = language.lm.state_dict()
             joint = torch.cat([language.lm.get_input_embeddings().weight, language.rows])
             tables = {"model.embed_tokens.weight", "lm_head.weight"}
             self.model.load_state_dict({k: joint if k in tables else v for k, v in plain.items()})
-        rows = [unpack(documents.batch(step), language.vocabulary) for step in range(1000, 1000 + PEER_BATCHES)]
+        rows = [
+            unpack(documents.batch(step), language.vocabulary)
+            for step in range(1000, 1000 + PEER_BATCHES)
+        ]
         self.sequences = [document for batch in rows for row in batch for document in row]
         self.tokens: list[int] = []
 
@@ -167,7 +197,11 @@ class Peer:
         self.tokens.append(sum(map(len, found)))
         ids = torch.tensor([[*s.ids, *[0] * (longest - len(s))] for s in found])
         mask = torch.tensor([[1] * len(s) + [0] * (longest - len(s)) for s in found])
-        return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, IGNORE)}
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "labels": ids.masked_fill(mask == 0, IGNORE),
+        }
 
     def __call__(self, steps: int, seed: int) -> list[tuple[float, int]]:
         """Seconds and useful tokens of each step, the first (which makes the moments) left out."""
@@ -188,7 +222,13 @@ class Peer:
                 dataloader_num_workers=0,
             )
             data = [{"document": sequence} for sequence in self.sequences]
-            trainer = Trainer(self.model, settings, data_collator=self.collate, train_dataset=data, callbacks=[clock])
+            trainer = Trainer(
+                self.model,
+                settings,
+                data_collator=self.collate,
+                train_dataset=data,
+                callbacks=[clock],
+            )
             trainer.remove_callback(PrinterCallback)
             trainer.train()
         return list(zip(clock.seconds, self.tokens[: len(clock.seconds)], strict=True))[1:]
@@ -196,7 +236,9 @@ class Peer:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", required=True)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=512)
@@ -224,17 +266,27 @@ def main() -> None:
         steps.append(ours())
         products.append(matmul_rate())
         theirs += peer(1, seed=run) if peer else []
-    best = [max(pair) for pair in itertools.pairwise(products)]  # just before and just after each step
-    mfu = statistics.median(work / seconds / rate for (seconds, _, work), rate in zip(steps, best, strict=True))
+    # just before and just after each step
+    best = [max(pair) for pair in itertools.pairwise(products)]
+    mfu = statistics.median(
+        work / seconds / rate for (seconds, _, work), rate in zip(steps, best, strict=True)
+    )
     speed = statistics.median(tokens / seconds for seconds, tokens, _ in steps)
     useful = statistics.mean(tokens for _, tokens, _ in steps) / (options.rows * options.tokens)
     figures = {"mfu_ratio": round(mfu, 4)}
     print(
-        f"{options.layers} blocks of 576, fp32, {options.threads} threads, {options.rows} x {options.tokens} tokens a step"
+        f"{options.layers} blocks of 576, fp32, {options.threads} threads, "
+        f"{options.rows} x {options.tokens} tokens a step"
     )
     rate = statistics.median(best)
-    print(f"  best product       {rate / 1e9:9.1f} GFLOP/s   ({min(products) / 1e9:.1f} … {max(products) / 1e9:.1f})")
-    print(f"  our step           {speed:9.1f} tokens/s   {useful:.1%} of the row useful   MFU {mfu:.3f} (aim 0.70)")
+    print(
+        f"  best product       {rate / 1e9:9.1f} GFLOP/s   "
+        f"({min(products) / 1e9:.1f} … {max(products) / 1e9:.1f})"
+    )
+    print(
+        f"  our step           {speed:9.1f} tokens/s   {useful:.1%} of the row useful   "
+        f"MFU {mfu:.3f} (aim 0.70)"
+    )
     if theirs:
         other = sum(tokens for _, tokens in theirs) / sum(seconds for seconds, _ in theirs)
         mine = sum(tokens for _, tokens, _ in steps) / sum(seconds for seconds, _, _ in steps)

@@ -142,7 +142,9 @@ def one_picture(rng: np.random.Generator, drawings: Drawings) -> tuple:
         drawing = drawings.draw(kind, tuple(STYLES)[style], canvas, big)
         name = drawings.names.index(kind[0])
         if rng.random() < SPOILED:
-            other = drawings.draw(drawings.some(objects_only=True), tuple(STYLES)[style], canvas, big)
+            other = drawings.draw(
+                drawings.some(objects_only=True), tuple(STYLES)[style], canvas, big
+            )
             drawing = spoiled(drawing, other, kind, rng)
             name = len(drawings.names) - 1
             if drawing is None:
@@ -184,7 +186,9 @@ def layout(rng: np.random.Generator) -> Iterator[tuple[float, float, bool]]:
             return
 
 
-def spoiled(drawing: Image.Image, other: Image.Image, kind: tuple, rng: np.random.Generator) -> Image.Image | None:
+def spoiled(
+    drawing: Image.Image, other: Image.Image, kind: tuple, rng: np.random.Generator
+) -> Image.Image | None:
     """A drawing that is to be called unknown; None where the spoiling might not show."""
     way = rng.random()
     if way < 0.3:
@@ -265,7 +269,9 @@ def losses(maps: Maps, things: Tensor, ground: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def train(names: tuple[str, ...], minutes: float, seed: int, start: Path | None, run: Path) -> Detector:
+def train(
+    names: tuple[str, ...], minutes: float, seed: int, start: Path | None, run: Path
+) -> Detector:
     """The detector after `minutes`; the rate falls with the clock."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
@@ -291,7 +297,9 @@ def train(names: tuple[str, ...], minutes: float, seed: int, start: Path | None,
             group["lr"] = rate * group["share"]
         pixels, things, ground = next(batches)
         pixels = pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1)
-        parts = losses(network(pixels.contiguous(memory_format=torch.channels_last)), things, ground)
+        parts = losses(
+            network(pixels.contiguous(memory_format=torch.channels_last)), things, ground
+        )
         loss = sum(parts.values())
         network.zero_grad()
         loss.backward()

@@ -7,13 +7,16 @@ Start     folders of your own, whose licences bind: RUN/vision (EVA-CLIP ViT-g/1
           (LLaMA-7B) of transformers, RUN/decoder (Stable Diffusion 1.5) of diffusers
 Data      PAIRS,TEXT:0.12, pictures with texts and text alone. A document of text fills a row and
           one of a pair has some 120 tokens, so 0.12 of them to 1 is 2 : 1 in tokens
-Memory    lavit train language --preset lavit_7b --plan --gpus 8 --memory 80          (and --lora 16 --gpus 1 --memory 24)
-Cost      stage 2 alone is 30,000 steps of 2,048 rows of 2,048 tokens: 126 G tokens, 5e21 FLOPs, 10,500 A100-hours at 45 %
-          MFU, a third more with recomputing. It was not run here; what the paper's run took is not known to us
-Score     the paper's: COCO captions 134.0 CIDEr, NoCaps 114.2, Flickr30k 83.0, VQAv2 66.0, OK-VQA 54.6, GQA 46.8, VizWiz
-          38.5, MS-COCO FID 7.4, zero-shot (LLaMA-1). Not reproduced by us
+Memory    lavit train language --preset lavit_7b --plan --gpus 8 --memory 80
+          (and --lora 16 --gpus 1 --memory 24)
+Cost      stage 2 alone is 30,000 steps of 2,048 rows of 2,048 tokens: 126 G tokens, 5e21 FLOPs,
+          10,500 A100-hours at 45 % MFU, a third more with recomputing. It was not run here; what
+          the paper's run took is not known to us
+Score     the paper's: COCO captions 134.0 CIDEr, NoCaps 114.2, Flickr30k 83.0, VQAv2 66.0, OK-VQA
+          54.6, GQA 46.8, VizWiz 38.5, MS-COCO FID 7.4, zero-shot (LLaMA-1). Not reproduced by us
 
-What each number rests on: P the paper, A its authors' answers, V the same group's Video-LaVIT, ours where nobody says.
+What each number rests on: P the paper, A its authors' answers, V the same group's Video-LaVIT,
+ours where nobody says.
 
     stage 1   50,000 steps of 2,048 pictures                        P
               halves a and b, rate 1e-4, weight decay 1e-3          ours, V
@@ -29,7 +32,8 @@ What each number rests on: P the paper, A its authors' answers, V the same group
     stage 3   20,000 steps from Stable Diffusion 1.5, ε             P
               rate 1e-4, 10 % lose their condition                  ours
 
-One pass does not hold 256 rows on a GPU: `accumulate` and `recompute` below are what the plan finds for 8 × 80 GB.
+One pass does not hold 256 rows on a GPU: `accumulate` and `recompute` below are what the plan
+finds for 8 × 80 GB.
 """
 
 from __future__ import annotations

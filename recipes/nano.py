@@ -39,7 +39,8 @@ def main(run: Path, out: Path, /) -> None:
         elif (run / name).exists():
             shutil.copy(run / name, out / name)
     for path in out.rglob("*.safetensors"):
-        kept = {k: v for k, v in load_file(path).items() if k != "codebook.sums"}  # for training alone
+        # for training alone
+        kept = {k: v for k, v in load_file(path).items() if k != "codebook.sums"}
         halves = {k: v.half() if v.is_floating_point() else v for k, v in kept.items()}
         save_file(halves, path, metadata={"format": "pt"})
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -1,8 +1,9 @@
-"""English prose from the documentation of the packages that are installed: text for replay without any download.
+"""English prose from the documentation of installed packages: text for replay, no download.
 
-Of every installed distribution: its long description (README) and the docstrings at the head of its modules, read as files,
-never imported. Markup is taken out, and only paragraphs that read as English sentences stay. Packages, never texts, are
-split into train and held out, by a hash of their names. (The paper mixes RedPajama in; this stands for it on a laptop.)
+Of every installed distribution: its long description (README) and the docstrings at the head of its
+modules, read as files, never imported. Markup is taken out, and only paragraphs that read as
+English sentences stay. Packages, never texts, are split into train and held out, by a hash of their
+names. (The paper mixes RedPajama in; this stands for it on a laptop.)
 
 Command   python recipes/prose.py OUT.jsonl
 """
@@ -24,13 +25,17 @@ from rich.console import Console
 from lavit.config import InputError
 
 HELD_OUT = 0.1  # share of the packages
-DOCSTRING = re.compile(r'\A(?:[ \t]*(?:#[^\n]*)?\n)*[ \t]*([rRuU]?(?:"""(?:.|\n)*?"""|\'\'\'(?:.|\n)*?\'\'\'))')
+DOCSTRING = re.compile(
+    r'\A(?:[ \t]*(?:#[^\n]*)?\n)*[ \t]*([rRuU]?(?:"""(?:.|\n)*?"""|\'\'\'(?:.|\n)*?\'\'\'))'
+)
 COMMON = re.compile(  # a fifth of the words of English text is one of these
-    r"(?i)\b(?:the|an?|of|to|and|in|is|for|with|that|it|this|on|be|are|as|by|or|from|at|if|you|can|not|will|we|which|when)\b"
+    r"(?i)\b(?:the|an?|of|to|and|in|is|for|with|that|it|this|on|be|are|as|by|or|from|at|if|you|can|"
+    r"not|will|we|which|when)\b"
 )
 MARKUP = (
     (re.compile(r"(?ms)^(```|~~~).*?^\1[^\n]*$"), "\n\n"),  # code
-    (re.compile(r"(?m)^(?: {4}|\t|>>> |\.\. |\s*[|+=\-*~^#]{3,}).*$"), ""),  # code, directives, rules, tables
+    # code, directives, rules, tables
+    (re.compile(r"(?m)^(?: {4}|\t|>>> |\.\. |\s*[|+=\-*~^#]{3,}).*$"), ""),
     (re.compile(r"<!--.*?-->|<[^>\n]{1,200}>", re.S), " "),
     (re.compile(r"!\[[^\]]*\](?:\([^)]*\)|\[[^\]]*\])"), " "),  # pictures
     (re.compile(r"\[([^\]]+)\](?:\([^)]*\)|\[[^\]]*\])"), r"\1"),  # links
@@ -43,10 +48,10 @@ SENTENCE = re.compile(r"[A-Z0-9\"'(].*[.!?:)\"']$")
 
 
 def build_prose(out: Path, *, progress: Callable[[int, int], None] | None = None) -> dict[str, int]:
-    """Write `out` (train) and beside it STEM.held_out.jsonl and STEM.packages.json (names, licences); returns counts.
+    """Write `out` (train), STEM.held_out.jsonl, and STEM.packages.json (licences); return counts.
 
-    A line is {"text", "package", "kind"}. `progress` hears (packages done, of all). Raises `InputError` where nothing is
-    found or nothing can be written.
+    A line is {"text", "package", "kind"}. `progress` is called with (packages done, of all). Raises
+    `InputError` where nothing is found or nothing can be written.
     """
     out = Path(out)
     if out.suffix != ".jsonl":
@@ -54,7 +59,9 @@ def build_prose(out: Path, *, progress: Callable[[int, int], None] | None = None
     installed = {d.metadata["Name"].lower(): d for d in distributions() if d.metadata["Name"]}
     lines: dict[str, list[str]] = {"train": [], "held out": []}
     packages: dict[str, dict[str, Any]] = {"train": {}, "held out": {}}
-    counts = {f"{split} {what}": 0 for split in lines for what in ("packages", "texts", "characters")}
+    counts = {
+        f"{split} {what}": 0 for split in lines for what in ("packages", "texts", "characters")
+    }
     seen: set[str] = set()  # a paragraph that many files share stands once
     for done, name in enumerate(sorted(installed), 1):
         split = "held out" if _fraction(name) < HELD_OUT else "train"
@@ -63,14 +70,25 @@ def build_prose(out: Path, *, progress: Callable[[int, int], None] | None = None
             progress(done, len(installed))
         if texts:
             found = installed[name].metadata
-            licence = found.get("License-Expression") or str(found.get("License") or "not stated").splitlines()[0]
+            licence = (
+                found.get("License-Expression")
+                or str(found.get("License") or "not stated").splitlines()[0]
+            )
             characters = sum(len(text) for _, text in texts)
-            packages[split][name] = {"version": found["Version"], "licence": licence[:80], "characters": characters}
-            lines[split] += [json.dumps({"text": text, "package": name, "kind": kind}) for kind, text in texts]
+            packages[split][name] = {
+                "version": found["Version"],
+                "licence": licence[:80],
+                "characters": characters,
+            }
+            lines[split] += [
+                json.dumps({"text": text, "package": name, "kind": kind}) for kind, text in texts
+            ]
             for what, count in (("packages", 1), ("texts", len(texts)), ("characters", characters)):
                 counts[f"{split} {what}"] += count
     if not lines["train"] or not lines["held out"]:
-        raise InputError("too few of the installed packages have documentation: install some (extra train)")
+        raise InputError(
+            "too few of the installed packages have documentation: install some (extra train)"
+        )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text("\n".join(lines["train"]) + "\n")
@@ -89,7 +107,11 @@ def held_out_file(out: Path) -> Path:
 def held_out_texts(out: Path) -> list[str]:
     """The held-out texts beside a file of texts; none where there is no such file."""
     file = held_out_file(out)
-    return [json.loads(line)["text"] for line in file.read_text().splitlines()] if file.is_file() else []
+    return (
+        [json.loads(line)["text"] for line in file.read_text().splitlines()]
+        if file.is_file()
+        else []
+    )
 
 
 def _fraction(name: str) -> float:
@@ -98,7 +120,9 @@ def _fraction(name: str) -> float:
 
 def _texts(package: Distribution, seen: set[str]) -> Iterator[tuple[str, str]]:
     """(kind, text) of a package: its description, and a docstring for each module that has one."""
-    readme = prose(str(package.metadata.get_payload() or package.metadata.get("Description") or ""), seen)
+    readme = prose(
+        str(package.metadata.get_payload() or package.metadata.get("Description") or ""), seen
+    )
     if readme:
         yield "readme", readme
     for file in sorted(package.files or (), key=str):
@@ -119,7 +143,7 @@ def _docstring(path: Path) -> str:
 
 
 def prose(text: str, seen: set[str]) -> str:
-    """The paragraphs of a text that are English sentences and not in `seen` (which grows), without markup."""
+    """Paragraphs of English sentences, without markup, that are not in `seen` (which grows)."""
     text = text.replace("\r\n", "\n")
     for pattern, replacement in MARKUP:
         text = pattern.sub(replacement, text)
@@ -133,7 +157,7 @@ def prose(text: str, seen: set[str]) -> str:
 
 
 def is_english(line: str) -> bool:
-    """At least eight words, a fifth of them the commonest of English, nearly all characters letters, ends as a sentence."""
+    """Eight words or more, a fifth of them common ones, nearly all letters, a sentence's end."""
     words = re.findall(r"[A-Za-z']+", line)
     if len(words) < 8 or not line.isascii() or not SENTENCE.match(line) or "://" in line:
         return False

@@ -1,13 +1,15 @@
-"""What text mixed in is worth: perplexity of SmolLM2-135M after stage 2 with and without text alone among the documents.
+"""What text mixed in is worth: perplexity of SmolLM2-135M after stage 2, with and without text.
 
-Command   python recipes/text_replay.py DATA RUN OUT [--texts data/prose.jsonl] [--steps 150] [--weights 0 0.03]
-          (RUN: a run of nano on DATA, whose tokenizer and cached encoder features are used; nothing in it is changed)
+Command   python recipes/text_replay.py DATA RUN OUT [--texts data/prose.jsonl] [--steps 150]
+                                        [--weights 0 0.03]
+          (RUN: a run of nano on DATA, whose tokenizer and cached encoder features are used;
+          nothing in it is changed)
 Data      DATA is any source of pictures; python recipes/prose.py data/prose.jsonl
 Cost      about 8 minutes a row at 150 steps of 512 tokens on two idle CPU cores
 Score     LOG.md has the table
 
-Perplexity is of the held-out texts beside --texts (packages that nobody trained on), of the LM as it stands among codes.
-Each row is a run of its own in OUT, and a killed one goes on.
+Perplexity is of the held-out texts that belong to --texts (packages that nobody trained on), of the
+LM as it stands among codes. Each row is a run of its own in OUT, and a killed one goes on.
 """
 
 from __future__ import annotations
@@ -37,10 +39,12 @@ def main(
     steps: int = 150,
     weights: tuple[float, ...] = (0.0, 0.03),
 ) -> None:
-    """Train one row for each weight of the texts (against 1 for the pictures) and print the table."""
+    """Train one row for each weight of the texts (pictures have 1) and print the table."""
     preset = mini()
     base = load_base(preset.model.language, None)[0]
-    table = Table("weight of text", "perplexity", "base", "ratio", title=f"{steps} steps of 512 tokens")
+    table = Table(
+        "weight of text", "perplexity", "base", "ratio", title=f"{steps} steps of 512 tokens"
+    )
     for weight in weights:
         folder = out / f"text-{weight:g}-{steps}"
         for part in ("visual_tokenizer", "vision", "cache"):
@@ -55,7 +59,10 @@ def main(
         found = perplexity(held_out_texts(texts), text, model.language, base, where=texts.name)
         assert found.floor is not None
         table.add_row(
-            f"{weight:g}", f"{found.value:.2f}", f"{found.floor[1]:.2f}", f"{found.value / found.floor[1]:.3f}"
+            f"{weight:g}",
+            f"{found.value:.2f}",
+            f"{found.floor[1]:.2f}",
+            f"{found.value / found.floor[1]:.3f}",
         )
     Console().print(table)
 

@@ -1,4 +1,4 @@
-"""One toy model and one toy data set for the whole run of tests, built from configurations; nothing is downloaded."""
+"""One toy model and one toy data set for the whole run of tests; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import json
 import os
 from pathlib import Path
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+}
 
 import numpy as np
 import pytest
@@ -25,7 +29,8 @@ from lavit.config import (
     VisionConfig,
 )
 
-torch.set_num_threads(1)  # toy models gain nothing from two, and the workers of pytest-xdist share the cores
+# toy models gain nothing from two, and the workers of pytest-xdist share the cores
+torch.set_num_threads(1)
 
 NAMES = (
     "red square",
@@ -86,13 +91,15 @@ def draw_shapes(*names: str, size: int = 96) -> Image.Image:
         elif shape == "triangle":
             draw.polygon([(box[0], box[3]), (box[2], box[3]), (left + side // 2, top)], fill=colour)
         else:
-            draw.ellipse(box, fill=colour if shape == "disc" else None, outline=colour, width=side // 6)
+            draw.ellipse(
+                box, fill=colour if shape == "disc" else None, outline=colour, width=side // 6
+            )
     return page
 
 
 @pytest.fixture(scope="session")
 def shapes_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Thirty named pictures of one or two coloured shapes, with prompts, questions and edits of one and two sources."""
+    """Thirty named pictures of shapes, with prompts, questions, edits of one and two sources."""
     folder = tmp_path_factory.mktemp("shapes")
     (folder / "train").mkdir()
     single = [f"{colour} {shape}" for colour in HUES for shape in SHAPES]
@@ -116,9 +123,16 @@ def shapes_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             edits.append((list(shown), "both together", name, "both"))
     lines = {
         "train/metadata.jsonl": rows,
-        "questions.jsonl": [{"image": file(n), "question": q, "answer": a} for q, a, n in questions],
+        "questions.jsonl": [
+            {"image": file(n), "question": q, "answer": a} for q, a, n in questions
+        ],
         "edits.jsonl": [
-            {"sources": [file(name) for name in sources], "prompt": prompt, "target": file(target), "kind": kind}
+            {
+                "sources": [file(name) for name in sources],
+                "prompt": prompt,
+                "target": file(target),
+                "kind": kind,
+            }
             for sources, prompt, target, kind in edits
         ],
     }
@@ -199,7 +213,9 @@ def toy_training(steps: int = 6) -> TrainConfig:
         text_vocabulary=300,
         checkpoint_every=4,
         log_every=2,
-        tokenizer=TokenizerTraining(steps_a=steps, steps_b=steps, batch=8, learning_rate=2e-3, k_means_vectors=64),
+        tokenizer=TokenizerTraining(
+            steps_a=steps, steps_b=steps, batch=8, learning_rate=2e-3, k_means_vectors=64
+        ),
         language=LanguageTraining(
             steps=steps,
             rows=2,
@@ -209,7 +225,9 @@ def toy_training(steps: int = 6) -> TrainConfig:
             reader_rate=3e-3,
             weight_decay=0.0,
         ),
-        pixels=PixelsTraining(autoencoder_steps=0, autoencoder_rate=1e-3, steps=steps, batch=8, learning_rate=1e-3),
+        pixels=PixelsTraining(
+            autoencoder_steps=0, autoencoder_rate=1e-3, steps=steps, batch=8, learning_rate=1e-3
+        ),
     )
 
 

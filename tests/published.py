@@ -37,7 +37,9 @@ def mlp(x: Tensor, weights: Weights, name: str) -> Tensor:
     return linear(gelu(linear(x, weights, f"{name}.fc1")), weights, f"{name}.fc2")
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, allowed: Tensor | None, smoothing: float) -> Tensor:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, heads: int, allowed: Tensor | None, smoothing: float
+) -> Tensor:
     """Rows [n dim]; `allowed` [n keys] of zeros and ones, max over all keys, smoothed softmax."""
     out = []
     for q, k, v in zip(*(part.chunk(heads, -1) for part in (query, key, value)), strict=True):
@@ -79,7 +81,9 @@ def merger(
     x = patches
     for i in range(depth):
         block = f"blocks.{i}"
-        own = linear(norm(x, weights, f"{block}.norm0"), weights, f"{block}.token_causal_attn.qkv").chunk(3, -1)
+        own = linear(
+            norm(x, weights, f"{block}.norm0"), weights, f"{block}.token_causal_attn.qkv"
+        ).chunk(3, -1)
         mixed = attend(*own, heads, causal, smoothing)
         x = x + linear(mixed, weights, f"{block}.token_causal_attn.proj")
         name = f"{block}.token_cross_attn"
@@ -95,8 +99,16 @@ def vit(pixels: Tensor, weights: Weights, *, heads: int, depth: int) -> Tensor:
     """One picture [3 h w] → class token and patches [1+n dim], before the final norm."""
     kernel = weights["patch_embed.proj.weight"]
     size = kernel.shape[-1]
-    squares = pixels.unfold(1, size, size).unfold(2, size, size).permute(1, 2, 0, 3, 4).flatten(2).flatten(0, 1)
-    x = torch.cat([weights["cls_token"][0], squares @ kernel.flatten(1).T + weights["patch_embed.proj.bias"]])
+    squares = (
+        pixels.unfold(1, size, size)
+        .unfold(2, size, size)
+        .permute(1, 2, 0, 3, 4)
+        .flatten(2)
+        .flatten(0, 1)
+    )
+    x = torch.cat(
+        [weights["cls_token"][0], squares @ kernel.flatten(1).T + weights["patch_embed.proj.bias"]]
+    )
     x = x + weights["pos_embed"][0]
     for i in range(depth):
         block = f"blocks.{i}"
@@ -117,7 +129,9 @@ def decoder(codes: Tensor, weights: Weights, *, heads: int, depth: int) -> Tenso
     x = weights["query_embed"][0]
     for i in range(depth):
         block = f"blocks.{i}"
-        own = linear(norm(x, weights, f"{block}.norm0"), weights, f"{block}.self_attn.qkv").chunk(3, -1)
+        own = linear(norm(x, weights, f"{block}.norm0"), weights, f"{block}.self_attn.qkv").chunk(
+            3, -1
+        )
         x = x + linear(attend(*own, heads, None, 0.0), weights, f"{block}.self_attn.proj")
         name = f"{block}.cross_attn"
         query = linear(norm(x, weights, f"{block}.norm1"), weights, f"{name}.query")
@@ -129,9 +143,13 @@ def decoder(codes: Tensor, weights: Weights, *, heads: int, depth: int) -> Tenso
 
 def pool(features: Tensor, weights: Weights, *, heads: int) -> Tensor:
     """Attention pool of one picture [n dim] → [1280]."""
-    rows = torch.cat([features.mean(0, keepdim=True), features]) + weights["unet_attnpool.positional_embedding"]
+    rows = (
+        torch.cat([features.mean(0, keepdim=True), features])
+        + weights["unet_attnpool.positional_embedding"]
+    )
     query, key, value = (linear(rows, weights, f"unet_attnpool.{part}_proj") for part in "qkv")
-    return linear(attend(query[:1], key, value, heads, None, 0.0), weights, "unet_attnpool.c_proj")[0]
+    pooled = attend(query[:1], key, value, heads, None, 0.0)
+    return linear(pooled, weights, "unet_attnpool.c_proj")[0]
 
 
 def task_layer(x: Tensor, weights: Weights, name: str) -> Tensor:
@@ -140,14 +158,18 @@ def task_layer(x: Tensor, weights: Weights, name: str) -> Tensor:
 
 def random_weights(shapes: dict[str, list[int]], generator: torch.Generator) -> Weights:
     """Random published weights: norms near one, everything else small."""
-    weights = {name: 0.15 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    weights = {
+        name: 0.15 * torch.randn(shape, generator=generator) for name, shape in shapes.items()
+    }
     for name, value in weights.items():
         if len(value.shape) == 1 and name.endswith("weight"):
             weights[name] = 1 + value
     return weights
 
 
-def outputs(parts: dict[str, Weights], pixels: Tensor, keep: Tensor, *, heads: int, depth: int) -> dict[str, Tensor]:
+def outputs(
+    parts: dict[str, Weights], pixels: Tensor, keep: Tensor, *, heads: int, depth: int
+) -> dict[str, Tensor]:
     """What the published modules compute, by their fixture names."""
     size = {"heads": heads, "depth": depth}
     tokens = torch.stack([vit(picture, parts["vit"], **size) for picture in pixels])
@@ -159,7 +181,9 @@ def outputs(parts: dict[str, Weights], pixels: Tensor, keep: Tensor, *, heads: i
     low, high = parts["decoder"], parts["highres_decoder"]
     normed = torch.stack([decoder(table[i], low, **size) for i in ids])
     features = task_layer(normed, low, "decode_task_layer.")
-    fine = torch.stack([task_layer(decoder(table[i], high, **size), high, "decode_task_layer.") for i in ids])
+    fine = torch.stack(
+        [task_layer(decoder(table[i], high, **size), high, "decode_task_layer.") for i in ids]
+    )
     return {
         "vit_tokens": tokens,
         "selector_log_probs": torch.stack([selector(p, parts["selector"]) for p in patches]),
@@ -174,7 +198,9 @@ def outputs(parts: dict[str, Weights], pixels: Tensor, keep: Tensor, *, heads: i
     }
 
 
-def fixture(path: Path, shapes: dict[str, dict[str, list[int]]], keep: Tensor, sizes: dict[str, object]) -> None:
+def fixture(
+    path: Path, shapes: dict[str, dict[str, list[int]]], keep: Tensor, sizes: dict[str, object]
+) -> None:
     """Write a fixture: random weights of the given shapes, random pixels, and what they give."""
     generator = torch.Generator().manual_seed(int(sizes["seed"]))
     parts = {part: random_weights(tensors, generator) for part, tensors in shapes.items()}
@@ -184,7 +210,11 @@ def fixture(path: Path, shapes: dict[str, dict[str, list[int]]], keep: Tensor, s
     side = sizes["image_size"]
     pixels = torch.randn(len(keep), 3, side, side, generator=generator)
     results = outputs(parts, pixels, keep, heads=sizes["heads"], depth=sizes["depth"])
-    tensors = {f"weights/{part}/{name}": value for part, values in parts.items() for name, value in values.items()}
+    tensors = {
+        f"weights/{part}/{name}": value
+        for part, values in parts.items()
+        for name, value in values.items()
+    }
     tensors |= {"in/pixels": pixels, "in/keep": keep.float()}
     tensors |= {f"out/{name}": value.contiguous() for name, value in results.items()}
     save_file(tensors, path, metadata={name: str(value) for name, value in sizes.items()})

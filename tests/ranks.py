@@ -1,4 +1,4 @@
-"""Work of one of two gloo ranks, for the tests of the codebook and of stage 1; apart, so that ranks start fast."""
+"""Work of one of two gloo ranks, for tests of the codebook and stage 1; apart: ranks start fast."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ def train_codes(codebook: Codebook, batches: list[Tensor]) -> list[int]:
     """k-means on the first batch, then updates with revival; how many each update revived."""
     codebook.k_means(batches[0], rounds=3, generator=seeded(1))
     generator = seeded(2)
-    return [codebook.update(b, codebook.index(b), decay=0.8, patience=2, generator=generator) for b in batches]
+    return [
+        codebook.update(b, codebook.index(b), decay=0.8, patience=2, generator=generator)
+        for b in batches
+    ]
 
 
 def run_rank(rank: int, folder: str) -> None:
@@ -56,7 +59,7 @@ def run_rank(rank: int, folder: str) -> None:
 
 
 def train_stage(folder: Path, *, cpu: bool = True, accumulate: int = 1) -> dict[str, object]:
-    """Stage 1 through both phases by the loop itself, on the ranks that the environment says; losses and codebook."""
+    """Stage 1 through both phases by the loop, on the environment's ranks; losses and codebook."""
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
 
@@ -70,7 +73,14 @@ def train_stage(folder: Path, *, cpu: bool = True, accumulate: int = 1) -> dict[
     alone = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
     accelerator = Accelerator(cpu=cpu, kwargs_handlers=[alone])
     features = np.random.default_rng(0).standard_normal((24, 16, 32)).astype(np.float16)
-    sizes = {"dim": 32, "patches": 16, "heads": 2, "merger_depth": 1, "reconstructor_depth": 1, "mlp_ratio": 2.0}
+    sizes = {
+        "dim": 32,
+        "patches": 16,
+        "heads": 2,
+        "merger_depth": 1,
+        "reconstructor_depth": 1,
+        "mlp_ratio": 2.0,
+    }
     torch.manual_seed(0)
     tokenizer = VisualTokenizer(TokenizerConfig(**sizes, codes=32, code_dim=8))
     config = TokenizerTraining(
@@ -86,7 +96,9 @@ def train_stage(folder: Path, *, cpu: bool = True, accumulate: int = 1) -> dict[
     stage = TokenizerStage(tokenizer, Features(features), config, seed=1)
     reports: list[Report] = []
     watch = {"log_every": 1, "watch": reports.append}
-    train(stage, folder, accelerator=accelerator, clip=1.0, warmup=0.05, checkpoint_every=100, **watch)
+    train(
+        stage, folder, accelerator=accelerator, clip=1.0, warmup=0.05, checkpoint_every=100, **watch
+    )
     return {
         "codebook": tokenizer.codebook.state_dict(),
         "weights": {name: p.detach() for name, p in tokenizer.named_parameters()},
@@ -98,8 +110,16 @@ def train_stage(folder: Path, *, cpu: bool = True, accumulate: int = 1) -> dict[
 def run_stage(rank: int, folder: str, port: int) -> None:
     """Train stage 1 as one of two ranks, save what came out."""
     torch.set_num_threads(1)
-    meeting = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in meeting.items()} | {"ACCELERATE_USE_CPU": "true"}
+    meeting = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": 2,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    os.environ |= {name: str(value) for name, value in meeting.items()} | {
+        "ACCELERATE_USE_CPU": "true"
+    }
     AcceleratorState._reset_state(reset_partial_state=True)  # a fork begins with its parent's
     torch.save(train_stage(Path(folder) / "run"), f"{folder}/{rank}.pt")
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Rules of the house that are worth keeping are tests: import direction, offsets, prints, sizes, numbers of models."""
+"""Rules worth keeping are tests: direction of imports, offsets, prints, sizes, model numbers."""
 
 from __future__ import annotations
 
@@ -45,15 +45,23 @@ def imports(path: Path) -> set[str]:
     """Rooms of this package that a file imports."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "lavit":
+        if (
+            isinstance(node, ast.ImportFrom)
+            and node.module
+            and node.module.split(".")[0] == "lavit"
+        ):
             parts = node.module.split(".")
             found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
         elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("lavit.")}
+            found |= {
+                alias.name.split(".")[1] for alias in node.names if alias.name.startswith("lavit.")
+            }
     return found
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.name != "__init__.py"], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if p.name != "__init__.py"], ids=lambda p: p.name
+)
 def test_imports_go_one_way(path: Path) -> None:
     room = room_of(path)
     for other in imports(path) - {room}:
@@ -82,11 +90,15 @@ def test_model_numbers_live_in_presets_and_convert() -> None:
     for path in FILES:
         if room_of(path) in ("presets", "convert", "config"):
             continue
-        code = "\n".join(line for line in path.read_text().splitlines() if not line.lstrip().startswith("#"))
+        code = "\n".join(
+            line for line in path.read_text().splitlines() if not line.lstrip().startswith("#")
+        )
         strings = [
             node.value
             for node in ast.walk(ast.parse(code))
-            if isinstance(node, ast.Constant) and isinstance(node.value, int) and not isinstance(node.value, bool)
+            if isinstance(node, ast.Constant)
+            and isinstance(node.value, int)
+            and not isinstance(node.value, bool)
         ]
         assert not [value for value in strings if pattern.fullmatch(str(value))], path.name
 
@@ -215,7 +227,9 @@ main(["data", "check", sys.argv[1], "--json"])
 
 
 def test_all_but_scenes_works_without_scenes(toy_data: Path) -> None:
-    said = subprocess.run([sys.executable, "-c", WITHOUT_SCENES, str(toy_data)], capture_output=True, text=True)
+    said = subprocess.run(
+        [sys.executable, "-c", WITHOUT_SCENES, str(toy_data)], capture_output=True, text=True
+    )
     assert said.returncode == 0, said.stderr
     assert '"records": 8' in said.stdout
 
@@ -229,3 +243,17 @@ def test_every_extra_that_is_named_exists() -> None:
         for group in re.findall(r"lavit\[([a-z,]+)\]", text):
             named |= set(group.split(","))
         assert named <= extras, path.name
+
+
+# written by hand; data, golden curves and weights with their card are written by programs
+WRITTEN = (
+    "*.md", "*.toml", "*.txt", "*.cff", "Makefile", ".ci/run", "docs/*.md", "benchmarks/*.py",
+    "recipes/*.py", "src/**/*.py", "tests/*.py",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", WRITTEN)
+def test_lines_fit_100_columns(pattern: str) -> None:
+    for path in PACKAGE.parent.parent.glob(pattern):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            assert len(line) <= 100, f"{path}:{number} has {len(line)} columns"

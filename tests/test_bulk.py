@@ -1,4 +1,4 @@
-"""Whole data sets as tokens: the same tokens as picture by picture, resumed, refused, and with broken pictures named."""
+"""Whole data sets as tokens: the same as picture by picture, resumed, broken pictures named."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def assert_one_by_one(corpus: TokenCorpus, run: Path, data: Path) -> None:
         assert Path(records[record].name).resolve() == (data / corpus.names[row]).resolve()
 
 
-def test_shards_hold_the_tokens_of_each_picture_alone(toy_data: Path, toy_tokenizer: Path, tmp_path: Path) -> None:
+def test_shards_hold_the_tokens_of_each_picture_alone(
+    toy_data: Path, toy_tokenizer: Path, tmp_path: Path
+) -> None:
     heard: list[tuple[int, int]] = []
     job = Job(data=toy_data, out=tmp_path / "out", model=toy_tokenizer, shard_size=3)
     manifest = tokenize_corpus(job, workers=0, progress=lambda done, of: heard.append((done, of)))
@@ -59,7 +61,9 @@ def test_shards_hold_the_tokens_of_each_picture_alone(toy_data: Path, toy_tokeni
         "manifest.json",
         *(f"shard-0000{n}.parquet" for n in range(3)),
     ]
-    corpus = load_tokens(tmp_path / "out", tokenizer=tokenizer_hash(LaVIT.from_pretrained(toy_tokenizer)))
+    corpus = load_tokens(
+        tmp_path / "out", tokenizer=tokenizer_hash(LaVIT.from_pretrained(toy_tokenizer))
+    )
     assert len(corpus) == manifest["pictures"] == 8
     assert manifest["tokens"] == len(corpus.tokens.codes) and manifest["broken"] == []
     assert_one_by_one(corpus, toy_tokenizer, toy_data)
@@ -67,9 +71,13 @@ def test_shards_hold_the_tokens_of_each_picture_alone(toy_data: Path, toy_tokeni
 
 @pytest.mark.filterwarnings("ignore:::ray")  # its own deprecations
 def test_ray_workers_write_what_one_process_writes(
-    toy_data: Path, damaged: Path, toy_tokenizer: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    toy_data: Path,
+    damaged: Path,
+    toy_tokenizer: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Two workers, through the command line: quiet, shut down behind them, a broken picture named."""
+    """Two workers, through the command line: quiet, shut down at the end, broken picture named."""
     import ray
 
     words = ("tokenize-corpus", str(damaged), "--model", str(toy_tokenizer), "--shard-size", "2")
@@ -77,9 +85,13 @@ def test_ray_workers_write_what_one_process_writes(
     assert not ray.is_initialized()
     said = capfd.readouterr()
     manifest = json.loads(said.out)
-    assert manifest["pictures"] == 7 and [line["name"] for line in manifest["broken"]] == ["train/3.png"]
+    assert manifest["pictures"] == 7 and [line["name"] for line in manifest["broken"]] == [
+        "train/3.png"
+    ]
     assert "cut short" in manifest["broken"][0]["reason"]
-    assert not [line for line in said.err.splitlines() if "ray" in line.lower() or "actor" in line.lower()], said.err
+    assert not [
+        line for line in said.err.splitlines() if "ray" in line.lower() or "actor" in line.lower()
+    ], said.err
     main([*words, "--out", str(tmp_path / "one"), "--workers", "0"])
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "many" / path.name).read_bytes(), path.name
@@ -106,7 +118,9 @@ def test_a_killed_run_goes_on_with_the_missing_shards(
     assert len(times) == 2
     written: list[int] = []
     write = bulk.ShardWriter.__call__
-    monkeypatch.setattr(bulk.ShardWriter, "__call__", lambda self, n: written.append(n) or write(self, n))
+    monkeypatch.setattr(
+        bulk.ShardWriter, "__call__", lambda self, n: written.append(n) or write(self, n)
+    )
     tokenize_corpus(job, workers=0)
     assert written == [2, 3]
     assert all((out / name).stat().st_mtime_ns == time for name, time in times.items())
@@ -116,7 +130,9 @@ def test_a_killed_run_goes_on_with_the_missing_shards(
     assert written == [2, 3]
 
 
-def test_other_tokenizers_settings_and_damage_are_refused(toy_data: Path, toy_tokenizer: Path, tmp_path: Path) -> None:
+def test_other_tokenizers_settings_and_damage_are_refused(
+    toy_data: Path, toy_tokenizer: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     job = Job(data=toy_data, out=out, model=toy_tokenizer, shard_size=4)
     tokenize_corpus(job, workers=0)
@@ -132,7 +148,18 @@ def test_other_tokenizers_settings_and_damage_are_refused(toy_data: Path, toy_to
     with pytest.raises(InputError, match="workers must be"):
         tokenize_corpus(job, workers=-1)
     with pytest.raises(SystemExit) as stop:
-        main(["tokenize-corpus", str(toy_data), "--out", str(out), "--model", str(other), "--workers", "0"])
+        main(
+            [
+                "tokenize-corpus",
+                str(toy_data),
+                "--out",
+                str(out),
+                "--model",
+                str(other),
+                "--workers",
+                "0",
+            ]
+        )
     assert stop.value.code == 2
     shard = out / "shard-00001.parquet"
     shard.write_bytes(shard.read_bytes()[:100])
@@ -143,7 +170,9 @@ def test_other_tokenizers_settings_and_damage_are_refused(toy_data: Path, toy_to
         load_tokens(out)
 
 
-def test_a_corpus_of_broken_pictures_is_refused_and_named(damaged: Path, toy_tokenizer: Path, tmp_path: Path) -> None:
+def test_a_corpus_of_broken_pictures_is_refused_and_named(
+    damaged: Path, toy_tokenizer: Path, tmp_path: Path
+) -> None:
     for path in (damaged / "train").glob("*.png"):
         path.write_bytes(b"no picture")
     with pytest.raises(InputError, match="none of the 8 pictures"):

@@ -1,4 +1,4 @@
-"""What a run leaves for others: the model card, and the language model as a plain folder, its adapter merged on request."""
+"""What a run leaves for others: the card, and the LM as a plain folder, adapter merged or not."""
 
 from __future__ import annotations
 
@@ -31,27 +31,48 @@ def test_a_finished_run_has_a_card(toy_run: Path, toy_data: Path) -> None:
     assert "Not evaluated yet" in card
 
 
-def test_the_card_takes_figures_and_licences_in(toy_run: Path, toy_data: Path, tmp_path: Path) -> None:
+def test_the_card_takes_figures_and_licences_in(
+    toy_run: Path, toy_data: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
-    shutil.copytree(toy_run, run, ignore=shutil.ignore_patterns("checkpoints", "cache", "tensorboard"))
+    shutil.copytree(
+        toy_run, run, ignore=shutil.ignore_patterns("checkpoints", "cache", "tensorboard")
+    )
     data = tmp_path / "data"
     shutil.copytree(toy_data, data)
-    lines = [json.loads(line) for line in (data / "train" / "metadata.jsonl").read_text().splitlines()]
-    told = [{**line, "license": "CC-BY-4.0" if number else "MIT"} for number, line in enumerate(lines)]
-    (data / "train" / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
+    lines = [
+        json.loads(line) for line in (data / "train" / "metadata.jsonl").read_text().splitlines()
+    ]
+    told = [
+        {**line, "license": "CC-BY-4.0" if number else "MIT"} for number, line in enumerate(lines)
+    ]
+    (data / "train" / "metadata.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in told)
+    )
     (data / "ATTRIBUTION.md").write_text("drawn by hand")
     said = read_json(run / "training.json")
     (run / "training.json").write_text(json.dumps({**said, "data": str(data)}))
-    figure = {"name": "exact | name", "value": 0.5, "low": 0.4, "high": 0.6, "count": 8, "floor": ["constant", 0.1]}
+    figure = {
+        "name": "exact | name",
+        "value": 0.5,
+        "low": 0.4,
+        "high": 0.6,
+        "count": 8,
+        "floor": ["constant", 0.1],
+    }
     record_figures(run, [figure])
     card = (run / "README.md").read_text()
     assert "| exact \\| name | 0.500 [0.400, 0.600] | 8 | 0.100 (constant) |" in card
     assert "CC-BY-4.0 (7 records), MIT (1 records), see its ATTRIBUTION.md" in card
 
 
-def test_a_readme_of_ones_own_is_left_alone(toy_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_readme_of_ones_own_is_left_alone(
+    toy_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run = tmp_path / "run"
-    shutil.copytree(toy_run, run, ignore=shutil.ignore_patterns("checkpoints", "cache", "tensorboard"))
+    shutil.copytree(
+        toy_run, run, ignore=shutil.ignore_patterns("checkpoints", "cache", "tensorboard")
+    )
     (run / "README.md").write_text("mine")
     write_card(run)
     assert (run / "README.md").read_text() == "mine" and "was left as it is" in caplog.text
@@ -69,7 +90,9 @@ def adapted(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     language.lm.save_pretrained(base)
     model.text_tokenizer.save_pretrained(base)
     config = toy_config()
-    config = replace(config, language=replace(config.language, source=str(base), architecture={}, lora_rank=4))
+    config = replace(
+        config, language=replace(config.language, source=str(base), architecture={}, lora_rank=4)
+    )
     training = toy_training(4)
     training = replace(training, language=replace(training.language, learning_rate=0.05))
     Run(out, toy_data, config, training).train(("tokenizer", "language"))
@@ -85,9 +108,12 @@ def test_a_merged_adapter_is_the_unmerged_one(adapted: Path, tmp_path: Path) -> 
         main(["export", str(adapted), "--out", str(tmp_path / "plain"), "--merge"])
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
         found = plain(input_ids=ids).logits
-        base = AutoModelForCausalLM.from_pretrained(adapted.with_name("base"))(input_ids=ids[:, :2]).logits
+        base = AutoModelForCausalLM.from_pretrained(adapted.with_name("base"))(
+            input_ids=ids[:, :2]
+        ).logits
     assert torch.allclose(found, expected, atol=1e-5)
-    assert not torch.allclose(found[:, :2, : base.shape[-1]], base, atol=1e-3)  # the adapter does something
+    # the adapter does something
+    assert not torch.allclose(found[:, :2, : base.shape[-1]], base, atol=1e-3)
 
 
 def test_only_the_adapter_rows_and_reader_train(adapted: Path) -> None:
@@ -116,7 +142,10 @@ def test_an_adapter_is_not_exported_by_halves(adapted: Path, toy_run: Path, tmp_
 def test_lora_over_a_random_model_is_refused(toy_data: Path, tmp_path: Path) -> None:
     config = toy_config()
     run = Run(
-        tmp_path / "run", toy_data, replace(config, language=replace(config.language, lora_rank=2)), toy_training(1)
+        tmp_path / "run",
+        toy_data,
+        replace(config, language=replace(config.language, lora_rank=2)),
+        toy_training(1),
     )
     with pytest.raises(InputError, match="random"):
         run.train(("tokenizer", "language"))

@@ -1,4 +1,4 @@
-"""Conversations: one layout for training and use, with and without a chat template, and talking to a toy model."""
+"""Conversations: one layout for training and use, with and without a template, and a toy model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from lavit.generate.stream import Job
 from lavit.layout import ImagePart, Part, TextPart, conversation, drawing, replies, turn_end
 
 CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% for message in messages %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -53,25 +54,46 @@ def shown(parts: list[Part], *, targets: bool | None = None) -> str:
     line = ""
     for part in parts:
         if targets is None or part.target == targets:
-            line += part.text if isinstance(part, TextPart) else f"<{part.image}>" if part.read else f"[{part.image}]"
+            line += (
+                part.text
+                if isinstance(part, TextPart)
+                else f"<{part.image}>"
+                if part.read
+                else f"[{part.image}]"
+            )
     return line
 
 
 def test_without_a_template_turns_are_the_documents_of_stage_2() -> None:
     text = tokenizer()
-    assert shown(conversation(TALK[:1], text, reply="text")) == "<a.png>Question: what is it? Answer:"
+    assert (
+        shown(conversation(TALK[:1], text, reply="text")) == "<a.png>Question: what is it? Answer:"
+    )
     assert shown(conversation(TALK[:1], text, reply="image")) == "[a.png]What is it?"
-    assert shown(conversation([{"role": "user", "content": [image("a.png")]}], text, reply="text")) == "<a.png>"
+    assert (
+        shown(conversation([{"role": "user", "content": [image("a.png")]}], text, reply="text"))
+        == "<a.png>"
+    )
     assert shown(conversation([TALK[2]], text, reply="auto")) == "now draw it at night"
     assert turn_end(text) == ""
     first, second, third = replies(TALK, text)
     assert shown(first) == "<a.png>Question: what is it? Answer: a dog"
-    assert shown(second) == "[a.png]Question: what is it? Answer: a dog\nnow draw it at night[b.png]"
-    assert shown(third) == (
-        "<a.png>Question: what is it? Answer: a dog\nnow draw it at night<b.png>\nQuestion: is it dark? Answer: yes"
+    assert (
+        shown(second) == "[a.png]Question: what is it? Answer: a dog\nnow draw it at night[b.png]"
     )
-    assert [shown(parts, targets=True) for parts in (first, second, third)] == [" a dog", "[b.png]", " yes"]
-    assert all([part.ends for part in parts] == [*[False] * (len(parts) - 1), True] for parts in (first, second, third))
+    assert shown(third) == (
+        "<a.png>Question: what is it? Answer: a dog\nnow draw it at night<b.png>\n"
+        "Question: is it dark? Answer: yes"
+    )
+    assert [shown(parts, targets=True) for parts in (first, second, third)] == [
+        " a dog",
+        "[b.png]",
+        " yes",
+    ]
+    assert all(
+        [part.ends for part in parts] == [*[False] * (len(parts) - 1), True]
+        for parts in (first, second, third)
+    )
     assert [part.codes for part in second if isinstance(part, ImagePart)] == [None, (4, 2)]
 
 
@@ -80,7 +102,8 @@ def test_a_template_of_the_tokenizer_is_used() -> None:
     everything = replies(TALK, text)[-1]
     assert shown(everything) == (
         "<|im_start|>user\n<a.png>What is it?<|im_end|>\n<|im_start|>assistant\na dog<|im_end|>\n"
-        "<|im_start|>user\nnow draw it at night<|im_end|>\n<|im_start|>assistant\n<b.png><|im_end|>\n"
+        "<|im_start|>user\nnow draw it at night<|im_end|>\n"
+        "<|im_start|>assistant\n<b.png><|im_end|>\n"
         "<|im_start|>user\nIs it dark?<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
     )
     assert [shown(parts, targets=True) for parts in replies(TALK, text)] == [
@@ -96,20 +119,29 @@ def test_a_template_of_the_tokenizer_is_used() -> None:
 def test_what_training_laid_out_is_what_use_lays_out(template: str | None) -> None:
     """A conversation up to a reply is the beginning of the whole conversation, piece by piece."""
     text = tokenizer(template)
-    for whole, upto, reply in zip(replies(TALK, text), (1, 3, 5), ("text", "image", "text"), strict=True):
+    for whole, upto, reply in zip(
+        replies(TALK, text), (1, 3, 5), ("text", "image", "text"), strict=True
+    ):
         begun = conversation(TALK[:upto], text, reply=reply)
         assert [shown([part]) for part in begun] == [shown([part]) for part in whole[: len(begun)]]
         assert not any(part.target for part in begun)
 
 
 def test_neighbours_of_one_role_are_one_turn() -> None:
-    messages = [{"role": "system", "content": "Be kind."}, TALK[2], {"role": "user", "content": "please"}]
+    messages = [
+        {"role": "system", "content": "Be kind."},
+        TALK[2],
+        {"role": "user", "content": "please"},
+    ]
     expected = "Be kind.\nnow draw it at night\nplease"
     assert shown(conversation(messages, tokenizer(), reply="image")) == expected
 
 
 FORGETFUL = "{{ messages[-1]['content'] }}"
-STRICT = "{% if messages|length != 1 %}{{ raise_exception('one message only') }}{% endif %}{{ messages[0]['content'] }}"
+STRICT = (
+    "{% if messages|length != 1 %}{{ raise_exception('one message only') }}{% endif %}"
+    "{{ messages[0]['content'] }}"
+)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +150,11 @@ STRICT = "{% if messages|length != 1 %}{{ raise_exception('one message only') }}
         ([], {}, "a list of messages"),
         ({"role": "user", "content": "hi"}, {}, "a list of messages"),
         (["hi"], {}, "message 0 is no message"),
-        ([{"role": "robot", "content": "hi"}], {}, "role 'robot': use one of system, user, assistant"),
+        (
+            [{"role": "robot", "content": "hi"}],
+            {},
+            "role 'robot': use one of system, user, assistant",
+        ),
         ([{"role": "user", "content": []}], {}, "message 0 is empty"),
         ([{"role": "user", "content": [{"type": "video"}]}], {}, "neither"),
         ([{"role": "user", "content": [image("a.png", codes=())]}], {}, "picture of no codes"),
@@ -126,7 +162,11 @@ STRICT = "{% if messages|length != 1 %}{{ raise_exception('one message only') }}
         (TALK[1:2], {}, "begins with the user"),
         (TALK[:2], {}, "add the user's"),
         (TALK[:1], {"reply": "song"}, "reply 'song' is not known"),
-        ([{"role": "system", "content": [image("a.png")]}, TALK[0]], {}, "system message holds text only"),
+        (
+            [{"role": "system", "content": [image("a.png")]}, TALK[0]],
+            {},
+            "system message holds text only",
+        ),
         (TALK[:3], {"template": STRICT}, "one message only"),
         ([{"role": "user", "content": [words("and " * 50), image("a")]}], {}, "put it before them"),
     ],
@@ -135,7 +175,8 @@ def test_wrong_messages(messages: list, options: dict, line: str) -> None:
     options = {"reply": "text", "template": None} | options
     template, reply = options["template"], options["reply"]
     with pytest.raises(InputError, match=line):
-        conversation.__wrapped__(messages, tokenizer(template), reply=reply)  # past the tests' type checker
+        # past the tests' type checker
+        conversation.__wrapped__(messages, tokenizer(template), reply=reply)
 
 
 def test_a_template_that_changes_earlier_turns_cannot_be_learnt() -> None:
@@ -154,16 +195,21 @@ def pipeline(toy_run: Path) -> Pipeline:
 
 
 def user(*content: object) -> dict[str, object]:
-    return {"role": "user", "content": [words(part) if isinstance(part, str) else part for part in content]}
+    return {
+        "role": "user",
+        "content": [words(part) if isinstance(part, str) else part for part in content],
+    }
 
 
 def test_a_conversation(pipeline: Pipeline) -> None:
-    """Picture in, question, answer, "now draw it at night", picture out, a question about that picture."""
+    """Picture in, question, answer, "now draw it at night", picture out, a question about that."""
     dot = {"type": "image", "image": toy_picture("red dot")}
     talk = [user(dot, "What is it?")]
     short = {"sampling": Sampling(temperature=0, max_tokens=8)}
     answer = pipeline.chat(talk, **short)
-    assert answer["role"] == "assistant" and [part["type"] for part in answer["content"]] == ["text"]
+    assert answer["role"] == "assistant" and [part["type"] for part in answer["content"]] == [
+        "text"
+    ]
     talk += [answer, user("now draw it at night")]
     drawn = pipeline.chat(talk, out="image", seed=3, steps=2)
     (part,) = drawn["content"]
@@ -171,14 +217,17 @@ def test_a_conversation(pipeline: Pipeline) -> None:
     talk += [drawn, user("Is it dark?")]
     last = pipeline.chat(talk, **short)
     assert [part["type"] for part in last["content"]] == ["text"]
-    # before words all pictures are read, before a picture all enter as codes, the drawn one as those it was made of
+    # before words all pictures are read, before a picture all enter as codes, the drawn one as
+    # those it was made of
     text = pipeline.model.text_tokenizer
     prompt = lay_prompt(pipeline.model, conversation(talk, text, reply="text"))
     both = pipeline.tokenize([dot["image"], part["image"]]).lengths
     assert sum(prompt.slots) == int(both.sum()) == len(prompt.features)
     vocabulary = pipeline.model.language.vocabulary
     ids = torch.tensor(lay_prompt(pipeline.model, conversation(talk, text, reply="image")).ids)
-    assert vocabulary.codes_of(ids[vocabulary.is_code(ids)]).tolist()[int(both[0]) :] == list(part["codes"])
+    assert vocabulary.codes_of(ids[vocabulary.is_code(ids)]).tolist()[int(both[0]) :] == list(
+        part["codes"]
+    )
     assert pipeline.chat(talk, **short) == last
     without = [*talk[:3], {"role": "assistant", "content": "no"}, talk[4]]
     assert lay_prompt(pipeline.model, conversation(without, text, reply="text")).ids != prompt.ids
@@ -190,19 +239,24 @@ def test_one_turn_without_a_template_is_what_the_other_verbs_lay_out(pipeline: P
     chosen = {"sampling": Sampling(temperature=0, max_tokens=24)}
     asked = pipeline.chat([user(shown, "is it red?")], **chosen)["content"][0]["text"]
     assert asked.strip() == pipeline.ask(picture, "is it red?")
-    edited = pipeline.chat([user(shown, "as a bar")], out="image", seed=2, steps=2)["content"][0]["image"]
+    edited = pipeline.chat([user(shown, "as a bar")], out="image", seed=2, steps=2)["content"][0][
+        "image"
+    ]
     assert edited.tobytes() == pipeline.edit(picture, "as a bar", seed=2, steps=2).tobytes()
 
 
 def test_conversations_may_come_in_batches(pipeline: Pipeline) -> None:
-    talks = [[user("hello")], [user({"type": "image", "image": toy_picture("red bar")}, "what colour?")]]
+    talks = [
+        [user("hello")],
+        [user({"type": "image", "image": toy_picture("red bar")}, "what colour?")],
+    ]
     how = {"sampling": Sampling(temperature=1.0, max_tokens=6)}
     together = pipeline.chat(talks, seed=5, **how)
     assert together == [pipeline.chat(talk, seed=5 + i, **how) for i, talk in enumerate(talks)]
 
 
 def test_the_model_may_open_pictures_by_itself(pipeline: Pipeline) -> None:
-    """With the row of image start made likely, "auto" answers with a picture, then goes on in words."""
+    """With the row of image start made likely, "auto" answers with a picture, then with words."""
     language = pipeline.model.language
     row = language.rows.data[0].clone()
     talk = [user("a red dot, please")]
@@ -227,7 +281,9 @@ def _last_hidden(pipeline: Pipeline, talk: list) -> torch.Tensor:
     text = pipeline.model.text_tokenizer
     ids = lay_prompt(pipeline.model, conversation(talk, text, reply="auto")).ids
     with torch.no_grad():
-        return language.body(inputs_embeds=language.embed(torch.tensor([ids]))).last_hidden_state[0, -1]
+        return language.body(inputs_embeds=language.embed(torch.tensor([ids]))).last_hidden_state[
+            0, -1
+        ]
 
 
 def test_a_template_ends_the_turn(toy_run: Path) -> None:
@@ -236,7 +292,9 @@ def test_a_template_ends_the_turn(toy_run: Path) -> None:
     text.chat_template = "{% for m in messages %}{{ m['content'] + '<|endoftext|>' }}{% endfor %}"
     job = chat_job(pipeline)
     assert job.request.stop == (text.eos_token_id,) and job.ends == ()
-    text.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ' ###\n' }}{% endfor %}"
+    text.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ' ###\n' }}{% endfor %}"
+    )
     job = chat_job(pipeline)
     assert job.request.stop == () and job.ends == ("###",)
     assert text.decode(list(job.request.ids)) == "user: hello ###\n"
@@ -278,7 +336,9 @@ def chat_job(pipeline: Pipeline) -> Job:
     [
         (lambda p: p.chat([user(image("nowhere.png"), "what?")]), "nowhere.png"),
         (
-            lambda p: p.chat([user({"type": "image", "image": "x", "codes": (99,)}, "?")], out="image"),
+            lambda p: p.chat(
+                [user({"type": "image", "image": "x", "codes": (99,)}, "?")], out="image"
+            ),
             "have 1 to 16 codes",
         ),
         (lambda p: p.chat([user("hi " * 300)], out="image"), "shorten"),

@@ -27,7 +27,9 @@ class Weights:
         self.module = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
         self.module[2].weight = self.module[2].weight  # a plain parameter
         self.module[0].bias.requires_grad_(False)
-        self.optimizer = torch.optim.AdamW([p for p in self.module.parameters() if p.requires_grad], fused=True)
+        self.optimizer = torch.optim.AdamW(
+            [p for p in self.module.parameters() if p.requires_grad], fused=True
+        )
         self.window = torch.randn(5)
         self.accelerator = Accelerator()
 
@@ -46,10 +48,14 @@ class Weights:
         self.window = state["window"]
 
     def save(self, folder: Path, step: int, **options: Any) -> None:
-        save_checkpoint(folder, step, self.module, self.optimizer, self, accelerator=self.accelerator, **options)
+        save_checkpoint(
+            folder, step, self.module, self.optimizer, self, accelerator=self.accelerator, **options
+        )
 
     def load(self, path: Path) -> int:
-        return load_checkpoint(path, self.module, self.optimizer, self, accelerator=self.accelerator)
+        return load_checkpoint(
+            path, self.module, self.optimizer, self, accelerator=self.accelerator
+        )
 
 
 def test_a_loaded_run_goes_on_as_the_saved_one(tmp_path: Path) -> None:
@@ -73,8 +79,12 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path).name == "10"
 
 
-@pytest.mark.parametrize("file", ["module.safetensors", "optimizer.safetensors", "random.safetensors"])
-def test_a_failure_while_saving_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+@pytest.mark.parametrize(
+    "file", ["module.safetensors", "optimizer.safetensors", "random.safetensors"]
+)
+def test_a_failure_while_saving_leaves_the_last_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
     """The disk is full in the middle of a file."""
     stage = Weights()
     stage.save(tmp_path, 1, keep=1)
@@ -93,8 +103,11 @@ def test_a_failure_while_saving_leaves_the_last_one(tmp_path: Path, monkeypatch:
     assert Weights(seed=2).load(latest_checkpoint(tmp_path)) == 1
 
 
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # Python 3.12 on forks of a process with threads
-def test_a_kill_while_saving_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+# Python 3.12 on forks of a process with threads
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_kill_while_saving_leaves_the_last_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A process dies inside its second save, with no chance to tidy up."""
     whole = room.save_tensors
 

@@ -1,4 +1,4 @@
-"""The command line end to end on a toy run: every verb, its JSON, and bad input with one line and exit code 2."""
+"""The command line on a toy run: every verb, its JSON, bad input with one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -29,14 +29,23 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
-def test_caption_json_has_one_object_a_line(toy_run: Path, picture: str, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = [json.loads(line) for line in run(capsys, "caption", picture, picture, "--model", str(toy_run), "--json")]
+def test_caption_json_has_one_object_a_line(
+    toy_run: Path, picture: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [
+        json.loads(line)
+        for line in run(capsys, "caption", picture, picture, "--model", str(toy_run), "--json")
+    ]
     assert [set(line) for line in lines] == [{"image", "caption", "tokens", "seconds"}] * 2
     assert lines[0]["caption"] == lines[1]["caption"] and 1 <= lines[0]["tokens"] <= 16
 
 
-def test_tokenize_json_is_reproducible(toy_run: Path, picture: str, capsys: pytest.CaptureFixture[str]) -> None:
-    first, second = (run(capsys, "tokenize", picture, "--model", str(toy_run), "--json") for _ in range(2))
+def test_tokenize_json_is_reproducible(
+    toy_run: Path, picture: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = (
+        run(capsys, "tokenize", picture, "--model", str(toy_run), "--json") for _ in range(2)
+    )
     assert first == second
     line = json.loads(first[0])
     assert set(line) == {"image", "codes", "kept", "length"}
@@ -73,12 +82,25 @@ def test_draw_takes_several_prompts_and_keeps_the_best(
     toy_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = ("--model", str(toy_run), "--steps", "2")
-    run(capsys, "draw", "red dot", "blue bar", "--n", "2", "--out", str(tmp_path / "two.png"), *model)
+    run(
+        capsys,
+        "draw",
+        "red dot",
+        "blue bar",
+        "--n",
+        "2",
+        "--out",
+        str(tmp_path / "two.png"),
+        *model,
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"two-{i}.png" for i in range(4)]
     one = ("--n", "2", "--seed", "2", "--out", str(tmp_path / "one.png"))
     run(capsys, "draw", "blue bar", *one, *model)
     for own, other in ((0, 2), (1, 3)):
-        with Image.open(tmp_path / f"one-{own}.png") as one, Image.open(tmp_path / f"two-{other}.png") as two:
+        with (
+            Image.open(tmp_path / f"one-{own}.png") as one,
+            Image.open(tmp_path / f"two-{other}.png") as two,
+        ):
             assert abs(np.asarray(one, float) - np.asarray(two, float)).mean() < 1
     run(capsys, "draw", "blue bar", "--best-of", "2", "--out", str(tmp_path / "best.png"), *model)
     import lavit
@@ -88,7 +110,9 @@ def test_draw_takes_several_prompts_and_keeps_the_best(
         assert kept.tobytes() == best.tobytes()
 
 
-def test_the_papers_protocol_is_a_flag(toy_run: Path, picture: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_papers_protocol_is_a_flag(
+    toy_run: Path, picture: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     import lavit
 
     said = run(capsys, "caption", picture, "--protocol", "paper", "--model", str(toy_run))
@@ -117,7 +141,11 @@ def test_chat_reads_lines(
 
 def test_help_brings_no_torch() -> None:
     """Help and typing errors come at once: nothing heavy is imported for them."""
-    code = "import sys, lavit.cli\ntry: lavit.cli.main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    code = (
+        "import sys, lavit.cli\n"
+        "try: lavit.cli.main(['--help'])\n"
+        "except SystemExit: print('torch' in sys.modules)"
+    )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "caption" in found.stdout and found.stdout.splitlines()[-1] == "False"
 
@@ -131,15 +159,25 @@ def test_a_reader_that_leaves_ends_the_command_quietly() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="libgomp is the OpenMP of torch on Linux")
 @pytest.mark.parametrize(("asked", "spins"), [("", 1000), ("passive", 0)])
-def test_waiting_threads_soon_give_their_core_away_unless_asked_otherwise(asked: str, spins: int) -> None:
-    settings = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+def test_waiting_threads_soon_give_their_core_away_unless_asked_otherwise(
+    asked: str, spins: int
+) -> None:
+    settings = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    }
     settings |= {"OMP_DISPLAY_ENV": "verbose"} | ({"OMP_WAIT_POLICY": asked} if asked else {})
     code = "import lavit.cli\ntry: lavit.cli.main(['--help'])\nexcept SystemExit: import torch"
-    said = subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True)
+    said = subprocess.run(
+        [sys.executable, "-c", code], env=settings, capture_output=True, text=True
+    )
     assert int(re.findall(r"GOMP_SPINCOUNT *= *'(\w+)'", said.stderr)[-1]) == spins
 
 
-def test_choose_ranks_texts(toy_run: Path, picture: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_choose_ranks_texts(
+    toy_run: Path, picture: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     import lavit
 
     texts = ["a red bar", "a blue dot", "nothing"]
@@ -193,7 +231,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
         "RUN": tmp_path / "run",
     }
     given = [
-        str(places[w.split("/")[0]]) + w[len(w.split("/")[0]) :] if w.split("/")[0] in places else w for w in words
+        str(places[w.split("/")[0]]) + w[len(w.split("/")[0]) :] if w.split("/")[0] in places else w
+        for w in words
     ]
     if words[0] != "train":
         given += ["--model", str(toy_run)]
@@ -204,7 +243,9 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert len(error) == 1 and error[0].startswith("lavit: "), error
 
 
-def test_a_run_of_other_sizes_is_one_line(toy_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_of_other_sizes_is_one_line(
+    toy_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import shutil
 
     shutil.copytree(toy_run, tmp_path / "run")
@@ -224,13 +265,22 @@ def _bomb() -> bytes:
     import zlib
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
 
 
-def test_convert_check_prints_errors_and_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_convert_check_prints_errors_and_exit_codes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     fixture = Path(__file__).parent / "data" / "parity.safetensors"
     lines = [json.loads(line) for line in run(capsys, "convert", "check", str(fixture), "--json")]
     assert len(lines) == 10 and all(line["ok"] and line["error"] < 1e-4 for line in lines)
@@ -245,5 +295,7 @@ def test_data_check_counts_and_names(toy_data: Path, capsys: pytest.CaptureFixtu
 
 
 def test_the_package_is_the_command_line() -> None:
-    found = subprocess.run([sys.executable, "-m", "lavit", "data", "--help"], capture_output=True, text=True)
+    found = subprocess.run(
+        [sys.executable, "-m", "lavit", "data", "--help"], capture_output=True, text=True
+    )
     assert found.returncode == 0 and "scenes" in found.stdout

@@ -1,4 +1,4 @@
-"""Conversations: what is a target, what enters how, what is left out and named, and epochs that show each once."""
+"""Conversations: targets, what enters how, what is left out and named, epochs, each once."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def write(folder: Path, conversations: list) -> Path:
     for name in NAMES:
         toy_picture(name).save(folder / f"{name}.png")
     path = folder / "conversations.jsonl"
-    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in conversations))
+    path.write_text(
+        "".join(json.dumps({"messages": messages}) + "\n" for messages in conversations)
+    )
     return path
 
 
@@ -53,7 +55,10 @@ def read(name: str) -> list[dict]:
 
 def drawn(name: str) -> list[dict]:
     """Words of the user's, a picture of the assistant's."""
-    return [{"role": "user", "content": f"draw {name}"}, {"role": "assistant", "content": [shown(name)]}]
+    return [
+        {"role": "user", "content": f"draw {name}"},
+        {"role": "assistant", "content": [shown(name)]},
+    ]
 
 
 @pytest.fixture
@@ -66,7 +71,9 @@ def documents_of(path: Path, text: PreTrainedTokenizerBase, **changes) -> Conver
     vocabulary = Vocabulary(text_size=len(text), codes=32, end=text.eos_token_id)
     conversations = load_conversations(path)
     codes = CODES[: len(conversations.pictures)]
-    return ConversationDocuments(conversations, codes, text=text, vocabulary=vocabulary, config=config, seed=0)
+    return ConversationDocuments(
+        conversations, codes, text=text, vocabulary=vocabulary, config=config, seed=0
+    )
 
 
 def targets(documents: ConversationDocuments, number: int) -> str:
@@ -74,7 +81,11 @@ def targets(documents: ConversationDocuments, number: int) -> str:
     sequence, vocabulary = documents.sequences[number], documents.vocabulary
     labels = torch.tensor([label for label in sequence.labels if label != IGNORE])
     visual = vocabulary.is_visual(labels).tolist()
-    words = [documents.tokenizer.decode([label]) for label in labels.tolist()] if not any(visual) else None
+    words = (
+        [documents.tokenizer.decode([label]) for label in labels.tolist()]
+        if not any(visual)
+        else None
+    )
     if words is not None:
         return "".join(words)
     return "".join(
@@ -83,7 +94,9 @@ def targets(documents: ConversationDocuments, number: int) -> str:
     )
 
 
-def test_answers_alone_are_targets_without_a_template(tmp_path: Path, text: PreTrainedTokenizerBase) -> None:
+def test_answers_alone_are_targets_without_a_template(
+    tmp_path: Path, text: PreTrainedTokenizerBase
+) -> None:
     documents = documents_of(write(tmp_path, [read("red dot"), drawn("blue bar")]), text)
     assert targets(documents, 0) == f" red dot{text.eos_token}"
     assert targets(documents, 1) == "§" * (2 + len(CODES[1])) + text.eos_token  # start, codes, end
@@ -92,11 +105,20 @@ def test_answers_alone_are_targets_without_a_template(tmp_path: Path, text: PreT
     assert not any(second.slots) and second.images == ()
 
 
-def test_a_template_is_followed_up_to_its_end_of_turn(tmp_path: Path, text: PreTrainedTokenizerBase) -> None:
+def test_a_template_is_followed_up_to_its_end_of_turn(
+    tmp_path: Path, text: PreTrainedTokenizerBase
+) -> None:
     text.chat_template = CHATML
-    more = [*read("red dot"), {"role": "user", "content": "and now?"}, {"role": "assistant", "content": "still"}]
+    more = [
+        *read("red dot"),
+        {"role": "user", "content": "and now?"},
+        {"role": "assistant", "content": "still"},
+    ]
     documents = documents_of(write(tmp_path, [more, drawn("blue bar")]), text, tokens=400)
-    assert [targets(documents, turn) for turn in (0, 1)] == ["red dot<|im_end|>\n", "still<|im_end|>\n"]
+    assert [targets(documents, turn) for turn in (0, 1)] == [
+        "red dot<|im_end|>\n",
+        "still<|im_end|>\n",
+    ]
     assert targets(documents, 2).strip("§") == "<|im_end|>\n"
     whole = text.decode([i for i in documents.sequences[1].ids if i < len(text)])
     assert whole.startswith("<|im_start|>user\n") and text.eos_token not in whole
@@ -118,7 +140,9 @@ def test_what_cannot_be_used_is_left_out_and_named(
     assert {name: len(reason) > 0 for name, reason in conversations.broken} == {
         f"conversations.jsonl:{line}": True for line in (2, 3, 6)
     }
-    assert "no such thing.png' does not exist" in dict(conversations.broken)["conversations.jsonl:3"]
+    assert (
+        "no such thing.png' does not exist" in dict(conversations.broken)["conversations.jsonl:3"]
+    )
     counts = conversations.counts()
     assert (counts["conversations"], counts["left out"], counts["pictures"]) == (3, 3, 1)
     text.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -130,7 +154,9 @@ def test_what_cannot_be_used_is_left_out_and_named(
 
 
 def test_nothing_usable_is_refused(tmp_path: Path, text: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(InputError, match=r"no conversation that can be used.*no turn of the assistant"):
+    with pytest.raises(
+        InputError, match=r"no conversation that can be used.*no turn of the assistant"
+    ):
         load_conversations(write(tmp_path, [[{"role": "user", "content": "hello"}]]))
     silent = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": [said("")]}]
     text.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -140,7 +166,9 @@ def test_nothing_usable_is_refused(tmp_path: Path, text: PreTrainedTokenizerBase
         load_conversations(tmp_path / "missing.jsonl")
 
 
-def test_every_epoch_shows_each_conversation_once(tmp_path: Path, text: PreTrainedTokenizerBase) -> None:
+def test_every_epoch_shows_each_conversation_once(
+    tmp_path: Path, text: PreTrainedTokenizerBase
+) -> None:
     conversations = [read(name) for name in NAMES] + [drawn(name) for name in NAMES]
     path = write(tmp_path, conversations)
     first, second = (documents_of(path, text, rows=3, tokens=96) for _ in range(2))

@@ -63,7 +63,11 @@ def toy_layout(
     sizes |= {16384: codes, 32: code_dim, 4096: width, 1024: 24, 14: patch}
     small = {}
     for file, tensors in FULL.items():
-        kept = {name: shape for name, shape in tensors.items() if names.depth_of([name.split("encoder.")[-1]]) <= depth}
+        kept = {
+            name: shape
+            for name, shape in tensors.items()
+            if names.depth_of([name.split("encoder.")[-1]]) <= depth
+        }
         small[file] = {name: shrink(shape, sizes) for name, shape in kept.items()}
     return small
 
@@ -73,7 +77,9 @@ def fixture_parts(shapes: dict[str, dict[str, list[int]]]) -> dict[str, dict[str
     parts = {}
     for part, file in FILES.items():
         prefix = PREFIX.get(part, "encode_task_layer." if part == "encode_task_layer" else "")
-        parts[part] = {n[len(prefix) :]: shape for n, shape in shapes[file].items() if n.startswith(prefix)}
+        parts[part] = {
+            n[len(prefix) :]: shape for n, shape in shapes[file].items() if n.startswith(prefix)
+        }
     return parts
 
 
@@ -110,7 +116,10 @@ def generated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         **{n: sizes[n] for n in ("dim", "grid", "codes", "code_dim", "depth")},
         patch=sizes["patch_size"],
     )
-    keep = torch.rand(sizes["batch"], sizes["grid"] ** 2, generator=torch.Generator().manual_seed(1)) < 0.4
+    keep = (
+        torch.rand(sizes["batch"], sizes["grid"] ** 2, generator=torch.Generator().manual_seed(1))
+        < 0.4
+    )
     keep[0], keep[1] = True, torch.arange(sizes["grid"] ** 2) == 2
     keep[:, 2] = True
     path = tmp_path_factory.mktemp(request.param) / "fixture.safetensors"
@@ -137,7 +146,9 @@ def test_the_oracle_agrees_with_the_shipped_fixture():
         if name.startswith("weights/"):
             _, part, rest = name.split("/")
             parts[part][rest] = value
-    found = published.outputs(parts, tensors["in/pixels"], tensors["in/keep"] > 0.5, heads=4, depth=2)
+    found = published.outputs(
+        parts, tensors["in/pixels"], tensors["in/keep"] > 0.5, heads=4, depth=2
+    )
     for name, value in found.items():
         torch.testing.assert_close(value, tensors[f"out/{name}"], rtol=1e-4, atol=1e-5)
 
@@ -174,7 +185,11 @@ def test_one_changed_id_or_nan_is_noticed(tmp_path: Path):
         tensors["out/code_ids"][3] += 1
         tensors["out/context_512"][0, 0, 0] = torch.nan
 
-    failed = {result.name for result in check_fixture(rewrite(tmp_path / "f.safetensors", change)) if not result.ok}
+    failed = {
+        result.name
+        for result in check_fixture(rewrite(tmp_path / "f.safetensors", change))
+        if not result.ok
+    }
     assert failed == {"code_ids", "context_512"}
 
 
@@ -225,14 +240,19 @@ def test_parts_at_the_end_of_the_chain_may_be_absent(tmp_path: Path):
 
 def full_renames() -> dict[str, names.Renames]:
     every = layout.routes(NAMES)
-    return {file: tuple(r for route in every if route.theirs == file for r in route.renames) for file in FULL}
+    return {
+        file: tuple(r for route in every if route.theirs == file for r in route.renames)
+        for file in FULL
+    }
 
 
 def test_the_full_layout_is_mapped_one_to_one():
     for file, renames in full_renames().items():
         theirs = [name for rename in renames for name in rename.theirs]
         assert len(set(theirs)) == len(theirs)
-        assert set(FULL[file]) - set(theirs) == ({"head.weight", "head.bias"} if file == layout.EVA else set())
+        assert set(FULL[file]) - set(theirs) == (
+            {"head.weight", "head.bias"} if file == layout.EVA else set()
+        )
         assert set(theirs) <= set(FULL[file])
     for route in layout.routes(NAMES):
         ours = [rename.ours for rename in route.renames]
@@ -241,7 +261,9 @@ def test_the_full_layout_is_mapped_one_to_one():
 
 def test_the_full_size_fits_our_modules_without_memory():
     with torch.device("meta"):
-        files = {file: {n: torch.empty(s) for n, s in tensors.items()} for file, tensors in FULL.items()}
+        files = {
+            file: {n: torch.empty(s) for n, s in tensors.items()} for file, tensors in FULL.items()
+        }
         files[layout.NULL] = {"": torch.empty(1, 77, 768)}
         ours = layout.map_tensors(files)
     found = layout.configs(files, ours)  # raises where a name or a shape differs
@@ -314,7 +336,10 @@ def write_language(folder: Path) -> None:
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.rand(6)
     tensors = {name: value.half() for name, value in tensors.items()}
     config.save_pretrained(folder)
-    shards = {f"pytorch_model-0000{i + 1}-of-00002.bin": dict(list(tensors.items())[i::2]) for i in range(2)}
+    shards = {
+        f"pytorch_model-0000{i + 1}-of-00002.bin": dict(list(tensors.items())[i::2])
+        for i in range(2)
+    }
     for name, shard in shards.items():
         torch.save(shard, folder / name)
     index = {
@@ -322,7 +347,10 @@ def write_language(folder: Path) -> None:
         "weight_map": {n: name for name, shard in shards.items() for n in shard},
     }
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    words = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(TEXT - 3))])}
+    words = {
+        word: i
+        for i, word in enumerate(["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(TEXT - 3))])
+    }
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -353,7 +381,9 @@ def write_diffusion(folder: Path, *, context: int, pooled: int | None) -> None:
     unet.save_pretrained(folder / "unet", safe_serialization=False)
     vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4)
     vae.save_pretrained(folder / "vae")
-    DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False).save_pretrained(folder / "scheduler")
+    DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False).save_pretrained(
+        folder / "scheduler"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -420,7 +450,9 @@ def test_the_converted_folder_is_a_model_and_agrees_with_the_oracle(folder: Path
     close = {"rtol": 1e-4, "atol": 1e-4}
     with torch.no_grad():
         features = model.visual_tokenizer.decode(tokens.codes, tokens.lengths)
-        torch.testing.assert_close(model.pixels.condition.to_context(features), theirs["context_512"], **close)
+        torch.testing.assert_close(
+            model.pixels.condition.to_context(features), theirs["context_512"], **close
+        )
         fine = LaVIT.from_pretrained(converted / "highres")
         assert torch.equal(fine.visual_tokenizer.encode(patches, keep=keep).codes, tokens.codes)
         features = fine.visual_tokenizer.decode(tokens.codes, tokens.lengths)
@@ -435,7 +467,9 @@ def test_the_converted_folder_is_a_model_and_agrees_with_the_oracle(folder: Path
 
 def test_the_converted_language_model_reads_and_has_the_joint_rows(folder: Path, converted: Path):
     model = LaVIT.from_pretrained(converted)
-    shards = [torch.load(path) for path in sorted((folder / "language_model").glob("pytorch_model-*.bin"))]
+    shards = [
+        torch.load(path) for path in sorted((folder / "language_model").glob("pytorch_model-*.bin"))
+    ]
     tensors = {name: value.float() for shard in shards for name, value in shard.items()}
     language = model.language
     assert language.vocabulary.text_size == TEXT and language.vocabulary.codes == CODES
@@ -447,7 +481,9 @@ def test_the_converted_language_model_reads_and_has_the_joint_rows(folder: Path,
     merger = {n.removeprefix("causal_encoder."): v for n, v in visual.items()}
     rows = published.merger(patches[0], keep[0], merger, heads=16, depth=2)[keep[0]]
     expected = published.linear(rows, visual, "vit_proj")
-    torch.testing.assert_close(language.read(patches, keep).detach(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        language.read(patches, keep).detach(), expected, rtol=1e-4, atol=1e-4
+    )
     text = model.text_tokenizer
     assert text.decode(text("w1 w2", add_special_tokens=False)["input_ids"]) == "w1 w2"
 
@@ -455,7 +491,9 @@ def test_the_converted_language_model_reads_and_has_the_joint_rows(folder: Path,
 def test_reverse_is_equal_to_the_bit(folder: Path, converted: Path, tmp_path: Path):
     convert_reverse(converted, tmp_path / "back")
     original = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    assert original == sorted(p.relative_to(tmp_path / "back") for p in (tmp_path / "back").rglob("*") if p.is_file())
+    assert original == sorted(
+        p.relative_to(tmp_path / "back") for p in (tmp_path / "back").rglob("*") if p.is_file()
+    )
     for path in original:
         if path.suffix != ".bin":
             assert (folder / path).read_bytes() == (tmp_path / "back" / path).read_bytes(), path
@@ -513,11 +551,15 @@ class Evil:
             "not expected.*x",
         ),
         (
-            lambda f: change_file(f / layout.ENCODER, lambda t: t.update({"encoder.x": torch.ones(1)})),
+            lambda f: change_file(
+                f / layout.ENCODER, lambda t: t.update({"encoder.x": torch.ones(1)})
+            ),
             "encoder.x",
         ),
         (
-            lambda f: change_file(f / layout.DECODER, lambda t: t.update({"norm.bias": torch.ones(9)})),
+            lambda f: change_file(
+                f / layout.DECODER, lambda t: t.update({"norm.bias": torch.ones(9)})
+            ),
             "norm.bias",
         ),
         (
@@ -540,7 +582,9 @@ class Evil:
         (lambda f: shutil.rmtree(f / "pixel_decoding" / "unet"), "unet"),
     ],
 )
-def test_a_broken_folder_is_named_and_leaves_nothing(broken: Path, tmp_path: Path, break_it, message: str):
+def test_a_broken_folder_is_named_and_leaves_nothing(
+    broken: Path, tmp_path: Path, break_it, message: str
+):
     break_it(broken)
     with pytest.raises(InputError, match=message):
         convert_published(broken, tmp_path / "out")

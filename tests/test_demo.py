@@ -119,7 +119,9 @@ def test_the_command_line_names_unknown_words(
     assert warned("a wombat", toy_run) == []
 
 
-def test_demo_is_a_verb(scenes_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_is_a_verb(
+    scenes_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(scenes_run, tmp_path / "run", ignore=shutil.ignore_patterns("visual_tokenizer"))
     main(["demo", str(tmp_path / "run"), "--out", str(tmp_path / "new" / "demo")])
     lines = capsys.readouterr().out.splitlines()

@@ -1,4 +1,4 @@
-"""The decoder as a diffusers pipeline: same pictures, callbacks, progress, other schedulers, offload, saved folders."""
+"""The decoder as a diffusers pipeline: same pictures, callbacks, schedulers, offload, folders."""
 
 import json
 from dataclasses import replace
@@ -13,7 +13,14 @@ from lavit.config import InputError, PixelsConfig
 from lavit.generate.diffusion import PixelsPipeline
 from lavit.images import ASPECT_SIZES, to_image
 from lavit.modules.pixels import Pixels
-from test_pixels import built, grid_config, one_thread, sd15_config, sdxl_config, some_features  # noqa: F401
+from test_pixels import (
+    built,
+    grid_config,
+    one_thread,  # noqa: F401
+    sd15_config,
+    sdxl_config,
+    some_features,
+)
 
 
 @pytest.fixture(params=[grid_config, sd15_config, sdxl_config])
@@ -33,9 +40,13 @@ def test_pipeline_paints_the_pictures_of_sample(pixels: Pixels):
     pipe = quiet(pixels)
     assert torch.equal(pipe(features, seeds=[3, 4], output_type="pt").images, expected / 2 + 0.5)
     images = pipe(features, seeds=[3, 4]).images
-    assert [image.tobytes() for image in images] == [to_image(picture).tobytes() for picture in expected]
+    assert [image.tobytes() for image in images] == [
+        to_image(picture).tobytes() for picture in expected
+    ]
     size = (32, 24)
-    other = pipe(features[:1], num_inference_steps=1, guidance_scale=1.0, size=size, output_type="pt").images
+    other = pipe(
+        features[:1], num_inference_steps=1, guidance_scale=1.0, size=size, output_type="pt"
+    ).images
     expected = pixels.sample(features[:1], seeds=[0], steps=1, guidance=1.0, size=size)
     assert torch.equal(other, expected / 2 + 0.5)
 
@@ -43,7 +54,11 @@ def test_pipeline_paints_the_pictures_of_sample(pixels: Pixels):
 def test_another_scheduler_takes_over(pixels: Pixels):
     features, pipe = some_features(1), quiet(pixels)
     assert isinstance(pipe.scheduler, type(pixels.solver()))
-    for kind in (diffusers.EulerDiscreteScheduler, diffusers.HeunDiscreteScheduler, diffusers.UniPCMultistepScheduler):
+    for kind in (
+        diffusers.EulerDiscreteScheduler,
+        diffusers.HeunDiscreteScheduler,
+        diffusers.UniPCMultistepScheduler,
+    ):
         pipe.scheduler = kind.from_config(pipe.scheduler.config)
         found = pipe(features, seeds=[1], num_inference_steps=2, output_type="pt").images
         expected = pixels.sample(features, seeds=[1], steps=2, sampler=pipe.scheduler)
@@ -158,10 +173,18 @@ def stable_diffusion_folder(folder: Path, pixels: Pixels, *, tokens: int = 5) ->
     ).eval()
     encoder.save_pretrained(folder / "text_encoder")
     (folder / "tokenizer").mkdir()
-    (folder / "tokenizer" / "vocab.json").write_text('{"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2}')
+    (folder / "tokenizer" / "vocab.json").write_text(
+        '{"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2}'
+    )
     (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
     (folder / "tokenizer" / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": tokens, "pad_token": "<|endoftext|>"})
+        json.dumps(
+            {
+                "tokenizer_class": "CLIPTokenizer",
+                "model_max_length": tokens,
+                "pad_token": "<|endoftext|>",
+            }
+        )
     )
     with torch.no_grad():
         return encoder(torch.tensor([[0] + [1] * (tokens - 1)])).last_hidden_state[0]
@@ -174,12 +197,19 @@ def test_training_begins_with_the_weights_of_a_diffusers_folder(tmp_path: Path):
     started = Pixels.build(config)
     for part in ("unet", "vae"):
         theirs = getattr(given, part).state_dict()
-        assert all(torch.equal(tensor, theirs[name]) for name, tensor in getattr(started, part).state_dict().items())
+        assert all(
+            torch.equal(tensor, theirs[name])
+            for name, tensor in getattr(started, part).state_dict().items()
+        )
     torch.testing.assert_close(started.condition.null_context, null)
-    loss = started(torch.randn(2, 4, 8, 8), some_features(2), generator=torch.Generator().manual_seed(0))
+    loss = started(
+        torch.randn(2, 4, 8, 8), some_features(2), generator=torch.Generator().manual_seed(0)
+    )
     loss.backward()
     assert started.condition.to_context.weight.grad.any()
-    with pytest.raises(InputError, match=r"null text is \[5, 10\], this configuration expects \[6, 10\]"):
+    with pytest.raises(
+        InputError, match=r"null text is \[5, 10\], this configuration expects \[6, 10\]"
+    ):
         Pixels.build(replace(config, null_tokens=6))
     (tmp_path / "text_encoder" / "model.safetensors").unlink()
     with pytest.raises(InputError, match="no tokenizer/ and text_encoder/"):
@@ -195,7 +225,9 @@ def test_our_clipping_is_diffusers_thresholding_at_one():
     with torch.no_grad():
         pixels.unet.conv_out.weight.mul_(20)  # far over the bound
     theirs = diffusers.DPMSolverMultistepScheduler.from_config(pixels.solver().config)
-    ours, expected = (pixels.sample(some_features(1), seeds=[0], sampler=s) for s in ("dpm", theirs))
+    ours, expected = (
+        pixels.sample(some_features(1), seeds=[0], sampler=s) for s in ("dpm", theirs)
+    )
     assert torch.equal(ours, expected) and float((ours.abs() == 1).float().mean()) > 0.1
 
 
@@ -211,4 +243,7 @@ def test_mixed_precision_trains(pixels: Pixels):
         half = loss()
     half.backward()
     assert half.dtype == torch.float32 and half.item() == pytest.approx(full.item(), rel=0.05)
-    assert all(p.grad is None or (p.dtype == torch.float32 and p.grad.isfinite().all()) for p in pixels.parameters())
+    assert all(
+        p.grad is None or (p.dtype == torch.float32 and p.grad.isfinite().all())
+        for p in pixels.parameters()
+    )

@@ -1,4 +1,4 @@
-"""Two gloo ranks train as one process does: DDP and FSDP2 in stage 2, DDP in stage 3; layouts share their checkpoints."""
+"""Two gloo ranks train as one process does: DDP and FSDP2, whose checkpoints are the same."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def alone(tokenizer_run: Path, toy_data: Path) -> Path:
 
 
 def figures_apart(mine: Path, theirs: Path, stage: str) -> list[tuple[str, int]]:
-    """Figures, by name and step, that differ by more than 1e-4; a step that is missing is one too."""
+    """Figures, by name and step, that differ by more than 1e-4; a missing step is one too."""
     a, b = figures(mine, stage), figures(theirs, stage)
     if not len(a) == len(b) == 4:
         return [("steps", len(a)), ("steps", len(b))]
@@ -60,20 +60,38 @@ def figures_apart(mine: Path, theirs: Path, stage: str) -> list[tuple[str, int]]
 
 def weights_apart(mine: Path, theirs: Path, part: str) -> set[str]:
     """Weights of a part that differ by more than 1e-3, or that one of both lacks."""
-    found, wanted = (getattr(LaVIT.from_pretrained(out), part).state_dict() for out in (mine, theirs))
-    near = {name for name in found.keys() & wanted if torch.allclose(found[name], wanted[name], atol=1e-3)}
+    found, wanted = (
+        getattr(LaVIT.from_pretrained(out), part).state_dict() for out in (mine, theirs)
+    )
+    near = {
+        name
+        for name in found.keys() & wanted
+        if torch.allclose(found[name], wanted[name], atol=1e-3)
+    }
     return (found.keys() | wanted.keys()) - near
 
 
 @pytest.fixture(scope="module")
 def on_two_ranks(tokenizer_run: Path, toy_data: Path) -> dict[str, Path]:
-    """The same stages on two ranks, under DDP and under FSDP2 (tests/ranks_language.py, which see)."""
+    """The same stages on two ranks, under DDP and under FSDP2 (tests/ranks_language.py)."""
     runs = {layout: tokenizer_run.with_name(layout) for layout in ("ddp", "fsdp")}
     for out in runs.values():
         shutil.copytree(tokenizer_run, out)
     paths = os.pathsep.join([str(HERE), str(HERE.parent / "src")])
-    settings = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    settings = {
+        **os.environ,
+        "PYTHONPATH": paths,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     command += [str(HERE / "ranks_language.py"), str(toy_data), *map(str, runs.values())]
     done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -81,7 +99,9 @@ def on_two_ranks(tokenizer_run: Path, toy_data: Path) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("stage", ["language", "pixels"])
-def test_ddp_on_two_ranks_is_one_process(on_two_ranks: dict[str, Path], alone: Path, stage: str) -> None:
+def test_ddp_on_two_ranks_is_one_process(
+    on_two_ranks: dict[str, Path], alone: Path, stage: str
+) -> None:
     assert figures_apart(on_two_ranks["ddp"], alone, stage) == []
     assert weights_apart(on_two_ranks["ddp"], alone, stage) == set()
 

@@ -1,4 +1,4 @@
-"""Documents: mixtures by weight, texts cut into rows, full rows that favour no length, batches as functions of the step."""
+"""Documents: mixtures by weight, texts cut into rows, full rows, batches by the step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lavit.train.language import train_text_tokenizer
 from lavit.vocabulary import Vocabulary
 
 PROSE = "The tokenizer keeps the patches that matter. "
-# lengths of 2,000 documents of captions, prompts, questions and edits under a trained nano: length -> how many
+# length -> count, of 2,000 documents (captions, prompts, questions, edits) under a trained nano
 LENGTHS = Path(__file__).parent / "data" / "document_lengths.json"
 
 
@@ -44,7 +44,9 @@ def shapes(tmp_path: Path) -> Path:
     for name, text in (("blue bar", "a bar."), ("red dot", "a dot."), ("green bar", "")):
         toy_picture(name).save(folder / "train" / f"{name}.png")
         rows.append({"file_name": f"{name}.png", "text": text})
-    (folder / "train" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "train" / "metadata.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows)
+    )
     asked = {"image": "train/green bar.png", "question": "is it green?", "answer": "yes"}
     (folder / "questions.jsonl").write_text(json.dumps(asked) + "\n")
     return folder
@@ -53,7 +55,9 @@ def shapes(tmp_path: Path) -> Path:
 @pytest.fixture
 def prose(tmp_path: Path) -> Path:
     path = tmp_path / "prose.jsonl"
-    path.write_text("".join(json.dumps({"text": PROSE * n, "path": "a/b.py"}) + "\n" for n in (1, 40)))
+    path.write_text(
+        "".join(json.dumps({"text": PROSE * n, "path": "a/b.py"}) + "\n" for n in (1, 40))
+    )
     return path
 
 
@@ -81,7 +85,9 @@ def test_sources_join_with_their_questions(toy_data: Path, shapes: Path, prose: 
         load_corpus(f"{toy_data},{prose}", ("unseen",))
 
 
-def test_documents_come_by_the_weights_and_of_the_kinds_a_source_has(toy_data: Path, shapes: Path, prose: Path) -> None:
+def test_documents_come_by_the_weights_and_of_the_kinds_a_source_has(
+    toy_data: Path, shapes: Path, prose: Path
+) -> None:
     corpus = load_corpus(f"{toy_data},{shapes}:0.5,{prose}:0.5")
     documents = documents_of(corpus, mixture=(1.0, 1.0, 1.0, 1.0, 0.0), unconditional_fraction=0.0)
     rng = np.random.default_rng(0)
@@ -92,9 +98,14 @@ def test_documents_come_by_the_weights_and_of_the_kinds_a_source_has(toy_data: P
         counts["prose"] += not images
         counts["question"] += len(drawn) == 3 and images[0].read
     assert counts["prose"] / 4000 == pytest.approx(0.25, abs=0.02)
-    assert counts["question"] / 4000 == pytest.approx(0.25 / 3, abs=0.02)  # the toy data has no questions
+    # the toy data has no questions
+    assert counts["question"] / 4000 == pytest.approx(0.25 / 3, abs=0.02)
     only = documents_of(corpus, mixture=(1.0, 0.0, 0.0, 0.0, 0.0))
-    captions = {only.tokenizer.decode(document[1].ids[:-1]) for _ in range(300) if len(document := only.draw(rng)) == 2}
+    captions = {
+        only.tokenizer.decode(document[1].ids[:-1])
+        for _ in range(300)
+        if len(document := only.draw(rng)) == 2
+    }
     assert {"a bar.", "red square."} <= captions and "" not in captions
 
 
@@ -109,7 +120,9 @@ def test_a_picture_is_asked_several_questions_at_once(toy_data: Path, tmp_path: 
         ("why?", "so"),
     ]
     image = {"split": "train", "image": "train/4.png"}
-    lines = [json.dumps({**image, "question": question, "answer": answer}) for question, answer in asked]
+    lines = [
+        json.dumps({**image, "question": question, "answer": answer}) for question, answer in asked
+    ]
     (folder / "questions.jsonl").write_text("\n".join(lines))
     documents = documents_of(load_corpus(folder), mixture=(0.0, 0.0, 1.0, 0.0, 0.0))
     said = {question_text(question): answer_text(answer) for question, answer in asked}
@@ -119,9 +132,15 @@ def test_a_picture_is_asked_several_questions_at_once(toy_data: Path, tmp_path: 
         sequence = lay_out(drawn, documents.vocabulary)
         ends = [label for label in sequence.labels if label == documents.vocabulary.end]
         assert isinstance(drawn[0], Image) and len(drawn) == 9 and len(ends) == 4
-        texts = [documents.tokenizer.decode(part.ids, skip_special_tokens=True) for part in drawn[1:]]
-        assert len(set(texts[::2])) == 4 and all(said[q] == a for q, a in zip(texts[::2], texts[1::2], strict=True))
-        targets = [label for label in sequence.labels if label >= 0 and label != documents.vocabulary.end]
+        texts = [
+            documents.tokenizer.decode(part.ids, skip_special_tokens=True) for part in drawn[1:]
+        ]
+        assert len(set(texts[::2])) == 4 and all(
+            said[q] == a for q, a in zip(texts[::2], texts[1::2], strict=True)
+        )
+        targets = [
+            label for label in sequence.labels if label >= 0 and label != documents.vocabulary.end
+        ]
         assert documents.tokenizer.decode(targets) == "".join(texts[1::2])
         seen |= set(texts[::2])
     assert len(seen) == 5
@@ -141,18 +160,31 @@ def test_an_edit_shows_all_its_sources_as_codes_before_the_words(shapes_data: Pa
     for seed in range(60):
         *sources, words, target, end = documents.draw(np.random.default_rng(seed))
         assert end == Text((documents.vocabulary.end,))
-        found = (tuple(image.index for image in sources), documents.tokenizer.decode(words.ids), target.index)
+        found = (
+            tuple(image.index for image in sources),
+            documents.tokenizer.decode(words.ids),
+            target.index,
+        )
         assert found in {(edit.sources, edit.prompt, edit.target) for edit in corpus.edits}
         assert not words.target and target.target and not target.read
         for image in sources:
-            assert (image.codes, image.read, image.target) == (documents.codes[image.index], False, False)
+            assert (image.codes, image.read, image.target) == (
+                documents.codes[image.index],
+                False,
+                False,
+            )
         seen.add(len(sources))
     assert seen == {1, 2}
 
 
-def test_prompts_of_a_source_take_the_place_of_its_captions(shapes_data: Path, toy_data: Path) -> None:
+def test_prompts_of_a_source_take_the_place_of_its_captions(
+    shapes_data: Path, toy_data: Path
+) -> None:
     corpus = load_corpus(f"{shapes_data},{toy_data}")
-    assert all(p.prompts == (p.captions[0][:-1], f"draw {p.captions[0][:-1]}") for p in corpus.pictures[:30])
+    assert all(
+        p.prompts == (p.captions[0][:-1], f"draw {p.captions[0][:-1]}")
+        for p in corpus.pictures[:30]
+    )
     assert all(p.prompts == (p.captions[0][:-1],) for p in corpus.pictures[30:])
 
 
@@ -167,12 +199,16 @@ def test_a_text_ends_with_the_end_token_once_and_its_pieces_join_to_it() -> None
         ids = tuple(range(length))
         pieces = [lay_out((piece,), vocabulary) for piece in cut(ids, 8, 99)]
         assert sum((piece.ids for piece in pieces), ()) == (*ids, 99)
-        assert all(len(piece) <= 8 for piece in pieces) and all(len(piece) >= 7 for piece in pieces[:-1])
+        assert all(len(piece) <= 8 for piece in pieces) and all(
+            len(piece) >= 7 for piece in pieces[:-1]
+        )
 
 
 def test_every_piece_of_a_source_comes_about_equally_often(prose: Path) -> None:
     texts = Texts([PROSE, PROSE * 40, ""], column=None, name="prose")
-    tokenizer = documents_of(Corpus((Picture(Record("a.png", (PROSE,), "a.png"), (PROSE,), (PROSE,)),))).tokenizer
+    tokenizer = documents_of(
+        Corpus((Picture(Record("a.png", (PROSE,), "a.png"), (PROSE,), (PROSE,)),))
+    ).tokenizer
     pieces = TextPieces(texts, tokenizer, 64, 9)
     rng = np.random.default_rng(0)
     counts = Counter(pieces.draw(rng) for _ in range(4000))
@@ -242,5 +278,7 @@ def test_a_document_longer_than_a_row_is_left_out_and_named(
     assert name.endswith("3.png") and text.startswith("a text, 'red bar")
     assert len(caplog.messages) == 2
     assert "more than a row of 96: use longer rows (1 so far)" in caplog.messages[0]
-    with pytest.raises(InputError, match=r"next to no document fits: .* a row of 2: use longer rows"):
+    with pytest.raises(
+        InputError, match=r"next to no document fits: .* a row of 2: use longer rows"
+    ):
         documents_of(corpus, tokens=2, unconditional_fraction=0.0).batch(0)

@@ -43,14 +43,20 @@ SIZES = {
 
 
 def llama(text: int = 61, **changes: object) -> LlamaConfig:
-    sizes = SIZES | {"intermediate_size": 96, "num_key_value_heads": 2, "initializer_range": 0.15} | changes
+    sizes = (
+        SIZES
+        | {"intermediate_size": 96, "num_key_value_heads": 2, "initializer_range": 0.15}
+        | changes
+    )
     return LlamaConfig(vocab_size=text, **sizes)
 
 
 def language(config: PreTrainedConfig | None = None, codes: int = 30) -> Language:
     torch.manual_seed(0)
     lm = AutoModelForCausalLM.from_config(config or llama())
-    return Language(lm, Merger(32, 2, 1, 2.0), dim=32, codes=codes, end=2).eval().requires_grad_(False)
+    return (
+        Language(lm, Merger(32, 2, 1, 2.0), dim=32, codes=codes, end=2).eval().requires_grad_(False)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +70,9 @@ def engine(toy: Language, request: pytest.FixtureRequest) -> Engine:
 
 
 def hidden_of(model: Language, ids: list[int]) -> torch.Tensor:
-    return model.body(inputs_embeds=model.embed(torch.tensor([ids])), use_cache=False).last_hidden_state[:, -1]
+    return model.body(
+        inputs_embeds=model.embed(torch.tensor([ids])), use_cache=False
+    ).last_hidden_state[:, -1]
 
 
 def slowly(
@@ -74,7 +82,7 @@ def slowly(
     mode: str,
     seed: int = SEED,
 ) -> list[int]:
-    """Text ids or codes, written one by one: the whole prefix again each time, guidance as two passes."""
+    """Text ids or codes, one by one: the whole prefix again each time, guidance as two passes."""
     vocabulary = model.vocabulary
     generator = torch.Generator().manual_seed(seed)
     conditional = [*ids, vocabulary.image_start] if mode == "image" else list(ids)
@@ -191,7 +199,9 @@ def test_features_enter_at_their_slots(engine: Engine) -> None:
         (2, 1.0, True, 3),
     ],
 )
-def test_beams_equal_transformers(beams: int, penalty: float, stopping: bool | str, least: int) -> None:
+def test_beams_equal_transformers(
+    beams: int, penalty: float, stopping: bool | str, least: int
+) -> None:
     model = language(llama(text=11, initializer_range=0.08))
     engine = Engine(model)
     how = Sampling(
@@ -204,11 +214,14 @@ def test_beams_equal_transformers(beams: int, penalty: float, stopping: bool | s
     )
     prompts = [(5, 3), (4, 7, 9, 1), (6,), (1, 1, 8)]
     lengths = set()
-    for prompt, found in zip(prompts, engine.complete([Request(ids=p, sampling=how) for p in prompts]), strict=True):
+    for prompt, found in zip(
+        prompts, engine.complete([Request(ids=p, sampling=how) for p in prompts]), strict=True
+    ):
         expected = model.lm.generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False,
-            num_beams=beams, length_penalty=penalty, early_stopping=stopping, eos_token_id=2,
-            pad_token_id=2, min_new_tokens=least, max_new_tokens=14, return_dict_in_generate=True, output_scores=True,
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            do_sample=False, num_beams=beams, length_penalty=penalty, early_stopping=stopping,
+            eos_token_id=2, pad_token_id=2, min_new_tokens=least, max_new_tokens=14,
+            return_dict_in_generate=True, output_scores=True,
         )  # fmt: skip
         theirs = expected.sequences[0, len(prompt) :].tolist()
         theirs = theirs[: theirs.index(2)] if 2 in theirs else theirs
@@ -245,7 +258,10 @@ def test_lengths_are_kept() -> None:
     ):
         assert min(lengths) == 3
         assert max(lengths) == 6
-        assert all((c.reason == "length") == (length == 6) for c, length in zip(found, lengths, strict=True))
+        assert all(
+            (c.reason == "length") == (length == 6)
+            for c, length in zip(found, lengths, strict=True)
+        )
 
 
 def test_text_writes_no_visual_id_and_images_no_text() -> None:
@@ -283,7 +299,7 @@ def test_mixed_mode_opens_images_by_itself_and_goes_on() -> None:
 
 
 def test_mixed_mode_continues_on_what_it_drew(engine: Engine) -> None:
-    """A guided image inside mixed text equals the same image asked for, and the text after it the same prompt's."""
+    """A guided image inside mixed text equals that image alone; so does the text after it."""
     model = engine.language
     start = model.vocabulary.image_start
     row = model.head_rows[0].clone()
@@ -304,7 +320,9 @@ def test_mixed_mode_continues_on_what_it_drew(engine: Engine) -> None:
         assert list(image.codes) == slowly(model, prompt, picture, "image")
         codes = model.vocabulary.ids(torch.tensor(image.codes)).tolist()
         rest = replace(GREEDY, max_tokens=8 - len(before.ids))
-        assert list(after.ids) == slowly(model, (*prompt, start, *codes, model.vocabulary.image_end), rest, "text")
+        assert list(after.ids) == slowly(
+            model, (*prompt, start, *codes, model.vocabulary.image_end), rest, "text"
+        )
     finally:
         model.head_rows[0] = row
 
@@ -343,7 +361,9 @@ def test_generation_stops_between_steps(engine: Engine) -> None:
     "config",
     [
         llama(tie_word_embeddings=True),
-        MistralConfig(vocab_size=61, intermediate_size=96, num_key_value_heads=1, sliding_window=None, **SIZES),
+        MistralConfig(
+            vocab_size=61, intermediate_size=96, num_key_value_heads=1, sliding_window=None, **SIZES
+        ),
         Qwen2Config(vocab_size=61, intermediate_size=96, num_key_value_heads=4, **SIZES),
     ],
     ids=lambda config: config.model_type,
@@ -363,7 +383,9 @@ def test_packed_equals_plain(config: PreTrainedConfig, caplog: pytest.LogCapture
     for decoder in (plain, packed):
         memory, last = decoder.prefill(prompt, [7, 3, 5], 64)
         steps = [decoder.step(torch.tensor(ids), memory) for ids in ([5, 70, 9], [8, 61, 80])]
-        states.append([last, *steps, decoder.text_logits(steps[1]), decoder.writing_logits(steps[1])])
+        states.append(
+            [last, *steps, decoder.text_logits(steps[1]), decoder.writing_logits(steps[1])]
+        )
     for found, expected in zip(*states, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -372,8 +394,13 @@ def test_packed_merges_lora() -> None:
     peft = pytest.importorskip("peft")
     model = language()
     targets = ["q_proj", "v_proj", "down_proj"]
-    peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False), model.lm)
-    memories = [decoder.prefill(model.embed(torch.tensor([[5, 6]])), [2], 8) for decoder in (Decoder(model),) * 2]
+    peft.inject_adapter_in_model(
+        peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False), model.lm
+    )
+    memories = [
+        decoder.prefill(model.embed(torch.tensor([[5, 6]])), [2], 8)
+        for decoder in (Decoder(model),) * 2
+    ]
     ids = torch.tensor([7])
     plain, packed = (
         Decoder(model).step(ids, memories[0][0]),
@@ -406,7 +433,8 @@ def test_any_causal_lm(config: PreTrainedConfig, caplog: pytest.LogCaptureFixtur
     caplog.set_level(logging.INFO, "lavit")
     engine = Engine(model)
     assert caplog.messages == [
-        f"{type(model.lm).__name__}: step through transformers, growing, because {type(model.lm).__name__} is not Llama-shaped"
+        f"{type(model.lm).__name__}: step through transformers, growing, because "
+        f"{type(model.lm).__name__} is not Llama-shaped"
     ]
     requests = [
         Request(ids=(5, 9, 7, 8), sampling=GREEDY),
@@ -497,7 +525,8 @@ def test_presets_are_the_protocols() -> None:
 def test_wrong_sampling(wrong: dict[str, object], line: str) -> None:
     sampling = copy.copy(Sampling())
     for name, value in wrong.items():
-        object.__setattr__(sampling, name, value)  # past the type checker of the tests, as users are
+        # past the type checker of the tests, as users are
+        object.__setattr__(sampling, name, value)
     with pytest.raises(InputError, match=line):
         sampling.__post_init__()
 

@@ -12,7 +12,11 @@ import torch.nn.functional as F
 import lavit
 from lavit.evaluate.text import WINDOW, perplexity
 
-TEXTS = ["the red square is beside the green bar.", "a blue dot and a red bar are on the paper. " * 30, "x"]
+TEXTS = [
+    "the red square is beside the green bar.",
+    "a blue dot and a red bar are on the paper. " * 30,
+    "x",
+]
 
 
 @torch.no_grad()
@@ -33,4 +37,5 @@ def test_perplexity_is_the_one_by_hand(toy_run: Path) -> None:
     assert found.value == pytest.approx(math.exp(sums["joint"][0] / sums["joint"][1]), rel=1e-4)
     assert found.floor is not None
     assert found.floor[1] == pytest.approx(math.exp(sums["base"][0] / sums["base"][1]), rel=1e-4)
-    assert found.value > found.floor[1] and found.count == 2  # probability that goes to codes is lost to text
+    # probability that goes to codes is lost to text
+    assert found.value > found.floor[1] and found.count == 2

@@ -114,7 +114,9 @@ def test_names_are_found_wherever_they_are_written() -> None:
     probe = fit(corners.repeat(20, 1) * 6, torch.arange(4).repeat(20), 4)  # the last is nothing
     features = corners[3].repeat(81, 1) * 6
     features[:27] = corners[1] * 6  # a pear in the upper third
-    wanted = Facts("white", "plain", frozenset({Group("pear", 1, "small"), Group("owl", 1, "small")}))
+    wanted = Facts(
+        "white", "plain", frozenset({Group("pear", 1, "small"), Group("owl", 1, "small")})
+    )
     only = Facts("white", "plain", frozenset({Group("pear", 1, "small")}))
     features[54:] = corners[0] * 6  # an owl in the lower
     assert found_names(probe, features, wanted, names, 9) == 1
@@ -144,7 +146,9 @@ def test_selections_that_know_nothing_keep_as_many_patches() -> None:
     energy = edge_energy(picture, 2)
     assert energy[0] > 0 and energy[3] == 0
     lengths = other_lengths(torch.randn(6, 4, 3), [picture] * 6, 2, 2.0)
-    assert set(lengths["strided"]) == {2.0} and lengths["feature_norm"].sum() == pytest.approx(12, abs=1)
+    assert set(lengths["strided"]) == {2.0} and lengths["feature_norm"].sum() == pytest.approx(
+        12, abs=1
+    )
 
 
 def test_shuffling_moves_patches_and_loses_none() -> None:
@@ -196,7 +200,9 @@ def test_what_was_kept_is_not_made_again(tmp_path: Path) -> None:
     assert calls == [[0, 1, 2], [0, 1]]
 
 
-def test_a_prediction_that_was_changed_is_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_prediction_that_was_changed_is_made_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "predictions.jsonl"
     Kept(path, "key").made("task", [0], lambda items: ["an owl"])
     path.write_text(path.read_text().replace("an owl", "a star"))

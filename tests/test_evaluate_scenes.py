@@ -81,7 +81,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(toy_run: Path, tmp_path: Path) -> Path:
     """A toy run of its own, so that nothing is kept for other tests."""
     folder = tmp_path / "run"
-    shutil.copytree(toy_run, folder, ignore=shutil.ignore_patterns("cache", "checkpoints", "tensorboard"))
+    shutil.copytree(
+        toy_run, folder, ignore=shutil.ignore_patterns("cache", "checkpoints", "tensorboard")
+    )
     return folder
 
 
@@ -134,15 +136,20 @@ def test_drawings_are_the_pipelines(run: Path) -> None:
     one.needs("pixels")
     pairs = zip(words, one.seeds(range(2)), strict=True)
     usual = [one.pipe.draw(text, seed=seed) for text, seed in pairs]
-    assert [picture.tobytes() for picture in drawings(one, "test")] == [picture.tobytes() for picture in usual]
+    assert [picture.tobytes() for picture in drawings(one, "test")] == [
+        picture.tobytes() for picture in usual
+    ]
 
 
-def test_a_drawing_that_shows_its_scene_is_right(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_drawing_that_shows_its_scene_is_right(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = Exam(run, count=4)
 
     def look(scene: Scene) -> judge.Seen:
         things = tuple(
-            judge.SeenThing(thing.name, thing.colour, thing.size, thing.box, "flat", 1.0) for thing in scene.things
+            judge.SeenThing(thing.name, thing.colour, thing.size, thing.box, "flat", 1.0)
+            for thing in scene.things
         )
         return judge.Seen(scene.background, scene.pattern, things)
 
@@ -163,7 +170,9 @@ def test_a_part_that_is_missing_gives_no_figure_and_no_crash(run: Path) -> None:
         "reason": "this model has no pixels yet",
     }  # fmt: skip
     assert found["figures"]["kept_share"]["value"] > 0
-    with pytest.raises(InputError, match="draw_test_all cannot be had: this model has no pixels yet"):
+    with pytest.raises(
+        InputError, match="draw_test_all cannot be had: this model has no pixels yet"
+    ):
         evaluate(Exam(run, count=2), ["draw_test_all"])
 
 
@@ -186,7 +195,9 @@ def test_the_rules_are_the_trainings_unless_they_are_given(run: Path) -> None:
     assert not is_scenes("pictures,prose:0.2")
 
 
-def test_bad_input_is_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_line(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.rmtree(run / "language")
     for words, said in (
         (["--figures", "nope"], "there is no figure 'nope': choose from read_test_exact"),
@@ -207,7 +218,9 @@ def test_bad_input_is_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
         assert last.startswith("lavit: ") and said in last
 
 
-def test_the_command_writes_what_it_prints(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_what_it_prints(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "figures.json"
     words = [
         "eval",
@@ -276,7 +289,9 @@ def test_items_of_ones_own_are_judged(run: Path, items: Path) -> None:
     assert found["own_draw_atoms"]["value"] == pytest.approx(1 / 3)
 
 
-def test_answers_about_another_picture_of_the_same_name_are_not_kept(run: Path, items: Path) -> None:
+def test_answers_about_another_picture_of_the_same_name_are_not_kept(
+    run: Path, items: Path
+) -> None:
     one = Exam(run, count=2)
     before = own._task(load_items(items), "ask")
     assert own._task(load_items(items), "ask") == before
@@ -284,8 +299,12 @@ def test_answers_about_another_picture_of_the_same_name_are_not_kept(run: Path, 
     assert own._task(load_items(items), "ask") != before and one.count == 2
 
 
-def test_figures_compare_where_training_kept_to_the_rules(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frozen, "frozen", lambda rules: {s: frozen.split_hash(s, rules) for s in frozen.MEASURING})
+def test_figures_compare_where_training_kept_to_the_rules(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        frozen, "frozen", lambda rules: {s: frozen.split_hash(s, rules) for s in frozen.MEASURING}
+    )
     said = json.loads((run / "training.json").read_text())
     for scenes, expected in (
         (None, False),
@@ -367,7 +386,9 @@ def test_figures_come_in_their_usual_order() -> None:
     assert evaluation.predictions_path(Path("m"), None) == Path("m/evaluation/predictions.jsonl")
 
 
-def test_all_replies_of_a_conversation_must_be_right(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_replies_of_a_conversation_must_be_right(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = Exam(run, count=3)
     with pytest.raises(Missing, match="was not trained on conversations"):
         FIGURES["chat4_all"](one)

@@ -1,4 +1,4 @@
-"""Fine-tuning on conversations: it learns both sides, resumes to the same losses, and LoRA merged is LoRA unmerged."""
+"""Fine-tuning on conversations: both sides are learnt, resumed = whole, LoRA merged = unmerged."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ def settings(run: Path, *, lora: int | None = None, steps: int = 6) -> FinetuneT
 
 
 def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def logits(language: torch.nn.Module) -> torch.Tensor:
@@ -45,13 +47,21 @@ def logits(language: torch.nn.Module) -> torch.Tensor:
 
 def test_eight_conversations_are_overfitted(toy_run: Path, data: Path, tmp_path: Path) -> None:
     training = settings(toy_run, steps=120)
-    rates = {"learning_rate": 4e-3, "rows_rate": 4e-3, "reader_rate": 4e-3, "rows": 4, "tokens": 128}
+    rates = {
+        "learning_rate": 4e-3,
+        "rows_rate": 4e-3,
+        "reader_rate": 4e-3,
+        "rows": 4,
+        "tokens": 128,
+    }
     training = replace(training, language=replace(training.language, **rates))
     Finetune(tmp_path / "new", data, toy_run, training).train()
     last = json.loads((tmp_path / "new" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["text_accuracy"] > 0.95 and last["code_accuracy"] > 0.9
     model = lavit.load(tmp_path / "new")
-    assert [model.ask(data.parent / f"{name}.png", "what is it?") for name in NAMES[:4]] == list(NAMES[:4])
+    assert [model.ask(data.parent / f"{name}.png", "what is it?") for name in NAMES[:4]] == list(
+        NAMES[:4]
+    )
     assert model.draw("draw red dot", steps=1).size == (16, 16)
     assert isinstance(model.caption(data.parent / "red dot.png"), str)
 
@@ -69,13 +79,21 @@ def test_a_killed_fine_tuning_goes_on_to_the_same_losses(
         Finetune(tmp_path / "killed", data, toy_run, training, watch=kill).train()
     Finetune(tmp_path / "killed", data, toy_run, training).train()
     Finetune(tmp_path / "whole", data, toy_run, training).train()
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 8
+    assert (
+        losses(tmp_path / "killed") == losses(tmp_path / "whole")
+        and len(losses(tmp_path / "whole")) == 8
+    )
     for part in ("language", "reader"):
-        one, other = ((tmp_path / run / part / "model.safetensors").read_bytes() for run in ("killed", "whole"))
+        one, other = (
+            (tmp_path / run / part / "model.safetensors").read_bytes()
+            for run in ("killed", "whole")
+        )
         assert one == other
 
 
-def test_lora_trains_little_and_is_merged_in_the_saved_model(toy_run: Path, data: Path, tmp_path: Path) -> None:
+def test_lora_trains_little_and_is_merged_in_the_saved_model(
+    toy_run: Path, data: Path, tmp_path: Path
+) -> None:
     before = LaVIT.from_pretrained(toy_run).language
     Finetune(tmp_path / "new", data, toy_run, settings(toy_run, lora=4)).train()
     config = read_config(tmp_path / "new")
@@ -83,7 +101,9 @@ def test_lora_trains_little_and_is_merged_in_the_saved_model(toy_run: Path, data
     after = LaVIT.from_pretrained(tmp_path / "new").language
     table = [language.lm.get_input_embeddings().weight for language in (before, after)]
     assert table[0].equal(table[1])  # the LM's own embedding was frozen
-    projection = [language.lm.model.layers[0].self_attn.q_proj.weight for language in (before, after)]
+    projection = [
+        language.lm.model.layers[0].self_attn.q_proj.weight for language in (before, after)
+    ]
     assert not projection[0].equal(projection[1])
     assert torch.linalg.matrix_rank((projection[1] - projection[0]).double(), rtol=1e-4) <= 4
 
@@ -93,7 +113,9 @@ def test_merged_lora_gives_the_logits_of_unmerged(toy_run: Path) -> None:
     language = model.language.eval()
     plain = logits(language)
     assert prepare_lora(language, model.config, 4) is False
-    trained = [name for name, parameter in language.lm.named_parameters() if parameter.requires_grad]
+    trained = [
+        name for name, parameter in language.lm.named_parameters() if parameter.requires_grad
+    ]
     assert trained and all("lora_" in name for name in trained)
     with torch.no_grad():
         for name, parameter in language.lm.named_parameters():
@@ -114,7 +136,12 @@ def test_bad_input_is_one_clear_line(toy_run: Path, data: Path, tmp_path: Path) 
         Finetune(tmp_path / "new", data, tmp_path / "nowhere", training).train()
     with pytest.raises(InputError, match="positive time"):
         Finetune(tmp_path / "new", data, toy_run, training, minutes=0)
-    Finetune(tmp_path / "new", data, toy_run, replace(training, language=replace(training.language, steps=1))).train()
+    Finetune(
+        tmp_path / "new",
+        data,
+        toy_run,
+        replace(training, language=replace(training.language, steps=1)),
+    ).train()
     with pytest.raises(InputError, match="other settings"):
         Finetune(tmp_path / "new", data, toy_run, training)
 

@@ -1,6 +1,7 @@
-"""Golden curves: the first losses of `nano` on thirty drawn pictures. A change that moves them must say why in LOG.md.
+"""Golden curves: the first losses of `nano` on thirty drawn pictures.
 
-To renew after such a change: delete tests/golden/nano.json and run this file, which writes it anew.
+A change that moves them must say why in LOG.md. To renew them after such a change: delete
+tests/golden/nano.json and run this file, which writes it anew.
 """
 
 from __future__ import annotations
@@ -28,11 +29,14 @@ def test_first_losses_of_nano(shapes_data: Path, tmp_path: Path) -> None:
         pixels=replace(t.pixels, steps=3, batch=8),
     )
     Run(tmp_path / "run", shapes_data, preset.model, training).train()
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     found = [[line["stage"], line["step"], round(line["loss"], 5)] for line in lines]
     if not GOLDEN.exists():
         GOLDEN.write_text(json.dumps(found, indent=0) + "\n")
     golden = json.loads(GOLDEN.read_text())
     assert [line[:2] for line in found] == [line[:2] for line in golden]
-    # another machine rounds otherwise, and the tokens of three young steps may flip with it: curves agree to some percent
+    # another machine rounds otherwise, and the tokens of three young steps may flip with it: curves
+    # agree to some percent
     assert [line[2] for line in found] == pytest.approx([line[2] for line in golden], rel=3e-2)

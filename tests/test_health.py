@@ -1,4 +1,4 @@
-"""Health of stage 1: what is logged, what raises an alarm, and that the last checkpoint is of a healthy step."""
+"""Health of stage 1: logs, alarms, and that the last checkpoint is of a healthy step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ from lavit.data.features import Features
 from lavit.modules.tokenizer import VisualTokenizer
 from lavit.storage import load_tensors
 from lavit.train.batches import PictureBatch, Shard
-from lavit.train.health import Alarm, CodeUse, check_codes, check_finite, check_selector, selector_figures
+from lavit.train.health import (
+    Alarm,
+    CodeUse,
+    check_codes,
+    check_finite,
+    check_selector,
+    selector_figures,
+)
 from lavit.train.loop import train
 from lavit.train.tokenizer import TokenizerStage
 
@@ -40,12 +47,16 @@ def go(failing: TokenizerStage, run: Path, **options: int) -> list[dict]:
         train(failing, run, accelerator=Accelerator(cpu=True), clip=1.0, warmup=0.05, **options)
     finally:
         path = run / "metrics.jsonl"
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = (
+            [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        )
     return lines
 
 
 def checkpoints(run: Path) -> list[int]:
-    return sorted(int(p.name) for p in (run / "checkpoints" / "tokenizer").iterdir() if p.name.isdigit())
+    return sorted(
+        int(p.name) for p in (run / "checkpoints" / "tokenizer").iterdir() if p.name.isdigit()
+    )
 
 
 def last_weights(run: Path) -> Path:
@@ -73,16 +84,36 @@ def test_selector_figures_by_hand() -> None:
     assert float(figures["decided"]) == pytest.approx(3 / 8)
     assert float(figures["kept"]) == pytest.approx(0.75)
     assert float(figures["length_spread"]) == pytest.approx(math.sqrt(1.5) / 3)
-    histogram = {name: float(value) for name, value in figures.items() if name.startswith("kept_histogram/")}
-    assert histogram == {f"kept_histogram/{t / 10:.1f}": {2: 0.25, 7: 0.25, 9: 0.5}.get(t, 0.0) for t in range(10)}
+    histogram = {
+        name: float(value) for name, value in figures.items() if name.startswith("kept_histogram/")
+    }
+    assert histogram == {
+        f"kept_histogram/{t / 10:.1f}": {2: 0.25, 7: 0.25, 9: 0.5}.get(t, 0.0) for t in range(10)
+    }
 
 
 def test_every_figure_of_health_is_logged(tmp_path: Path) -> None:
     lines = go(stage(replace(CONFIG, steps_a=2, steps_b=2)), tmp_path, log_every=1)
-    always = {"loss", "reconstruction", "kept", "decided", "length_spread", "vector_norm", "gradient_norm"}
+    always = {
+        "loss",
+        "reconstruction",
+        "kept",
+        "decided",
+        "length_spread",
+        "vector_norm",
+        "gradient_norm",
+    }
     assert always <= set(lines[0]) and "live_codes" not in lines[0]
-    assert always | {"commitment", "live_codes", "perplexity", "revived", "kept_histogram/0.3"} <= set(lines[-1])
-    assert sum(value for name, value in lines[-1].items() if name.startswith("kept_histogram/")) == pytest.approx(1)
+    assert always | {
+        "commitment",
+        "live_codes",
+        "perplexity",
+        "revived",
+        "kept_histogram/0.3",
+    } <= set(lines[-1])
+    assert sum(
+        value for name, value in lines[-1].items() if name.startswith("kept_histogram/")
+    ) == pytest.approx(1)
     assert lines[-1]["vector_norm"] > 0
 
 
@@ -90,7 +121,9 @@ def test_vector_norm_is_that_of_the_projection_before_it_is_normalised() -> None
     training = stage()
     patches = training.features.rows(torch.arange(3))
     for quantise, train_selector in ((False, True), (True, False)):
-        out = training.module(patches, None, quantise=quantise, dense=False, train_selector=train_selector)
+        out = training.module(
+            patches, None, quantise=quantise, dense=False, train_selector=train_selector
+        )
         rows = training.module.merger(training.module.prepare(patches), out.mask > 0.5)
         expected = training.module.codebook.to_code(rows).norm(dim=-1).mean()
         torch.testing.assert_close(out.norm, expected.detach(), rtol=1e-4, atol=1e-6)
@@ -104,7 +137,9 @@ def test_vector_norm_is_that_of_the_projection_before_it_is_normalised() -> None
         ("gradient", r"loss is \d\.\d+ at step 5.*lower the learning rate"),
     ],
 )
-def test_a_run_that_goes_nan_stops_before_its_next_checkpoint(tmp_path: Path, what: str, match: str) -> None:
+def test_a_run_that_goes_nan_stops_before_its_next_checkpoint(
+    tmp_path: Path, what: str, match: str
+) -> None:
     """Checkpoints every 2 steps, a report every 10: the alarm must not wait for the report."""
     failing = stage()
     weight, healthy = next(failing.module.reconstructor.parameters()), failing.batch
@@ -114,7 +149,8 @@ def test_a_run_that_goes_nan_stops_before_its_next_checkpoint(tmp_path: Path, wh
             failing.features.array[:] = math.inf
         if step == 5 and what == "loss":
             weight.data.fill_(math.nan)
-        if step == 5 and what == "gradient":  # the loss of this step is a number, the weights after it are not
+        # the loss of this step is a number, the weights after it are not
+        if step == 5 and what == "gradient":
             weight.register_hook(lambda gradient: gradient * math.nan)
         return healthy(step, shard)
 
@@ -122,11 +158,17 @@ def test_a_run_that_goes_nan_stops_before_its_next_checkpoint(tmp_path: Path, wh
     with pytest.raises(Alarm, match=match):
         go(failing, tmp_path, checkpoint_every=2, log_every=10)
     assert checkpoints(tmp_path)[-1] == 4
-    assert all(torch.isfinite(tensor).all() for tensor in load_tensors(last_weights(tmp_path)).values())
+    assert all(
+        torch.isfinite(tensor).all() for tensor in load_tensors(last_weights(tmp_path)).values()
+    )
 
 
-@pytest.mark.parametrize(("bias", "match"), [(12.0, "all of them: raise the rate weight"), (-12.0, "next to none")])
-def test_a_selector_that_keeps_all_or_nothing_stops_the_run(tmp_path: Path, bias: float, match: str) -> None:
+@pytest.mark.parametrize(
+    ("bias", "match"), [(12.0, "all of them: raise the rate weight"), (-12.0, "next to none")]
+)
+def test_a_selector_that_keeps_all_or_nothing_stops_the_run(
+    tmp_path: Path, bias: float, match: str
+) -> None:
     failing = stage(replace(CONFIG, rate_weight=0.0, selector_rate=0.0))
     failing.module.selector.head[-1].bias.data = torch.tensor([bias, -bias])
     with pytest.raises(Alarm, match=match):
@@ -149,7 +191,8 @@ def test_a_collapsed_codebook_stops_the_run(tmp_path: Path) -> None:
 
 
 def test_alarms_know_what_is_possible() -> None:
-    check_codes(0.05, 900, steps_with_codes=800, window=100, reachable=0.06)  # few tokens cannot use many codes
+    # few tokens cannot use many codes
+    check_codes(0.05, 900, steps_with_codes=800, window=100, reachable=0.06)
     with pytest.raises(Alarm, match="collapsed"):
         check_codes(0.05, 900, steps_with_codes=800, window=100, reachable=0.9)
     check_codes(0.0, 150, steps_with_codes=150, window=100)  # too early to tell

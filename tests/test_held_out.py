@@ -56,7 +56,9 @@ def test_training_and_what_is_held_out_are_all_and_apart(folder: Path) -> None:
 
 def test_more_pictures_move_none(folder: Path, tmp_path: Path) -> None:
     more = write(tmp_path / "more", 120)
-    assert texts(folder, "held_out") == {text for text in texts(more, "held_out") if number(text) < COUNT}
+    assert texts(folder, "held_out") == {
+        text for text in texts(more, "held_out") if number(text) < COUNT
+    }
 
 
 def number(text: str) -> int:
@@ -71,7 +73,9 @@ def test_few_pictures_are_all_training(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
-def test_one_table_serves_no_training_record_under_another_name(folder: Path, tmp_path: Path, kind: str) -> None:
+def test_one_table_serves_no_training_record_under_another_name(
+    folder: Path, tmp_path: Path, kind: str
+) -> None:
     path = table(folder, tmp_path, kind)
     train, held = texts(path, "train"), texts(path, "held_out")
     assert held and not train & held and len(train | held) == COUNT
@@ -124,7 +128,8 @@ def test_a_source_with_splits_of_its_own_keeps_them(tmp_path: Path) -> None:
         load_records(both, "held_out")
     card = write(tmp_path / "card")
     (card / "README.md").write_text(
-        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: '*.png'\n---\n"
+        "---\nconfigs:\n- config_name: default\n"
+        "  data_files:\n  - split: train\n    path: '*.png'\n---\n"
     )
     assert not divides(card)
 

@@ -31,20 +31,31 @@ def png_header(width: int, height: int) -> bytes:
     """A well-formed PNG of a few bytes that claims to be width x height."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr", "HSV", "LAB", "I", "F"])
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr", "HSV", "LAB", "I", "F"]
+)
 def test_every_mode_becomes_rgb(mode):
     image = Image.fromarray(noise())
     image = (
         image.convert("L").convert(mode)
         if mode == "PA"
         else (
-            Image.fromarray(noise(), "RGB").convert("L").convert(mode) if mode in ("LA", "F", "I") else _as(image, mode)
+            Image.fromarray(noise(), "RGB").convert("L").convert(mode)
+            if mode in ("LA", "F", "I")
+            else _as(image, mode)
         )
     )
     opened = open_image(image)
@@ -129,7 +140,9 @@ def test_sixteen_bit_greys_keep_their_upper_byte():
 
 def test_floats_are_read_by_range():
     unit = open_image(encoded(Image.fromarray(np.array([[0.0, 0.5, 1.0]], np.float32)), "TIFF"))
-    bytes_ = open_image(encoded(Image.fromarray(np.array([[0.0, 127.0, 300.0]], np.float32)), "TIFF"))
+    bytes_ = open_image(
+        encoded(Image.fromarray(np.array([[0.0, 127.0, 300.0]], np.float32)), "TIFF")
+    )
     assert np.asarray(unit)[0, :, 0].tolist() == [0, 128, 255]
     assert np.asarray(bytes_)[0, :, 0].tolist() == [0, 127, 255]
 
@@ -166,11 +179,15 @@ def test_first_frame_of_an_animation(kind):
     assert open_image(later).getpixel((4, 4)) == (255, 0, 0)
 
 
-@pytest.mark.parametrize("size", [(9000, 9000), (12000, 12000), (60000, 60000), (1, MAX_PIXELS + 1)])
+@pytest.mark.parametrize(
+    "size", [(9000, 9000), (12000, 12000), (60000, 60000), (1, MAX_PIXELS + 1)]
+)
 def test_absurd_dimensions_are_refused_from_the_header(tmp_path, size):
     file = tmp_path / "bomb.png"
     file.write_bytes(png_header(*size))
-    with pytest.raises(InputError, match=r"bomb\.png' is too large.*at most 67 megapixels") as raised:
+    with pytest.raises(
+        InputError, match=r"bomb\.png' is too large.*at most 67 megapixels"
+    ) as raised:
         open_image(file)
     assert "\n" not in str(raised.value)
 
@@ -241,7 +258,9 @@ def test_pixels_squashes_and_normalises():
     expected = (torch.tensor([1.0, 128 / 255, 0.0]) - torch.tensor(mean)) / torch.tensor(std)
     torch.testing.assert_close(batch[1], expected.view(3, 1, 1).expand(3, 16, 16))
     reference = np.asarray(images[0].resize((16, 16), Image.Resampling.BICUBIC), np.float32) / 255
-    torch.testing.assert_close(batch[0].permute(1, 2, 0), torch.from_numpy((reference - mean) / std).float())
+    torch.testing.assert_close(
+        batch[0].permute(1, 2, 0), torch.from_numpy((reference - mean) / std).float()
+    )
     assert pixels([], 16, mean, std).shape == (0, 3, 16, 16)
     assert torch.equal(pixels([images[0].convert("RGBA")], 16, mean, std), batch[:1])
 

@@ -1,4 +1,4 @@
-"""The language part on three families of causal LMs: packed = separate, chunked = plain, exported = ours."""
+"""The language part on three LM families: packed = separate, chunked = plain, exported = ours."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ FAMILIES = {
 def toy_language(family: str) -> Language:
     options = {**COMMON, **FAMILIES[family]}
     torch.manual_seed(0)
-    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(options.pop("model_type"), **options))
+    lm = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(options.pop("model_type"), **options)
+    )
     if (bias := lm.get_output_embeddings().bias) is not None:
         bias.data.normal_()
     return Language(lm, Merger(16, 2, 1, 2.0), dim=16, codes=12, end=2).eval()
@@ -66,7 +68,9 @@ def documents(language: Language) -> tuple[list, torch.Tensor, torch.Tensor]:
     return [lay_out(part, language.vocabulary) for part in parts], patches, keep
 
 
-def total(language: Language, rows: list, patches: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+def total(
+    language: Language, rows: list, patches: torch.Tensor, keep: torch.Tensor
+) -> torch.Tensor:
     batch = pack(rows, language.vocabulary)
     out = language(batch, patches[batch.images], keep[batch.images])
     return out.total
@@ -93,17 +97,22 @@ def test_features_of_another_picture_are_refused(language: Language) -> None:
 def test_another_document_never_changes_a_hidden_state(language: Language) -> None:
     sequences, patches, keep = documents(language)
     rows = pack([[sequences[0], sequences[2]]], language.vocabulary)
-    other = pack([[sequences[0], lay_out((Text((7, 7, 7, 7)),), language.vocabulary)]], language.vocabulary)
+    other = pack(
+        [[sequences[0], lay_out((Text((7, 7, 7, 7)),), language.vocabulary)]], language.vocabulary
+    )
     length = len(sequences[0])
     states = []
     for batch in (rows, other):
         features = language.read(patches[batch.images], keep[batch.images])
         embeddings = language.embed(batch.ids, slots=batch.slots, features=features)
-        states.append(language.hidden(embeddings, documents=batch.documents, positions=batch.positions)[0, :length])
+        hidden = language.hidden(embeddings, documents=batch.documents, positions=batch.positions)
+        states.append(hidden[0, :length])
     assert states[0].equal(states[1])
 
 
-def test_chunked_loss_is_the_plain_loss(language: Language, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunked_loss_is_the_plain_loss(
+    language: Language, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sequences, patches, keep = documents(language)
     losses, gradients = [], []
     for chunk in (10_000, 3):
@@ -144,7 +153,9 @@ def test_attention_by_document_is_attention_under_the_mask(language: Language) -
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_heads_loss_and_gradients_are_those_of_cross_entropy(bias: bool) -> None:
     generator = torch.Generator().manual_seed(3)
-    hidden, text, visual = (torch.randn(n, 8, generator=generator).requires_grad_() for n in (23, 30, 14))
+    hidden, text, visual = (
+        torch.randn(n, 8, generator=generator).requires_grad_() for n in (23, 30, 14)
+    )
     offset = torch.randn(30, generator=generator).requires_grad_() if bias else None
     labels = torch.randint(44, (23,), generator=generator)
     wanted = [x for x in (hidden, text, visual, offset) if x is not None]
@@ -176,7 +187,9 @@ def test_new_rows_lie_around_the_mean_of_the_lms_own(language: Language) -> None
     assert 0.2 < float(away.std() / own.std()) < 0.3
 
 
-def test_exported_folder_opens_in_transformers_with_equal_logits(language: Language, tmp_path: Path) -> None:
+def test_exported_folder_opens_in_transformers_with_equal_logits(
+    language: Language, tmp_path: Path
+) -> None:
     text = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), eos_token="<end>")
     export(language, text, tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
@@ -191,14 +204,18 @@ def test_exported_folder_opens_in_transformers_with_equal_logits(language: Langu
 
 @pytest.mark.parametrize("trained", [True, False])
 def test_new_rows_begin_around_the_mean_row_of_the_table(trained: bool) -> None:
-    """As far apart as the rows of a fresh LM are; a trained one's hidden states would scatter such rows too far."""
+    """As far apart as rows of a fresh LM; a trained one's hidden states would be too far."""
     lm = toy_language("qwen2 untied").lm
-    table, head = (layer.weight.data.normal_(1.0, 0.2) for layer in (lm.get_input_embeddings(), lm.lm_head))
+    table, head = (
+        layer.weight.data.normal_(1.0, 0.2) for layer in (lm.get_input_embeddings(), lm.lm_head)
+    )
     language = Language(lm, Merger(16, 2, 1, 2.0), dim=16, codes=500, end=2, trained=trained)
     for rows, known in ((language.rows, table), (language.head_rows, head)):
         rows = rows.detach()
         assert (rows.mean(0) - known.mean(0)).abs().max() < 0.05
-        assert float((rows - rows.mean(0)).std()) == pytest.approx(0.05 if trained else 0.2, rel=0.1)
+        assert float((rows - rows.mean(0)).std()) == pytest.approx(
+            0.05 if trained else 0.2, rel=0.1
+        )
 
 
 def test_embeddings_that_are_no_rows_of_a_table_are_refused() -> None:
@@ -236,7 +253,9 @@ def test_soft_capped_logits_are_refused() -> None:
         "head_dim": 8,
         "final_logit_softcapping": 0.1,
     }
-    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma2", **options, **heads, eos_token_id=2))
+    lm = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("gemma2", **options, **heads, eos_token_id=2)
+    )
     language = Language(lm, Merger(16, 2, 1, 2.0), dim=16, codes=12, end=2)
     with pytest.raises(ValueError, match="soft-capping"):
         language.check_head()

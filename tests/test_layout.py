@@ -53,7 +53,8 @@ def assert_begins(pipeline: Pipeline, document: list[Part], prompt: list[Part]) 
     length = len(begun.ids)
     slots = begun.slots or (False,) * length
     assert whole.slots[:length] == slots
-    places = [place for place in range(length) if not slots[place]]  # ids of slots are not looked at
+    # ids of slots are not looked at
+    places = [place for place in range(length) if not slots[place]]
     assert [whole.ids[place] for place in places] == [begun.ids[place] for place in places]
     assert whole.labels[length - 1] == whole.ids[length] and length < len(whole)
     assert whole.labels[-2] == pipeline.model.language.vocabulary.end  # `auto` can stop
@@ -98,7 +99,9 @@ def test_a_turn_is_asked_as_it_was_learnt(pipeline: Pipeline, template: str | No
     text.chat_template = template
     try:
         documents = replies(talk(0, 1), text)
-        for document, upto, reply in zip(documents, (1, 3, 5), ("text", "image", "text"), strict=True):
+        for document, upto, reply in zip(
+            documents, (1, 3, 5), ("text", "image", "text"), strict=True
+        ):
             prompt = conversation(talk(*PICTURES)[:upto], text, reply=reply)
             if template is None:
                 assert_begins(pipeline, document, prompt)

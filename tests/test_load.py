@@ -24,7 +24,7 @@ from lavit.generate.packed import obstacle
 
 
 def test_a_caption_reads_no_pixels_and_no_diffusers(toy_run: Path, tmp_path: Path) -> None:
-    """Neither the decoder's weights nor the library that they need, which takes seconds to import."""
+    """Neither the decoder's weights nor the library that they need, seconds of import."""
     toy_picture("red bar").save(tmp_path / "picture.png")
     code = (
         "import sys, json, lavit\n"
@@ -37,7 +37,9 @@ def test_a_caption_reads_no_pixels_and_no_diffusers(toy_run: Path, tmp_path: Pat
     assert json.loads(found.stdout.splitlines()[-1]) == [None, False, False]
 
 
-def test_one_line_says_where(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_line_says_where(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     caplog.set_level(logging.INFO, "lavit")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert placement.place() == (torch.device("cpu"), torch.float32)
@@ -95,7 +97,10 @@ def test_waiting_threads_give_their_core_away_late(monkeypatch: pytest.MonkeyPat
         ({"device": "mps"}, "no Apple GPU can be used here"),
         ({"dtype": "int4"}, "dtype 'int4' is not known"),
         ({"quantization": "int3"}, "quantization 'int3' is not known"),
-        ({"quantization": "nf4"}, "nf4 weights need a CUDA GPU, this runs on cpu: leave quantization out"),
+        (
+            {"quantization": "nf4"},
+            "nf4 weights need a CUDA GPU, this runs on cpu: leave quantization out",
+        ),
         ({"quantization": "int8"}, "int8 weights need a CUDA GPU, this runs on cpu"),
         ({"protocol": "mine"}, "protocol 'mine' is not known"),
     ],
@@ -112,7 +117,9 @@ def test_what_cannot_be_done(
 @pytest.mark.parametrize(
     ("quantization", "names"), [("int8", "bitsandbytes \\(or torchao\\)"), ("nf4", "bitsandbytes:")]
 )
-def test_quantisers_that_are_not_installed(quantization: str, names: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantisers_that_are_not_installed(
+    quantization: str, names: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(placement.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=f"{quantization} weights need the package {names}"):
         placement.quantizer(quantization, torch.device("cuda"), torch.bfloat16)
@@ -125,30 +132,44 @@ def test_other_number_types_speak_too(toy_run: Path) -> None:
 
 
 def test_layers_may_lie_elsewhere(toy_run: Path) -> None:
-    """Two layers, one of them on disk: accelerate brings it in for each step, and nothing else changes."""
+    """Two layers, one of them on disk: accelerate loads it for each step, nothing else changes."""
     images = [toy_picture("red bar"), toy_picture("blue dot")]
     expected = lavit.load(toy_run, device="cpu")
     places = {
-        name: "cpu" for name in ("lm_head", "model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb")
+        name: "cpu"
+        for name in (
+            "lm_head",
+            "model.embed_tokens",
+            "model.layers.0",
+            "model.norm",
+            "model.rotary_emb",
+        )
     }
     spread = lavit.load(toy_run, device="cpu", device_map=places | {"model.layers.1": "disk"})
     assert spread.caption(images) == expected.caption(images)
     assert spread.draw("red", steps=2).tobytes() == expected.draw("red", steps=2).tobytes()
     lm = spread.model.language.lm
-    assert lm.model.layers[1].mlp.up_proj.weight.device.type == "meta" and type(spread.engine.decoder) is Decoder
+    assert (
+        lm.model.layers[1].mlp.up_proj.weight.device.type == "meta"
+        and type(spread.engine.decoder) is Decoder
+    )
     automatic = lavit.load(toy_run, device="cpu", device_map="auto")
     assert automatic.caption(images) == expected.caption(images)
 
 
 def test_a_quantiser_gets_merged_weights_and_the_rest_stays(toy_run: Path) -> None:
-    """The way that weights take to a quantiser, here with none: the LM is rebuilt, LoRA merged, rows and reader kept."""
+    """The way of weights to a quantiser, here none: LM rebuilt, LoRA merged, rows, reader kept."""
     language = lavit.load(toy_run, device="cpu").model.language
     targets = ["q_proj", "down_proj"]
-    peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False), language.lm)
+    peft.inject_adapter_in_model(
+        peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False), language.lm
+    )
     language.eval()
     ids = torch.tensor([[5, 9, 280, 7]])
     with torch.no_grad():
-        before = language.visual_logits(language.body(inputs_embeds=language.embed(ids)).last_hidden_state)
+        before = language.visual_logits(
+            language.body(inputs_embeds=language.embed(ids)).last_hidden_state
+        )
         old = language.lm
         new = placement.quantized(language, None, torch.device("cpu"), torch.float32, {"": "cpu"})
         after = new.visual_logits(new.body(inputs_embeds=new.embed(ids)).last_hidden_state)
@@ -160,6 +181,8 @@ def test_a_quantiser_gets_merged_weights_and_the_rest_stays(toy_run: Path) -> No
 
 
 def test_a_model_without_a_reader_says_so(toy_run: Path, tmp_path: Path) -> None:
-    shutil.copytree(toy_run, tmp_path / "run", ignore=shutil.ignore_patterns("reader", "cache", "checkpoints"))
+    shutil.copytree(
+        toy_run, tmp_path / "run", ignore=shutil.ignore_patterns("reader", "cache", "checkpoints")
+    )
     with pytest.raises(InputError, match="no reader for pictures"):
         lavit.load(tmp_path / "run").caption(toy_picture("red bar"))

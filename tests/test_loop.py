@@ -1,4 +1,4 @@
-"""The loop's options: parts of a step, recomputed activations, trackers, samples, what is loaded and what is fresh."""
+"""The loop's options: parts of a step, recomputing, trackers, samples, what is loaded or fresh."""
 
 from __future__ import annotations
 
@@ -38,7 +38,11 @@ def plain(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict
 
 @pytest.mark.parametrize(
     ("change", "tolerance"),
-    [({"accumulate": 2}, 1e-5), ({"accumulate": 4, "recompute": True}, 1e-5), ({"recompute": True}, 1e-6)],
+    [
+        ({"accumulate": 2}, 1e-5),
+        ({"accumulate": 4, "recompute": True}, 1e-5),
+        ({"recompute": True}, 1e-6),
+    ],
     ids=str,
 )
 def test_parts_of_a_step_and_recomputed_blocks_change_nothing(
@@ -95,7 +99,9 @@ def test_fewer_rows_than_processes_are_refused(toy_data: Path, tmp_path: Path) -
 def test_samples_are_written_of_the_same_pictures(toy_data: Path, tmp_path: Path) -> None:
     training = replace(with_language(), sample_every=2)
     train_language(toy_data, tmp_path / "run", training)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    ]
     assert sorted({line["step"] for line in lines}) == [2, 4]
     pictures = [line["picture"] for line in lines]
     assert pictures[:4] == pictures[4:] and len(set(pictures)) == 4
@@ -105,17 +111,24 @@ def test_samples_are_written_of_the_same_pictures(toy_data: Path, tmp_path: Path
         assert line["codes"] and all(0 <= code < codes for code in line["codes"])
 
 
-def test_sampling_does_not_change_the_training(plain: list[dict], toy_data: Path, tmp_path: Path) -> None:
+def test_sampling_does_not_change_the_training(
+    plain: list[dict], toy_data: Path, tmp_path: Path
+) -> None:
     found = train_language(toy_data, tmp_path / "run", replace(with_language(), sample_every=1))
     assert [line["loss"] for line in found] == [line["loss"] for line in plain]
 
 
 def test_trackers_are_chosen_and_missing_ones_named(toy_data: Path, tmp_path: Path) -> None:
     training = replace(toy_training(2), log_every=1)
-    Run(tmp_path / "a", toy_data, toy_config(), training, trackers=("tensorboard",)).train(("tokenizer",))
+    Run(tmp_path / "a", toy_data, toy_config(), training, trackers=("tensorboard",)).train(
+        ("tokenizer",)
+    )
     assert list((tmp_path / "a" / "tensorboard" / "tokenizer").glob("events.*"))
     Run(tmp_path / "b", toy_data, toy_config(), training, trackers=()).train(("tokenizer",))
-    assert not (tmp_path / "b" / "tensorboard").exists() and (tmp_path / "b" / "metrics.jsonl").exists()
+    assert (
+        not (tmp_path / "b" / "tensorboard").exists()
+        and (tmp_path / "b" / "metrics.jsonl").exists()
+    )
     with pytest.raises(InputError, match="tensorboard, wandb, trackio"):
         check_trackers(["clearml"])
 

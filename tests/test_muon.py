@@ -12,7 +12,9 @@ from lavit.train.muon import SIZE, Muon, matrices_apart, orthogonal
 
 def net() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Embedding(7, 8), nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 7, bias=False))
+    return nn.Sequential(
+        nn.Embedding(7, 8), nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 7, bias=False)
+    )
 
 
 def backward(module: nn.Module) -> torch.Tensor:
@@ -74,7 +76,9 @@ def test_kernels_move_as_matrices_with_a_row_for_each_output() -> None:
     before = layer.weight.detach().clone()
     layer(torch.randn(2, 3, 6, 6)).square().mean().backward()
     gradient = layer.weight.grad.flatten(1).clone()
-    Muon(matrices_apart([{"params": list(layer.parameters())}], layer), lr=0.01, weight_decay=0.0).step()
+    Muon(
+        matrices_apart([{"params": list(layer.parameters())}], layer), lr=0.01, weight_decay=0.0
+    ).step()
     moved = (before - layer.weight.detach()).flatten(1)
     expected = 0.01 * SIZE * 27**0.5 * orthogonal(gradient)
     assert torch.allclose(moved, expected, atol=1e-6)

@@ -1,4 +1,4 @@
-"""What people call, on a toy run: every verb, one or many inputs, the same tokens alone and in a batch."""
+"""What people call, on a toy run: every verb, one or many inputs, alone as in a batch."""
 
 from __future__ import annotations
 
@@ -43,8 +43,12 @@ def test_tokens_are_the_same_twice_alone_and_in_a_batch(pipeline: Pipeline) -> N
             assert alone.codes.equal(codes) and alone.keep[0].equal(keep)
 
 
-@pytest.mark.parametrize(("keep", "length"), [(5, 5), (0.5, 8), ("all", 16), ("top_k:3", 3), ("random:0.25", 4)])
-def test_keep_sets_the_number_of_tokens(pipeline: Pipeline, keep: str | int | float, length: int) -> None:
+@pytest.mark.parametrize(
+    ("keep", "length"), [(5, 5), (0.5, 8), ("all", 16), ("top_k:3", 3), ("random:0.25", 4)]
+)
+def test_keep_sets_the_number_of_tokens(
+    pipeline: Pipeline, keep: str | int | float, length: int
+) -> None:
     assert pipeline.tokenize(toy_picture("red dot"), keep=keep).lengths.tolist() == [length]
 
 
@@ -59,7 +63,10 @@ def test_a_loaded_caption_needs_no_pixel_decoder(toy_run: Path) -> None:
     with pytest.raises(InputError, match="the part 'pixels' was left out"):
         reader.draw("red bar")
     blind = lavit.load(toy_run, parts=("visual_tokenizer", "language", "pixels"))
-    for use in (lambda: blind.caption(toy_picture("red bar")), lambda: blind.draw("red", best_of=2)):
+    for use in (
+        lambda: blind.caption(toy_picture("red bar")),
+        lambda: blind.draw("red", best_of=2),
+    ):
         with pytest.raises(InputError, match="the part 'vision' was left out"):
             use()
     with pytest.raises(InputError, match="the part 'language' was left out"):
@@ -228,11 +235,16 @@ def test_a_stream_of_a_picture(pipeline: Pipeline) -> None:
     codes = happening[-2].codes
     expected = ["image_start", *["code"] * len(codes), *["preview"] * 3, "image", "finished"]
     assert kinds == expected
-    assert [update.codes for update in happening[1 : len(codes) + 1]] == [codes[: i + 1] for i in range(len(codes))]
+    assert [update.codes for update in happening[1 : len(codes) + 1]] == [
+        codes[: i + 1] for i in range(len(codes))
+    ]
     assert [update.step for update in happening if update.kind == "preview"] == [0, 1, 2]
     blocking = pipeline.draw("red square", seed=3, steps=3)
     assert happening[-2].picture.tobytes() == blocking.tobytes()
-    distances = [abs(np.asarray(u.picture, float) - np.asarray(blocking, float)).mean() for u in happening[-5:-2]]
+    distances = [
+        abs(np.asarray(u.picture, float) - np.asarray(blocking, float)).mean()
+        for u in happening[-5:-2]
+    ]
     assert distances[2] < distances[0]
 
 
@@ -293,10 +305,16 @@ def test_a_choice_among_texts_is_the_likeliest_caption(pipeline: Pipeline) -> No
         return likelihood(pipeline.model, text, image) * (len(ids) + 1)
 
     plain = [text.removesuffix(".") for text in among]
-    expected = sorted(plain, key=lambda text: -max(mean_times_length(text), mean_times_length(f"{text}.")))
+    expected = sorted(
+        plain, key=lambda text: -max(mean_times_length(text), mean_times_length(f"{text}."))
+    )
     assert pipeline.rank(image, among) == expected
     assert pipeline.choose([image, image], among) == expected[:1] * 2
-    for bad, what in ((["red", "red."], "none twice"), ([], "one text or more"), (["red", " "], "none empty")):
+    for bad, what in (
+        (["red", "red."], "none twice"),
+        ([], "one text or more"),
+        (["red", " "], "none empty"),
+    ):
         with pytest.raises(InputError, match=what):
             pipeline.choose(image, bad)
 
@@ -337,7 +355,9 @@ def test_the_papers_protocol(toy_run: Path) -> None:
     assert paper.draw("red", steps=2).tobytes() == four[scores.index(max(scores))].tobytes()
 
 
-def test_vizwiz_asks_first_whether_there_is_an_answer(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vizwiz_asks_first_whether_there_is_an_answer(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
     image = toy_picture("red bar")
     answer = pipeline.ask(image, "What is it?")
     first = pipeline.ask(image, protocols.answerable("What is it?"))
@@ -345,9 +365,9 @@ def test_vizwiz_asks_first_whether_there_is_an_answer(pipeline: Pipeline, monkey
     assert pipeline.ask(image, "What is it?", check_answerable=True) == expected
     monkeypatch.setattr("lavit.generate.pipeline.refuses", lambda said: said == first)
     assert pipeline.ask([image], ["What is it?"], check_answerable=True) == ["unanswerable"]
-    assert [protocols.refuses(said) for said in ("No.", "no, it is dark", "unanswerable", "nothing", "yes")] == [
-        True, True, True, False, False,
-    ]  # fmt: skip
+    for said in ("No.", "no, it is dark", "unanswerable"):
+        assert protocols.refuses(said), said
+    assert not protocols.refuses("nothing") and not protocols.refuses("yes")
 
 
 def test_words_are_normalised_as_the_paper_does() -> None:
@@ -365,7 +385,8 @@ def test_words_are_normalised_as_the_paper_does() -> None:
 )
 def test_pieces_of_text_are_never_taken_back(text: str) -> None:
     ends = ("\n", "Long answer:", ".")
-    pieces = TextPieces(lambda ids: bytes(ids).decode(errors="replace"), ends)  # characters come in several pieces
+    # characters come in several pieces
+    pieces = TextPieces(lambda ids: bytes(ids).decode(errors="replace"), ends)
     found = []
     for id in text.encode():
         found.append(pieces.add(id))
@@ -384,7 +405,10 @@ def test_codes_may_be_read_instead_of_features(toy_run: Path) -> None:
     prompt = lay_prompt(pipeline.model, reading(picture))
     codes = pipeline.model.language.vocabulary.codes_of(torch.tensor(prompt.ids[1:-1]))
     assert prompt.features is None and codes.equal(pipeline.tokenize(picture).codes)
-    assert isinstance(pipeline.caption(picture), str) and likelihood(pipeline.model, "red", picture) < 0
+    assert (
+        isinstance(pipeline.caption(picture), str)
+        and likelihood(pipeline.model, "red", picture) < 0
+    )
 
 
 def test_pictures_and_words_may_be_mixed(pipeline: Pipeline) -> None:
@@ -406,7 +430,9 @@ def test_reconstruction_needs_no_language_model(toy_run: Path) -> None:
 def test_a_prompt_that_is_too_long_is_refused_before_the_decoder_is_needed(toy_run: Path) -> None:
     writer = lavit.load(toy_run, parts=("language",))
     for verb in (writer.draw, writer.stream_draw):
-        with pytest.raises(InputError, match="has 32000 tokens but the language model attends to 256"):
+        with pytest.raises(
+            InputError, match="has 32000 tokens but the language model attends to 256"
+        ):
             verb("~" * 32_000)
 
 
@@ -433,7 +459,10 @@ def test_a_prompt_that_is_too_long_is_refused_before_the_decoder_is_needed(toy_r
         (lambda p: p.chat(TALK, steps=3), "'text' takes no steps"),
         (lambda p: p.stream_chat(TALK, previews=True), "no previews"),
         (lambda p: p.draw("red", sampling=Sampling(max_tokens=17)), "at most 16 codes"),
-        (lambda p: p.draw("red", sampling=Sampling(min_tokens=0, max_tokens=16)), "at least one code"),
+        (
+            lambda p: p.draw("red", sampling=Sampling(min_tokens=0, max_tokens=16)),
+            "at least one code",
+        ),
         (lambda p: p.compose([]), "at least one picture or word"),
         (lambda p: p.caption(np.zeros((2, 4, 4, 3), np.uint8)), "give one picture, or a list"),
         (lambda p: p.paint([torch.tensor([], dtype=torch.long)], seeds=[0]), "1 to 16 codes"),

@@ -1,4 +1,4 @@
-"""Pixels: saving, seeds, guidance, null conditions, the SD 1.5 and SDXL forms at toy size, learning."""
+"""Pixels: saving, seeds, guidance, null conditions, SD 1.5 and SDXL at toy size, learning."""
 
 import json
 from dataclasses import replace
@@ -84,7 +84,9 @@ def grid_config(**changes: object) -> PixelsConfig:
 
 
 def sd15_config(**changes: object) -> PixelsConfig:
-    network = unet(kind="UNet2DConditionModel", inputs=4, outputs=4, cross_attention_dim=10, **CROSS_BLOCKS)
+    network = unet(
+        kind="UNet2DConditionModel", inputs=4, outputs=4, cross_attention_dim=10, **CROSS_BLOCKS
+    )
     config = PixelsConfig(
         size=32,
         features_dim=FEATURES,
@@ -154,13 +156,21 @@ def test_saved_decoder_paints_the_same_bits_and_opens_in_diffusers(config, tmp_p
     before = pixels.sample(some_features(2), seeds=[3, 4])
     pixels.save(tmp_path)
     config = from_json(PixelsConfig, json.loads(json.dumps(to_json(config))))
-    assert torch.equal(Pixels.load(tmp_path, config).eval().sample(some_features(2), seeds=[3, 4]), before)
+    assert torch.equal(
+        Pixels.load(tmp_path, config).eval().sample(some_features(2), seeds=[3, 4]), before
+    )
     kind = getattr(diffusers, config.unet["_class_name"])
     opened = kind.from_pretrained(tmp_path / "unet").state_dict()
-    assert all(torch.equal(opened[name], tensor) for name, tensor in pixels.unet.state_dict().items())
-    assert diffusers.DDIMScheduler.from_pretrained(tmp_path / "scheduler").config.beta_start == 0.00085
+    assert all(
+        torch.equal(opened[name], tensor) for name, tensor in pixels.unet.state_dict().items()
+    )
+    assert (
+        diffusers.DDIMScheduler.from_pretrained(tmp_path / "scheduler").config.beta_start == 0.00085
+    )
     if config.vae:
-        assert len(diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae").config.latents_mean) == 4
+        assert (
+            len(diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae").config.latents_mean) == 4
+        )
 
 
 def test_loading_is_strict(tmp_path):
@@ -200,7 +210,9 @@ def test_stochastic_scheduler_draws_per_picture():
     pixels, features = built(grid_config()), some_features(2)
     sampler = diffusers.EulerAncestralDiscreteScheduler.from_config(pixels.scheduler.config)
     together = pixels.sample(features, seeds=[5, 6], sampler=sampler)
-    torch.testing.assert_close(together[1:], pixels.sample(features[1:], seeds=[6], sampler=sampler), atol=2e-4, rtol=0)
+    torch.testing.assert_close(
+        together[1:], pixels.sample(features[1:], seeds=[6], sampler=sampler), atol=2e-4, rtol=0
+    )
 
 
 def test_batched_guidance_equals_two_passes(config):
@@ -237,7 +249,9 @@ def test_padding_behind_the_null_text_is_masked(null_tokens):
     with torch.no_grad():
         for condition, rows in ((null, null_tokens), (told, PATCHES)):
             short = pixels.unet(latents, time, condition.context[:, :rows]).sample
-            torch.testing.assert_close(pixels._predict(latents, time, condition), short, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                pixels._predict(latents, time, condition), short, atol=1e-5, rtol=1e-5
+            )
 
 
 def test_sdxl_null_is_zeros_and_the_pool_is_clips():
@@ -247,7 +261,9 @@ def test_sdxl_null_is_zeros_and_the_pool_is_clips():
     assert null.context.shape == (2, PATCHES, 24) and not null.context.any()
     assert null.pooled.shape == (2, 14) and not null.pooled.any()
     pool = pixels.condition.pool
-    rows = (torch.cat([features.mean(1, keepdim=True), features], 1) + pool.positions).transpose(0, 1)
+    rows = (torch.cat([features.mean(1, keepdim=True), features], 1) + pool.positions).transpose(
+        0, 1
+    )
     parts = (pool.query, pool.key, pool.value)
     expected, _ = torch.nn.functional.multi_head_attention_forward(
         rows[:1],
@@ -280,7 +296,9 @@ def test_six_aspect_ratios(size):
         with_kwargs=True,
     )
     pictures = pixels.sample(some_features(1), seeds=[0], size=size)
-    assert pictures.shape == (1, 3, *size) and pictures.isfinite().all() and pictures.abs().max() <= 1
+    assert (
+        pictures.shape == (1, 3, *size) and pictures.isfinite().all() and pictures.abs().max() <= 1
+    )
     assert seen[0][0].tolist() == [*size, 0, 0, *size] and len(seen[0]) == 2
     assert built(sd15_config()).sample(some_features(1), seeds=[0], size=size).shape == (
         1,
@@ -324,7 +342,11 @@ def test_loss_falls_on_eight_pictures_and_its_gradient_reaches_all(weighting):
     def mean_loss() -> float:
         with torch.no_grad():
             return (
-                sum(pixels(latents, features, generator=torch.Generator().manual_seed(s)).item() for s in range(8)) / 8
+                sum(
+                    pixels(latents, features, generator=torch.Generator().manual_seed(s)).item()
+                    for s in range(8)
+                )
+                / 8
             )
 
     first, generator = mean_loss(), torch.Generator().manual_seed(3)
@@ -342,10 +364,16 @@ def test_loss_falls_on_eight_pictures_and_its_gradient_reaches_all(weighting):
 def test_dropped_conditions_hide_the_features(config):
     config = replace(config, condition_dropout=1.0)
     pixels, latents = built(config), torch.randn(3, 12 if config.condition == "grid" else 4, 8, 8)
-    losses = [pixels(latents, some_features(3, s), generator=torch.Generator().manual_seed(0)) for s in (1, 2)]
+    losses = [
+        pixels(latents, some_features(3, s), generator=torch.Generator().manual_seed(0))
+        for s in (1, 2)
+    ]
     assert losses[0] == losses[1]
     object.__setattr__(config, "condition_dropout", 0.0)
-    losses = [pixels(latents, some_features(3, s), generator=torch.Generator().manual_seed(0)) for s in (1, 2)]
+    losses = [
+        pixels(latents, some_features(3, s), generator=torch.Generator().manual_seed(0))
+        for s in (1, 2)
+    ]
     assert losses[0] != losses[1]
 
 
@@ -391,7 +419,9 @@ def test_velocity_is_a_configuration():
         torch.randn(latents.shape, generator=generator),
         torch.randint(1000, (2,), generator=generator),
     )
-    torch.testing.assert_close(loss, plain.scheduler.get_velocity(latents, drawn, times).square().mean())
+    torch.testing.assert_close(
+        loss, plain.scheduler.get_velocity(latents, drawn, times).square().mean()
+    )
     assert pixels.sample(features, seeds=[0, 1]).isfinite().all()
 
 
@@ -445,8 +475,12 @@ def test_clean_latents_are_found_again(kind):
     clean, noise = (torch.randn(4, 3, 8, 8, generator=generator) for _ in range(2))
     times = torch.tensor([0, 10, 300, 600])
     noisy = scheduler.add_noise(clean, noise, times)
-    answer = {"epsilon": noise, "sample": clean}.get(kind, scheduler.get_velocity(clean, noise, times))
-    torch.testing.assert_close(clean_latents(scheduler, noisy, answer, times), clean, atol=1e-3, rtol=1e-3)
+    answer = {"epsilon": noise, "sample": clean}.get(
+        kind, scheduler.get_velocity(clean, noise, times)
+    )
+    torch.testing.assert_close(
+        clean_latents(scheduler, noisy, answer, times), clean, atol=1e-3, rtol=1e-3
+    )
 
 
 def test_perceptual_distance_tells_blur_from_edge():

@@ -1,4 +1,4 @@
-"""The memory plan of stage 2: bytes of weights exact, the total near the measured peak of a step, verdicts of the 7B."""
+"""The memory plan of stage 2: exact bytes of weights, a total near the measured peak, the 7B."""
 
 from __future__ import annotations
 
@@ -21,10 +21,16 @@ from lavit.train.plan import GIB, plan_language
 def sizes(rows: int, *, recompute: bool = False, wide: int = 8) -> tuple[ModelConfig, TrainConfig]:
     """The toy, wider and deeper, so that its step outweighs small change."""
     model, training = toy_config(), toy_training()
-    shape = {**model.language.architecture, "hidden_size": 32 * wide, "intermediate_size": 64 * wide}
+    shape = {
+        **model.language.architecture,
+        "hidden_size": 32 * wide,
+        "intermediate_size": 64 * wide,
+    }
     shape |= {"num_hidden_layers": 4, "vocab_size": 2000}
     model = replace(model, language=replace(model.language, architecture=shape))
-    return model, replace(training, language=replace(training.language, rows=rows, recompute=recompute))
+    return model, replace(
+        training, language=replace(training.language, rows=rows, recompute=recompute)
+    )
 
 
 def build(model: ModelConfig) -> Language:
@@ -32,12 +38,21 @@ def build(model: ModelConfig) -> Language:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options, tokenizer = dict(model.language.architecture), model.visual_tokenizer
-    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(options.pop("model_type"), **options))
+    lm = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(options.pop("model_type"), **options)
+    )
     merger = Merger(tokenizer.dim, tokenizer.heads, tokenizer.merger_depth, tokenizer.mlp_ratio)
     return Language(lm, merger, dim=tokenizer.dim, codes=tokenizer.codes, end=0).train()
 
 
-def step(language: Language, optimizer: torch.optim.Optimizer, rows: int, tokens: int, patches: int, dim: int) -> None:
+def step(
+    language: Language,
+    optimizer: torch.optim.Optimizer,
+    rows: int,
+    tokens: int,
+    patches: int,
+    dim: int,
+) -> None:
     """Rows of images of five kept patches and a text of 32 tokens, as the plan takes them to be."""
     length = 5 + 2 + 32
     documents = torch.arange(tokens).expand(rows, -1) // length
@@ -98,7 +113,9 @@ def test_layouts_divide_what_they_say() -> None:
 
 
 @pytest.mark.parametrize(("gpus", "memory", "lora"), [(8, 80.0, None), (1, 24.0, 16)])
-def test_the_papers_model_fits_where_it_is_said_to(gpus: int, memory: float, lora: int | None) -> None:
+def test_the_papers_model_fits_where_it_is_said_to(
+    gpus: int, memory: float, lora: int | None
+) -> None:
     preset = lavit_7b()
     plan = plan_language(preset.model, preset.training, gpus=gpus, memory=memory, lora=lora)
     base = sum(part.trains + part.frozen for part in plan.parts if part.name == "language model")

@@ -1,4 +1,4 @@
-"""Toy SD 1.5 and SDXL folders, of the real configurations' shapes at random weights: converted, loaded, drawn with."""
+"""Toy SD 1.5 and SDXL folders in the form of the real ones: converted, loaded, drawn with."""
 
 from __future__ import annotations
 
@@ -27,8 +27,18 @@ SCALE = 4  # pictures of the toy are so many times smaller
 SD15 = {
     "sample_size": 64,
     "block_out_channels": (16, 32, 64, 64),
-    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "down_block_types": (
+        "CrossAttnDownBlock2D",
+        "CrossAttnDownBlock2D",
+        "CrossAttnDownBlock2D",
+        "DownBlock2D",
+    ),
+    "up_block_types": (
+        "UpBlock2D",
+        "CrossAttnUpBlock2D",
+        "CrossAttnUpBlock2D",
+        "CrossAttnUpBlock2D",
+    ),
     "cross_attention_dim": 768,
     "attention_head_dim": 8,
     "norm_num_groups": 8,
@@ -54,7 +64,9 @@ def write_decoder(folder: Path, unet: dict, *, scaling: float, upcast: bool) -> 
     for part in ("unet", "vae", "scheduler"):
         shutil.rmtree(folder / part)
     torch.manual_seed(2)
-    UNet2DConditionModel(layers_per_block=2, **unet).save_pretrained(folder / "unet", safe_serialization=False)
+    UNet2DConditionModel(layers_per_block=2, **unet).save_pretrained(
+        folder / "unet", safe_serialization=False
+    )
     AutoencoderKL(
         block_out_channels=(8, 16, 32, 32),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -83,7 +95,7 @@ def published(toy_published: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def shrink(folder: Path) -> None:
-    """Smaller pictures and two steps: the one thing about a model that its user sets by hand here."""
+    """Smaller pictures and two steps: all that is set by hand here."""
     config = json.loads((folder / "config.json").read_text())
     config["pixels"] |= {"size": config["pixels"]["size"] // SCALE, "steps": 2}
     (folder / "config.json").write_text(json.dumps(config))
@@ -124,23 +136,33 @@ def test_sd15_reconstructs_and_draws_through_the_checker(low: Pipeline):
 def test_sdxl_reconstructs_at_all_six_aspect_ratios(high: Pipeline, ratio: str):
     ids = []
     hook = high.model.pixels.unet.register_forward_pre_hook(
-        lambda module, args, kwargs: ids.append(kwargs["added_cond_kwargs"]["time_ids"][0].tolist()), with_kwargs=True
+        lambda module, args, kwargs: ids.append(
+            kwargs["added_cond_kwargs"]["time_ids"][0].tolist()
+        ),
+        with_kwargs=True,
     )
     back = high.reconstruct(toy_picture("blue dot"), size=ratio)
     hook.remove()
     height, width = (side // SCALE for side in ASPECT_SIZES[ratio])
     assert back.size == (width, height)
     assert ids == [[height, width, 0, 0, height, width]] * 2
-    assert back.tobytes() == high.reconstruct(toy_picture("blue dot"), size=(height, width)).tobytes()
+    assert (
+        back.tobytes() == high.reconstruct(toy_picture("blue dot"), size=(height, width)).tobytes()
+    )
 
 
-def test_the_command_line_draws_in_a_ratio(converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_command_line_draws_in_a_ratio(
+    converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     model, out = str(converted / "highres"), tmp_path / "drawn.png"
     main(["draw", "w3 w4", "--out", str(out), "--model", model, "--size", "4:3"])
     with Image.open(out) as drawn:
         assert drawn.size == (1152 // SCALE, 896 // SCALE)
     toy_picture("red bar").save(tmp_path / "in.png")
-    for verb in (["reconstruct", str(tmp_path / "in.png")], ["edit", str(tmp_path / "in.png"), "w5"]):
+    for verb in (
+        ["reconstruct", str(tmp_path / "in.png")],
+        ["edit", str(tmp_path / "in.png"), "w5"],
+    ):
         main([*verb, "--out", str(out), "--model", str(converted), "--size", "16:9"])
         with Image.open(out) as drawn:
             assert drawn.size == (168, 96)
@@ -149,7 +171,9 @@ def test_the_command_line_draws_in_a_ratio(converted: Path, tmp_path: Path, caps
         main(["draw", "w3", "--out", str(out), "--model", model, "--size", "5:4"])
     assert stop.value.code == 2
     error = capsys.readouterr().err.strip()
-    assert error.splitlines()[-1].startswith("lavit: aspect ratio '5:4' is not known: choose one of 1:1, 4:3, 3:2")
+    assert error.splitlines()[-1].startswith(
+        "lavit: aspect ratio '5:4' is not known: choose one of 1:1, 4:3, 3:2"
+    )
 
 
 def test_a_refused_drawing_is_reported_and_the_others_are_kept(
@@ -163,7 +187,18 @@ def test_a_refused_drawing_is_reported_and_the_others_are_kept(
     forbid(checker, drawn[1], drawn[0])
     shutil.rmtree(folder / FOLDER)
     checker.save_pretrained(folder / FOLDER)
-    command = ["draw", "w1 w2", "--n", "2", "--seed", "5", "--out", str(tmp_path / "d.png"), "--model", str(folder)]
+    command = [
+        "draw",
+        "w1 w2",
+        "--n",
+        "2",
+        "--seed",
+        "5",
+        "--out",
+        str(tmp_path / "d.png"),
+        "--model",
+        str(folder),
+    ]
     with pytest.raises(SystemExit) as stop:
         main(command)
     assert stop.value.code == 2 and "refused 1 of 2 pictures (seed 6)" in capsys.readouterr().err
@@ -175,11 +210,14 @@ def test_a_refused_drawing_is_reported_and_the_others_are_kept(
         assert switched_off.tobytes() == free[1]
 
 
-def test_published_weights_without_their_checker_stop_before_they_draw(converted: Path, tmp_path: Path):
+def test_published_weights_without_their_checker_stop_before_they_draw(
+    converted: Path, tmp_path: Path
+):
     folder = tmp_path / "model"
     shutil.copytree(converted, folder, symlinks=True)
     shutil.rmtree(folder / FOLDER)
     with pytest.raises(lavit.config.InputError, match="hf download"):
         lavit.load(folder).draw("w1")
     assert lavit.load(folder, safety=False).draw("w1").size == (128, 128)
-    assert lavit.load(folder).caption(toy_picture("red dot")) is not None  # reading needs no checker
+    # reading needs no checker
+    assert lavit.load(folder).caption(toy_picture("red dot")) is not None

@@ -62,19 +62,25 @@ short one.
 Dies ist kein englischer Satz, er hat aber viele Worte und endet mit einem Punkt.
 """
     seen: set[str] = set()
-    kept = "The merger of the package is a part of the model, and it reads what the selector keeps for it."
+    kept = (
+        "The merger of the package is a part of the model, "
+        "and it reads what the selector keeps for it."
+    )
     assert prose.prose(text, seen) == kept
     assert prose.prose(text, seen) == ""  # once is enough
 
 
 def test_prose_is_split_by_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = [
-        distribution(name) for name in ("attrs", "efficientnet-lite-pytorch", "peft", "accelerate", "tqdm", "rich")
+        distribution(name)
+        for name in ("attrs", "efficientnet-lite-pytorch", "peft", "accelerate", "tqdm", "rich")
     ]
     monkeypatch.setattr(prose, "distributions", lambda: iter(chosen))
     counts = prose.build_prose(tmp_path / "prose.jsonl")
     packages = json.loads((tmp_path / "prose.packages.json").read_text())
-    assert {"attrs", "efficientnet-lite-pytorch"} <= set(packages["held out"]) and "peft" in packages["train"]
+    assert {"attrs", "efficientnet-lite-pytorch"} <= set(
+        packages["held out"]
+    ) and "peft" in packages["train"]
     for split, file in (("train", "prose.jsonl"), ("held out", "prose.held_out.jsonl")):
         lines = [json.loads(line) for line in (tmp_path / file).read_text().splitlines()]
         assert len(lines) == counts[f"{split} texts"] > 0

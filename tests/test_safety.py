@@ -1,4 +1,4 @@
-"""The safety checker takes its verdict from real (toy) weights; refusals, missing folders and switches are told."""
+"""The safety checker judges by (toy) weights; refusals, missing folders, switches are reported."""
 
 import sys
 from dataclasses import replace
@@ -23,13 +23,21 @@ SIDE = 32
 
 
 def toy_checker(*, threshold: float = 2.0) -> StableDiffusionSafetyChecker:
-    """Random weights; a picture is refused where its cosine to any concept is over `threshold` (2: never)."""
+    """Random weights; refused where the cosine to any concept is over `threshold` (2: never)."""
     torch.manual_seed(0)
-    common = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
+    common = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+    }
     vision = common | {"image_size": SIDE, "patch_size": 8, "projection_dim": 6}
     text = common | {"vocab_size": 8, "bos_token_id": 0, "eos_token_id": 1}
-    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, text_config=text, projection_dim=6))
-    checker.vision_model.embeddings.patch_embedding.weight.data.mul_(20)  # so that pictures lie apart
+    checker = StableDiffusionSafetyChecker(
+        CLIPConfig(vision_config=vision, text_config=text, projection_dim=6)
+    )
+    # so that pictures lie apart
+    checker.vision_model.embeddings.patch_embedding.weight.data.mul_(20)
     for tensor in (checker.concept_embeds, checker.special_care_embeds):
         tensor.data.normal_()
     checker.concept_embeds_weights.data.fill_(threshold)
@@ -42,7 +50,9 @@ def forbid(checker: StableDiffusionSafetyChecker, bad: Image.Image, good: Image.
     squares = [picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC) for picture in (bad, good)]
     with torch.no_grad():
         inside = checker.vision_model(pixels(squares, SIDE, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))[1]
-        wrong, right = torch.nn.functional.normalize(checker.visual_projection(inside), dim=-1).double()
+        wrong, right = torch.nn.functional.normalize(
+            checker.visual_projection(inside), dim=-1
+        ).double()
         apart = wrong - (wrong @ right) * right
     assert apart.norm() > 0.01  # the checker rounds cosines to 0.001
     checker.concept_embeds.data[3] = apart / apart.norm()
@@ -53,7 +63,9 @@ def old_names(folder: Path) -> None:
     """Rewrite a saved checker under the names of the published files."""
     path = folder / "model.safetensors"
     tensors = load_file(path)
-    renamed = {f"vision_model.{n}" if n.startswith("vision_model.") else n: t for n, t in tensors.items()}
+    renamed = {
+        f"vision_model.{n}" if n.startswith("vision_model.") else n: t for n, t in tensors.items()
+    }
     renamed["vision_model.vision_model.embeddings.position_ids"] = torch.arange(17)[None]
     save_file(renamed, path, metadata={"format": "pt"})
 
@@ -81,14 +93,18 @@ def test_pictures_enter_as_clips_processor_has_them():
     checker.vision_model.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     picture = toy_picture("red square", 64)
     SafetyChecker(checker).refused([picture, picture.crop((0, 8, 64, 56))])
-    processor = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}
+    )
     expected = processor(picture, return_tensors="pt").pixel_values
     torch.testing.assert_close(seen[0][:1], expected, atol=1e-5, rtol=1e-5)
     assert seen[0].shape == (2, 3, SIDE, SIDE)
 
 
 @pytest.mark.parametrize("published", [False, True])
-def test_saved_checkers_load_under_todays_names_and_the_published_ones(tmp_path: Path, published: bool):
+def test_saved_checkers_load_under_todays_names_and_the_published_ones(
+    tmp_path: Path, published: bool
+):
     checker = toy_checker()
     checker.save_pretrained(tmp_path)
     if published:
@@ -105,7 +121,13 @@ def model_in(folder: Path, *, safety: bool) -> LaVIT:
 def test_a_missing_checker_says_how_to_get_it_and_how_to_do_without(tmp_path: Path):
     with pytest.raises(InputError) as error:
         release_of(model_in(tmp_path, safety=True))
-    for words in (str(tmp_path / FOLDER), "hf download", f"--local-dir {tmp_path}`", "safety=False", "--no-safety"):
+    for words in (
+        str(tmp_path / FOLDER),
+        "hf download",
+        f"--local-dir {tmp_path}`",
+        "safety=False",
+        "--no-safety",
+    ):
         assert words in str(error.value)
     assert "\n" not in str(error.value)
     assert release_of(model_in(tmp_path, safety=True), safety=False).checker is None
@@ -122,7 +144,9 @@ def test_a_damaged_checker_is_never_skipped(tmp_path: Path):
     toy_checker().save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
-    save_file({n: t for n, t in tensors.items() if n != "concept_embeds"}, path, metadata={"format": "pt"})
+    save_file(
+        {n: t for n, t in tensors.items() if n != "concept_embeds"}, path, metadata={"format": "pt"}
+    )
     with pytest.raises(InputError, match="is no safety checker: concept_embeds"):
         SafetyChecker.load(tmp_path)
     path.write_bytes(path.read_bytes()[:50])

@@ -151,7 +151,9 @@ def test_a_pool_is_an_ordinary_data_set(tmp_path: Path) -> None:
 def test_a_longer_pool_begins_with_the_shorter_one(tmp_path: Path) -> None:
     for count in (30, 40):
         write_pool(tmp_path / str(count), pictures=count)
-    short, long = ((tmp_path / str(n) / "train" / "metadata.jsonl").read_text().splitlines() for n in (30, 40))
+    short, long = (
+        (tmp_path / str(n) / "train" / "metadata.jsonl").read_text().splitlines() for n in (30, 40)
+    )
     assert long[:30] == short
     for row in map(json.loads, short):
         files = (tmp_path / str(n) / "train" / row["file_name"] for n in (30, 40))
@@ -165,7 +167,8 @@ def test_documents_are_the_same_in_every_process() -> None:
         "from lavit.data.scenes.splits import Rules\n"
         "from lavit.data.scenes.tasks import conversation\n"
         "said = [repr(unit_at('train', n)) for n in range(12)]\n"
-        "said += [' '.join(conversation(np.random.default_rng(n), Rules(), 4).texts) for n in range(30)]\n"
+        "rng = np.random.default_rng\n"
+        "said += [' '.join(conversation(rng(n), Rules(), 4).texts) for n in range(30)]\n"
         "print(hashlib.sha256(''.join(said).encode()).hexdigest())"
     )
     found = [
@@ -206,7 +209,9 @@ def test_the_stream_is_shared_and_goes_on_where_it_was() -> None:
         ["--size", "2"],
     ],
 )
-def test_bad_options_end_in_one_line(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_options_end_in_one_line(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["data", "scenes", "--out", str(tmp_path / "x"), *options])
     assert stopped.value.code == 2

@@ -199,7 +199,8 @@ def test_what_does_not_fit_together_is_not_read(text):
         ("A BIKE on a grey background", Facts("gray", None, frozenset({Group("bicycle", 1)}))),
         ("2 large mice", Facts(None, None, frozenset({Group("mouse", 2, "big")}))),
         (
-            "please draw an ice cream to the right of nine tiny ferris wheels on a dotted background",
+            "please draw an ice cream to the right of nine tiny ferris wheels "
+            "on a dotted background",
             Facts(
                 None,
                 "dotted",
@@ -227,7 +228,8 @@ def test_what_does_not_fit_together_is_not_read(text):
             ),
         ),
         (
-            "on a blue background there are two owls and a star. to the left of the star are the owls",
+            "on a blue background there are two owls and a star. "
+            "to the left of the star are the owls",
             Facts(
                 "blue",
                 None,

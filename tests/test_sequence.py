@@ -36,15 +36,25 @@ def test_codes_and_ids_are_inverses() -> None:
 
 def test_a_share_of_the_codes_that_are_read_is_supervised() -> None:
     rng = np.random.default_rng(0)
-    long = lay_out((Image((3,) * 1000, read=True), Text((1, 2)), Image((6,) * 50, read=False)), VOCABULARY)
-    assert supervise_some(long, 1.0, rng) is long and rng.random() == np.random.default_rng(0).random()
+    long = lay_out(
+        (Image((3,) * 1000, read=True), Text((1, 2)), Image((6,) * 50, read=False)), VOCABULARY
+    )
+    assert (
+        supervise_some(long, 1.0, rng) is long and rng.random() == np.random.default_rng(0).random()
+    )
     some = supervise_some(long, 0.1, rng)
     inside, outside = slice(0, 1000), slice(1000, None)
     assert some.labels[outside] == long.labels[outside]
     assert 60 < sum(label != IGNORE for label in some.labels[inside]) < 140
     assert (some.ids, some.slots, some.images) == (long.ids, long.slots, long.images)
     assert {IGNORE, long.labels[0]} == set(some.labels[inside])
-    assert supervise_some(lay_out(READING, VOCABULARY), 0.0, rng).labels == (IGNORE,) * 3 + (101, 1, 2, 9, IGNORE)
+    assert supervise_some(lay_out(READING, VOCABULARY), 0.0, rng).labels == (IGNORE,) * 3 + (
+        101,
+        1,
+        2,
+        9,
+        IGNORE,
+    )
 
 
 def test_reading_lays_out_start_slots_end_text_end() -> None:

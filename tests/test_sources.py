@@ -169,7 +169,9 @@ def test_bad_sources_are_one_clear_line(folder, tmp_path):
 def test_a_missing_file_is_never_taken_for_a_hub_name() -> None:
     with pytest.raises(InputError, match="does not exist"):
         load_records("pictures/gone.jsonl")
-    with pytest.raises(InputError, match="'pictures/gone' is no file or folder here, and as a name"):
+    with pytest.raises(
+        InputError, match="'pictures/gone' is no file or folder here, and as a name"
+    ):
         load_records("pictures/gone")
 
 
@@ -177,7 +179,9 @@ def test_an_unknown_split_is_refused_where_splits_exist(folder, tmp_path):
     with pytest.raises(InputError, match="no split 'other': its sub-folders are train, unseen"):
         load_records(folder, "other", cache=tmp_path / "cache")
     card = "---\nconfigs:\n- config_name: default\n  data_files:\n"
-    card += '  - split: train\n    path: "train/**"\n  - split: unseen\n    path: "unseen/**"\n---\n'
+    card += (
+        '  - split: train\n    path: "train/**"\n  - split: unseen\n    path: "unseen/**"\n---\n'
+    )
     (folder / "README.md").write_text(card)
     assert len(load_records(folder, "unseen", cache=tmp_path / "cache")) == 1
     with pytest.raises(InputError, match="other") as raised:
@@ -188,7 +192,10 @@ def test_an_unknown_split_is_refused_where_splits_exist(folder, tmp_path):
 def test_a_folder_made_anew_is_not_served_from_an_old_cache(folder: Path) -> None:
     assert len(load_records(folder)) == 2
     (folder / "train" / "green.png").unlink()
-    write_lines(folder / "train" / "metadata.jsonl", [{"file_name": "red.png", "name": "crimson", "licence": "CC0"}])
+    write_lines(
+        folder / "train" / "metadata.jsonl",
+        [{"file_name": "red.png", "name": "crimson", "licence": "CC0"}],
+    )
     (only,) = load_records(folder)
     assert only.texts == ("crimson",)
 
@@ -197,13 +204,27 @@ def test_check_looks_into_mixtures_conversations_and_shards(folder: Path, tmp_pa
     write_lines(tmp_path / "prose.jsonl", [{"text": "one", "license": "MIT"}, {"text": "three"}])
     pictures, texts = inspect_data(f"{folder},{tmp_path / 'prose.jsonl'}:3")
     assert (pictures["records"], pictures["share_of_documents"]) == (2, 0.25)
-    assert (texts["texts"], texts["characters"], texts["share_of_documents"]) == (2, (3, 4.0, 5), 0.75)
+    assert (texts["texts"], texts["characters"], texts["share_of_documents"]) == (
+        2,
+        (3, 4.0, 5),
+        0.75,
+    )
     assert texts["licences"] == {"MIT": 1, "None": 1}
-    user = {"role": "user", "content": [{"type": "image", "image": "train/red.png"}, {"type": "text", "text": "hm?"}]}
+    user = {
+        "role": "user",
+        "content": [{"type": "image", "image": "train/red.png"}, {"type": "text", "text": "hm?"}],
+    }
     lines = [{"messages": [user, {"role": "assistant", "content": "red"}]}, {"messages": [user]}]
     write_lines(folder / "chats.jsonl", lines)
     (chats,) = inspect_data(str(folder / "chats.jsonl"))
-    assert (chats["conversations"], chats["left_out"], chats["pictures"], chats["assistant_messages"]) == (1, 1, 1, 1)
-    assert chats["characters_answered"] == (3, 3.0, 3) and chats["licence_files"] == ("LICENSE.txt",)
+    assert (
+        chats["conversations"],
+        chats["left_out"],
+        chats["pictures"],
+        chats["assistant_messages"],
+    ) == (1, 1, 1, 1)
+    assert chats["characters_answered"] == (3, 3.0, 3) and chats["licence_files"] == (
+        "LICENSE.txt",
+    )
     (tars,) = inspect_data(str(as_tar(folder, tmp_path)), workers=3)
     assert tars["shards"].startswith("2 for 3 processes, too few")

@@ -1,4 +1,4 @@
-"""Streams: processes read disjoint records whose union is the stream, and a resumed run reads what it would have read."""
+"""Streams: processes read disjoint records that make the stream; a resumed run reads the same."""
 
 from __future__ import annotations
 
@@ -46,7 +46,10 @@ def shards(tmp_path: Path) -> Path:
             for number in range(shard * EACH, (shard + 1) * EACH):
                 stream = io.BytesIO()
                 Image.new("RGB", (4, 4), (5 * number,) * 3).save(stream, "PNG")
-                for suffix, data in (("png", stream.getvalue()), ("txt", f"grey {number}".encode())):
+                for suffix, data in (
+                    ("png", stream.getvalue()),
+                    ("txt", f"grey {number}".encode()),
+                ):
                     entry = tarfile.TarInfo(f"{number:04d}.{suffix}")
                     entry.size = len(data)
                     tar.addfile(entry, io.BytesIO(data))
@@ -58,14 +61,21 @@ def encode(images: list[Image.Image]) -> tuple[torch.Tensor, VisualTokens]:
     numbers = torch.tensor([image.getpixel((0, 0))[0] // 5 for image in images])
     patches = numbers[:, None, None].float().expand(-1, 4, 8).clone()
     keep = torch.tensor([[True, True, bool(n % 2), False] for n in numbers.tolist()])
-    codes = torch.cat([torch.full((int(k.sum()),), int(n) % 32) for n, k in zip(numbers, keep, strict=True)])
+    codes = torch.cat(
+        [torch.full((int(k.sum()),), int(n) % 32) for n, k in zip(numbers, keep, strict=True)]
+    )
     return patches, VisualTokens(codes, keep.sum(1), keep)
 
 
 def documents_of(data: str, rank: int = 0, ranks: int = 1, **changes) -> StreamingDocuments:
-    text = train_text_tokenizer(Corpus((Picture(Record("a", (), "a"), ("grey 0123456789",), ("grey",)),)), 300)
+    text = train_text_tokenizer(
+        Corpus((Picture(Record("a", (), "a"), ("grey 0123456789",), ("grey",)),)), 300
+    )
     vocabulary = Vocabulary(text_size=len(text), codes=32, end=text.eos_token_id)
-    config = replace(toy_training().language, **{"rows": 2, "tokens": 48, "unconditional_fraction": 0.0, **changes})
+    config = replace(
+        toy_training().language,
+        **{"rows": 2, "tokens": 48, "unconditional_fraction": 0.0, **changes},
+    )
     make = {"text": text, "vocabulary": vocabulary, "config": config, "seed": 0, "sizes": (4, 8)}
     return StreamingDocuments(data, encode, rank=rank, ranks=ranks, **make)
 
@@ -131,7 +141,9 @@ def test_pictures_that_are_read_bring_their_own_features(shards: Path) -> None:
 
 
 @pytest.mark.parametrize("stop", [1, 7, 31, 32, 50])
-def test_a_resumed_stream_gives_the_batches_of_an_uninterrupted_one(stop: int, shards: Path) -> None:
+def test_a_resumed_stream_gives_the_batches_of_an_uninterrupted_one(
+    stop: int, shards: Path
+) -> None:
     whole, killed = documents_of(str(shards)), documents_of(str(shards))
     expected = [whole.batch(step) for step in range(stop + 40)]
     for step in range(stop):
@@ -148,7 +160,9 @@ def test_a_resumed_stream_gives_the_batches_of_an_uninterrupted_one(stop: int, s
 
 def test_texts_and_pictures_mix_by_weight(shards: Path, tmp_path: Path) -> None:
     path = tmp_path / "prose.jsonl"
-    path.write_text("".join(json.dumps({"text": f"only words, number {n}"}) + "\n" for n in range(50)))
+    path.write_text(
+        "".join(json.dumps({"text": f"only words, number {n}"}) + "\n" for n in range(50))
+    )
     documents = documents_of(f"{shards},{path}:1")
     kinds: Counter[bool] = Counter()
     for step in range(20):
@@ -216,7 +230,9 @@ def stage_two(toy_run: Path, out: Path, data: str, *, watch=None, **changes) -> 
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_stage_two_on_a_stream_resumes_to_the_same_losses(shards: Path, toy_run: Path, tmp_path: Path) -> None:
+def test_stage_two_on_a_stream_resumes_to_the_same_losses(
+    shards: Path, toy_run: Path, tmp_path: Path
+) -> None:
     def kill(report: Report) -> None:
         if report.step == 6:
             raise KeyboardInterrupt
@@ -226,12 +242,18 @@ def test_stage_two_on_a_stream_resumes_to_the_same_losses(shards: Path, toy_run:
     killed = stage_two(toy_run, tmp_path / "killed", str(shards), stream=True)
     whole = stage_two(toy_run, tmp_path / "whole", str(shards), stream=True)
     assert [line["loss"] for line in killed] == [line["loss"] for line in whole] and len(whole) == 8
-    assert whole[-1]["loss"] < whole[0]["loss"] and whole[-1]["text_loss"] > 0 and whole[-1]["code_loss"] > 0
+    assert (
+        whole[-1]["loss"] < whole[0]["loss"]
+        and whole[-1]["text_loss"] > 0
+        and whole[-1]["code_loss"] > 0
+    )
 
 
 def test_stage_two_on_tokens_made_beforehand(toy_data: Path, toy_run: Path, tmp_path: Path) -> None:
     tokenize_corpus(Job(data=toy_data, out=tmp_path / "tokens", model=toy_run), workers=0)
-    lines = stage_two(toy_run, tmp_path / "run", str(toy_data), token_corpus=str(tmp_path / "tokens"))
+    lines = stage_two(
+        toy_run, tmp_path / "run", str(toy_data), token_corpus=str(tmp_path / "tokens")
+    )
     assert lines[-1]["loss"] < lines[0]["loss"] and lines[-1]["code_loss"] > 0
     corpus = load_corpus(toy_data)
     hashed = tokenizer_hash(LaVIT.from_pretrained(toy_run))
@@ -247,6 +269,8 @@ def test_stage_two_on_tokens_made_beforehand(toy_data: Path, toy_run: Path, tmp_
     with pytest.raises(InputError, match="the codes of one source of pictures, and there are 2"):
         corpus_codes(tmp_path / "tokens", load_corpus(f"{toy_data},{toy_data}:2"), tokenizer=hashed)
     toy_picture("red dot").save(tmp_path / "other.png")
-    more = replace(corpus, pictures=(*corpus.pictures, Picture(Record("", (), "other.png"), (), ())))
+    more = replace(
+        corpus, pictures=(*corpus.pictures, Picture(Record("", (), "other.png"), (), ()))
+    )
     with pytest.raises(InputError, match=r"no tokens of 1 of 9 pictures.*other\.png"):
         corpus_codes(tmp_path / "tokens", more, tokenizer=hashed)

@@ -88,7 +88,9 @@ def oracle(merger: Merger, patches: Tensor, keep: Tensor, smoothing: float = 1e-
     """Kept rows of the dense masked form; without smoothing, 0 / 0 where all is kept."""
     weights = published_weights(merger)
     size = {"heads": HEADS, "depth": DEPTH, "smoothing": smoothing}
-    return torch.cat([published.merger(p, k, weights, **size)[k] for p, k in zip(patches, keep, strict=True)])
+    return torch.cat(
+        [published.merger(p, k, weights, **size)[k] for p, k in zip(patches, keep, strict=True)]
+    )
 
 
 def test_ragged_merger_is_the_dense_masked_form(merger, patches, keep):
@@ -147,7 +149,9 @@ def test_merger_is_causal_among_kept_and_hears_every_dropped_patch(merger, patch
 def test_merger_gives_a_picture_the_same_rows_in_any_batch(merger, patches, keep):
     together = merger(patches, keep).split(keep.sum(1).tolist())
     for i, rows in enumerate(together):
-        torch.testing.assert_close(rows, merger(patches[i : i + 1], keep[i : i + 1]), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            rows, merger(patches[i : i + 1], keep[i : i + 1]), rtol=1e-5, atol=1e-5
+        )
 
 
 def test_everything_kept_attends_uniformly(merger, patches):
@@ -231,7 +235,9 @@ def test_random_policies_need_a_generator_and_repeat_with_it(log_probs):
         assert torch.equal(first, again)
         assert not torch.equal(first, other)
         assert (first.sum(1) >= 1).all()
-    assert select(log_probs, KeepPolicy("random", 0.25), generator=seeded()).sum(1).tolist() == [4] * 5
+    assert (
+        select(log_probs, KeepPolicy("random", 0.25), generator=seeded()).sum(1).tolist() == [4] * 5
+    )
 
 
 def test_sampling_keeps_each_patch_with_its_probability(log_probs):
@@ -254,7 +260,9 @@ def test_strided_and_norm_baselines(log_probs, patches):
         select(log_probs, KeepPolicy("norm", 0.25))
 
 
-@pytest.mark.parametrize("keep", ["top_k:0", "rate:0", "rate:2", "threshold:7", "nonsense", "top_k:x", True, 0, 1.5])
+@pytest.mark.parametrize(
+    "keep", ["top_k:0", "rate:0", "rate:2", "threshold:7", "nonsense", "top_k:x", True, 0, 1.5]
+)
 def test_wrong_policies_are_named(log_probs, keep):
     with pytest.raises(InputError):
         select(log_probs, KeepPolicy.parse(keep))
@@ -337,7 +345,9 @@ def test_swapping_two_patches_changes_the_codes_where_the_encoder_has_no_positio
     # two dropped patches: without positions nobody can tell
     assert torch.equal(codes(without, same), codes(without, dropped))
     assert not torch.equal(codes(with_code, same), codes(with_code, dropped))
-    assert not torch.equal(codes(with_code, same).sort().values, codes(with_code, kept).sort().values)
+    assert not torch.equal(
+        codes(with_code, same).sort().values, codes(with_code, kept).sort().values
+    )
 
 
 def test_encode_then_decode_is_the_reconstruction_of_the_same_mask(patches):
@@ -370,7 +380,8 @@ def test_index_and_vector_are_inverses_and_nearest(codebook):
     assert torch.equal(codebook.index(codebook.vector(codes)), codes)
     vectors = unit(500)
     assert torch.equal(codebook.index(vectors), torch.cdist(vectors, codebook.vectors).argmin(-1))
-    codebook.vectors.mul_(torch.linspace(0.5, 1.5, 64)[:, None])  # foreign codes need not be unit vectors
+    # foreign codes need not be unit vectors
+    codebook.vectors.mul_(torch.linspace(0.5, 1.5, 64)[:, None])
     assert torch.equal(codebook.index(vectors), torch.cdist(vectors, codebook.vectors).argmin(-1))
 
 
@@ -403,7 +414,10 @@ def test_update_is_the_running_average_of_assigned_vectors(codebook):
 def test_revived_codes_start_anew(codebook):
     vectors = unit(1)[[0] * 40]  # one direction: nearly every code is idle
     codes = codebook.index(vectors)
-    counts = [codebook.update(vectors, codes, decay=0.9, patience=3, generator=seeded(i)) for i in range(3)]
+    counts = [
+        codebook.update(vectors, codes, decay=0.9, patience=3, generator=seeded(i))
+        for i in range(3)
+    ]
     assert counts[:2] == [0, 0] and counts[2] == 40  # 63 are dead, the batch has 40 vectors
     revived = (codebook.vectors - vectors[0]).norm(dim=1) < 1e-6
     revived[codes[0]] = False
@@ -416,7 +430,9 @@ def test_revived_codes_start_anew(codebook):
     unused = revived & (codebook.idle == 1)
     assert unused.any()
     # the old sums do not come back at the next update
-    torch.testing.assert_close(codebook.vectors[unused], vectors[: int(unused.sum())], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        codebook.vectors[unused], vectors[: int(unused.sum())], rtol=1e-5, atol=1e-5
+    )
 
 
 def test_k_means_draws_nearer_every_round_and_uses_every_code(codebook):

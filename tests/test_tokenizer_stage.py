@@ -1,4 +1,4 @@
-"""Stage 1 whole: two ranks are one with the same batch, and a run that is killed with -9 ends as one that was not."""
+"""Stage 1 whole: two ranks are one with the same batch; a killed run ends as one that was not."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def agree(mine: list[dict[str, float]], theirs: list[dict[str, float]]) -> None:
             assert a[name] == pytest.approx(b[name], abs=1e-5), (step, name)
 
 
-def test_a_step_in_four_parts_is_a_step_in_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_in_four_parts_is_a_step_in_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     started, start = [], TokenizerStage._start_codes
 
     def counted(stage: TokenizerStage) -> None:
@@ -65,7 +67,10 @@ def test_a_step_in_four_parts_is_a_step_in_one(tmp_path: Path, monkeypatch: pyte
         start(stage)
 
     monkeypatch.setattr(TokenizerStage, "_start_codes", counted)
-    parts, one = ranks.train_stage(tmp_path / "parts", accumulate=4), ranks.train_stage(tmp_path / "one")
+    parts, one = (
+        ranks.train_stage(tmp_path / "parts", accumulate=4),
+        ranks.train_stage(tmp_path / "one"),
+    )
     for name, value in parts["weights"].items():
         torch.testing.assert_close(value, one["weights"][name], rtol=1e-4, atol=1e-5, msg=name)
     torch.testing.assert_close(parts["codebook"], one["codebook"], rtol=1e-4, atol=1e-5)
@@ -91,7 +96,9 @@ def toy_features() -> TokenizerStage:
 def long_preset() -> presets.Preset:
     """The toy model, for so many steps that a process can be caught between two checkpoints."""
     training = toy_training(STEPS)
-    training = replace(training, checkpoint_every=25, tokenizer=replace(training.tokenizer, train_selector=True))
+    training = replace(
+        training, checkpoint_every=25, tokenizer=replace(training.tokenizer, train_selector=True)
+    )
     return presets.Preset(toy_config(), training, minutes=1.0)
 
 
@@ -104,7 +111,8 @@ def last_step(run: Path) -> int:
     return path.read_text().count("\n") * 2 if path.exists() else 0
 
 
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # Python 3.12 on forks of a process with threads
+# Python 3.12 on forks of a process with threads
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_kill_minus_nine_and_the_same_command_give_the_same_codebook(
     toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,7 +132,9 @@ def test_kill_minus_nine_and_the_same_command_give_the_same_codebook(
     assert not (run / "visual_tokenizer").exists()
     killed_at = last_step(run)
     checkpoints = sorted(
-        int(path.name) for path in (run / "checkpoints" / "tokenizer").iterdir() if path.name.isdigit()
+        int(path.name)
+        for path in (run / "checkpoints" / "tokenizer").iterdir()
+        if path.name.isdigit()
     )
     assert checkpoints and STEPS < checkpoints[-1] <= killed_at < 2 * STEPS
     main(words(toy_data, run))

@@ -45,7 +45,9 @@ def test_a_run_is_a_model_folder(toy_run: Path, toy_data: Path) -> None:
     assert int(codes.lengths.min()) >= 1
 
 
-def test_a_killed_run_goes_on_to_the_same_losses(toy_data: Path, toy_run: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_to_the_same_losses(
+    toy_data: Path, toy_run: Path, tmp_path: Path
+) -> None:
     """Killed once in each stage, at a step that has no checkpoint."""
     killed: set[str] = set()
 
@@ -62,7 +64,10 @@ def test_a_killed_run_goes_on_to_the_same_losses(toy_data: Path, toy_run: Path, 
     assert killed == {"tokenizer", "language", "pixels"}
     assert losses(tmp_path / "run")[-1] == losses(toy_run)[-1]
     for part in ("visual_tokenizer", "language", "reader"):
-        a, b = ((folder / part / "model.safetensors").read_bytes() for folder in (tmp_path / "run", toy_run))
+        a, b = (
+            (folder / part / "model.safetensors").read_bytes()
+            for folder in (tmp_path / "run", toy_run)
+        )
         assert a == b, part
 
 
@@ -72,11 +77,15 @@ def test_a_run_goes_on_from_a_model(toy_run: Path, toy_data: Path, tmp_path: Pat
     Run(tmp_path / "run", toy_data, config, toy_training(), start=toy_run).train()
     stages = ("language", "pixels")
     for part in ("visual_tokenizer", "language"):
-        a, b = ((folder / part / "model.safetensors").read_bytes() for folder in (tmp_path / "run", toy_run))
+        a, b = (
+            (folder / part / "model.safetensors").read_bytes()
+            for folder in (tmp_path / "run", toy_run)
+        )
         assert (a == b) is (part == "visual_tokenizer")
     for stage in stages:
         before, after = (
-            [loss for one, _, loss, _ in losses(run) if one == stage] for run in (toy_run, tmp_path / "run")
+            [loss for one, _, loss, _ in losses(run) if one == stage]
+            for run in (toy_run, tmp_path / "run")
         )
         assert after[0] < before[0] and len(after) == len(before)
     with pytest.raises(InputError, match="other settings"):
@@ -221,7 +230,9 @@ def test_stage_one_learns_and_its_codes_live(toy_data: Path, tmp_path: Path) -> 
     run.train(("tokenizer",))
     patches = run.features.rows(torch.arange(len(NAMES)))
     keep = run.tokenizer.select(patches)
-    distance = cosine_distance(run.tokenizer.reconstruct(patches, keep, quantise=True), patches).mean()
+    distance = cosine_distance(
+        run.tokenizer.reconstruct(patches, keep, quantise=True), patches
+    ).mean()
     constant = cosine_distance(patches.mean(0).expand_as(patches), patches).mean()
     assert distance < 0.6 * constant
     assert len(run.tokens.codes.unique()) > 8
@@ -229,11 +240,17 @@ def test_stage_one_learns_and_its_codes_live(toy_data: Path, tmp_path: Path) -> 
 
 def test_stage_two_overfits_both_directions(toy_data: Path, tmp_path: Path) -> None:
     training = toy_training()
-    stage = replace(training.language, steps=150, unconditional_fraction=0.0, mixture=(1, 1, 0, 0, 0))
+    stage = replace(
+        training.language, steps=150, unconditional_fraction=0.0, mixture=(1, 1, 0, 0, 0)
+    )
     run = Run(tmp_path, toy_data, toy_config(), replace(training, language=stage))
     run.train(("tokenizer", "language"))
-    last = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][-10:]
-    mean = {name: sum(line[name] for line in last) / len(last) for name in ("text_accuracy", "code_accuracy")}
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    last = [json.loads(line) for line in lines[-10:]]
+    mean = {
+        name: sum(line[name] for line in last) / len(last)
+        for name in ("text_accuracy", "code_accuracy")
+    }
     assert mean["text_accuracy"] > 0.75  # nobody can know the first word of a prompt
     assert mean["code_accuracy"] > 0.8
 
@@ -272,7 +289,8 @@ def test_features_are_computed_once(toy_run: Path, toy_data: Path, tmp_path: Pat
     images = [record.open() for record in records]
     expected = vision(pixels(images, config.image_size, config.mean, config.std))
     assert torch.allclose(first.rows(torch.arange(8)), expected, atol=1e-2)
-    pinned = Vision(replace(config, sha256="0"), vision.encoder)  # the same file once its hash is known
+    # the same file once its hash is known
+    pinned = Vision(replace(config, sha256="0"), vision.encoder)
     assert compute_features(records, pinned, tmp_path).array.filename == first.array.filename
     assert compute_features(records[1:], vision, tmp_path).array.filename != first.array.filename
 

@@ -1,4 +1,4 @@
-"""Pictures about pictures: the merge map says where patches went, galleries and charts show what they were given."""
+"""Pictures about pictures: merge maps say where patches went, galleries show their data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def make(heads: int, depth: int) -> tuple[Merger, Tensor, Tensor]:
-    """A merger whose attention is far from uniform, patches, and uneven masks; the last picture keeps everything."""
+    """A merger with uneven attention, patches, uneven masks; the last picture keeps everything."""
     torch.manual_seed(0)
     merger = Merger(16, heads, depth, 2.0)
     for parameter in merger.parameters():
@@ -40,11 +40,13 @@ def test_flow_is_the_attention_of_kept_over_dropped_patches() -> None:
     assert (flow[:2].transpose(1, 2)[keep[:2]] == 0).all()  # kept patches flow nowhere
     torch.testing.assert_close(flow[2], torch.full((9, 9), 1 / 9))
     for number in range(3):  # the same whatever the batch
-        torch.testing.assert_close(merger.flow(patches[number, None], keep[number, None])[0], flow[number])
+        torch.testing.assert_close(
+            merger.flow(patches[number, None], keep[number, None])[0], flow[number]
+        )
 
 
 def test_flow_is_what_the_fast_path_mixes() -> None:
-    """With one head and one block, flow times the values is what goes into the cross-attention's last projection."""
+    """With one head and block, flow times values enters the cross-attention's last projection."""
     merger, patches, keep = make(heads=1, depth=1)
     cross = merger.blocks[0].cross_attention
     seen: list[Tensor] = []
@@ -58,8 +60,12 @@ def test_merge_map_colours_a_patch_as_the_token_it_flowed_into() -> None:
     keep = torch.tensor([True, False, False, True])
     flow = torch.zeros(4, 4)
     flow[0, 1], flow[0, 2], flow[3, 1], flow[3, 2] = 0.9, 0.2, 0.1, 0.8
-    picture = np.asarray(merge_map(Image.new("RGB", (40, 40), "white"), keep, flow, size=80)).astype(int)
-    kept_0, into_0, into_3, kept_3 = (picture[y, x] for y, x in ((8, 8), (8, 72), (72, 8), (72, 72)))
+    picture = np.asarray(
+        merge_map(Image.new("RGB", (40, 40), "white"), keep, flow, size=80)
+    ).astype(int)
+    kept_0, into_0, into_3, kept_3 = (
+        picture[y, x] for y, x in ((8, 8), (8, 72), (72, 8), (72, 72))
+    )
     assert abs(kept_0 - kept_3).max() > 40
     for kept, into, other in ((kept_0, into_0, kept_3), (kept_3, into_3, kept_0)):
         assert abs(into - kept).sum() < abs(into - other).sum()
@@ -76,7 +82,9 @@ def test_gallery_shows_the_patch_itself() -> None:
     halves = np.zeros((64, 64, 3), dtype=np.uint8)
     halves[:32, :32] = (200, 10, 10)
     found = {7: [(0, 0)], 9: [(0, 3)]}
-    page = np.asarray(code_gallery(found, {7: 3, 9: 1}, [Image.fromarray(halves)].__getitem__, grid=2, cell=32))
+    page = np.asarray(
+        code_gallery(found, {7: 3, 9: 1}, [Image.fromarray(halves)].__getitem__, grid=2, cell=32)
+    )
     red = (abs(page.astype(int) - (200, 10, 10)).sum(-1) < 30).sum()
     black = (page.sum(-1) < 30).sum()
     assert red > 200 and black > 400
@@ -95,10 +103,27 @@ def test_verbs_write_pictures(
     toy_picture("red square").save(tmp_path / "in.png")
     model = ("--model", str(toy_tokenizer))
     main(["inspect", str(tmp_path / "in.png"), "--out", str(tmp_path / "seen.png"), *model])
-    main(["gallery", str(toy_data), "--out", str(tmp_path / "all"), "--codes", "5", "--patches", "3", "--json", *model])
-    said = json.loads(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("{")))
+    main(
+        [
+            "gallery",
+            str(toy_data),
+            "--out",
+            str(tmp_path / "all"),
+            "--codes",
+            "5",
+            "--patches",
+            "3",
+            "--json",
+            *model,
+        ]
+    )
+    said = json.loads(
+        next(line for line in capsys.readouterr().out.splitlines() if line.startswith("{"))
+    )
     assert said["pictures"] == 8 and 0 < said["live_codes"] <= 1 and said["tokens"] >= 8
     for name in ("seen.png", "all/codes.png", "all/use.png", "all/lengths.png"):
         with Image.open(tmp_path / name) as picture:
             assert min(picture.size) > 50
-            assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 2, name
+            assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 2, (
+                name
+            )

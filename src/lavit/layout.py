@@ -100,14 +100,18 @@ def asking(image: Any, *asked: tuple[str, str | None], keep: Any = "auto") -> li
 def drawing(prompt: str | None, image: Any = None) -> list[Part]:
     """A prompt and the picture of it; without a prompt, the unconditional branch of guidance."""
     words = [] if prompt is None else [TextPart(prompt, target=image is not None)]
-    return words if image is None else [*words, ImagePart(image, read=False, target=True, ends=True)]
+    return (
+        words if image is None else [*words, ImagePart(image, read=False, target=True, ends=True)]
+    )
 
 
 def editing(sources: Sequence[Any], instruction: str, image: Any = None) -> list[Part]:
     """Pictures, what is to be made of them, and the picture that was."""
     parts: list[Part] = [ImagePart(source, read=False) for source in sources]
     parts.append(TextPart(instruction))
-    return parts if image is None else [*parts, ImagePart(image, read=False, target=True, ends=True)]
+    return (
+        parts if image is None else [*parts, ImagePart(image, read=False, target=True, ends=True)]
+    )
 
 
 def mixed(items: Sequence[Any], *, read: bool) -> list[Part]:
@@ -205,7 +209,9 @@ def conversation(
     return _laid(turns, tokenizer, reply)
 
 
-def replies(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[list[Part]]:
+def replies(
+    messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
+) -> list[list[Part]]:
     """A document for each turn of the assistant: what stands before it, and the turn, to be learnt.
 
     Each begins as `conversation` lays out the messages before that turn.
@@ -217,7 +223,9 @@ def replies(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenize
     return [_laid(turns[:end], tokenizer, None) for end in ends]
 
 
-def _laid(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, reply: Reply | None) -> list[Part]:
+def _laid(
+    turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, reply: Reply | None
+) -> list[Part]:
     """Parts of turns; without a `reply` to come, the last turn is one, and is learnt."""
     kinds = [turn.kind for turn in turns]
     read = (reply or kinds[-1]) == "text"

@@ -76,7 +76,12 @@ def evaluate(
             raise InputError("--items are judged as scenes are: leave --data out")
     if json is not None:
         evaluation.write_json(found, json)
-    if not names and not valid and found.get("comparable", True) and (folder / "training.json").is_file():
+    if (
+        not names
+        and not valid
+        and found.get("comparable", True)
+        and (folder / "training.json").is_file()
+    ):
         record_figures(folder, evaluation.card_rows(found))
     _print(found)
 

@@ -66,7 +66,9 @@ def cut(ids: Sequence[int], tokens: int, end: int) -> tuple[Text, ...]:
 class TextPieces:
     """Draws pieces of a text source as documents."""
 
-    def __init__(self, texts: Sequence[str], text: PreTrainedTokenizerBase, tokens: int, end: int) -> None:
+    def __init__(
+        self, texts: Sequence[str], text: PreTrainedTokenizerBase, tokens: int, end: int
+    ) -> None:
         """`tokens` is the length of a row. A source without any text raises `InputError`."""
         self.texts, self.tokenizer, self.tokens, self.end = texts, text, tokens, end
         self.until = np.cumsum(getattr(texts, "characters", None) or [len(text) for text in texts])

@@ -162,8 +162,8 @@ class Show:
         rng, scenes = self.rng(3), self.scenes(300, DRAWN)
         tasks = [Task((), prompt(scene, rng, full=True), scene) for scene in scenes]
         about = (
-            "Prompts that name things never seen together in training, and the first picture "
-            "that comes out for each. A tick means that the judge, a detector that sees the picture "
+            "Prompts that name things never seen together in training, and the first picture that "
+            "comes out for each. A tick means that the judge, a detector that sees the picture "
             "alone, finds everything that was asked for and nothing else."
         )
         return self.made("Drawing", about, tasks)

@@ -139,7 +139,8 @@ def test_hash(exam: Exam) -> dict[str, Any]:
     hashes = dict(zip(splits, made, strict=True))
     return {
         "test_hash": frozen.joint_hash(hashes),
-        "comparable": frozen.frozen(exam.rules) == hashes and trained_rules(exam.folder) == exam.rules,
+        "comparable": frozen.frozen(exam.rules) == hashes
+        and trained_rules(exam.folder) == exam.rules,
         "packages": made_by,
     }
 

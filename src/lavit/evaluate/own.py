@@ -160,7 +160,7 @@ def _shown(exam: Exam, turn: Turn) -> list[Image]:
 
 
 def _task(items: Sequence[Item | Turn], name: str) -> str:
-    """The name under which answers are kept: those of other items, or pictures, are none of these."""
+    """The name under which answers are kept; other items, or other pictures, have another."""
     turns = chain(*(one.turns if isinstance(one, Item) else (one,) for one in items))
     shown = (one for turn in turns for one in turn.pictures if isinstance(one, str))
     told = [repr(items), *(sha256(Path(path)) for path in shown)]

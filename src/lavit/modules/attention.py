@@ -6,8 +6,8 @@
 Documents of like length form a padded batch of their own; a causal batch needs no mask, because
 what pads a document stands behind it. Work grows with the sum of squared document lengths, where a
 block-diagonal mask costs rows · tokens²: 13 % of a training step of 512-token rows of short
-documents (LOG.md). Any transformers LM whose attention goes through the library's interface takes
-it; padding of a row is a document of its own, seen by nobody.
+documents. Any transformers LM whose attention goes through the library's interface takes it;
+padding of a row is a document of its own, seen by nobody.
 """
 
 from __future__ import annotations

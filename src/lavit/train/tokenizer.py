@@ -99,8 +99,8 @@ class TokenizerStage(Stage):
         if noise is not None:
             loss = loss + config.rate_weight * self._rate_loss(out.mask)
             undecided = (out.keep_probability * (1 - out.keep_probability)).mean()
-            late = max(0.0, min(1.0, 2 * step / max(1, config.steps_a) - 1))
-            loss = loss + config.decided_weight * late * undecided
+            surer = min(1.0, step / max(1, config.steps_a))
+            loss = loss + config.decided_weight * surer * undecided
         # the part's share of the step's tokens, times the parts that losses are meant over
         parts = self.accelerator.num_processes * self.accumulate
         share = len(out.vectors) * parts / int(self.kept.sum())

@@ -70,7 +70,9 @@ def plainly(scene: Scene) -> str:
     relations = sorted(in_order(relation, scene.names) for relation in said.relations)
     relations.sort(key=lambda one: (scene.names.index(one[0]), scene.names.index(one[2])))
     for first, kind, second in relations:
-        words.append(f"{the(said.group(first))} {are(said.group(first))} {kind} {the(said.group(second))}")
+        words.append(
+            f"{the(said.group(first))} {are(said.group(first))} {kind} {the(said.group(second))}"
+        )
     return ". ".join(words) + "."
 
 
