@@ -33,7 +33,7 @@ GUIDANCE = 3.0
 def decoder(run: Path | None) -> Pixels:
     """The decoder of a run, or nano's at random weights."""
     if run is not None:
-        return lavit.load(run).model.pixels
+        return lavit.load(run, parts=("pixels",)).model.pixels
     torch.manual_seed(0)
     return Pixels.build(preset("nano").model.pixels).eval()
 

@@ -3,8 +3,8 @@
     python benchmarks/tokenizer.py [--model RUN] [--pictures 24] [--runs 5] [--workers 2]
                                    [--json FILE]
 
-Pictures go one by one, as `lavit tokenize` does (`LaVIT.encode`), against `LaVIT.patches` on the
-same pictures in the same process; rounds alternate and medians are compared, `tokenize_ratio` =
+Pictures go one by one, as `lavit tokenize` does (`LaVIT.encode_images`), against `LaVIT.patches` on
+the same pictures in the same process; rounds alternate and medians are compared, `tokenize_ratio` =
 images/s of tokenize / of the encoder (1 would be a tokenizer for nothing). Peak memory is that of a
 fresh process for each. Without --model a `nano` with untrained tokenizer keeps 36 % of the patches,
 as the paper's does. `--workers 2` also tokenises a corpus on 1 and on 2 Ray workers, a thread each:
@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lavit.config import TO_SEE
 from lavit.data.bulk import Job, tokenize_corpus
 from lavit.model import LaVIT
 from lavit.modules.selector import KeepPolicy
@@ -54,8 +55,8 @@ def untrained(folder: Path) -> Path:
     """A `nano` on disk whose tokenizer has random weights."""
     torch.manual_seed(0)
     config = nano().model
-    parts = {"vision": load_vision(config.vision), "tokenizer": VisualTokenizer(config.tokenizer)}
-    LaVIT(config, parts).save_pretrained(folder, parts=("vision", "tokenizer"))
+    vision, tokenizer = load_vision(config.vision), VisualTokenizer(config.visual_tokenizer)
+    LaVIT(config, vision=vision, visual_tokenizer=tokenizer).save_pretrained(folder)
     return folder
 
 
@@ -65,7 +66,7 @@ def work(model: LaVIT, what: str, images: list[Image.Image]) -> None:
         if what == "encoder":
             model.patches([image])
         else:
-            model.encode([image], KEEP)
+            model.encode_images([image], KEEP)
 
 
 def peak_megabytes() -> float:
@@ -152,7 +153,8 @@ def main() -> None:
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     with tempfile.TemporaryDirectory() as place:
         folder = options.model or untrained(Path(place) / "nano")
-        model, images = LaVIT.from_pretrained(folder), pictures(options.pictures)
+        model = LaVIT.from_pretrained(folder, parts=TO_SEE)
+        images = pictures(options.pictures)
         if options.alone:
             work(model, options.alone, images)
             print(peak_megabytes())

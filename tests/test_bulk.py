@@ -32,7 +32,7 @@ def damaged(toy_data: Path, tmp_path: Path) -> Path:
 def other_tokenizer(run: Path, folder: Path) -> Path:
     """A copy of a run with one weight of its tokenizer changed."""
     shutil.copytree(run, folder)
-    path = folder / "tokenizer" / "model.safetensors"
+    path = folder / "visual_tokenizer" / "model.safetensors"
     tensors = load_tensors(path)
     tensors["merger.norm.bias"] = tensors["merger.norm.bias"] + 1e-3
     save_tensors(tensors, path)
@@ -44,7 +44,7 @@ def assert_one_by_one(corpus: TokenCorpus, run: Path, data: Path) -> None:
     model, records = LaVIT.from_pretrained(run), load_records(data)
     codes = corpus.tokens.split()
     for row, record in enumerate(corpus.records.tolist()):
-        alone = model.encode([open_image(records[record].image)])
+        alone = model.encode_images([open_image(records[record].image)])
         assert torch.equal(codes[row], alone.codes)
         assert torch.equal(corpus.tokens.keep[row], alone.keep[0])
         assert Path(records[record].name).resolve() == (data / corpus.names[row]).resolve()

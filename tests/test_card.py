@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import toy_config, toy_training
 from lavit.cli import main
-from lavit.config import InputError, ModelConfig, from_json, read_json
+from lavit.config import InputError, read_config, read_json
 from lavit.model import LaVIT
 from lavit.storage import export_language
 from lavit.train.card import record_figures, write_card
@@ -88,7 +88,7 @@ def adapted(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = LaVIT.from_pretrained(first.folder)
     language = model.language
     language.lm.save_pretrained(base)
-    model.text.save_pretrained(base)
+    model.text_tokenizer.save_pretrained(base)
     config = toy_config()
     config = replace(
         config, language=replace(config.language, source=str(base), architecture={}, lora_rank=4)
@@ -130,7 +130,7 @@ def test_an_adapter_is_written_alike_by_every_process(adapted: Path) -> None:
 
 
 def test_an_adapter_is_not_exported_by_halves(adapted: Path, toy_run: Path, tmp_path: Path) -> None:
-    config = from_json(ModelConfig, read_json(adapted / "config.json"))
+    config = read_config(adapted)
     with pytest.raises(InputError, match="--merge"):
         export_language(config, adapted, tmp_path / "out")
     with pytest.raises(InputError, match="exists already"):

@@ -219,22 +219,18 @@ def test_a_conversation(pipeline: Pipeline) -> None:
     assert [part["type"] for part in last["content"]] == ["text"]
     # before words all pictures are read, before a picture all enter as codes, the drawn one as
     # those it was made of
-    prompt = lay_prompt(pipeline.model, conversation(talk, pipeline.model.text, reply="text"))
+    text = pipeline.model.text_tokenizer
+    prompt = lay_prompt(pipeline.model, conversation(talk, text, reply="text"))
     both = pipeline.tokenize([dot["image"], part["image"]]).lengths
     assert sum(prompt.slots) == int(both.sum()) == len(prompt.features)
     vocabulary = pipeline.model.language.vocabulary
-    ids = torch.tensor(
-        lay_prompt(pipeline.model, conversation(talk, pipeline.model.text, reply="image")).ids
-    )
+    ids = torch.tensor(lay_prompt(pipeline.model, conversation(talk, text, reply="image")).ids)
     assert vocabulary.codes_of(ids[vocabulary.is_code(ids)]).tolist()[int(both[0]) :] == list(
         part["codes"]
     )
     assert pipeline.chat(talk, **short) == last
     without = [*talk[:3], {"role": "assistant", "content": "no"}, talk[4]]
-    assert (
-        lay_prompt(pipeline.model, conversation(without, pipeline.model.text, reply="text")).ids
-        != prompt.ids
-    )
+    assert lay_prompt(pipeline.model, conversation(without, text, reply="text")).ids != prompt.ids
 
 
 def test_one_turn_without_a_template_is_what_the_other_verbs_lay_out(pipeline: Pipeline) -> None:
@@ -282,7 +278,8 @@ def test_the_model_may_open_pictures_by_itself(pipeline: Pipeline) -> None:
 
 def _last_hidden(pipeline: Pipeline, talk: list) -> torch.Tensor:
     language = pipeline.model.language
-    ids = lay_prompt(pipeline.model, conversation(talk, pipeline.model.text, reply="auto")).ids
+    text = pipeline.model.text_tokenizer
+    ids = lay_prompt(pipeline.model, conversation(talk, text, reply="auto")).ids
     with torch.no_grad():
         return language.body(inputs_embeds=language.embed(torch.tensor([ids]))).last_hidden_state[
             0, -1
@@ -291,7 +288,7 @@ def _last_hidden(pipeline: Pipeline, talk: list) -> torch.Tensor:
 
 def test_a_template_ends_the_turn(toy_run: Path) -> None:
     pipeline = lavit.load(toy_run)
-    text = pipeline.model.text
+    text = pipeline.model.text_tokenizer
     text.chat_template = "{% for m in messages %}{{ m['content'] + '<|endoftext|>' }}{% endfor %}"
     job = chat_job(pipeline)
     assert job.request.stop == (text.eos_token_id,) and job.ends == ()
@@ -305,7 +302,7 @@ def test_a_template_ends_the_turn(toy_run: Path) -> None:
 
 def test_a_turn_ends_at_its_first_control_token_whatever_stands_before(toy_run: Path) -> None:
     pipeline = lavit.load(toy_run)
-    text = pipeline.model.text
+    text = pipeline.model.text_tokenizer
     text.chat_template = "{% for m in messages %}{{ m['content'] + ' <|endoftext|>' }}{% endfor %}"
     job = chat_job(pipeline)
     assert job.request.stop == (text.eos_token_id,) and job.ends == ()
@@ -314,7 +311,7 @@ def test_a_turn_ends_at_its_first_control_token_whatever_stands_before(toy_run: 
 @pytest.mark.parametrize("template", [None, CHATML])
 def test_words_that_spell_control_tokens_are_words(toy_run: Path, template: str | None) -> None:
     pipeline = lavit.load(toy_run)
-    text = pipeline.model.text
+    text = pipeline.model.text_tokenizer
     text.chat_template = template
     text.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     controls = set(text.all_special_ids)

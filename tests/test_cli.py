@@ -250,7 +250,7 @@ def test_a_run_of_other_sizes_is_one_line(
 
     shutil.copytree(toy_run, tmp_path / "run")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    config["tokenizer"]["codes"] = 64
+    config["visual_tokenizer"]["codes"] = 64
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     toy_picture("red dot").save(tmp_path / "p.png")
     with pytest.raises(SystemExit) as stop:

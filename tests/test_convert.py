@@ -268,7 +268,7 @@ def test_the_full_size_fits_our_modules_without_memory():
         ours = layout.map_tensors(files)
     found = layout.configs(files, ours)  # raises where a name or a shape differs
     preset = lavit_7b().model
-    assert found[""].tokenizer == preset.tokenizer
+    assert found[""].visual_tokenizer == preset.visual_tokenizer
     assert found[""].pixels == preset.pixels
     assert found[""].vision == preset.vision
     fine = found["highres/"].pixels
@@ -445,23 +445,24 @@ def test_the_converted_folder_is_a_model_and_agrees_with_the_oracle(folder: Path
     keep = torch.tensor([[1, 0, 1, 0, 0, 1, 0, 0, 0], [0, 1, 0, 0, 0, 0, 0, 1, 0]]).bool()
     theirs = published.outputs(parts, pixels, keep, heads=16, depth=2)
     patches = model.vision(pixels)
-    tokens = model.tokenizer.encode(patches, keep=keep)
+    tokens = model.visual_tokenizer.encode(patches, keep=keep)
     assert torch.equal(tokens.codes, theirs["code_ids"])
     close = {"rtol": 1e-4, "atol": 1e-4}
     with torch.no_grad():
-        features = model.tokenizer.decode(tokens.codes, tokens.lengths)
+        features = model.visual_tokenizer.decode(tokens.codes, tokens.lengths)
         torch.testing.assert_close(
             model.pixels.condition.to_context(features), theirs["context_512"], **close
         )
         fine = LaVIT.from_pretrained(converted / "highres")
-        assert torch.equal(fine.tokenizer.encode(patches, keep=keep).codes, tokens.codes)
-        condition = fine.pixels.told(fine.tokenizer.decode(tokens.codes, tokens.lengths), (8, 8))
+        assert torch.equal(fine.visual_tokenizer.encode(patches, keep=keep).codes, tokens.codes)
+        features = fine.visual_tokenizer.decode(tokens.codes, tokens.lengths)
+        condition = fine.pixels.told(features, (8, 8))
     torch.testing.assert_close(condition.context, theirs["context_1024"], **close)
     torch.testing.assert_close(condition.pooled, theirs["pooled_1024"], **close)
     null = torch.load(folder / layout.NULL)[0].float()
     torch.testing.assert_close(model.pixels.condition.null(1, (8, 8)).context[0, :5], null)
-    inputs = model.tokenizer.prepare(patches)
-    assert float(smoothing_effect(model.tokenizer, inputs, keep).max()) < 1e-4
+    inputs = model.visual_tokenizer.prepare(patches)
+    assert float(smoothing_effect(model.visual_tokenizer, inputs, keep).max()) < 1e-4
 
 
 def test_the_converted_language_model_reads_and_has_the_joint_rows(folder: Path, converted: Path):
@@ -483,7 +484,8 @@ def test_the_converted_language_model_reads_and_has_the_joint_rows(folder: Path,
     torch.testing.assert_close(
         language.read(patches, keep).detach(), expected, rtol=1e-4, atol=1e-4
     )
-    assert model.text.decode(model.text("w1 w2", add_special_tokens=False)["input_ids"]) == "w1 w2"
+    text = model.text_tokenizer
+    assert text.decode(text("w1 w2", add_special_tokens=False)["input_ids"]) == "w1 w2"
 
 
 def test_reverse_is_equal_to_the_bit(folder: Path, converted: Path, tmp_path: Path):
@@ -507,14 +509,13 @@ def test_reverse_follows_what_was_trained_since(converted: Path, tmp_path: Path)
     shutil.copytree(converted, folder, symlinks=True)
     model = LaVIT.from_pretrained(folder)
     with torch.no_grad():
-        model.tokenizer.selector.local.bias += 1
+        model.visual_tokenizer.selector.local.bias += 1
         model.language.to_language.bias += 1
-    model.save_pretrained(folder, parts=("tokenizer", "language"))
+    model.save_pretrained(folder, parts=("visual_tokenizer", "language"))
     convert_reverse(folder, tmp_path / "back")
     back = torch.load(tmp_path / "back" / layout.ENCODER)
-    torch.testing.assert_close(
-        back["token_predictor.in_conv.1.bias"], model.tokenizer.selector.local.bias.detach()
-    )
+    bias = model.visual_tokenizer.selector.local.bias.detach()
+    torch.testing.assert_close(back["token_predictor.in_conv.1.bias"], bias)
     back = torch.load(tmp_path / "back" / layout.READER)
     torch.testing.assert_close(back["vit_proj.bias"], model.language.to_language.bias.detach())
 

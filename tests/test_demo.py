@@ -78,7 +78,7 @@ def test_things_shown_never_stood_together(scenes_run: Path) -> None:
     [
         (("pixels",), TITLES[2:6], "no pixel decoder yet"),
         (("pixels", "language", "reader"), TITLES[:6], "no language part"),
-        (("tokenizer",), TITLES, "no visual tokenizer"),
+        (("visual_tokenizer",), TITLES, "no visual tokenizer"),
     ],
 )
 def test_missing_parts_are_said(
@@ -122,7 +122,7 @@ def test_the_command_line_names_unknown_words(
 def test_demo_is_a_verb(
     scenes_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(scenes_run, tmp_path / "run", ignore=shutil.ignore_patterns("tokenizer"))
+    shutil.copytree(scenes_run, tmp_path / "run", ignore=shutil.ignore_patterns("visual_tokenizer"))
     main(["demo", str(tmp_path / "run"), "--out", str(tmp_path / "new" / "demo")])
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == str(tmp_path / "new" / "demo" / "sheet.png")

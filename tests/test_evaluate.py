@@ -22,10 +22,10 @@ TEXTS = [
 @torch.no_grad()
 def test_perplexity_is_the_one_by_hand(toy_run: Path) -> None:
     model = lavit.load(toy_run).model
-    found = perplexity(TEXTS, model.text, model.language, model.language.lm, where="here")
+    found = perplexity(TEXTS, model.text_tokenizer, model.language, model.language.lm, where="here")
     sums = {"joint": [0.0, 0], "base": [0.0, 0]}
     for passage in TEXTS[:2]:
-        ids = model.text(passage, add_special_tokens=False)["input_ids"]
+        ids = model.text_tokenizer(passage, add_special_tokens=False)["input_ids"]
         for start in range(0, len(ids), WINDOW):
             row = torch.tensor([ids[start : start + WINDOW]])
             hidden = model.language.body(input_ids=row).last_hidden_state[0, :-1]

@@ -133,6 +133,7 @@ def test_drawings_are_the_pipelines(run: Path) -> None:
     one = Exam(run, count=2, seed=3)
     words = [prompt_of(one, "test", item) for item in range(2)]
     assert words[0] == prompt(one.scene("test", 0), one.rng(0), full=True)
+    one.needs("pixels")
     pairs = zip(words, one.seeds(range(2)), strict=True)
     usual = [one.pipe.draw(text, seed=seed) for text, seed in pairs]
     assert [picture.tobytes() for picture in drawings(one, "test")] == [

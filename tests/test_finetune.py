@@ -11,7 +11,7 @@ import torch
 
 import lavit
 from conftest import NAMES
-from lavit.config import FinetuneTraining, InputError, ModelConfig, from_json, read_json
+from lavit.config import FinetuneTraining, InputError, read_config
 from lavit.model import LaVIT
 from lavit.sequence import Text, lay_out, pack
 from lavit.storage import merge_lora
@@ -96,7 +96,7 @@ def test_lora_trains_little_and_is_merged_in_the_saved_model(
 ) -> None:
     before = LaVIT.from_pretrained(toy_run).language
     Finetune(tmp_path / "new", data, toy_run, settings(toy_run, lora=4)).train()
-    config = from_json(ModelConfig, read_json(tmp_path / "new" / "config.json"))
+    config = read_config(tmp_path / "new")
     assert config.language.lora_rank == 0 and config.language.source == "folder"
     after = LaVIT.from_pretrained(tmp_path / "new").language
     table = [language.lm.get_input_embeddings().weight for language in (before, after)]

@@ -38,7 +38,7 @@ def seeded(seed: int) -> torch.Generator:
 def stage(config: TokenizerTraining = CONFIG) -> TokenizerStage:
     torch.manual_seed(0)
     features = Features(torch.randn(12, 16, 32, generator=seeded(0)).numpy())
-    return TokenizerStage(VisualTokenizer(toy_config().tokenizer), features, config, seed=0)
+    return TokenizerStage(VisualTokenizer(toy_config().visual_tokenizer), features, config, seed=0)
 
 
 def go(failing: TokenizerStage, run: Path, **options: int) -> list[dict]:

@@ -42,7 +42,7 @@ def learnt(pipeline: Pipeline, parts: list[Part]) -> Sequence:
     model = pipeline.model
     codes = [tuple(pipeline.tokenize(picture).codes.tolist()) for picture in PICTURES]
     vocabulary = model.language.vocabulary
-    ids = partial(ids_of, model.text)
+    ids = partial(ids_of, model.text_tokenizer)
     found = segments(parts, ids, lambda part: codes[part.image], vocabulary.end)
     return lay_out(found, vocabulary)
 
@@ -95,7 +95,7 @@ def talk(first: object, second: object) -> list[dict[str, object]]:
 
 @pytest.mark.parametrize("template", [None, CHATML], ids=["plain", "template"])
 def test_a_turn_is_asked_as_it_was_learnt(pipeline: Pipeline, template: str | None) -> None:
-    text = pipeline.model.text
+    text = pipeline.model.text_tokenizer
     text.chat_template = template
     try:
         documents = replies(talk(0, 1), text)
@@ -114,7 +114,7 @@ def test_a_turn_is_asked_as_it_was_learnt(pipeline: Pipeline, template: str | No
 
 
 def test_a_conversation_of_one_turn_is_the_document_of_its_kind(pipeline: Pipeline) -> None:
-    text = pipeline.model.text
+    text = pipeline.model.text_tokenizer
     (asked,) = replies(talk(0, 1)[:2], text)
     assert learnt(pipeline, asked).ids == learnt(pipeline, asking(0, ("What is it?", "a dot"))).ids
     (drawn,) = replies(talk(0, 1)[2:4], text)

@@ -12,6 +12,7 @@ import torch
 
 from conftest import NAMES, toy_config, toy_training
 from lavit.config import InputError, TrainConfig
+from lavit.model import LaVIT
 from lavit.train.batches import Shard
 from lavit.train.metrics import check_trackers
 from lavit.train.run import Run
@@ -57,11 +58,9 @@ def test_parts_of_a_step_and_recomputed_blocks_change_nothing(
 
 def test_recomputing_really_drops_activations(toy_data: Path, tmp_path: Path) -> None:
     """Bytes that the forward pass keeps for the backward one."""
-    from lavit.modules.language import Language
-
     run = Run(tmp_path / "run", toy_data, toy_config(), toy_training(1))
     run.train(("tokenizer", "language"))
-    language: Language = run._model().language.train()
+    language = LaVIT.from_pretrained(run.folder, parts=("language",)).language.train()
     embeddings = torch.randn(2, 64, language.width, requires_grad=True)
     documents = torch.zeros(2, 64, dtype=torch.long)
     positions = torch.arange(64).expand(2, -1)
@@ -106,7 +105,7 @@ def test_samples_are_written_of_the_same_pictures(toy_data: Path, tmp_path: Path
     assert sorted({line["step"] for line in lines}) == [2, 4]
     pictures = [line["picture"] for line in lines]
     assert pictures[:4] == pictures[4:] and len(set(pictures)) == 4
-    codes = toy_config().tokenizer.codes
+    codes = toy_config().visual_tokenizer.codes
     for line in lines:
         assert line["wanted"].rstrip(".") in NAMES and isinstance(line["caption"], str)
         assert line["codes"] and all(0 <= code < codes for code in line["codes"])
@@ -151,10 +150,9 @@ def test_the_log_says_what_is_loaded_and_what_is_fresh(
     said = {line.split(": ")[1]: line for line in lines}
     assert "fresh, train" in said["rows"] and "fresh, train" in said["lm"]
     assert "copied from the tokenizer, train" in said["merger"]
-    visual, width = (
-        2 + toy_config().tokenizer.codes,
-        toy_config().language.architecture["hidden_size"],
-    )
+    config = toy_config()
+    visual = 2 + config.visual_tokenizer.codes
+    width = config.language.architecture["hidden_size"]
     assert f"{visual * width:,} weights" in said["rows"]
 
 

@@ -58,9 +58,19 @@ def test_captions_of_one_and_of_many_agree(pipeline: Pipeline) -> None:
 
 
 def test_a_loaded_caption_needs_no_pixel_decoder(toy_run: Path) -> None:
-    fresh = lavit.load(toy_run)
-    fresh.caption(toy_picture("red bar"))
-    assert "pixels" not in fresh.model.parts
+    reader = lavit.load(toy_run, parts=("vision", "visual_tokenizer", "language"))
+    assert isinstance(reader.caption(toy_picture("red bar")), str)
+    with pytest.raises(InputError, match="the part 'pixels' was left out"):
+        reader.draw("red bar")
+    blind = lavit.load(toy_run, parts=("visual_tokenizer", "language", "pixels"))
+    for use in (
+        lambda: blind.caption(toy_picture("red bar")),
+        lambda: blind.draw("red", best_of=2),
+    ):
+        with pytest.raises(InputError, match="the part 'vision' was left out"):
+            use()
+    with pytest.raises(InputError, match="the part 'language' was left out"):
+        lavit.load(toy_run, parts=("vision",)).chat([{"role": "user", "content": "hello"}])
 
 
 def test_questions_are_answered_one_by_one(pipeline: Pipeline) -> None:
@@ -291,7 +301,7 @@ def test_a_choice_among_texts_is_the_likeliest_caption(pipeline: Pipeline) -> No
     image, among = toy_picture("red bar"), ["a red bar", "blue", "a dot.", "green dot on the left"]
 
     def mean_times_length(text: str) -> float:
-        ids = pipeline.model.text(text, add_special_tokens=False)["input_ids"]
+        ids = pipeline.model.text_tokenizer(text, add_special_tokens=False)["input_ids"]
         return likelihood(pipeline.model, text, image) * (len(ids) + 1)
 
     plain = [text.removesuffix(".") for text in among]
@@ -313,16 +323,14 @@ def test_the_likelihood_of_a_caption(pipeline: Pipeline) -> None:
     """The scorer of our own is the loss of the caption's document in training."""
     model, picture = pipeline.model, toy_picture("red dot")
     patches = model.patches([picture])
-    tokens = model.tokenizer.encode(patches)
-    ids = (
-        *model.text("red dot.", add_special_tokens=False)["input_ids"],
-        model.language.vocabulary.end,
-    )
+    tokens = model.visual_tokenizer.encode(patches)
+    said = model.text_tokenizer("red dot.", add_special_tokens=False)["input_ids"]
+    ids = (*said, model.language.vocabulary.end)
     document = (Shown(tuple(tokens.codes.tolist()), read=True, index=0, target=False), Text(ids))
     vocabulary = model.language.vocabulary
     batch = pack([[lay_out(document, vocabulary)]], vocabulary)
     with torch.no_grad():
-        loss = model.language(batch, model.tokenizer.prepare(patches), tokens.keep)
+        loss = model.language(batch, model.visual_tokenizer.prepare(patches), tokens.keep)
     expected = -float(loss.text) / int(loss.text_tokens)
     assert likelihood(model, "red dot.", picture) == pytest.approx(expected, rel=1e-4)
     four = candidates(pipeline, "red dot.", 1, 4)
@@ -338,7 +346,7 @@ def test_the_papers_protocol(toy_run: Path) -> None:
     beams = paper.engine.complete(
         [Request(**vars(lay_prompt(paper.model, reading(image))), sampling=protocols.CAPTION)]
     )
-    text = paper.model.text.decode(list(beams[0].text), skip_special_tokens=True)
+    text = paper.model.text_tokenizer.decode(list(beams[0].text), skip_special_tokens=True)
     assert said == protocols.cut(text, protocols.CAPTION_ENDS)[0].strip()
     assert paper.protocol.answer == protocols.QUESTION and paper.protocol.drawing.guidance == 2.0
     how = {"seed": [APART * n for n in range(4)], "steps": 2, "sampling": paper.protocol.drawing}
@@ -411,23 +419,21 @@ def test_pictures_and_words_may_be_mixed(pipeline: Pipeline) -> None:
 
 
 def test_reconstruction_needs_no_language_model(toy_run: Path) -> None:
-    fresh = lavit.load(toy_run)
-    assert fresh.reconstruct(toy_picture("red bar"), steps=2).size == (16, 16)
-    assert "language" not in fresh.model.parts
+    pipeline = lavit.load(toy_run, parts=("vision", "visual_tokenizer", "pixels"))
+    assert pipeline.reconstruct(toy_picture("red bar"), steps=2).size == (16, 16)
     pictures = [toy_picture("red bar"), toy_picture("blue dot")]
-    several = fresh.reconstruct(pictures, steps=2)
-    alone = [fresh.reconstruct(one, seed=seed, steps=2) for seed, one in enumerate(pictures)]
+    several = pipeline.reconstruct(pictures, steps=2)
+    alone = [pipeline.reconstruct(one, seed=at, steps=2) for at, one in enumerate(pictures)]
     assert bytes_of(several) == bytes_of(alone)
 
 
-def test_a_prompt_that_is_too_long_is_refused_before_the_decoder_is_read(toy_run: Path) -> None:
-    fresh = lavit.load(toy_run)
-    for verb in (fresh.draw, fresh.stream_draw):
+def test_a_prompt_that_is_too_long_is_refused_before_the_decoder_is_needed(toy_run: Path) -> None:
+    writer = lavit.load(toy_run, parts=("language",))
+    for verb in (writer.draw, writer.stream_draw):
         with pytest.raises(
             InputError, match="has 32000 tokens but the language model attends to 256"
         ):
             verb("~" * 32_000)
-    assert "pixels" not in fresh.model.parts
 
 
 @pytest.mark.parametrize(
@@ -507,7 +513,7 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, toy_run: Path) -> 
     with pytest.raises(InputError, match=r"config\.json"):
         lavit.load(tmp_path)
     (tmp_path / "config.json").write_text((toy_run / "config.json").read_text())
-    with pytest.raises(InputError, match="incomplete"):
+    with pytest.raises(InputError, match=r"no vision yet: .* lavit train tokenizer"):
         lavit.load(tmp_path).tokenize(toy_picture("red dot"))
 
 

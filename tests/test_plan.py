@@ -37,7 +37,7 @@ def build(model: ModelConfig) -> Language:
     """The model of stage 2 in memory."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    options, tokenizer = dict(model.language.architecture), model.tokenizer
+    options, tokenizer = dict(model.language.architecture), model.visual_tokenizer
     lm = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(options.pop("model_type"), **options)
     )
@@ -89,7 +89,7 @@ def test_the_total_is_near_the_measured_peak(recompute: bool) -> None:
     language = build(model)
     language.recompute(recompute)
     optimizer = torch.optim.AdamW(language.parameters(), fused=True)
-    size = (rows, tokens, model.tokenizer.patches, model.tokenizer.dim)
+    size = (rows, tokens, model.visual_tokenizer.patches, model.visual_tokenizer.dim)
     step(language, optimizer, *size)  # makes the moments
     tracker = MemTracker()
     tracker.track_external(language, optimizer)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from conftest import toy_config, toy_picture, toy_training
-from lavit.config import InputError, to_json
+from lavit.config import InputError, write_config
 from lavit.data.bulk import Job, corpus_codes, tokenize_corpus, tokenizer_hash
 from lavit.data.corpus import Corpus, Picture, load_corpus
 from lavit.data.sources import Record
@@ -221,9 +221,9 @@ def stage_two(toy_run: Path, out: Path, data: str, *, watch=None, **changes) -> 
     """Stage 2 anew on another feed, with the tokenizer of the toy run; returns its metrics."""
     model = replace(toy_config(), vision=LaVIT.from_pretrained(toy_run).config.vision)
     if not out.exists():
-        for part in ("vision", "tokenizer"):
+        for part in ("vision", "visual_tokenizer"):
             shutil.copytree(toy_run / part, out / part)
-        (out / "config.json").write_text(json.dumps(to_json(model)))
+        write_config(out, model)
     training = replace(toy_training(8), sample_every=0, checkpoint_every=4, log_every=1)
     training = replace(training, language=replace(training.language, **changes))
     Run(out, data, model, training, watch=watch).train(("language",))
@@ -259,9 +259,8 @@ def test_stage_two_on_tokens_made_beforehand(toy_data: Path, toy_run: Path, tmp_
     hashed = tokenizer_hash(LaVIT.from_pretrained(toy_run))
     codes = corpus_codes(tmp_path / "tokens", corpus, tokenizer=hashed)
     model = LaVIT.from_pretrained(toy_run)
-    assert codes == tuple(
-        tuple(model.encode([p.record.open()]).codes.tolist()) for p in corpus.pictures
-    )
+    alone = (model.encode_images([picture.record.open()]).codes for picture in corpus.pictures)
+    assert codes == tuple(tuple(found.tolist()) for found in alone)
     with pytest.raises(InputError, match="of tokenizer"):
         corpus_codes(tmp_path / "tokens", corpus, tokenizer="0" * 64)
     (tmp_path / "prose.jsonl").write_text(json.dumps({"text": "only words"}))

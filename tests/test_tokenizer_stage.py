@@ -89,9 +89,8 @@ def toy_features() -> TokenizerStage:
     from lavit.modules.tokenizer import VisualTokenizer
 
     features = Features(torch.randn(6, 16, 32, generator=ranks.seeded(0)).numpy())
-    return TokenizerStage(
-        VisualTokenizer(toy_config().tokenizer), features, toy_training().tokenizer, seed=0
-    )
+    tokenizer = VisualTokenizer(toy_config().visual_tokenizer)
+    return TokenizerStage(tokenizer, features, toy_training().tokenizer, seed=0)
 
 
 def long_preset() -> presets.Preset:
@@ -130,7 +129,7 @@ def test_kill_minus_nine_and_the_same_command_give_the_same_codebook(
         time.sleep(0.002)
     os.kill(child, signal.SIGKILL)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    assert not (run / "tokenizer").exists()
+    assert not (run / "visual_tokenizer").exists()
     killed_at = last_step(run)
     checkpoints = sorted(
         int(path.name)
@@ -139,10 +138,8 @@ def test_kill_minus_nine_and_the_same_command_give_the_same_codebook(
     )
     assert checkpoints and STEPS < checkpoints[-1] <= killed_at < 2 * STEPS
     main(words(toy_data, run))
-    whole, resumed = (
-        load_tensors(folder / "tokenizer" / "model.safetensors")
-        for folder in (tmp_path / "whole", run)
-    )
+    where = "visual_tokenizer/model.safetensors"
+    whole, resumed = (load_tensors(folder / where) for folder in (tmp_path / "whole", run))
     for name, tensor in whole.items():
         assert torch.equal(tensor, resumed[name]), name
     assert figures(run) == figures(tmp_path / "whole")

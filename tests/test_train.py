@@ -39,7 +39,8 @@ def losses(run: Path) -> list[tuple]:
 
 def test_a_run_is_a_model_folder(toy_run: Path, toy_data: Path) -> None:
     model = LaVIT.from_pretrained(toy_run)
-    codes = model.encode([picture.record.open() for picture in load_corpus(toy_data).pictures])
+    pictures = load_corpus(toy_data).pictures
+    codes = model.encode_images([picture.record.open() for picture in pictures])
     assert model.pixels.config == toy_config().pixels
     assert int(codes.lengths.min()) >= 1
 
@@ -62,7 +63,7 @@ def test_a_killed_run_goes_on_to_the_same_losses(
     Run(tmp_path / "run", toy_data, toy_config(), training).train()
     assert killed == {"tokenizer", "language", "pixels"}
     assert losses(tmp_path / "run")[-1] == losses(toy_run)[-1]
-    for part in ("tokenizer", "language", "reader"):
+    for part in ("visual_tokenizer", "language", "reader"):
         a, b = (
             (folder / part / "model.safetensors").read_bytes()
             for folder in (tmp_path / "run", toy_run)
@@ -75,12 +76,12 @@ def test_a_run_goes_on_from_a_model(toy_run: Path, toy_data: Path, tmp_path: Pat
     config = LaVIT.from_pretrained(toy_run).config
     Run(tmp_path / "run", toy_data, config, toy_training(), start=toy_run).train()
     stages = ("language", "pixels")
-    for part in ("tokenizer", "language"):
+    for part in ("visual_tokenizer", "language"):
         a, b = (
             (folder / part / "model.safetensors").read_bytes()
             for folder in (tmp_path / "run", toy_run)
         )
-        assert (a == b) is (part == "tokenizer")
+        assert (a == b) is (part == "visual_tokenizer")
     for stage in stages:
         before, after = (
             [loss for one, _, loss, _ in losses(run) if one == stage]
@@ -100,7 +101,7 @@ def test_other_settings_on_the_same_folder_are_refused(toy_run: Path, toy_data: 
 
 def begun_run(toy_run: Path, folder: Path) -> Path:
     """A run whose first stage is that of the toy run."""
-    for part in ("vision", "tokenizer"):
+    for part in ("vision", "visual_tokenizer"):
         shutil.copytree(toy_run / part, folder / part)
     for name in ("config.json", "training.json"):
         shutil.copy(toy_run / name, folder / name)
@@ -132,6 +133,24 @@ def test_settings_of_a_stage_count_from_its_beginning(
     assert saved["training"]["language"]["token_corpus"] == codes
 
 
+def test_settings_of_a_stage_to_come_outlive_the_stages_before(
+    toy_run: Path,
+    toy_data: Path,
+    tmp_path: Path,
+) -> None:
+    """config.json still has pixels as they were first asked for, when language is saved."""
+    folder, config, training = begun_run(toy_run, tmp_path / "run"), toy_config(), toy_training()
+    training = replace(
+        training,
+        language=replace(training.language, steps=1),
+        pixels=replace(training.pixels, steps=1),
+    )
+    other = replace(config, pixels=replace(config.pixels, guidance=3.0))
+    Run(folder, toy_data, other, training).train(("language", "pixels"))
+    assert LaVIT.from_pretrained(folder).config.pixels.guidance == 3.0
+    assert LaVIT.from_pretrained(toy_run).config.pixels.guidance != 3.0
+
+
 @pytest.mark.parametrize("begin", ["base", "start"])
 def test_weights_kept_in_half_precision_train_in_full(
     toy_run: Path, toy_data: Path, tmp_path: Path, begin: str
@@ -145,7 +164,7 @@ def test_weights_kept_in_half_precision_train_in_full(
     if begin == "base":
         config = replace(config, language=LanguageConfig(source=str(half / "language")))
         options = {}
-        for part in ("vision", "tokenizer"):
+        for part in ("vision", "visual_tokenizer"):
             shutil.copytree(half / part, folder / part)
     training = replace(training, language=replace(training.language, steps=1))
     Run(folder, toy_data, config, training, **options).train(("language",))
@@ -184,7 +203,8 @@ def test_pictures_may_be_read_as_codes_in_training_too(
     training = replace(training, language=replace(training.language, steps=1))
     config = replace(config, language=replace(config.language, read_as="codes"))
     Run(folder, toy_data, config, training).train(("language",))
-    parts = (load_tensors(folder / part / "model.safetensors") for part in ("tokenizer", "reader"))
+    names = ("visual_tokenizer", "reader")
+    parts = (load_tensors(folder / part / "model.safetensors") for part in names)
     first, second = ({n: t for n, t in part.items() if n.startswith("merger.")} for part in parts)
     assert second and all(second[name].equal(first[name]) for name in second)
     assert len((folder / "samples.jsonl").read_text().splitlines()) == 4
@@ -299,12 +319,12 @@ def test_tokens_are_the_same_in_training_and_in_use(toy_run: Path, tmp_path: Pat
         image.save(tmp_path / f"{number}.png")
     records = [Record(str(tmp_path / f"{number}.png"), (), str(number)) for number in range(64)]
     cached = compute_features(records, model.vision, tmp_path / "cache")
-    trained = tokenize_features(model.tokenizer, cached)
+    trained = tokenize_features(model.visual_tokenizer, cached)
     everything = torch.arange(64)
     for size in (1, 7, 64):
         batches = [images[at : at + size] for at in range(0, 64, size)]
         assert torch.cat([model.patches(batch) for batch in batches]).equal(cached.rows(everything))
-        used = [model.encode(batch) for batch in batches]
+        used = [model.encode_images(batch) for batch in batches]
         assert torch.cat([tokens.codes for tokens in used]).equal(trained.codes)
         assert torch.cat([tokens.keep for tokens in used]).equal(trained.keep)
 

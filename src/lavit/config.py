@@ -18,6 +18,10 @@ from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 Optimizer = Literal["adamw", "muon"]
+FORMAT = 2  # of a model folder; a folder of another format is refused
+PARTS = ("vision", "visual_tokenizer", "language", "pixels")  # of a `ModelConfig`; folders
+TO_SEE = PARTS[:2]  # what turns pictures into tokens
+TO_READ = PARTS[:3]  # what says something about them
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -132,20 +136,20 @@ class PixelsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """One LaVIT: encoder, tokenizer, language model, pixels."""
+    """One LaVIT: encoder, visual tokenizer, language model, pixels."""
 
     name: str
     vision: VisionConfig
-    tokenizer: TokenizerConfig
+    visual_tokenizer: TokenizerConfig
     language: LanguageConfig
     pixels: PixelsConfig
 
     def __post_init__(self) -> None:
-        vision, tokenizer, pixels = self.vision, self.tokenizer, self.pixels
+        vision, tokenizer, pixels = self.vision, self.visual_tokenizer, self.pixels
         for part, found, given, unit in (
-            ("tokenizer.dim", tokenizer.dim, vision.dim, "channels"),
+            ("visual_tokenizer.dim", tokenizer.dim, vision.dim, "channels"),
             ("pixels.features_dim", pixels.features_dim, vision.dim, "channels"),
-            ("tokenizer.patches", tokenizer.patches, vision.patches, "patches"),
+            ("visual_tokenizer.patches", tokenizer.patches, vision.patches, "patches"),
             ("pixels.patches", pixels.patches, vision.patches, "patches"),
         ):
             if found != given:
@@ -330,3 +334,23 @@ def write_whole(path: Path, text: str) -> None:
         new.replace(path)
     except OSError as error:
         raise InputError(f"cannot write to {path.parent}: {error.strerror}") from error
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The configuration of a model folder.
+
+    Raises `InputError` where config.json is missing or broken, or is of another format.
+    """
+    path = folder / "config.json"
+    data = read_json(path)
+    found = data.pop("format", None)
+    if found != FORMAT:
+        said = f"{path} is of format {found}" if found else f"{path} names no format"
+        hint = "train or convert the model again, or open it with the version that wrote it"
+        raise InputError(f"{said}, this version of lavit reads format {FORMAT}: {hint}")
+    return from_json(ModelConfig, data)
+
+
+def write_config(folder: Path, config: ModelConfig) -> None:
+    """Write the configuration of a model folder; inverse of `read_config`."""
+    write_json(folder / "config.json", {"format": FORMAT} | to_json(config))

@@ -1,20 +1,21 @@
 """LaVIT, all of it on one page: images become tokens, one LM reads and writes them, and back.
 
     image ─ vision ─ selector ─ merger ─ codebook ─┐
-            └────────── tokenizer ──────────┘      ├─ language ─ codes ─ tokenizer.decode ─ pixels
-    text ─ text tokenizer ─────────────────────────┘         └─ text
+            └───────── visual_tokenizer ────┘      ├─ language ─ codes ─ decode ─ pixels
+    text ─ text_tokenizer ─────────────────────────┘         └─ text
 
 The model is pure: it holds parts and composes them. Prompts and sampling are the pipeline's
-(generate/). Parts are read when they are first used: a caption never loads the pixel decoder.
+(generate/). A part that was left out by name, or is not trained yet, is None.
 """
 
 from __future__ import annotations
 
-import logging
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -22,17 +23,20 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lavit.config import InputError, ModelConfig, from_json, read_json, to_json, write_json
+from lavit.config import PARTS, InputError, ModelConfig, read_config, write_config
 from lavit.modules.language import Language
+from lavit.modules.layers import Keep, Patches
 from lavit.modules.selector import KeepPolicy
 from lavit.modules.tokenizer import VisualTokenizer
 from lavit.modules.vision import Vision, load_vision, save_vision
-from lavit.sequence import VisualTokens
+from lavit.placement import Places, placer
+from lavit.sequence import Batch, VisualTokens
 from lavit.storage import (
+    has_part,
     load_language,
-    load_strictly,
-    load_tensors,
+    load_visual_tokenizer,
     model_folder,
+    over_base,
     replacing,
     save_language,
     save_tensors,
@@ -41,109 +45,87 @@ from lavit.storage import (
 if TYPE_CHECKING:  # diffusers takes seconds to import, and only pixels need it
     from lavit.modules.pixels import Pixels
 
-log = logging.getLogger(__name__)
-PARTS = ("vision", "tokenizer", "language", "pixels")
-EXACT = ("vision", "tokenizer")  # in fp32 as in training, so that rounding flips no choice
+EXACT = ("vision", "visual_tokenizer")  # in fp32 as in training, so that rounding flips no choice
+TRAINED_BY = {"vision": "tokenizer", "visual_tokenizer": "tokenizer"}  # else the stage of its name
+PUSHED = ("README.md", "training.json", "safety_checker")  # what lies beside the parts
 
 
 class LaVIT(nn.Module):
-    """Vision, tokenizer, language and pixels under one configuration.
+    """Vision, visual tokenizer, language and pixels under one configuration.
 
-    Give parts to the constructor, or a `folder` from which missing ones are read at first use.
-    `place_language` brings a language part that was read to its devices and number type; without it
-    that moves as the other parts do.
+    Encoder and visual tokenizer stay in fp32 whatever the model is moved to (`.half()`,
+    `.to(dtype)`): rounding would flip their choices. `text_tokenizer` is the language model's own;
+    `folder` is where the model was read from.
     """
+
+    vision: Vision  # the frozen encoder
+    visual_tokenizer: VisualTokenizer  # selector, merger, codebook, reconstructor
+    language: Language  # the LM with its joint vocabulary
+    pixels: Pixels  # the diffusion decoder
 
     def __init__(
         self,
         config: ModelConfig,
-        parts: dict[str, nn.Module] | None = None,
         *,
-        text: PreTrainedTokenizerBase | None = None,
+        vision: nn.Module | None = None,
+        visual_tokenizer: nn.Module | None = None,
+        language: nn.Module | None = None,
+        pixels: nn.Module | None = None,
+        text_tokenizer: PreTrainedTokenizerBase | None = None,
         folder: Path | None = None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        place_language: Callable[[Language], Language] | None = None,
     ) -> None:
         super().__init__()
-        self.config = config
-        self.folder = folder
-        self.device, self.dtype = torch.device(device), dtype
-        self.parts = nn.ModuleDict(parts or {})
-        self._text = text
-        self._place_language = place_language
+        self.config, self.folder, self.text_tokenizer = config, folder, text_tokenizer
+        self.left_out: tuple[str, ...] = ()  # parts that `from_pretrained` was not to load
+        self.register_module("vision", vision)
+        self.register_module("visual_tokenizer", visual_tokenizer)
+        self.register_module("language", language)
+        self.register_module("pixels", pixels)
 
     @property
-    def vision(self) -> Vision:
-        """The frozen encoder."""
-        return self._part("vision")
+    def device(self) -> torch.device:
+        """Where the first part lies; the CPU without any."""
+        return next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
 
     @property
-    def tokenizer(self) -> VisualTokenizer:
-        """Selector, merger, codebook, reconstructor."""
-        return self._part("tokenizer")
+    def dtype(self) -> torch.dtype:
+        """Number type of language and pixels; that of the exact parts where neither is there."""
+        parts = [part for name, part in self.named_children() if name not in EXACT]
+        found = (p.dtype for part in parts for p in part.parameters() if p.is_floating_point())
+        return next(found, torch.float32)
 
-    @property
-    def language(self) -> Language:
-        """The LM with its joint vocabulary."""
-        return self._part("language")
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LaVIT:
+        """What `.to`, `.half` and `.cuda` call; the exact parts keep their number type."""
 
-    @property
-    def pixels(self) -> Pixels:
-        """The diffusion decoder."""
-        return self._part("pixels")
+        def moved(tensor: Tensor) -> Tensor:
+            found = fn(tensor)
+            return found if found.dtype == tensor.dtype else tensor.to(found.device)
 
-    @property
-    def text(self) -> PreTrainedTokenizerBase:
-        """The LM's own text tokenizer."""
-        if self._text is None:
-            self._part("language")
-        return self._text
+        for name, part in self.named_children() if recurse else ():
+            part._apply(moved if name in EXACT else fn)
+        return self
 
-    def _part(self, name: str) -> Any:
-        if name not in self.parts:
-            if self.folder is None:
-                raise InputError(f"this model has no {name}: give one, or train the {name} stage")
-            part = self._load(name, self.folder)
-            if name == "language" and self._place_language is not None:
-                part = self._place_language(part)
-            else:
-                part = part.to(self.device, torch.float32 if name in EXACT else self.dtype)
-            self.parts[name] = part.eval()
-        return self.parts[name]
+    def needs(self, *parts: str) -> None:
+        """Raise `InputError` unless the model has these parts; it says what to do."""
+        _check_names(parts)
+        for part in parts:
+            if getattr(self, part) is not None:
+                continue
+            if part in self.left_out:
+                said = f"the part {part!r} was left out when {self.folder} was opened"
+                raise InputError(f"{said}: name it among `parts`")
+            stage = TRAINED_BY.get(part, part)
+            command = f"lavit train {stage} --out {self.folder or 'FOLDER'}"
+            raise InputError(f"this model has no {part} yet: give one, or train it with {command}")
 
-    def _load(self, name: str, folder: Path) -> nn.Module:
-        if name == "vision":
-            return load_vision(self.config.vision, folder / "vision")
-        if name == "tokenizer":
-            tokenizer = VisualTokenizer(self.config.tokenizer)
-            where = folder / "tokenizer" / "model.safetensors"
-            tensors = load_tensors(where)
-            told = {"codebook.vectors", "codebook.mass"} <= tensors.keys()
-            if told and "codebook.sums" not in tensors:
-                mass = tensors["codebook.mass"][:, None]  # shipped models leave the sums out
-                tensors["codebook.sums"] = tensors["codebook.vectors"] * mass
-            load_strictly(tokenizer, tensors, where)
-            return tokenizer
-        if name == "language":
-            if (folder / "language").is_dir() and not (folder / "reader").is_dir():
-                said = f"{folder} has no reader for pictures (reader/ is missing)"
-                raise InputError(f"{said}: copy it there, or train the language stage again")
-            language, self._text = load_language(self.config, folder)
-            return language
-        if not (folder / "pixels").is_dir():
-            raise InputError(f"{folder} has no pixel decoder: lavit train pixels --out {folder}")
-        from lavit.modules.pixels import Pixels
-
-        return Pixels.load(folder / "pixels", self.config.pixels)
-
-    @torch.inference_mode()
-    def patches(self, images: Sequence[Image]) -> Float[Tensor, "images patches dim"]:
-        """Encoder features of pictures (RGB, any size; squashed to the encoder's)."""
+    @torch.no_grad()
+    def patches(self, images: Sequence[Image]) -> Patches:
+        """Encoder features (fp32) of pictures (RGB, any size; squashed to the encoder's)."""
+        self.needs("vision")
         return self.vision.encode(images)
 
-    @torch.inference_mode()
-    def encode(
+    @torch.no_grad()
+    def encode_images(
         self,
         images: Sequence[Image],
         policy: KeepPolicy | None = None,
@@ -151,51 +133,152 @@ class LaVIT(nn.Module):
         generator: torch.Generator | None = None,
     ) -> VisualTokens:
         """Pictures to visual tokens: the same picture, the same tokens, in training too."""
-        return self.tokenizer.encode(self.patches(images), policy, generator=generator)
+        self.needs("vision", "visual_tokenizer")
+        return self.visual_tokenizer.encode(self.patches(images), policy, generator=generator)
 
-    @torch.inference_mode()
-    def features(self, codes: Sequence[Tensor]) -> Float[Tensor, "images patches dim"]:
-        """Reconstructed encoder features of images given as codes: what `pixels` paints."""
+    def forward(
+        self,
+        batch: Batch,
+        patches: Patches | None = None,
+        keep: Keep | None = None,
+    ) -> Float[Tensor, ""]:
+        """Mean next-id cross-entropy over the targets of packed rows (Eq. 6); goes backward.
+
+        `patches` (`patches()`) and `keep` (`VisualTokens.keep`) are those of the pictures that
+        `batch.images` numbers, in that order; without them read pictures enter as their codes.
+        Raises `InputError` where slots and features disagree.
+        """
+        self.needs("language")
+        if patches is not None:
+            self.needs("visual_tokenizer")
+            patches = self.visual_tokenizer.prepare(patches).to(self.language.rows.dtype)
+        loss = self.language(batch, patches, keep)
+        return loss.total / (loss.text_tokens + loss.visual_tokens)
+
+    @torch.no_grad()
+    def decode(self, codes: Sequence[Tensor]) -> Float[Tensor, "images patches dim"]:
+        """Reconstructed encoder features (fp32) of images given as codes: what `pixels` paints.
+
+        Raises `InputError` for an image of no codes, or of more than there are patches.
+        """
+        self.needs("visual_tokenizer")
         lengths = torch.tensor([len(c) for c in codes], device=self.device)
-        return self.tokenizer.decode(torch.cat(list(codes)).to(self.device), lengths)
+        return self.visual_tokenizer.decode(torch.cat(list(codes)).to(self.device), lengths)
 
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | Path,
+        model: str | Path,
         *,
-        device: torch.device | str = "cpu",
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
         dtype: torch.dtype = torch.float32,
-        place_language: Callable[[Language], Language] | None = None,
+        device: torch.device | str = "cpu",
+        device_map: Places | None = None,
+        quantization: str | None = None,
+        base: str | None = None,
+        parts: Sequence[str] = PARTS,
     ) -> LaVIT:
-        """Open a model folder, a run or a model of this package ("nano"); parts load when used."""
-        folder = model_folder(folder)
-        config = from_json(ModelConfig, read_json(folder / "config.json"))
-        return cls(config, folder=folder, device=device, dtype=dtype, place_language=place_language)
+        """Open a model whole: a folder, a shipped name ("nano") or one of the hub ("org/name").
 
-    def replace_base(self, source: str) -> None:
-        """Put another language model (a path or hub id) under the adapter, before it is read."""
-        language = self.config.language
-        if not language.lora_rank or "language" in self.parts:
-            raise InputError(f"{self.config.name} is no adapter over a base that could be replaced")
-        said = "base weights: %s instead of %s, so the figures of this model do not apply"
-        log.warning(said, source, language.source)
-        self.config = replace(self.config, language=replace(language, source=source, sha256=None))
+        `revision`, `cache_dir` and `token` are huggingface_hub's. `parts` names what is loaded; a
+        part that is left out, or not trained yet, is None. `device_map` ("auto", or a map) spreads
+        the language model and `quantization` ("int8", "nf4") rounds it (placement.py); `base` is
+        another language model, a path or hub id, under the adapter of a model that has one. Raises
+        `InputError` where there is no such model, a part is damaged or the format is another.
+        """
+        _check_names(parts)
+        device = torch.device(device)
+        place = placer(device, dtype, quantization, device_map)
+        hub = {"revision": revision, "cache_dir": cache_dir, "token": token}
+        folder = model_folder(model, **hub, parts=parts)
+        config = read_config(folder)
+        if base is not None:
+            config = over_base(config, base)
+        wanted = [part for part in parts if has_part(config, folder, part)]
+        found = cls(config, folder=folder)
+        found.left_out = tuple(part for part in PARTS if part not in parts)
+        if "vision" in wanted:
+            found.vision = load_vision(config.vision, folder / "vision")
+        if "visual_tokenizer" in wanted:
+            found.visual_tokenizer = load_visual_tokenizer(config, folder)
+        if "pixels" in wanted:
+            from lavit.modules.pixels import Pixels
 
-    def save_pretrained(self, folder: str | Path, *, parts: Sequence[str] = PARTS) -> None:
-        """Write the configuration and the named parts; a part's folder is replaced as a whole."""
+            found.pixels = Pixels.load(folder / "pixels", config.pixels)
+        found.to(device, dtype)
+        if "language" in wanted:
+            language, found.text_tokenizer = load_language(config, folder)
+            found.language = place(language)
+        return found.eval()
+
+    def save_pretrained(self, folder: str | Path, *, parts: Sequence[str] | None = None) -> None:
+        """Write the configuration and the named parts (default: all there are); changes no model.
+
+        A part's folder is replaced as a whole. Where `folder` holds a model already, its
+        configuration of the other parts stays. Raises `InputError` for a part that is not there.
+        """
         folder = Path(folder)
+        there = [part for part in PARTS if getattr(self, part) is not None]
+        chosen = there if parts is None else parts
+        self.needs(*chosen)
         config = self.config
-        if "vision" in parts:
+        if (folder / "config.json").exists():
+            old = read_config(folder)
+            kept = {part: getattr(old, part) for part in PARTS if part not in chosen}
+            config = replace(config, **kept)
+        if "vision" in chosen:
             config = replace(config, vision=save_vision(self.vision, folder / "vision"))
-        if "tokenizer" in parts:
-            with replacing(folder / "tokenizer") as new:
-                save_tensors(self.tokenizer.state_dict(), new / "model.safetensors")
-        if "language" in parts:
-            saved = save_language(self.language, self.text, config.language, folder)
+        if "visual_tokenizer" in chosen:
+            with replacing(folder / "visual_tokenizer") as new:
+                save_tensors(self.visual_tokenizer.state_dict(), new / "model.safetensors")
+        if "language" in chosen:
+            text = self.text_tokenizer
+            saved = save_language(self.language, text, self.config.language, folder)
             config = replace(config, language=saved)
-        if "pixels" in parts:
+        if "pixels" in chosen:
             with replacing(folder / "pixels") as new:
                 self.pixels.save(new)
-        self.config = config
-        write_json(folder / "config.json", to_json(config))
+        write_config(folder, config)
+
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        message: str = "Upload a LaVIT model",
+    ) -> str:
+        """Save the model and upload it as `name` ("org/name"); returns the commit's address.
+
+        The card, the training's settings and the safety checker of its folder go with it. Raises
+        `InputError` where the hub refuses.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as place:
+            self.save_pretrained(place)
+            for beside in PUSHED if self.folder else ():
+                source = self.folder / beside
+                if source.is_dir():
+                    shutil.copytree(source, Path(place) / beside)
+                elif source.exists():
+                    shutil.copy(source, place)
+            try:
+                api.create_repo(name, private=private, exist_ok=True)
+                options = {"revision": revision, "commit_message": message}
+                done = api.upload_folder(repo_id=name, folder_path=place, **options)
+            except (OSError, ValueError) as error:
+                line = str(error).strip().splitlines()[0]
+                raise InputError(f"cannot upload to {name}: {line}; is `token` right?") from error
+        return done.commit_url
+
+
+def _check_names(parts: Sequence[str]) -> None:
+    """Raise `InputError` for a name that no part has."""
+    for part in parts:
+        if part not in PARTS:
+            raise InputError(f"there is no part {part!r}: use {', '.join(PARTS)}")

@@ -93,7 +93,7 @@ def nano() -> Preset:
     model = ModelConfig(
         name="nano",
         vision=vision,
-        tokenizer=TokenizerConfig(
+        visual_tokenizer=TokenizerConfig(
             dim=vision.dim,
             patches=vision.patches,
             heads=7,
@@ -209,7 +209,7 @@ def lavit_7b() -> Preset:
     model = ModelConfig(
         name="lavit_7b",
         vision=vision,
-        tokenizer=TokenizerConfig(
+        visual_tokenizer=TokenizerConfig(
             dim=vision.dim,
             patches=vision.patches,
             heads=16,

@@ -103,6 +103,10 @@ class Batch:
     slots: Bool[Tensor, "rows tokens"]
     images: Int[Tensor, "images"]
 
+    def to(self, device: torch.device | str) -> Batch:
+        """The same rows on a device."""
+        return Batch(*(getattr(self, name).to(device) for name in Batch.__dataclass_fields__))
+
     @property
     def useful(self) -> float:
         """Share of positions that hold a document's token."""

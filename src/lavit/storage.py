@@ -1,19 +1,21 @@
 """Every part on disk is a standard checkpoint; reading is strict, and safetensors only.
 
-config.json      ours (`ModelConfig`)
-tokenizer/       model.safetensors: selector, merger, codebook, reconstructor
-vision/          a transformers vision checkpoint, where the encoder is not a reference
-language/        a plain transformers causal LM with the joint vocabulary and its text tokenizer;
-                 or, over a referenced base, a PEFT adapter, rows.safetensors and the tokenizer
-reader/          model.safetensors: the second merger and the projection of pictures into the LM
-pixels/          a diffusers folder
+config.json        ours (`ModelConfig`), with a format number
+vision/            a transformers vision checkpoint, where the encoder is not a reference
+visual_tokenizer/  model.safetensors: selector, merger, codebook, reconstructor
+language/          a plain transformers causal LM with the joint vocabulary and its text tokenizer;
+                   or, over a referenced base, a PEFT adapter, rows.safetensors and the tokenizer
+reader/            model.safetensors: the second merger and the projection of pictures into the LM
+pixels/            a diffusers folder
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
@@ -32,20 +34,33 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lavit.config import InputError, LanguageConfig, ModelConfig, require
+from lavit.config import PARTS, InputError, LanguageConfig, ModelConfig, require
 from lavit.modules.language import Language
 from lavit.modules.merger import Merger
 from lavit.modules.smollm2 import SMOLLM2, load_smollm2, load_smollm2_text, smollm2_file
+from lavit.modules.tokenizer import VisualTokenizer
 from lavit.modules.vision import sha256
+from lavit.vocabulary import MARKERS
 
+log = logging.getLogger(__name__)
 WEIGHTS = Path(__file__).parent / "weights"  # a folder for each model that comes with this package
 READER = ("merger.", "to_language.")
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def model_folder(model: str | Path) -> Path:
-    """A model's folder: the one given, or that of a model that comes with this package ("nano").
+def model_folder(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    parts: Sequence[str] = PARTS,
+) -> Path:
+    """The folder of a model: a folder, a model of this package ("nano") or of the hub ("org/name").
 
-    Raises `InputError` where there is neither.
+    The other arguments are for the hub: `revision`, `cache_dir` and `token` are those of
+    huggingface_hub, and of `parts` that are not named no files are downloaded. Raises `InputError`
+    where there is no such model.
     """
     folder = Path(model)
     if folder.is_dir():
@@ -53,8 +68,26 @@ def model_folder(model: str | Path) -> Path:
     shipped = sorted(path.parent.name for path in WEIGHTS.glob("*/config.json"))
     if str(model) in shipped:
         return WEIGHTS / str(model)
-    said = f"give the folder of a trained run, or a name (shipped: {', '.join(shipped) or 'none'})"
-    raise InputError(f"there is no model at {model}: {said}")
+    said = f"there is no model at {model}"
+    if not (isinstance(model, str) and HUB_NAME.fullmatch(model)):
+        hint = "give the folder of a trained run, a name of the hub (org/name), or a shipped one"
+        raise InputError(f"{said}: {hint} ({', '.join(shipped) or 'none'})")
+    from huggingface_hub import snapshot_download
+
+    left_out = [part for part in PARTS if part not in parts]
+    left_out += ["reader"] * ("language" in left_out)
+    options = {"revision": revision, "cache_dir": cache_dir, "token": token}
+    try:
+        ignored = [f"{part}/*" for part in left_out]
+        return Path(snapshot_download(model, ignore_patterns=ignored, **options))
+    except (OSError, ValueError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise InputError(f"{said}, and the hub does not give it: {line}") from error
+
+
+def has_part(config: ModelConfig, folder: Path, part: str) -> bool:
+    """Whether a model folder has a part; an encoder that is only referenced is always there."""
+    return (folder / part).is_dir() or (part == "vision" and config.vision.source != "folder")
 
 
 @contextmanager
@@ -144,7 +177,7 @@ def build_language(
         lm,
         merger,
         dim=config.vision.dim,
-        codes=config.tokenizer.codes,
+        codes=config.visual_tokenizer.codes,
         end=text.eos_token_id,
         trained=config.language.source != "random",
         read_as=config.language.read_as,
@@ -242,14 +275,43 @@ def export(language: Language, text: PreTrainedTokenizerBase, folder: Path) -> N
     text.save_pretrained(folder)
 
 
+def load_visual_tokenizer(config: ModelConfig, folder: Path) -> VisualTokenizer:
+    """Read `visual_tokenizer/` of a model folder (fp32); raises `InputError` if it does not fit."""
+    tokenizer = VisualTokenizer(config.visual_tokenizer)
+    where = folder / "visual_tokenizer" / "model.safetensors"
+    tensors = load_tensors(where)
+    known = {"codebook.vectors", "codebook.mass"} <= tensors.keys()
+    if known and "codebook.sums" not in tensors:
+        mass = tensors["codebook.mass"][:, None]  # shipped models leave the sums out
+        tensors["codebook.sums"] = tensors["codebook.vectors"] * mass
+    load_strictly(tokenizer, tensors, where)
+    return tokenizer
+
+
+def over_base(config: ModelConfig, source: str) -> ModelConfig:
+    """The configuration with another language model (a path or hub id) under its adapter.
+
+    Raises `InputError` for a model whose language part is no adapter over a base.
+    """
+    language = config.language
+    if not language.lora_rank:
+        raise InputError(f"{config.name} is no adapter over a base: leave the other base out")
+    said = "base weights: %s instead of %s, so the figures of this model do not apply"
+    log.warning(said, source, language.source)
+    return replace(config, language=replace(language, source=source, sha256=None))
+
+
 def load_language(config: ModelConfig, folder: Path) -> tuple[Language, PreTrainedTokenizerBase]:
-    """Read `language/` and `reader/` of a model folder."""
+    """Read `language/` and `reader/` of a model folder; raises `InputError` if they do not fit."""
+    if (folder / "language").is_dir() and not (folder / "reader").is_dir():
+        said = f"{folder} has no reader for pictures (reader/ is missing)"
+        raise InputError(f"{said}: copy it there, or train the language stage again")
     lm, text = load_base(config.language, folder / "language")
-    tokenizer = config.tokenizer
+    tokenizer = config.visual_tokenizer
     merger = Merger(tokenizer.dim, tokenizer.heads, tokenizer.merger_depth, tokenizer.mlp_ratio)
     tensors = load_tensors(folder / "reader" / "model.safetensors")
     if not config.language.lora_rank:
-        visual = 2 + tokenizer.codes
+        visual = MARKERS + tokenizer.codes
         table, head = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
         tensors["rows"] = table[-visual:].detach().clone()
         if head is not table:

@@ -187,7 +187,7 @@ def write_gallery(
     for at in range(number):
         record = records[at * len(records) // number]
         try:
-            tokens.append(model.encode([record.open()]))
+            tokens.append(model.encode_images([record.open()]))
             chosen.append(record)
         except InputError:
             pass  # counted below
@@ -197,7 +197,7 @@ def write_gallery(
         remedy = "lavit data check says why"
         raise InputError(f"none of the {number} pictures of {data} can be read: {remedy}")
     found = [part.codes.cpu() for part in tokens]
-    use = torch.bincount(torch.cat(found), minlength=model.config.tokenizer.codes)
+    use = torch.bincount(torch.cat(found), minlength=model.config.visual_tokenizer.codes)
     lengths = torch.cat([part.lengths.cpu() for part in tokens])
     keep = torch.cat([part.keep.cpu() for part in tokens])
     live, mean = float((use > 0).double().mean()), float(lengths.double().mean())

@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("lavit").setLevel(logging.INFO)
     # threads that wait soon give their core away, or two processes spin in each other's way:
-    # libgomp reads this when torch is first imported (generate/placement.py has what works later)
+    # libgomp reads this when torch is first imported (placement.py has what works later)
     if not {"OMP_WAIT_POLICY", "torch"} & {*os.environ, *sys.modules}:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     for library in ("HF_HUB", "HF_DATASETS"):  # this command line has bars of its own

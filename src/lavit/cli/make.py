@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from lavit.cli.output import DEFAULT_MODEL, Model, ProgressBar, Words
-from lavit.config import InputError
+from lavit.config import InputError, read_config
 
 MIX = "a source; give it again to mix several, SOURCE:0.5 draws half as many documents from one"
 Data = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(help=MIX)]
@@ -46,7 +46,8 @@ def train(
 
     from lavit.presets import preset as find
     from lavit.presets import scaled
-    from lavit.train.run import STAGES, Run
+    from lavit.train.run import Run
+    from lavit.train.settings import STAGES
 
     chosen = find(preset)
     model = chosen.model
@@ -103,10 +104,8 @@ def finetune(
 
 def export(run: Words[str], /, out: Path, merge: bool = False) -> None:
     """Write a run's language model as a plain transformers folder; --merge joins LoRA to it."""
-    from lavit.config import ModelConfig, from_json, read_json
     from lavit.storage import export_language, model_folder
 
     folder = model_folder(run)
-    config = from_json(ModelConfig, read_json(folder / "config.json"))
-    export_language(config, folder, out, merge=merge)
+    export_language(read_config(folder), folder, out, merge=merge)
     print(out)

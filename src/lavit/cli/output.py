@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Words = tyro.conf.Positional
 arg = tyro.conf.arg
-Model = Annotated[str, arg(help="a trained run or model folder, or nano")]
+Model = Annotated[str, arg(help="a trained run or model folder, a hub's name, or nano")]
 RATIOS = "aspect ratio: 1:1, 4:3, 3:2, 16:9, 2:3, 3:4 (default: the model's)"
 Size = Annotated[str | None, arg(help=RATIOS)]
 Safety = Annotated[bool, arg(help="check written pictures where the model asks for it")]

@@ -27,7 +27,7 @@ from lavit.cli.output import (
     write_drawn,
     write_pictures,
 )
-from lavit.config import InputError
+from lavit.config import PARTS, TO_READ, TO_SEE, InputError
 
 BATCH = 16  # pictures that are read in one run of the engine
 
@@ -40,7 +40,7 @@ def caption(
     json: bool = False,
 ) -> None:
     """Say what pictures show."""
-    lavit = load_model(model, images, protocol=protocol)
+    lavit = load_model(model, images, protocol=protocol, parts=TO_READ)
     for at in range(0, len(images), BATCH):
         batch = images[at : at + BATCH]
         started = time.perf_counter()
@@ -63,7 +63,7 @@ def choose(
     """Say which of some texts a picture shows: the likeliest as its caption."""
     if not 1 <= n <= max(1, len(among)):
         raise InputError(f"n is {n}: choose from 1 to all {len(among)} texts")
-    chosen = load_model(model, [image]).rank(image, among)[:n]
+    chosen = load_model(model, [image], parts=TO_READ).rank(image, among)[:n]
     answer_with(json, "\n".join(chosen), image=image, chosen=chosen)
 
 
@@ -76,7 +76,7 @@ def ask(
     json: bool = False,
 ) -> None:
     """Answer a question about a picture."""
-    lavit = load_model(model, [image], protocol=protocol)
+    lavit = load_model(model, [image], protocol=protocol, parts=TO_READ)
     warn_of_unknown(lavit, [question])
     answer = lavit.ask(image, question)
     answer_with(json, answer, image=image, question=question, answer=answer)
@@ -145,7 +145,9 @@ class Drawing:
             raise InputError(f"n is {self.n}: ask for at least one picture")
         safety = None if self.safety else False  # None: as the model says
         options = {"protocol": self.protocol, "safety": safety, "watermark": self.watermark}
-        lavit = load_model(self.model, None if image is None else [image], **options)
+        reads = image is not None or self.best_of is not None or self.protocol != "default"
+        parts = PARTS if reads else PARTS[1:]
+        lavit = load_model(self.model, None if image is None else [image], parts=parts, **options)
         warn_of_unknown(lavit, prompts)
         names = ("best_of", "seed", "guidance", "steps", "size")
         how = {name: getattr(self, name) for name in names}
@@ -187,7 +189,8 @@ def reconstruct(
 ) -> None:
     """Turn pictures into visual tokens and back, without the language model."""
     checked = None if safety else False  # None: as the model says
-    lavit = load_model(model, images, safety=checked, watermark=watermark)
+    parts = (*TO_SEE, "pixels")
+    lavit = load_model(model, images, safety=checked, watermark=watermark, parts=parts)
     how = {"keep": keep, "seed": seed, "steps": steps, "size": size}
     write_drawn(partial(lavit.reconstruct, images, **how), out)
 
@@ -201,7 +204,7 @@ def tokenize(
     json: bool = False,
 ) -> None:
     """Print the visual tokens of pictures; --json adds kept patches, one object a line."""
-    lavit = load_model(model, images)
+    lavit = load_model(model, images, parts=TO_SEE)
     for image in images:
         tokens = lavit.tokenize(image, keep=keep, seed=seed)
         codes, kept = tokens.codes.tolist(), tokens.keep[0].nonzero()[:, 0].tolist()
@@ -251,10 +254,11 @@ def inspect(
     from lavit.images import open_image
     from lavit.visualize import kept_over, merge_map, sheet
 
-    lavit = load_model(model, [image])
+    lavit = load_model(model, [image], parts=TO_SEE)
     picture = open_image(image)
     mask = lavit.tokenize(picture, keep=keep).keep
-    flow = lavit.model.tokenizer.flow(lavit.model.patches([picture]), mask)[0].float().cpu()
+    patches = lavit.model.patches([picture])
+    flow = lavit.model.visual_tokenizer.flow(patches, mask)[0].float().cpu()
     mask = mask[0].cpu()
     kept = f"{int(mask.sum())} of {len(mask)} patches kept"
     words = ["picture", kept, "colour and line: the token that took most"]
@@ -276,7 +280,7 @@ def gallery(
     """Draw patches of the most used codes, the use of all codes, and lengths over a data set."""
     from lavit.visualize import write_gallery
 
-    loaded = load_model(model).model
+    loaded = load_model(model, parts=TO_SEE).model
     options = {"split": split, "codes": codes, "patches": patches, "limit": limit}
     with ProgressBar() as progress:
         counted = partial(progress.count, "pictures")

@@ -3,8 +3,8 @@
     language_model/ (LLaMA, joint rows)            ⇄  language/
     language_model/visual_weight.bin               ⇄  reader/
     visual_tokenizer/eva_vitg_psz14.bin            ⇄  vision/
-    visual_tokenizer/tokenizer_encoder.bin         ⇄  tokenizer/ (selector, merger, codebook)
-    visual_tokenizer/tokenizer_decoder.bin         ⇄  tokenizer/ (reconstructor), pixels/condition/
+    visual_tokenizer/tokenizer_encoder.bin         ⇄  visual_tokenizer/ (but the reconstructor)
+    visual_tokenizer/tokenizer_decoder.bin         ⇄  its reconstructor, pixels/condition/
     pixel_decoding/                                ⇄  pixels/
     visual_tokenizer/highres_tokenizer_decoder.bin ⇄  the same below highres/
     highres_pixel_decoding/                        ⇄  highres/pixels/
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lavit.config import InputError, ModelConfig, to_json
+from lavit.config import InputError, ModelConfig, read_config, write_config
 from lavit.convert import names, sizes
 from lavit.convert.folders import (
     Manifest,
@@ -53,6 +53,7 @@ FOLDERS = {
     "highres_pixel_decoding": "highres/pixels",
 }
 WEIGHTS = "model.safetensors"
+TOKENIZER = f"visual_tokenizer/{WEIGHTS}"
 CONDITION = f"pixels/condition/{WEIGHTS}"
 HIGHRES = "highres/"
 LINKED = ("vision", "language", "reader", "safety_checker")
@@ -99,7 +100,7 @@ def routes(files: Mapping[str, Collection[str]]) -> list[Route]:
     null = names.Rename(tuple(files[NULL]), "null_context", "squeeze")
     found = [
         Route(EVA, f"vision/{WEIGHTS}", names.vision(names.depth_of(files[EVA]))),
-        Route(ENCODER, f"tokenizer/{WEIGHTS}", encoder),
+        Route(ENCODER, TOKENIZER, encoder),
         Route(READER, f"reader/{WEIGHTS}", reader),
         Route(NULL, CONDITION, (null,)),
     ]
@@ -107,7 +108,7 @@ def routes(files: Mapping[str, Collection[str]]) -> list[Route]:
         if file in files:
             renames = names.reconstructor(names.depth_of(files[file]))
             renames = names.under(renames, "", "reconstructor.")
-            found.append(Route(file, f"{below}tokenizer/{WEIGHTS}", renames))
+            found.append(Route(file, below + TOKENIZER, renames))
             found.append(Route(file, f"{below}{CONDITION}", names.condition(kind)))
     return found
 
@@ -134,7 +135,7 @@ def allowed_aside(file: str, files: Mapping[str, Collection[str]]) -> set[str]:
 def map_tensors(files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
     """Tensors of our files from those of the published ones, names checked, still on disk.
 
-    `highres/tokenizer` gets the same selector, merger and codebook as `tokenizer`.
+    `highres/` gets the same selector, merger and codebook.
     """
     ours: dict[str, dict[str, Tensor]] = {}
     for file, found in files.items():
@@ -144,12 +145,12 @@ def map_tensors(files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str
         found, part = files[route.theirs], ours.setdefault(route.ours, {})
         for rename in route.renames:
             part[rename.ours] = names.theirs_to_ours(rename, found, where=route.theirs)
-    tokenizer = ours[f"tokenizer/{WEIGHTS}"]
+    tokenizer = ours[TOKENIZER]
     started = names.started_codebook(tokenizer["codebook.vectors"])
     tokenizer |= {f"codebook.{name}": value for name, value in started.items()}
     if HIGHRES_DECODER in files:
         shared = {n: t for n, t in tokenizer.items() if not n.startswith("reconstructor.")}
-        ours[f"{HIGHRES}tokenizer/{WEIGHTS}"] |= shared
+        ours[HIGHRES + TOKENIZER] |= shared
     return ours
 
 
@@ -164,7 +165,7 @@ def configs(
     for below, config in found.items():
         parts = {
             "vision": ours[f"vision/{WEIGHTS}"],
-            "tokenizer": ours[f"{below}tokenizer/{WEIGHTS}"],
+            "visual_tokenizer": ours[below + TOKENIZER],
             "reader": ours[f"reader/{WEIGHTS}"],
             "condition": ours[f"{below}{CONDITION}"],
         }
@@ -208,6 +209,7 @@ def convert_reverse(folder: Path | str, out: Path | str) -> Converted:
     folder, out = Path(folder), Path(out)
     _check_free(out)
     manifest = Manifest.read(folder)
+    read_config(folder)  # refuses another format
     with replacing(out) as new:
         for path, entry in manifest.tensors.items():
             tensors = _published_tensors(folder, path, manifest)
@@ -261,7 +263,7 @@ def _check_language(folder: Path, reader: Mapping[str, Tensor], config: ModelCon
     with torch.device("meta"):
         expected = AutoModelForCausalLM.from_config(architecture).state_dict()
     sizes.check_shapes(expected, folder_tensors(folder), where="language_model")
-    rows, visual = architecture.vocab_size, MARKERS + config.tokenizer.codes
+    rows, visual = architecture.vocab_size, MARKERS + config.visual_tokenizer.codes
     if rows <= visual:
         raise InputError(f"language_model has {rows} rows, but {visual} of them must be visual")
     width, own = reader["to_language.weight"].shape[0], architecture.hidden_size
@@ -275,7 +277,7 @@ def _write_configs(new: Path, found: Mapping[str, ModelConfig]) -> None:
     for below, config in found.items():
         vision = replace(config.vision, architecture={})
         config = replace(config, vision=vision, pixels=replace(config.pixels, safety=True))
-        write_json(new / below / "config.json", to_json(config))
+        write_config(new / below, config)
         for part in LINKED if below else ():
             if (new / part).is_dir():
                 (new / below / part).symlink_to(Path("..") / part, target_is_directory=True)

@@ -45,7 +45,7 @@ def vision_config(eva: Shapes) -> VisionConfig:
 
 def tokenizer_config(encoder: Shapes, decoder: Shapes) -> TokenizerConfig:
     """Selector, merger, codebook and reconstructor."""
-    preset = lavit_7b().model.tokenizer
+    preset = lavit_7b().model.visual_tokenizer
     codes, code_dim = encoder["quantize.embedding.weight"].shape
     hidden, dim = encoder["causal_encoder.blocks.0.mlp.fc1.weight"].shape
     same = int(preset.mlp_ratio * dim) == hidden
@@ -95,7 +95,7 @@ def model_config(
         return replace(
             preset,
             vision=vision_config(vision),
-            tokenizer=tokenizer_config(encoder, decoder),
+            visual_tokenizer=tokenizer_config(encoder, decoder),
             language=replace(preset.language, architecture={}),
             pixels=pixels_config(decoder, null),
         )
@@ -113,14 +113,14 @@ def check_shapes(expected: Shapes, found: Shapes, *, where: str) -> None:
 
 
 def check_parts(config: ModelConfig, tensors: Mapping[str, Shapes]) -> None:
-    """Hold the tensors of "vision", "tokenizer", "reader" and "condition" against our modules."""
-    width, dim = tensors["reader"]["to_language.weight"].shape[0], config.tokenizer.dim
+    """Hold the tensors of each part of the model against our modules."""
+    width, dim = tensors["reader"]["to_language.weight"].shape[0], config.visual_tokenizer.dim
     with torch.device("meta"):
-        tokenizer = VisualTokenizer(config.tokenizer)
+        tokenizer = VisualTokenizer(config.visual_tokenizer)
         reader = {"merger": tokenizer.merger, "to_language": nn.Linear(dim, width)}
         parts = {
             "vision": load_vision(replace(config.vision, source="random")).encoder,
-            "tokenizer": tokenizer,
+            "visual_tokenizer": tokenizer,
             "reader": nn.ModuleDict(reader),
             "condition": HEADS[config.pixels.condition](config.pixels),
         }

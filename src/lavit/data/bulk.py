@@ -31,13 +31,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lavit.config import InputError, read_json, require, to_json, write_json
+from lavit.config import TO_SEE, InputError, read_json, require, to_json, write_json
 from lavit.data.corpus import Broken, Corpus
 from lavit.data.sources import Pictures, below, load_records
 from lavit.model import LaVIT
 from lavit.modules.selector import KeepPolicy
 from lavit.modules.vision import sha256
 from lavit.sequence import VisualTokens
+from lavit.storage import model_folder
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -62,7 +63,7 @@ class Job:
 
     data: str | Path  # any source of data/sources.py
     out: str | Path
-    model: str | Path  # a trained run or model folder
+    model: str | Path  # what `LaVIT.from_pretrained` opens
     split: str = "train"
     keep: str = "auto"
     seed: int = 0  # of policies that draw
@@ -78,8 +79,8 @@ class Job:
     def absolute(self) -> Job:
         """The same with absolute paths: workers stand in folders of their own."""
         data = Path(self.data).resolve() if Path(self.data).exists() else self.data
-        out, model = (str(Path(path).resolve()) for path in (self.out, self.model))
-        return replace(self, data=str(data), out=out, model=model)
+        out, model = Path(self.out).resolve(), model_folder(self.model, parts=TO_SEE).resolve()
+        return replace(self, data=str(data), out=str(out), model=str(model))
 
     def records(self, shard: int, count: int) -> range:
         """Numbers of a shard's records, of `count` in all."""
@@ -95,13 +96,13 @@ def tokenizer_hash(model: LaVIT) -> str:
     if folder is None:
         lacks = "this model lies in no folder"
         raise InputError(f"{lacks}: save it before a corpus is tokenised with it")
-    weights = [folder / "tokenizer" / "model.safetensors"]
+    weights = [folder / "visual_tokenizer" / "model.safetensors"]
     if not weights[0].is_file():
         lacks = f"{folder} holds no trained tokenizer"
         raise InputError(f"{lacks}: lavit train tokenizer --out {folder}")
     if config.vision.source == "folder":
         weights += sorted((folder / "vision").glob("*.safetensors"))
-    said = [to_json(config.vision), to_json(config.tokenizer), *map(sha256, weights)]
+    said = [to_json(config.vision), to_json(config.visual_tokenizer), *map(sha256, weights)]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
@@ -122,7 +123,7 @@ def tokenize_corpus(
     require("pyarrow", extra="ray")
     job = job.absolute()
     records = load_records(job.data, job.split)
-    settings = _settle(job, records, LaVIT.from_pretrained(job.model))
+    settings = _settle(job, records, LaVIT.from_pretrained(job.model, parts=()))
     missing = [n for n in range(settings["shards"]) if not _shard(job.out, n).exists()]
     done = len(records) - sum(len(job.records(shard, len(records))) for shard in missing)
     for shard in _on_ray(job, missing, workers) if workers else map(ShardWriter(job), missing):
@@ -138,8 +139,8 @@ class ShardWriter:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.records = load_records(job.data, job.split)
-        dtype = getattr(torch, job.dtype)
-        self.model = LaVIT.from_pretrained(job.model, device=job.device, dtype=dtype)
+        where = {"device": job.device, "dtype": getattr(torch, job.dtype)}
+        self.model = LaVIT.from_pretrained(job.model, **where, parts=TO_SEE)
         self.policy, self.tokenizer = KeepPolicy.parse(job.keep), tokenizer_hash(self.model)
 
     def __call__(self, shard: int) -> int:
@@ -156,7 +157,7 @@ class ShardWriter:
                 broken.append((name, str(error)))
                 continue
             generator = torch.Generator().manual_seed(job.seed)
-            tokens = self.model.encode([image], self.policy, generator=generator)
+            tokens = self.model.encode_images([image], self.policy, generator=generator)
             codes, keep = tokens.codes.tolist(), tokens.keep[0].tolist()
             row = {"record": index, "name": name, "codes": codes, "keep": keep}
             rows.append({**row, "length": int(tokens.lengths[0])})
@@ -241,8 +242,8 @@ def _settle(job: Job, records: Pictures, lavit: LaVIT) -> dict[str, Any]:
         "order": hashlib.sha256(names.encode()).hexdigest()[:16],
         "shard_size": job.shard_size,
         "shards": math.ceil(len(records) / job.shard_size),
-        "patches": lavit.config.tokenizer.patches,
-        "codes": lavit.config.tokenizer.codes,
+        "patches": lavit.config.visual_tokenizer.patches,
+        "codes": lavit.config.visual_tokenizer.codes,
     }
     if path.exists():
         found = read_json(path)

@@ -41,7 +41,7 @@ STRANGE = "a purplish wombat on a blue background"
 APART = 1000  # pictures between those of two seeds
 TRIES = 200  # pictures that are looked at for one that allows an edit
 PARTS = {  # what they are called, and where they are
-    "tokenizer": ("visual tokenizer", "tokenizer/model.safetensors"),
+    "visual_tokenizer": ("visual tokenizer", "visual_tokenizer/model.safetensors"),
     "language": ("language part", "language", "reader"),
     "pixels": ("pixel decoder", "pixels"),
 }
@@ -103,7 +103,7 @@ class Show:
         if not self.rules.held_out_pairs:
             raise InputError(f"{model} saw every pair of things; the demo shows pairs held out")
         self.size = said.get("size", 160)
-        self.pipe = lavit.load(model)
+        self.pipe = lavit.load(self.folder)
         self.name = self.pipe.model.config.name
 
     def reading(self) -> Section:
@@ -114,7 +114,7 @@ class Show:
             "that it sees; a tick means that every word is right and nothing is left out. Beside "
             "each picture: the patches that became tokens; the others, faded, flow into them."
         )
-        if lacking := self.lacking("tokenizer", "language"):
+        if lacking := self.lacking("visual_tokenizer", "language"):
             return Section(title, about, missing=lacking)
         scenes = list(self.scenes(0, READ))
         pictures = [self.picture(scene) for scene in scenes]
@@ -132,7 +132,7 @@ class Show:
     def asking(self) -> Section:
         """Questions of different kinds."""
         title, about = "Answering", "Questions about other pictures of things never seen together."
-        if lacking := self.lacking("tokenizer", "language"):
+        if lacking := self.lacking("visual_tokenizer", "language"):
             return Section(title, about, missing=lacking)
         asked = self.questions()
         pictures = [self.picture(scene) for scene, _ in asked]
@@ -211,7 +211,7 @@ class Show:
 
     def made(self, title: str, about: str, tasks: Sequence[Task]) -> Section:
         """What the model draws for tasks, each with a seed of its own."""
-        if lacking := self.lacking("tokenizer", "language", "pixels"):
+        if lacking := self.lacking("visual_tokenizer", "language", "pixels"):
             return Section(title, about, missing=lacking)
         sources = [[self.picture(scene) for scene in task.sources] for task in tasks]
         prompts = [[*shown, task.words] for shown, task in zip(sources, tasks, strict=True)]
@@ -235,7 +235,7 @@ class Show:
             f"The number of tokens of pictures with 0 to {LADDER - 1} things, {RUNGS} pictures of "
             "each number; the line joins the means. Training had at most four things in a picture."
         )
-        if lacking := self.lacking("tokenizer"):
+        if lacking := self.lacking("visual_tokenizer"):
             return Section(title, about, missing=lacking)
         counts: list[list[int]] = [[] for _ in range(LADDER)]
         items = []

@@ -105,7 +105,7 @@ def seen_drawn(exam: Exam, split: str) -> list[Seen]:
 
 def seen_rebuilt(exam: Exam, split: str) -> list[Seen]:
     """What is seen of a split's pictures after their own tokens and the decoder."""
-    exam.needs("tokenizer", "pixels")
+    exam.needs("visual_tokenizer", "pixels")
     _, tokens = exam.encoded(split, exam.count)
     codes = [one.tolist() for one in tokens.split()]
     pictures = painted(exam, f"reconstruct {split}", range(exam.count), codes)

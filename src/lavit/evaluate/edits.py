@@ -87,7 +87,7 @@ def seen_drawn(exam: Exam, task: str, asked: list[Asked]) -> list[Seen]:
 
 def seen_oracle(exam: Exam, task: str, asked: list[Asked]) -> list[Seen]:
     """What is seen of the targets after their own tokens and the decoder."""
-    exam.needs("tokenizer", "pixels")
+    exam.needs("visual_tokenizer", "pixels")
     tokens = exam.tokenizer.encode(exam.features([exam.picture(one.target) for one in asked]))
     codes = [one.tolist() for one in tokens.split()]
     pictures = painted(exam, f"oracle {task}", [one.item for one in asked], codes)

@@ -20,16 +20,17 @@ from PIL.Image import Image
 from torch import Tensor
 
 import lavit
-from lavit.config import InputError
+from lavit.config import PARTS, TO_READ, InputError
 from lavit.data.scenes.render import render
 from lavit.data.scenes.sample import scene_at
 from lavit.data.scenes.splits import Rules
 from lavit.data.scenes.world import Scene
 from lavit.evaluate.kept import Kept, Progress
 from lavit.evaluate.known import training_of
+from lavit.model import LaVIT
 from lavit.modules.tokenizer import VisualTokenizer
 from lavit.sequence import VisualTokens
-from lavit.storage import model_folder
+from lavit.storage import has_part, model_folder
 
 COUNT = 500  # items of a figure, where a user does not say
 BATCH = 16  # pictures that are encoded together
@@ -66,7 +67,8 @@ class Exam:
         if count is not None and count < 1:
             raise InputError(f"count is {count}: give the number of items of a figure, 1 or more")
         self.folder = model_folder(model)
-        self.pipe = lavit.load(model, safety=False)  # what is measured is not released
+        # what is measured is not released; the pixel decoder is loaded for figures that need it
+        self.pipe = lavit.load(self.folder, safety=False, parts=TO_READ)
         self.model = self.pipe.model
         self.asked, self.count = count, count or COUNT  # items of a figure
         self.seed, self.rules = seed, rules or Rules()
@@ -87,8 +89,8 @@ class Exam:
     @cached_property
     def tokenizer(self) -> VisualTokenizer:
         """The visual tokenizer."""
-        self.needs("tokenizer")
-        return self.model.tokenizer
+        self.needs("visual_tokenizer")
+        return self.model.visual_tokenizer
 
     @cached_property
     def judge(self) -> Any:
@@ -103,10 +105,14 @@ class Exam:
         return self.model.config.pixels.size
 
     def needs(self, *parts: str) -> None:
-        """Raise `Missing` unless the model has these parts."""
+        """Raise `Missing` unless the model has these parts; loads the pixel decoder when needed."""
+        model = self.model
         for part in parts:
-            if not (self.folder / part).is_dir() and part not in self.model.parts:
+            if not has_part(model.config, self.folder, part):
                 raise Missing(f"this model has no {part} yet")
+        if "pixels" in parts and model.pixels is None:
+            where = {"device": model.device, "dtype": model.dtype, "parts": ("pixels",)}
+            model.pixels = LaVIT.from_pretrained(self.folder, **where).pixels
 
     def seeds(self, items: Sequence[int]) -> list[int]:
         """Seeds that items are sampled with."""
@@ -171,10 +177,9 @@ def rebuilt(tokenizer: VisualTokenizer, features: Features) -> Features:
 def weights_hash(folder: Path) -> str:
     """A hash of all weights of a model folder (training's own files are left out)."""
     digest = hashlib.sha256()
-    parts = ("vision", "tokenizer", "language", "reader", "pixels")
     files = sorted(
         path
-        for part in parts
+        for part in (*PARTS, "reader")
         for path in (folder / part).rglob("*")
         if path.suffix in (".safetensors", ".bin", ".json", ".model")
     )

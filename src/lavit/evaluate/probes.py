@@ -235,7 +235,7 @@ def write_identity(exam: Exam) -> Figure:
     for at in range(0, exam.count, BATCH):
         here = slice(at, at + BATCH)
         part = features[here]
-        from_codes = exam.model.features([torch.tensor(one) for one in codes[here]])
+        from_codes = exam.model.decode([torch.tensor(one) for one in codes[here]])
         for kind, probe, rows, prompts in (
             ("written", rebuilds, from_codes, said),
             ("another", rebuilds, from_codes, turned(said)),

@@ -99,7 +99,7 @@ def text_ratio(exam: Exam) -> Figure:
         raise Missing("the base of its language model is not known")
     base, _ = load_base(from_json(LanguageConfig, began), exam.folder / "base")
     texts = [topics[name] for name in sorted(topics)][: min(PASSAGES, exam.count)]
-    text, where = exam.model.text, "Python's manual"
+    text, where = exam.model.text_tokenizer, "Python's manual"
     found = perplexity(texts, text, exam.model.language, base, where=where, progress=exam.progress)
     under = found.floor[1]
     return Figure(

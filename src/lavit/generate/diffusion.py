@@ -4,7 +4,7 @@
 
     pipe = PixelsPipeline.of(lv.model.pixels)
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
-    pipe(lv.model.features([codes]), seeds=[0]).images[0]
+    pipe(lv.model.decode([codes]), seeds=[0]).images[0]
 
 It gives `Pixels.sample` its parts, and the same pictures. The safety check is the `Pipeline`'s.
 """

@@ -325,7 +325,7 @@ class Pipeline(Runner):
         """Visual tokens of all pictures; `seed` is that of the policies that draw patches."""
         pictures = [open_image(picture) for picture in pictures_of(images)]
         generator = torch.Generator().manual_seed(seed)
-        return self.model.encode(pictures, KeepPolicy.parse(keep), generator=generator)
+        return self.model.encode_images(pictures, KeepPolicy.parse(keep), generator=generator)
 
     @overload
     def reconstruct(self, images: ImageInput, **how: Unpack[ReconstructionOptions]) -> Image: ...

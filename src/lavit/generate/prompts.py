@@ -64,19 +64,21 @@ class Prompt:
 @torch.inference_mode()
 def lay_prompt(model: LaVIT, parts: Parts) -> Prompt:
     """Ids, slots and features of words and pictures in order."""
+    model.needs("language")
     language, vocabulary = model.language, model.language.vocabulary
     features: list[Tensor] = []
 
     def codes(part: ImagePart) -> tuple[int, ...]:
         if not part.read:
             return tuple(_codes(model, part).tolist())
+        model.needs("vision", "visual_tokenizer")
         patches = model.patches([open_image(part.image)])
-        keep = model.tokenizer.select(patches, KeepPolicy.parse(part.keep))
-        prepared = model.tokenizer.prepare(patches).to(language.rows.dtype)
+        keep = model.visual_tokenizer.select(patches, KeepPolicy.parse(part.keep))
+        prepared = model.visual_tokenizer.prepare(patches).to(language.rows.dtype)
         features.append(language.read(prepared, keep))
         return (0,) * len(features[-1])  # ids of slots are never looked at
 
-    ids, read_as = partial(ids_of, model.text), model.config.language.read_as
+    ids, read_as = partial(ids_of, model.text_tokenizer), model.config.language.read_as
     document = segments(parts, ids, codes, vocabulary.end, read_as=read_as)
     laid = lay_out(document, vocabulary)
     if not features:
@@ -87,8 +89,9 @@ def lay_prompt(model: LaVIT, parts: Parts) -> Prompt:
 def _codes(model: LaVIT, part: ImagePart) -> Tensor:
     """Codes of a picture: those it came with, else those of a look at it."""
     if part.codes is None:
-        return model.encode([open_image(part.image)], KeepPolicy.parse(part.keep)).codes
-    config = model.config.tokenizer
+        policy = KeepPolicy.parse(part.keep)
+        return model.encode_images([open_image(part.image)], policy).codes
+    config = model.config.visual_tokenizer
     wrong = [code for code in part.codes if not 0 <= code < config.codes]
     if wrong or not 1 <= len(part.codes) <= config.patches:
         among = f", among them {wrong[0]}" if wrong else ""
@@ -248,7 +251,7 @@ def sampling_of_codes(
     guidance: float | None,
 ) -> Sampling:
     """How codes are written; raises `InputError` for more than this model's pictures have."""
-    patches = model.config.tokenizer.patches
+    patches = model.config.visual_tokenizer.patches
     how = sampling or fitted(protocol.drawing, patches)
     if how.max_tokens > patches:
         raise InputError(
@@ -260,11 +263,11 @@ def sampling_of_codes(
 
 def turn_ends(model: LaVIT) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """How an assistant's turn ends: strings that cut its text, ids that stop it."""
-    closing = turn_end(model.text)
+    text = model.text_tokenizer
+    closing = turn_end(text)
     if not closing:
         return (), ()
-    known = model.text.added_tokens_decoder
-    ids = ids_of(model.text, closing, controls=True)
+    known, ids = text.added_tokens_decoder, ids_of(text, closing, controls=True)
     stop = next((id for id in ids if id in known and known[id].special), None)
     if stop is not None:
         return (), (stop,)

@@ -77,12 +77,13 @@ class Runner:
     ) -> None:
         self.model, self.safety, self.watermark = model, safety, watermark
         if isinstance(protocol, str):
-            protocol = protocol_of(protocol, model.config.tokenizer.patches)
+            protocol = protocol_of(protocol, model.config.visual_tokenizer.patches)
         self.protocol = protocol
 
     @cached_property
     def engine(self) -> Engine:
         """The token engine over this model's language part."""
+        self.model.needs("language")
         return Engine(self.model.language)
 
     @cached_property
@@ -105,11 +106,12 @@ class Runner:
         `codes` are those of each picture, `[kept]`; `watch` is called with the step's number and
         the latents after each step.
         """
+        self.model.needs("visual_tokenizer", "pixels")
         done: list[Image.Image] = []
         for at in range(0, len(codes), TOGETHER):
             with torch.inference_mode():
                 pictures = self.model.pixels.sample(
-                    self.model.features(codes[at : at + TOGETHER]),
+                    self.model.decode(codes[at : at + TOGETHER]),
                     steps=steps,
                     guidance=guidance,
                     seeds=list(seeds)[at : at + TOGETHER],
@@ -122,10 +124,11 @@ class Runner:
     def _ready(self, size: Size | None, jobs: Sequence[Job] = ()) -> None:
         """Raise what would stop the picture at the end before work begins.
 
-        What the language model cannot serve is refused first, before the decoder is read.
+        What the language model cannot serve is refused first.
         """
         for job in jobs:
             self.engine.check(job.request)
+        self.model.needs("visual_tokenizer", "pixels")
         self.model.pixels.check_size(self.model.pixels.picture_size(size))
         _ = self.release
 
@@ -181,7 +184,8 @@ class Runner:
 
     def _replies(self, messages: Messages | MessagesList, out: Reply, **how: Any) -> Work:
         """The assistant's turn behind each conversation; its text ends where the turn does."""
-        inputs = talks_of(messages, self.model.text, out)
+        self.model.needs("language")
+        inputs = talks_of(messages, self.model.text_tokenizer, out)
         if unused := sorted(how.keys() - REPLIES[out].__optional_keys__):
             raise InputError(f"a reply of kind {out!r} takes no {', '.join(unused)}: leave it out")
         if out == "image":
@@ -193,7 +197,7 @@ class Runner:
 
     def _run(self, work: Work) -> list[Made]:
         """What each job wrote; all pictures are painted together at the end."""
-        happening = updates(self.engine, self.model.text, work.jobs)
+        happening = updates(self.engine, self.model.text_tokenizer, work.jobs)
         return gathered(happening, work.jobs, work.paint)
 
     def _texts(self, work: Work) -> list[str]:
@@ -215,6 +219,8 @@ class Runner:
             raise InputError(f"best_of is {count!r}: give the number of candidates, 1 or more")
         if scorer is not None and count == 1:
             raise InputError("a scorer chooses among candidates: give best_of=2 or more")
+        if count > 1 and scorer is None:  # the model reads its own drawings
+            self.model.needs("vision", "visual_tokenizer")
         work = self._picture(inputs, **how)
         jobs = [reseeded(job, APART * n) for job in work.jobs for n in range(count)]
         made = self._run(replace(work, jobs=jobs))
@@ -234,7 +240,7 @@ class Runner:
             remedy = "leave previews out, or load with safety=False"
             raise InputError(f"previews would pass the safety checker unseen: {remedy}")
         show = self._preview if previews else None
-        run = partial(updates, self.engine, self.model.text, work.jobs)
+        run = partial(updates, self.engine, self.model.text_tokenizer, work.jobs)
         return run(paint=work.paint, show=show)
 
     @torch.inference_mode()

@@ -42,7 +42,7 @@ def ranked(model: LaVIT, seen: Prompt, texts: Sequence[str]) -> list[str]:
 @torch.inference_mode()
 def _said(model: LaVIT, seen: Prompt, words: str) -> Float[Tensor, "tokens"]:
     """Log-likelihood of each token of the words behind a prompt, and of the end."""
-    language, text = model.language, model.text
+    language, text = model.language, model.text_tokenizer
     said = [*ids_of(text, words), language.vocabulary.end]
     ids = torch.tensor([[*seen.ids, *said]], device=model.device)
     length, context = ids.shape[1], Decoder(language).context

@@ -49,12 +49,16 @@ class Vision(nn.Module):
         Blocks are small, since larger ones may be computed in another order (EfficientNet-Lite0: of
         16 and more), and features are rounded to fp16, as training keeps them.
         """
-        config, weight = self.config, next(self.parameters())
+        config = self.config
         blocks = [images[at : at + BLOCK] for at in range(0, len(images), BLOCK)]
         how = (config.image_size, config.mean, config.std)
-        batches = (to_pixels(block, *how) for block in blocks)
-        found = [self(batch.to(weight.device, weight.dtype)).half() for batch in batches]
-        return torch.cat(found).float()
+        return torch.cat([self.encode_pixels(to_pixels(block, *how)) for block in blocks])
+
+    def encode_pixels(self, pixels: Float[Tensor, "images 3 height width"]) -> Patches:
+        """`encode` of pictures that are normalised tensors already (`images.pixels`)."""
+        weight = next(self.parameters())
+        blocks = pixels.to(weight.device, weight.dtype).split(BLOCK)
+        return torch.cat([self(block).half() for block in blocks]).float()
 
     @torch.no_grad()
     def forward(self, pixels: Float[Tensor, "images 3 height width"]) -> Patches:
@@ -111,7 +115,7 @@ class Vision(nn.Module):
 
 
 def load_vision(config: VisionConfig, folder: Path | None = None) -> Vision:
-    """Build the encoder that `config` names; `folder` is where that of source "folder" lies."""
+    """Build the encoder that `config` names, in fp32; `folder` is where that of "folder" lies."""
     if config.source == EFFICIENTNET:
         return Vision(config, _efficientnet_lite0(config))
     from transformers import AutoConfig, AutoModel, Blip2VisionModel
@@ -130,7 +134,7 @@ def load_vision(config: VisionConfig, folder: Path | None = None) -> Vision:
         reason = str(error).splitlines()[0]
         raise InputError(f"no vision encoder at {where}: {reason}") from error
     kind = Blip2VisionModel if architecture.model_type == BLIP else AutoModel
-    encoder = kind.from_pretrained(where)
+    encoder = kind.from_pretrained(where, dtype=torch.float32)  # whatever it was saved in
     return Vision(config, getattr(encoder, "vision_model", encoder))
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lavit.config import ModelConfig, TrainConfig, from_json, read_json, write_whole
+from lavit.config import ModelConfig, TrainConfig, from_json, read_config, read_json, write_whole
 from lavit.data.sources import LICENCE_WORDS
 from lavit.train.metrics import read_lines
 
@@ -43,7 +43,7 @@ def write_card(folder: Path) -> Path:
         log.warning("%s is no model card of ours and was left as it is", path)
         return path
     said = read_json(folder / "training.json")
-    model = from_json(ModelConfig, read_json(folder / "config.json"))
+    model = read_config(folder)
     training = from_json(TrainConfig, said["training"])
     parts = [
         f"# {model.name}",
@@ -76,7 +76,7 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def _parts(model: ModelConfig, started: dict[str, Any]) -> list[tuple[str, ...]]:
-    tokenizer, vision, pixels = model.tokenizer, model.vision, model.pixels
+    tokenizer, vision, pixels = model.visual_tokenizer, model.vision, model.pixels
     encoder = f"{vision.source}, {vision.image_size} px, {vision.patches} patches of {vision.dim}"
     codes = f"{tokenizer.codes} codes of {tokenizer.code_dim}"
     language, rank = started["language"]["source"], model.language.lora_rank

@@ -21,12 +21,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lavit.config import (
+    TO_READ,
     FinetuneTraining,
     InputError,
     LanguageTraining,
     ModelConfig,
     TrainConfig,
     from_json,
+    read_config,
     read_json,
     to_json,
     write_json,
@@ -40,7 +42,7 @@ from lavit.train.language import LanguageStage
 from lavit.train.run import Run
 
 log = logging.getLogger(__name__)
-COPIED = ("vision", "tokenizer", "pixels", "base")
+COPIED = ("vision", "visual_tokenizer", "pixels", "base")
 MEASURED = 3  # steps whose time says how many fit into some minutes
 
 
@@ -89,7 +91,7 @@ class Finetune(Run):
             raise InputError(f"a training needs a positive time, not {minutes} minutes")
         if Path(folder).resolve() == self.source.resolve():
             raise InputError(f"{folder} is the model to be fine-tuned: give another --out")
-        config = from_json(ModelConfig, read_json(self.source / "config.json"))
+        config = read_config(self.source)
         super().__init__(folder, Path(data), config, training, **options)
         if self.accelerator.is_fsdp2:
             raise InputError("fine-tuning runs in one process or under DDP: start it without FSDP")
@@ -120,18 +122,21 @@ class Finetune(Run):
 
     def _train_language(self) -> None:
         conversations = load_conversations(self.data)
-        model = LaVIT.from_pretrained(self.source, device=self.accelerator.device)
-        language, text = model.language, model.text
+        parts = TO_READ if conversations.pictures else TO_READ[1:]
+        model = LaVIT.from_pretrained(self.source, device=self.accelerator.device, parts=parts)
+        model.needs(*parts)
+        language, text = model.language, model.text_tokenizer
         adapted = prepare_lora(language, self.config, self.training.lora_rank)
         features, tokens = nothing_read(self.config.vision)
         if conversations.pictures:
             features = self._features(conversations.pictures, model.vision)
-            tokens = self._tokens(model.tokenizer, features)
+            tokens = self._tokens(model.visual_tokenizer, features)
         config, seed = self.training.language, self.training.seed
         codes = tuple(tuple(part.tolist()) for part in tokens.split())
         make = {"text": text, "vocabulary": language.vocabulary, "config": config, "seed": seed}
         documents = ConversationDocuments(conversations, codes, **make)
-        stage = LanguageStage(language, model.tokenizer, documents, features, tokens, config)
+        tokenizer = model.visual_tokenizer
+        stage = LanguageStage(language, tokenizer, documents, features, tokens, config)
         stage.name = "finetune"
         if self.minutes is not None and not self.path.exists():
             self._measure(stage)
@@ -171,8 +176,7 @@ class Finetune(Run):
         if not adapted:
             merge_lora(language)
             config = replace(config, language=replace(config.language, lora_rank=0))
-        model = LaVIT(config, {"language": language}, text=text, folder=self.folder)
-        model.save_pretrained(self.folder, parts=("language",))
+        LaVIT(config, language=language, text_tokenizer=text).save_pretrained(self.folder)
         (self.folder / "language" / "done").touch()
 
 

@@ -116,7 +116,7 @@ class LanguageStage(Stage):
     def losses(self, module: nn.Module, batch: LanguageBatch, step: int) -> dict[str, Figure]:
         """Cross-entropy over all target tokens of a step; loss and accuracy of text and codes."""
         device = self.accelerator.device
-        rows = Batch(*(getattr(batch.rows, name).to(device) for name in Batch.__dataclass_fields__))
+        rows = batch.rows.to(device)
         patches = self.tokenizer.prepare(batch.patches).to(device)
         out: LanguageLoss = module(rows, patches, batch.keep.to(device))
         loss = out.total / batch.targets * self.accelerator.num_processes

@@ -189,7 +189,8 @@ class _Counter:
         inputs = self.language.width * self.size
         lm = rest + (depth * inputs + block if recompute else depth * block)
         block, rest = self._reader_bytes
-        depth, inputs = self.model.tokenizer.merger_depth, self.model.tokenizer.dim * self.size
+        tokenizer = self.model.visual_tokenizer
+        depth, inputs = tokenizer.merger_depth, tokenizer.dim * self.size
         inputs *= self._kept_patches
         reader = rest + (depth * inputs + block if recompute else depth * block)
         mixture = self.training.language.mixture
@@ -198,7 +199,7 @@ class _Counter:
 
     @property
     def _kept_patches(self) -> int:
-        return max(1, round(self.training.tokenizer.rate * self.model.tokenizer.patches))
+        return max(1, round(self.training.tokenizer.rate * self.model.visual_tokenizer.patches))
 
     @cached_property
     def _lm_bytes(self) -> tuple[float, float]:
@@ -220,7 +221,7 @@ class _Counter:
     @cached_property
     def _reader_bytes(self) -> tuple[float, float]:
         """Bytes an image that autograd keeps in a block of the merger, and around the blocks."""
-        config = self.model.tokenizer  # a real merger: which rows stay is data
+        config = self.model.visual_tokenizer  # a real merger: which rows stay is data
         merger = Merger(config.dim, config.heads, 1, config.mlp_ratio)
         keep = (torch.arange(config.patches) < self._kept_patches).expand(2, -1)
         forward = partial(merger, torch.zeros(2, config.patches, config.dim), keep)
@@ -257,7 +258,7 @@ def _architecture(model: ModelConfig, training: TrainConfig) -> Any:
             why = str(error).splitlines()[0]
             raise InputError(f"no language model at {source}: {why}") from error
     if source == "folder":  # a saved language model has the joint vocabulary
-        options["vocab_size"] -= 2 + model.tokenizer.codes
+        options["vocab_size"] -= 2 + model.visual_tokenizer.codes
     return AutoConfig.for_model(**options)
 
 
@@ -267,7 +268,7 @@ def _build(model: ModelConfig, config: Any, layers: int) -> Language:
     if told.get("layer_types"):
         told["layer_types"] = told["layer_types"][:layers]
     config = type(config).from_dict(told)
-    tokenizer = model.tokenizer
+    tokenizer = model.visual_tokenizer
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config)
         merger = Merger(tokenizer.dim, tokenizer.heads, tokenizer.merger_depth, tokenizer.mlp_ratio)

@@ -24,13 +24,14 @@ from transformers import AutoTokenizer
 from transformers import PreTrainedTokenizerBase as TextTokenizer
 
 from lavit.config import (
+    TO_SEE,
     InputError,
     LoopConfig,
     ModelConfig,
-    TrainConfig,
-    from_json,
+    read_config,
     read_json,
     to_json,
+    write_config,
     write_json,
 )
 from lavit.data.bulk import corpus_codes, tokenizer_hash
@@ -49,9 +50,15 @@ from lavit.model import LaVIT
 from lavit.modules.language import Language
 from lavit.modules.pixels import Pixels
 from lavit.modules.tokenizer import VisualTokenizer
-from lavit.modules.vision import Vision
+from lavit.modules.vision import Vision, load_vision
 from lavit.sequence import VisualTokens
-from lavit.storage import build_language, load_base, load_language, model_folder
+from lavit.storage import (
+    build_language,
+    load_base,
+    load_language,
+    load_visual_tokenizer,
+    model_folder,
+)
 from lavit.train.card import write_card
 from lavit.train.checkpoint import latest_checkpoint, load_weights
 from lavit.train.health import parameter_lines
@@ -60,11 +67,11 @@ from lavit.train.loop import Report, Stage, train
 from lavit.train.metrics import check_trackers
 from lavit.train.pixels import AutoencoderStage, PixelsStage
 from lavit.train.samples import Samples
+from lavit.train.settings import PART_OF, STAGES, same_run, with_stage
 from lavit.train.spread import first_alone, halve_frozen, make_accelerator
 from lavit.train.tokenizer import TokenizerStage
 
 log = logging.getLogger(__name__)
-STAGES = ("tokenizer", "language", "pixels")
 
 
 class Run:
@@ -108,15 +115,14 @@ class Run:
         path, config = self.folder / "training.json", self.folder / "config.json"
         self.accelerator.wait_for_everyone()
         saved = read_json(path) if path.exists() else {}
+        found = read_config(self.folder) if saved and config.exists() else model
         self._mine, self._saved = mine, saved or mine
         self._agree(())
-        if not saved or not config.exists():
-            return model
-        coming = {stage: getattr(model, stage) for stage in STAGES if not self._done(stage)}
-        return replace(from_json(ModelConfig, read_json(config)), **coming)
+        coming = [PART_OF[stage] for stage in STAGES if not self._done(stage)]
+        return replace(found, **{part: getattr(model, part) for part in coming})
 
     def _done(self, stage: str) -> bool:
-        return (self.folder / stage / "done").exists()
+        return (self.folder / PART_OF[stage] / "done").exists()
 
     def _begun(self, stage: str) -> bool:
         checkpoints = [stage, "autoencoder"] if stage == "pixels" else [stage]
@@ -129,13 +135,12 @@ class Run:
         Compared are the settings of those of `stages` that have begun, and what is of no stage.
         """
         begun = [stage for stage in stages if self._begun(stage)]
-        if not _same_run(self._saved, self._mine, begun):
+        if not same_run(self._saved, self._mine, begun):
             said = f"{self.folder} holds a run with other settings"
             raise InputError(f"{said}: give another --out, or delete it to start anew")
         self._saved = self._mine | self._saved
-        for key in ("model", "training"):
-            new = {stage: self._mine[key][stage] for stage in stages if stage not in begun}
-            self._saved[key] = self._saved[key] | new
+        for stage in set(stages).difference(begun):
+            self._saved = with_stage(self._saved, stage, self._mine)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             write_json(self.folder / "training.json", self._saved)
@@ -145,9 +150,9 @@ class Run:
         done = self._done("tokenizer")
         self.accelerator.wait_for_everyone()
         if not done:
-            model = LaVIT.from_pretrained(start)
+            model = LaVIT.from_pretrained(start, parts=TO_SEE)
             model.config = self.config
-            self._save(model, "vision", "tokenizer")
+            self._save(model, *TO_SEE)
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -157,7 +162,7 @@ class Run:
     @cached_property
     def vision(self) -> Vision:
         """The frozen encoder."""
-        return self._model().vision
+        return load_vision(self.config.vision, self.folder / "vision").to(self.accelerator.device)
 
     @cached_property
     def features(self) -> Features:
@@ -172,7 +177,8 @@ class Run:
     @cached_property
     def tokenizer(self) -> VisualTokenizer:
         """The trained tokenizer of this run."""
-        return self._model().tokenizer
+        found = load_visual_tokenizer(self.config, self.folder)
+        return found.to(self.accelerator.device).eval()
 
     @cached_property
     def pictures(self) -> Pictures:
@@ -193,9 +199,6 @@ class Run:
                 continue
             torch.manual_seed(self.training.seed)
             getattr(self, f"_train_{stage}")()
-
-    def _model(self) -> LaVIT:
-        return LaVIT(self.config, folder=self.folder, device=self.accelerator.device)
 
     def _features(self, records: Sequence[Record], vision: Vision) -> Features:
         """Encoder features, computed once; other ranks wait for the first."""
@@ -237,19 +240,20 @@ class Run:
         """Write parts of the run, and mark the last one as finished."""
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
+            write_config(self.folder, self.config)  # parts to come may have other settings by now
             model.save_pretrained(self.folder, parts=parts)
             (self.folder / parts[-1] / "done").touch()
             write_card(self.folder)
-        self.config = model.config
         self.accelerator.wait_for_everyone()
+        self.config = read_config(self.folder)
 
     def _train_tokenizer(self) -> None:
         config = self.training.tokenizer
-        tokenizer = VisualTokenizer(self.config.tokenizer)
+        tokenizer = VisualTokenizer(self.config.visual_tokenizer)
         stage = TokenizerStage(tokenizer, self.features, config, seed=self.training.seed)
         self._loop(stage, warmup=config.warmup)
-        parts = {"vision": self.vision, "tokenizer": tokenizer}
-        self._save(LaVIT(self.config, parts, folder=self.folder), "vision", "tokenizer")
+        model = LaVIT(self.config, vision=self.vision, visual_tokenizer=tokenizer)
+        self._save(model, *TO_SEE)
 
     def _train_language(self) -> None:
         language, text = self._first_language()
@@ -273,8 +277,7 @@ class Run:
         if sharded and self.accelerator.is_main_process:
             language, _ = self._load_language(text)  # a shard cannot be saved
             load_weights(latest_checkpoint(self.folder / "checkpoints" / "language"), language)
-        model = LaVIT(self.config, {"language": language}, text=text, folder=self.folder)
-        self._save(model, "language")
+        self._save(LaVIT(self.config, language=language, text_tokenizer=text), "language")
 
     def _first_language(self) -> tuple[Language, TextTokenizer]:
         """The language part before its first step; a random LM gets its text tokenizer's sizes."""
@@ -376,22 +379,4 @@ class Run:
         )
         self._loop(stage, warmup=config.warmup)
         pixels.load_state_dict(stage.averaged.module.state_dict())
-        self._save(LaVIT(self.config, {"pixels": pixels}, folder=self.folder), "pixels")
-
-
-def _same_run(saved: dict[str, Any], mine: dict[str, Any], stages: Sequence[str]) -> bool:
-    """Whether two descriptions of a run agree in these stages, and in all that is of no stage.
-
-    A setting that the older lacks is its default.
-    """
-    if any(saved.get(name) != mine.get(name) for name in ("data", "start")):
-        return False
-    others = set(STAGES).difference(stages)
-    try:
-        for key, kind in (("model", ModelConfig), ("training", TrainConfig)):
-            theirs = saved[key] | {stage: mine[key][stage] for stage in others}
-            if from_json(kind, theirs) != from_json(kind, mine[key]):
-                return False
-    except (InputError, KeyError):
-        return False
-    return True
+        self._save(LaVIT(self.config, pixels=pixels), "pixels")

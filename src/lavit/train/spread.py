@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lavit.config import InputError
-from lavit.generate.placement import share_cores
+from lavit.placement import share_cores
 
 Precision = Literal["auto", "fp32", "bf16"]
 

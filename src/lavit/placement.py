@@ -91,8 +91,8 @@ def placer(
     dtype: torch.dtype,
     quantization: str | None,
     device_map: Places | None = None,
-) -> Callable[[Language], Language] | None:
-    """What brings a loaded `Language` to its place; None where it just moves to the device.
+) -> Callable[[Language], Language]:
+    """What brings a loaded `Language` to its place: quantised, spread, or just moved.
 
     Raises `InputError` at once where the platform has no such quantiser.
     """
@@ -105,7 +105,7 @@ def placer(
         where = {"": str(device)} if device_map is None else device_map
         return lambda language: quantized(language, config, device, dtype, where)
     if device_map is None:
-        return None
+        return lambda language: language.to(device, dtype)
     return lambda language: dispatched(language, device, dtype, device_map)
 
 
