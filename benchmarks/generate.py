@@ -31,8 +31,8 @@ from lavit.generate.decoder import Decoder
 from lavit.generate.engine import Engine
 from lavit.generate.request import Request
 from lavit.generate.sampling import Sampling
-from lavit.modules.language import Language
-from lavit.modules.merger import Merger
+from lavit.language.model import Language
+from lavit.visual_tokenizer.merger import Merger
 
 CODES = 1024
 GUIDANCE = 3.0

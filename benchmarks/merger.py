@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lavit.modules.merger import Merger
+from lavit.visual_tokenizer.merger import Merger
 
 DIM, HEADS, DEPTH, PATCHES, MLP_RATIO, KEPT = 1408, 16, 12, 256, 4.3637, 0.36
 

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 import lavit
-from lavit.modules.pixels import Pixels
+from lavit.pixels.decoder import Pixels
 from lavit.presets import preset
 
 FEW, MANY = 12, 50

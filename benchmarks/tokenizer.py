@@ -33,10 +33,10 @@ from PIL import Image
 from lavit.config import TO_SEE
 from lavit.data.bulk import Job, tokenize_corpus
 from lavit.model import LaVIT
-from lavit.modules.selector import KeepPolicy
-from lavit.modules.tokenizer import VisualTokenizer
-from lavit.modules.vision import load_vision
 from lavit.presets import nano
+from lavit.vision.encoder import load_vision
+from lavit.visual_tokenizer.selector import KeepPolicy
+from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
 KEEP = KeepPolicy("rate", 0.36)
 WHAT = ("encoder", "tokenize")

@@ -45,11 +45,11 @@ from transformers import (
 from lavit.config import LanguageTraining
 from lavit.data.corpus import load_corpus
 from lavit.data.documents import Documents
-from lavit.modules.language import Language
-from lavit.modules.merger import Merger
+from lavit.language.model import Language
 from lavit.sequence import IGNORE, Batch, Sequence, unpack
 from lavit.train.language import train_text_tokenizer
 from lavit.train.metrics import peak_gib
+from lavit.visual_tokenizer.merger import Merger
 from lavit.vocabulary import Vocabulary
 
 SHAPE = {

@@ -28,7 +28,7 @@ from lavit.data.scenes.sample import scene_at
 from lavit.data.scenes.splits import Rules, violations
 from lavit.data.scenes.tasks import conversation
 from lavit.data.scenes.world import Scene, facts
-from lavit.modules.smollm2 import SMOLLM2
+from lavit.language.smollm2 import SMOLLM2
 from lavit.storage import load_base
 
 BLOCK = 250  # units or scenes a process takes at a time

@@ -230,8 +230,8 @@ def toy_training(steps: int = 6) -> TrainConfig:
 def toy_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder with an encoder and an untrained tokenizer, for what needs no more."""
     from lavit.model import LaVIT
-    from lavit.modules.tokenizer import VisualTokenizer
-    from lavit.modules.vision import load_vision
+    from lavit.vision.encoder import load_vision
+    from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
     config, folder = toy_config(), tmp_path_factory.mktemp("tokenizer") / "toy"
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from lavit.modules.codebook import Codebook
+from lavit.visual_tokenizer.codebook import Codebook
 
 SIZES = (32, 64, 8)
 
@@ -65,9 +65,9 @@ def train_stage(folder: Path, *, cpu: bool = True, accumulate: int = 1) -> dict[
 
     from lavit.config import TokenizerConfig, TokenizerTraining
     from lavit.data.features import Features
-    from lavit.modules.tokenizer import VisualTokenizer
     from lavit.train.loop import Report, train
     from lavit.train.tokenizer import TokenizerStage
+    from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
     # without broadcasts of the codebook at every forward: ranks must agree by themselves
     alone = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)

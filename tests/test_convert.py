@@ -21,9 +21,9 @@ from lavit.convert import check_fixture, convert_published, convert_reverse, nam
 from lavit.convert import published as layout
 from lavit.convert.tensors import read_pickle, write_safetensors
 from lavit.model import LaVIT
-from lavit.modules.tokenizer import VisualTokenizer
 from lavit.presets import lavit_7b
 from lavit.storage import load_tensors
+from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
 DATA = Path(__file__).parent / "data"
 PARITY = DATA / "parity.safetensors"

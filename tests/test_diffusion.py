@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from lavit.config import InputError, PixelsConfig
 from lavit.generate.diffusion import PixelsPipeline
 from lavit.images import ASPECT_SIZES, to_image
-from lavit.modules.pixels import Pixels
+from lavit.pixels.decoder import Pixels
 from test_pixels import (
     built,
     grid_config,

@@ -27,9 +27,9 @@ from lavit.generate.engine import Engine
 from lavit.generate.packed import PackedDecoder, decoder_for
 from lavit.generate.request import Completion, Request, collect
 from lavit.generate.sampling import Sampling
-from lavit.modules.language import Language
-from lavit.modules.merger import Merger
+from lavit.language.model import Language
 from lavit.sequence import Image, Text
+from lavit.visual_tokenizer.merger import Merger
 
 GREEDY = Sampling(temperature=0, max_tokens=12)
 DRAW = Sampling(top_k=20, guidance=3.0, max_tokens=9, min_tokens=2)

@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from conftest import toy_config
 from lavit.config import TokenizerTraining
 from lavit.data.features import Features
-from lavit.modules.tokenizer import VisualTokenizer
 from lavit.storage import load_tensors
 from lavit.train.batches import PictureBatch, Shard
 from lavit.train.health import (
@@ -27,6 +26,7 @@ from lavit.train.health import (
 )
 from lavit.train.loop import train
 from lavit.train.tokenizer import TokenizerStage
+from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
 CONFIG = TokenizerTraining(steps_a=70, steps_b=230, batch=4, learning_rate=1e-3, k_means_vectors=64)
 

@@ -13,12 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from transformers.convert_slow_tokenizer import import_protobuf
 
 from lavit.config import InputError, LanguageConfig
-from lavit.modules import language as language_module
-from lavit.modules.head import HeadLoss
-from lavit.modules.language import Language
-from lavit.modules.merger import Merger
+from lavit.language import model as language_module
+from lavit.language.head import HeadLoss
+from lavit.language.model import Language
 from lavit.sequence import Image, Text, lay_out, pack
 from lavit.storage import export, load_base
+from lavit.visual_tokenizer.merger import Merger
 
 COMMON = {"vocab_size": 60, "bos_token_id": None, "eos_token_id": 2}
 LLAMA = {

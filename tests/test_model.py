@@ -18,10 +18,10 @@ from lavit.cli import main
 from lavit.config import PARTS, TO_READ, TO_SEE, InputError, read_config
 from lavit.layout import drawing, reading
 from lavit.model import LaVIT
-from lavit.modules.tokenizer import VisualTokenizer
 from lavit.processing import LaVITProcessor
 from lavit.sequence import Image, Text, lay_out, pack
 from lavit.storage import model_folder
+from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 

@@ -10,12 +10,12 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from lavit.config import InputError, PixelsConfig, from_json, to_json
-from lavit.modules.denoiser import GridDenoiser
-from lavit.modules.diffusion import clean_latents
-from lavit.modules.perceptual import Perceptual
-from lavit.modules.pixels import Pixels
-from lavit.modules.vision import load_vision
+from lavit.pixels.decoder import Pixels
+from lavit.pixels.denoiser import GridDenoiser
+from lavit.pixels.diffusion import clean_latents
+from lavit.pixels.perceptual import Perceptual
 from lavit.presets import efficientnet_lite0
+from lavit.vision.encoder import load_vision
 
 # diffusers' solvers hand torch tensors to np.array, which numpy 2 is unhappy with
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

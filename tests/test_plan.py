@@ -11,11 +11,11 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from conftest import toy_config, toy_training
 from lavit.cli import main
 from lavit.config import InputError, ModelConfig, TrainConfig
-from lavit.modules.language import Language
-from lavit.modules.merger import Merger
+from lavit.language.model import Language
 from lavit.presets import lavit_7b
 from lavit.sequence import IGNORE, Batch
 from lavit.train.plan import GIB, plan_language
+from lavit.visual_tokenizer.merger import Merger
 
 
 def sizes(rows: int, *, recompute: bool = False, wide: int = 8) -> tuple[ModelConfig, TrainConfig]:

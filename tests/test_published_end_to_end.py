@@ -17,7 +17,7 @@ from lavit.cli import main
 from lavit.generate.pipeline import Pipeline
 from lavit.generate.safety import FOLDER
 from lavit.images import ASPECT_SIZES
-from lavit.modules.diffusion import STABLE_DIFFUSION_NOISE, options
+from lavit.pixels.diffusion import STABLE_DIFFUSION_NOISE, options
 from test_convert import folder as toy_published  # noqa: F401 (a fixture)
 from test_pixels import one_thread  # noqa: F401 (a fixture)
 from test_safety import forbid, toy_checker

@@ -9,19 +9,19 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from lavit.visual_tokenizer import codebook as codebook_module
 from torch import Tensor
 
 import published
 import ranks
 from lavit.config import InputError, TokenizerConfig
 from lavit.convert import names
-from lavit.modules import codebook as codebook_module
-from lavit.modules.codebook import Codebook
-from lavit.modules.layers import Ragged
-from lavit.modules.merger import Merger
-from lavit.modules.selector import KeepPolicy, Selector, gumbel, select, straight_through
-from lavit.modules.tokenizer import VisualTokenizer, cosine_distance
 from lavit.presets import PRESETS
+from lavit.visual_tokenizer.codebook import Codebook
+from lavit.visual_tokenizer.layers import Ragged
+from lavit.visual_tokenizer.merger import Merger
+from lavit.visual_tokenizer.selector import KeepPolicy, Selector, gumbel, select, straight_through
+from lavit.visual_tokenizer.tokenizer import VisualTokenizer, cosine_distance
 
 DIM, HEADS, DEPTH, RATIO, PATCHES = 32, 4, 3, 4.3637, 16
 

@@ -86,7 +86,7 @@ def test_a_batch_that_ranks_cannot_share_is_refused(toy_features: TokenizerStage
 @pytest.fixture
 def toy_features() -> TokenizerStage:
     from lavit.data.features import Features
-    from lavit.modules.tokenizer import VisualTokenizer
+    from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
     features = Features(torch.randn(6, 16, 32, generator=ranks.seeded(0)).numpy())
     tokenizer = VisualTokenizer(toy_config().visual_tokenizer)

@@ -20,8 +20,6 @@ from lavit.data.features import compute_features, tokenize_features
 from lavit.data.sources import Record
 from lavit.images import pixels
 from lavit.model import LaVIT
-from lavit.modules.tokenizer import cosine_distance
-from lavit.modules.vision import Vision, load_vision
 from lavit.presets import lavit_7b
 from lavit.storage import load_tensors
 from lavit.train.batches import draw_pictures
@@ -29,6 +27,8 @@ from lavit.train.health import Alarm, CodeUse, check_codes, check_selector
 from lavit.train.language import train_text_tokenizer
 from lavit.train.loop import Report, schedule
 from lavit.train.run import Run
+from lavit.vision.encoder import Vision, load_vision
+from lavit.visual_tokenizer.tokenizer import cosine_distance
 from lavit.vocabulary import Vocabulary
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from conftest import toy_picture
 from lavit.cli import main
-from lavit.modules.merger import Merger
+from lavit.visual_tokenizer.merger import Merger
 from lavit.visualize import bars, code_gallery, merge_map, occurrences
 
 

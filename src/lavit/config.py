@@ -241,7 +241,7 @@ class PixelsTraining:
     # decoder that only knows true codes does worse on its (arXiv 2106.15282)
     code_noise: float = 0.0
     # of the distance between denoised and true picture in the encoder's early layers
-    # (modules/perceptual.py); for decoders trained from scratch in minutes
+    # (pixels/perceptual.py); for decoders trained from scratch in minutes
     perceptual_weight: float = 0.0
 
 

@@ -24,11 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lavit.config import PARTS, InputError, ModelConfig, read_config, write_config
-from lavit.modules.language import Language
-from lavit.modules.layers import Keep, Patches
-from lavit.modules.selector import KeepPolicy
-from lavit.modules.tokenizer import VisualTokenizer
-from lavit.modules.vision import Vision, load_vision, save_vision
+from lavit.language.model import Language
 from lavit.placement import Places, placer
 from lavit.sequence import Batch, VisualTokens
 from lavit.storage import (
@@ -41,9 +37,13 @@ from lavit.storage import (
     save_language,
     save_tensors,
 )
+from lavit.vision.encoder import Vision, load_vision, save_vision
+from lavit.visual_tokenizer.layers import Keep, Patches
+from lavit.visual_tokenizer.selector import KeepPolicy
+from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
 if TYPE_CHECKING:  # diffusers takes seconds to import, and only pixels need it
-    from lavit.modules.pixels import Pixels
+    from lavit.pixels.decoder import Pixels
 
 EXACT = ("vision", "visual_tokenizer")  # in fp32 as in training, so that rounding flips no choice
 TRAINED_BY = {"vision": "tokenizer", "visual_tokenizer": "tokenizer"}  # else the stage of its name
@@ -204,7 +204,7 @@ class LaVIT(nn.Module):
         if "visual_tokenizer" in wanted:
             found.visual_tokenizer = load_visual_tokenizer(config, folder)
         if "pixels" in wanted:
-            from lavit.modules.pixels import Pixels
+            from lavit.pixels.decoder import Pixels
 
             found.pixels = Pixels.load(folder / "pixels", config.pixels)
         found.to(device, dtype)

@@ -24,7 +24,7 @@ from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin as Quantizer
 
 from lavit.config import InputError
-from lavit.modules.language import Language
+from lavit.language.model import Language
 from lavit.storage import merge_lora
 
 log = logging.getLogger(__name__)

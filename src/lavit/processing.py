@@ -27,8 +27,8 @@ from transformers import AutoConfig, AutoTokenizer, BatchFeature, PreTrainedToke
 
 from lavit.config import InputError, ModelConfig, read_config
 from lavit.images import ImageInput, open_image, pixels
+from lavit.language.smollm2 import SMOLLM2, smollm2_config, smollm2_file
 from lavit.layout import ImagePart, Part, TextPart, ids_of, reading, segments
-from lavit.modules.smollm2 import SMOLLM2, smollm2_config, smollm2_file
 from lavit.sequence import Batch, VisualTokens, lay_out, pack
 from lavit.storage import model_folder
 from lavit.vocabulary import MARKERS, Vocabulary

@@ -35,11 +35,11 @@ from transformers import (
 )
 
 from lavit.config import PARTS, InputError, LanguageConfig, ModelConfig, require
-from lavit.modules.language import Language
-from lavit.modules.merger import Merger
-from lavit.modules.smollm2 import SMOLLM2, load_smollm2, load_smollm2_text, smollm2_file
-from lavit.modules.tokenizer import VisualTokenizer
-from lavit.modules.vision import sha256
+from lavit.language.model import Language
+from lavit.language.smollm2 import SMOLLM2, load_smollm2, load_smollm2_text, smollm2_file
+from lavit.vision.encoder import sha256
+from lavit.visual_tokenizer.merger import Merger
+from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 from lavit.vocabulary import MARKERS
 
 log = logging.getLogger(__name__)

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from lavit.config import InputError, PixelsConfig, TokenizerConfig
 from lavit.convert import names
 from lavit.convert.sizes import vision_config
-from lavit.modules.condition import HEADS, Condition
-from lavit.modules.layers import Ragged
-from lavit.modules.tokenizer import VisualTokenizer
-from lavit.modules.vision import load_vision
+from lavit.pixels.condition import HEADS, Condition
 from lavit.storage import load_strictly
+from lavit.vision.encoder import load_vision
+from lavit.visual_tokenizer.layers import Ragged
+from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
 TOLERANCE = 1e-4  # relative; a merger of kept rows alone agrees to 5e-6
 SIZES = ("dim", "heads", "grid", "image_size", "patch_size", "codes", "code_dim", "batch")

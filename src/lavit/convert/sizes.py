@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from lavit.config import InputError, ModelConfig, PixelsConfig, TokenizerConfig, VisionConfig
 from lavit.convert import names
-from lavit.modules.condition import HEADS
-from lavit.modules.tokenizer import VisualTokenizer
-from lavit.modules.vision import load_vision
+from lavit.pixels.condition import HEADS
 from lavit.presets import lavit_7b
+from lavit.vision.encoder import load_vision
+from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
 Shapes = Mapping[str, Tensor]  # by name; only shapes are read
 

@@ -35,10 +35,10 @@ from lavit.config import TO_SEE, InputError, read_json, require, to_json, write_
 from lavit.data.corpus import Broken, Corpus
 from lavit.data.sources import Pictures, below, load_records
 from lavit.model import LaVIT
-from lavit.modules.selector import KeepPolicy
-from lavit.modules.vision import sha256
 from lavit.sequence import VisualTokens
 from lavit.storage import model_folder
+from lavit.vision.encoder import sha256
+from lavit.visual_tokenizer.selector import KeepPolicy
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"

@@ -21,9 +21,9 @@ from torch import Tensor
 from lavit.config import VisionConfig, read_json, to_json, write_json
 from lavit.data.sources import Record
 from lavit.images import pixels
-from lavit.modules.tokenizer import VisualTokenizer
-from lavit.modules.vision import BLOCK, Vision
 from lavit.sequence import VisualTokens
+from lavit.vision.encoder import BLOCK, Vision
+from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
 SAVED = 512  # pictures between two marks on disk, and of features that are read at a time
 

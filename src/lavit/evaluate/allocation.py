@@ -21,7 +21,7 @@ import torch
 from lavit.evaluate.exam import BATCH, Exam, Features
 from lavit.evaluate.figures import Figure, average, ratio
 from lavit.evaluate.tokens import distances
-from lavit.modules.tokenizer import VisualTokenizer
+from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
 PERMUTATIONS = 20
 

@@ -28,9 +28,9 @@ from lavit.data.scenes.world import Scene
 from lavit.evaluate.kept import Kept, Progress
 from lavit.evaluate.known import training_of
 from lavit.model import LaVIT
-from lavit.modules.tokenizer import VisualTokenizer
 from lavit.sequence import VisualTokens
 from lavit.storage import has_part, model_folder
+from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
 COUNT = 500  # items of a figure, where a user does not say
 BATCH = 16  # pictures that are encoded together

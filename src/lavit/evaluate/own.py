@@ -38,7 +38,7 @@ from lavit.evaluate.exam import Exam, Missing
 from lavit.evaluate.figures import Figure, mean, share
 from lavit.evaluate.reading import answers, captions
 from lavit.images import open_image
-from lavit.modules.vision import sha256
+from lavit.vision.encoder import sha256
 
 KINDS = ("read", "draw", "ask", "edit", "chat")
 

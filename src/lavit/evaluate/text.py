@@ -20,8 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lavit.config import LanguageConfig, from_json
 from lavit.evaluate.exam import Exam, Missing, Progress
 from lavit.evaluate.figures import Figure, mean
+from lavit.language.model import Language
 from lavit.layout import ids_of
-from lavit.modules.language import Language
 from lavit.storage import load_base
 
 WINDOW = 512  # tokens of a document

@@ -11,7 +11,7 @@ from torch import Tensor
 from lavit.data.scenes.sample import scene_at
 from lavit.evaluate.exam import BATCH, Exam, Features
 from lavit.evaluate.figures import Figure, average, mean, plain
-from lavit.modules.tokenizer import VisualTokenizer, cosine_distance
+from lavit.visual_tokenizer.tokenizer import VisualTokenizer, cosine_distance
 
 PICTURES = 20_000  # in which a live code is used at least once
 TOGETHER = 100  # pictures that are kept together

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import Cache
 
 from lavit.config import InputError
-from lavit.modules.language import Language
+from lavit.language.model import Language
 
 Hidden = Float[Tensor, "lanes width"]
 CHUNK = 64  # columns are added in multiples of this

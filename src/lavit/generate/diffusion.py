@@ -22,9 +22,9 @@ from torch import Tensor
 
 from lavit.config import InputError, PixelsConfig, from_json, to_json
 from lavit.images import to_image
-from lavit.modules.condition import Head
-from lavit.modules.diffusion import UNet, solver_of
-from lavit.modules.pixels import Pixels
+from lavit.pixels.condition import Head
+from lavit.pixels.decoder import Pixels
+from lavit.pixels.diffusion import UNet, solver_of
 
 
 class PixelsPipeline(diffusers.DiffusionPipeline):

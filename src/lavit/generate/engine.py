@@ -22,7 +22,7 @@ from lavit.generate.packed import decoder_for
 from lavit.generate.request import Completion, Event, Request, collect
 from lavit.generate.sampling import choose, guide
 from lavit.generate.writer import Beams, Writer
-from lavit.modules.language import Language
+from lavit.language.model import Language
 
 LANES = 32  # rows of one forward at most, unless a single request needs more
 Logits = dict[int, Float[Tensor, "rows allowed"]]  # of each stream, by its place

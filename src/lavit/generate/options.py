@@ -21,7 +21,7 @@ from PIL import Image
 
 from lavit.generate.sampling import Sampling
 from lavit.images import ImageInput
-from lavit.modules.selector import KeepPolicy
+from lavit.visual_tokenizer.selector import KeepPolicy
 
 ImageList = Sequence[ImageInput]
 Pieces = Sequence[ImageInput]  # words (strings) and pictures (all else), in order

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lavit.generate.decoder import Decoder, Hidden, LaneCache
-from lavit.modules.language import Language
+from lavit.language.model import Language
 
 log = logging.getLogger(__name__)
 

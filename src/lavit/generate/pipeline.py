@@ -56,8 +56,8 @@ from lavit.generate.score import ranked
 from lavit.generate.stream import Update
 from lavit.images import ImageInput, open_image
 from lavit.layout import Reply
-from lavit.modules.selector import KeepPolicy
 from lavit.sequence import VisualTokens
+from lavit.visual_tokenizer.selector import KeepPolicy
 
 
 class Pipeline(Runner):

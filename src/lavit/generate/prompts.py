@@ -38,8 +38,8 @@ from lavit.layout import (
     turn_end,
 )
 from lavit.model import LaVIT
-from lavit.modules.selector import KeepPolicy
 from lavit.sequence import lay_out
+from lavit.visual_tokenizer.selector import KeepPolicy
 
 Parts = Sequence[Part]
 

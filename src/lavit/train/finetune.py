@@ -35,8 +35,8 @@ from lavit.config import (
 )
 from lavit.data.conversations import ConversationDocuments, load_conversations
 from lavit.data.features import nothing_read
+from lavit.language.model import Language
 from lavit.model import LaVIT
-from lavit.modules.language import Language
 from lavit.storage import inject_lora, merge_lora, model_folder
 from lavit.train.language import LanguageStage
 from lavit.train.run import Run

@@ -21,13 +21,13 @@ from lavit.data.corpus import Corpus
 from lavit.data.documents import Documents
 from lavit.data.features import Features
 from lavit.data.stream import StreamingDocuments
+from lavit.language.model import Language, LanguageLoss
 from lavit.layout import answer_text, question_text
-from lavit.modules.language import Language, LanguageLoss
-from lavit.modules.tokenizer import VisualTokenizer
 from lavit.sequence import IGNORE, Batch, VisualTokens, slot_lengths
 from lavit.train.batches import Shard
 from lavit.train.loop import Figure, Stage
 from lavit.train.muon import matrices_apart
+from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
 END = "<|endoftext|>"
 

@@ -14,14 +14,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lavit.config import PixelsTraining
 from lavit.data.features import Pictures
-from lavit.modules.perceptual import Perceptual
-from lavit.modules.pixels import Pixels
-from lavit.modules.tokenizer import VisualTokenizer
-from lavit.modules.vision import Vision
+from lavit.pixels.decoder import Pixels
+from lavit.pixels.perceptual import Perceptual
 from lavit.sequence import VisualTokens
 from lavit.train.batches import PictureBatch, Shard, draw_batch, seeded
 from lavit.train.loop import Stage
 from lavit.train.muon import matrices_apart
+from lavit.vision.encoder import Vision
+from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
 
 class PixelsStage(Stage):

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lavit.config import InputError, ModelConfig, TrainConfig
-from lavit.modules.language import CHUNK, Language
-from lavit.modules.merger import Merger
-from lavit.modules.smollm2 import SMOLLM2, smollm2_config, smollm2_file
+from lavit.language.model import CHUNK, Language
+from lavit.language.smollm2 import SMOLLM2, smollm2_config, smollm2_file
 from lavit.storage import inject_lora
+from lavit.visual_tokenizer.merger import Merger
 
 GIB = 2**30
 PARTS = {

@@ -46,11 +46,9 @@ from lavit.data.features import (
 )
 from lavit.data.sources import Record
 from lavit.data.stream import StreamingDocuments, stream_texts
+from lavit.language.model import Language
 from lavit.model import LaVIT
-from lavit.modules.language import Language
-from lavit.modules.pixels import Pixels
-from lavit.modules.tokenizer import VisualTokenizer
-from lavit.modules.vision import Vision, load_vision
+from lavit.pixels.decoder import Pixels
 from lavit.sequence import VisualTokens
 from lavit.storage import (
     build_language,
@@ -70,6 +68,8 @@ from lavit.train.samples import Samples
 from lavit.train.settings import PART_OF, STAGES, same_run, with_stage
 from lavit.train.spread import first_alone, halve_frozen, make_accelerator
 from lavit.train.tokenizer import TokenizerStage
+from lavit.vision.encoder import Vision, load_vision
+from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
 log = logging.getLogger(__name__)
 

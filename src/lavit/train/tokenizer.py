@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from lavit.config import TokenizerTraining
 from lavit.data.features import Features
-from lavit.modules.codebook import gather_rows
-from lavit.modules.selector import gumbel
-from lavit.modules.tokenizer import VisualTokenizer, cosine_distance, foreground_weights
 from lavit.train import health
 from lavit.train.batches import PictureBatch, Shard, draw_batch, draw_pictures, seeded
 from lavit.train.loop import Stage
 from lavit.train.muon import matrices_apart
+from lavit.visual_tokenizer.codebook import gather_rows
+from lavit.visual_tokenizer.selector import gumbel
+from lavit.visual_tokenizer.tokenizer import VisualTokenizer, cosine_distance, foreground_weights
 
 WINDOW = 100  # steps over which live codes are counted
 

@@ -16,12 +16,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lavit.config import InputError, TokenizerConfig
-from lavit.modules.codebook import Codebook, Quantised
-from lavit.modules.layers import Keep, Patches, Ragged, place_code
-from lavit.modules.merger import Merger
-from lavit.modules.reconstructor import Reconstructor
-from lavit.modules.selector import KeepPolicy, Selector, select, straight_through
 from lavit.sequence import VisualTokens
+from lavit.visual_tokenizer.codebook import Codebook, Quantised
+from lavit.visual_tokenizer.layers import Keep, Patches, Ragged, place_code
+from lavit.visual_tokenizer.merger import Merger
+from lavit.visual_tokenizer.reconstructor import Reconstructor
+from lavit.visual_tokenizer.selector import KeepPolicy, Selector, select, straight_through
 
 
 @dataclass(frozen=True)

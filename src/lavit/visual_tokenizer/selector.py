@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lavit.config import InputError
-from lavit.modules.layers import Keep, Patches, initialise
+from lavit.visual_tokenizer.layers import Keep, Patches, initialise
 
 Baseline = Literal["random", "strided", "norm", "all"]
 PolicyKind = Literal["auto", "threshold", "top_k", "rate", "sample"] | Baseline

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lavit.config import InputError
-from lavit.modules.vision import EFFICIENTNET, Vision
+from lavit.vision.encoder import EFFICIENTNET, Vision
 
 BLOCKS = (0, 2, 4, 8)  # of EfficientNet-Lite0, beside its stem: strides 2, 4, 8 and 16
 

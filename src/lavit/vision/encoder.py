@@ -24,7 +24,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from lavit.config import InputError, VisionConfig, require
 from lavit.images import pixels as to_pixels
-from lavit.modules.layers import Patches
+from lavit.visual_tokenizer.layers import Patches
 
 EFFICIENTNET = "efficientnet-lite0"
 BLOCK = 8  # pictures encoded at a time: more do not fit a CPU's cache

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lavit.modules.layers import (
+from lavit.visual_tokenizer.layers import (
     CrossBlock,
     Keep,
     Patches,

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lavit.config import TokenizerConfig
-from lavit.modules.layers import CrossBlock, Patches, initialise
+from lavit.visual_tokenizer.layers import CrossBlock, Patches, initialise
 
 
 class Reconstructor(nn.Module):

@@ -28,11 +28,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from lavit.config import InputError
-from lavit.modules.attention import attend_by_document, group_documents
-from lavit.modules.head import HeadLoss
-from lavit.modules.layers import Keep, Patches
-from lavit.modules.merger import Merger, MergerBlock
+from lavit.language.head import HeadLoss
 from lavit.sequence import IGNORE, Batch, attention_mask, check_slots, fill_slots
+from lavit.visual_tokenizer.attention import attend_by_document, group_documents
+from lavit.visual_tokenizer.layers import Keep, Patches
+from lavit.visual_tokenizer.merger import Merger, MergerBlock
 from lavit.vocabulary import Vocabulary
 
 CHUNK = 1024  # positions whose logits exist at one time

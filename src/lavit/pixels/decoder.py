@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from lavit.config import InputError, PixelsConfig, read_json
 from lavit.images import ASPECT_SIZES, aspect_size
-from lavit.modules.condition import HEADS, Condition, Head
-from lavit.modules.diffusion import (
+from lavit.pixels.condition import HEADS, Condition, Head
+from lavit.pixels.diffusion import (
     STABLE_DIFFUSION_NOISE,
     Generators,
     UNet,
@@ -42,8 +42,8 @@ from lavit.modules.diffusion import (
     solver_of,
     stored_weights,
 )
-from lavit.modules.layers import Patches
-from lavit.modules.perceptual import Perceptual
+from lavit.pixels.perceptual import Perceptual
+from lavit.visual_tokenizer.layers import Patches
 
 Loss = Float[Tensor, ""]
 Pictures = Float[Tensor, "images 3 height width"]

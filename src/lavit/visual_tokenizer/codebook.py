@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lavit.modules.layers import initialise
+from lavit.visual_tokenizer.layers import initialise
 
 Vectors = Float[Tensor, "total code_dim"]
 CHUNK = 8192  # vectors that k-means compares with all codes at a time

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lavit.config import InputError, PixelsConfig, read_json
-from lavit.modules.denoiser import GridDenoiser
+from lavit.pixels.denoiser import GridDenoiser
 
 # Stable Diffusion's noise: what SD 1.5 and SDXL were trained with
 STABLE_DIFFUSION_NOISE = {

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lavit.config import InputError, PixelsConfig
-from lavit.modules.layers import Patches, attend
+from lavit.visual_tokenizer.layers import Patches, attend
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,0 @@
-"""The boxes of the paper's figure, pure torch."""

@@ -1,0 +1,1 @@
+"""The frozen encoder: pictures to a grid of features."""
