@@ -122,8 +122,8 @@ def test_saved_folder_opens_in_diffusers_and_as_a_pipeline(pixels: Pixels, tmp_p
     pipe, features = quiet(pixels), some_features(1)
     pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     pipe.save_pretrained(tmp_path)
-    kind = getattr(diffusers, pixels.config.unet["_class_name"])
-    assert kind.from_pretrained(tmp_path / "unet").config.block_out_channels == [8, 16]
+    saved = type(pixels.unet).from_pretrained(tmp_path / "unet").config
+    assert saved.out_channels == pixels.unet.config.out_channels
     if pixels.vae is not None:
         assert diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae").config.latent_channels == 4
     back = PixelsPipeline.from_pretrained(tmp_path, config=pixels.config)

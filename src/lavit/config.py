@@ -177,8 +177,8 @@ class TokenizerTraining:
     selector_rate: float = 1.0  # learning rate of the selector, as a multiple
     temperature: float = 1.0  # τ of the Gumbel-softmax, at the start of phase a
     final_temperature: float = 1.0  # and at its end (geometric)
-    # weight of mean p(1 - p), which makes the selector decide; grows from 0 over phase a, so that
-    # it learns first what matters
+    # weight of mean p(1 - p), which makes the selector decide; it grows from 0 over phase a, so
+    # that what matters is learnt first
     decided_weight: float = 0.0
     train_selector: bool = False  # in phase b
     commitment: float = 0.1

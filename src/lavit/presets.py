@@ -46,20 +46,20 @@ def efficientnet_lite0(*, image_size: int) -> VisionConfig:
     )
 
 
-def folded_pixels(vision: VisionConfig, *, channels: tuple[int, ...]) -> PixelsConfig:
-    """96 px, folded 6x6 to 16x16x108; features lie beside the noise, the picture is predicted.
+def folded_pixels(vision: VisionConfig, *, width: int, depth: int) -> PixelsConfig:
+    """8 px a patch, folded onto the grid of features beside them; the picture is predicted.
 
     Predicting ε leaves its error as grain until training is long, and weighting as Eq. 5 does gives
     the noisiest levels, which alone need the features, next to no weight: here all count alike.
     """
-    size, patch, condition = 96, 6, 64
+    patch = 8
     folded = 3 * patch**2
     return PixelsConfig(
-        size=size,
+        size=vision.grid * patch,
         features_dim=vision.dim,
         patches=vision.patches,
         condition="grid",
-        condition_dim=condition,
+        condition_dim=width,
         direction=True,
         sees="estimate",
         patch=patch,
@@ -76,24 +76,18 @@ def folded_pixels(vision: VisionConfig, *, channels: tuple[int, ...]) -> PixelsC
             "prediction_type": "sample",
         },
         unet={
-            "_class_name": "UNet2DModel",
-            "sample_size": size // patch,
-            "in_channels": folded + condition,
+            "_class_name": "GridDenoiser",
+            "in_channels": folded + width,
             "out_channels": folded,
-            "block_out_channels": list(channels),
-            "down_block_types": ["DownBlock2D"] * len(channels),
-            "up_block_types": ["UpBlock2D"] * len(channels),
-            "layers_per_block": 1,
-            "norm_num_groups": 16,
-            "attention_head_dim": 32,
-            "resnet_time_scale_shift": "scale_shift",
+            "width": width,
+            "depth": depth,
         },
     )
 
 
 def nano() -> Preset:
     """From scratch in half an hour of two CPU cores, a process each: frozen EfficientNet-Lite0, a
-    small Qwen3, 96 px.
+    small Qwen3, 80 px.
     """
     vision = efficientnet_lite0(image_size=160)
     model = ModelConfig(
@@ -124,7 +118,7 @@ def nano() -> Preset:
                 "tie_word_embeddings": True,
             },
         ),
-        pixels=folded_pixels(vision, channels=(32, 64)),
+        pixels=folded_pixels(vision, width=96, depth=4),
     )
     training = TrainConfig(
         tokenizer=TokenizerTraining(
@@ -156,11 +150,10 @@ def nano() -> Preset:
         pixels=PixelsTraining(
             autoencoder_steps=0,
             autoencoder_rate=1e-3,
-            steps=500,
+            steps=1000,
             batch=16,
             learning_rate=2e-3,
             ema=0.995,
-            perceptual_weight=1.0,
             optimizer="muon",
         ),
     )

@@ -23,7 +23,7 @@ from torch import Tensor
 from lavit.config import InputError, PixelsConfig, from_json, to_json
 from lavit.images import to_image
 from lavit.modules.condition import Head
-from lavit.modules.diffusion import solver_of
+from lavit.modules.diffusion import UNet, solver_of
 from lavit.modules.pixels import Pixels
 
 
@@ -41,7 +41,7 @@ class PixelsPipeline(diffusers.DiffusionPipeline):
 
     def __init__(
         self,
-        unet: diffusers.UNet2DModel | diffusers.UNet2DConditionModel,
+        unet: UNet,
         scheduler: diffusers.SchedulerMixin,
         noise: diffusers.SchedulerMixin,
         condition: Head,

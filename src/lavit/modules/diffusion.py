@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lavit.config import InputError, PixelsConfig, read_json
+from lavit.modules.denoiser import GridDenoiser
 
 # Stable Diffusion's noise: what SD 1.5 and SDXL were trained with
 STABLE_DIFFUSION_NOISE = {
@@ -27,7 +28,7 @@ STABLE_DIFFUSION_NOISE = {
 }
 MIN_SNR_GAMMA = 5.0
 LATENT_VARIANCE = 0.5  # of folded pixels in -1..1
-UNet = UNet2DModel | UNet2DConditionModel
+UNet = UNet2DModel | UNet2DConditionModel | GridDenoiser
 Generators = torch.Generator | Sequence[torch.Generator]  # one, or one for each picture
 
 
@@ -37,9 +38,13 @@ def options(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def class_of(config: dict[str, Any], what: str, kinds: Any) -> Any:
-    """diffusers' class that `_class_name` names; other than some of `kinds` raise `InputError`."""
-    name = config.get("_class_name")
-    found = getattr(diffusers, str(name), None)
+    """The class that `_class_name` names, diffusers' or `GridDenoiser`.
+
+    Others than those of `kinds` raise `InputError`.
+    """
+    name = str(config.get("_class_name"))
+    ours = {GridDenoiser.__name__: GridDenoiser}
+    found = ours.get(name) or getattr(diffusers, name, None)
     if not (isinstance(found, type) and issubclass(found, kinds)):
         raise InputError(f"pixels: unknown {what} class {name!r}, expected one of diffusers'")
     return found
@@ -140,8 +145,9 @@ def check_widths(config: PixelsConfig, unet: UNet, latent: int) -> None:
     grid = config.condition_dim if config.condition == "grid" else 0
     if takes != latent + grid:
         raise InputError(f"the unet takes {takes} channels: latents have {latent}, the map {grid}")
-    if (config.condition == "grid") != isinstance(unet, UNet2DModel):
-        raise InputError('"grid" goes with UNet2DModel, other conditions with UNet2DConditionModel')
+    if (config.condition == "grid") == isinstance(unet, UNet2DConditionModel):
+        said = '"grid" goes with GridDenoiser or UNet2DModel'
+        raise InputError(f"{said}, other conditions with UNet2DConditionModel")
     wide = config.condition_dim + (config.pooled_dim if config.condition == "pooled" else 0)
     if not grid and listens != wide:
         raise InputError(f"the unet listens to {listens} channels, but the context has {wide}")
