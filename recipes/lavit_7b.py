@@ -44,7 +44,7 @@ from pathlib import Path
 
 from lavit.config import TrainConfig
 from lavit.presets import lavit_7b
-from lavit.train.run import Run
+from lavit.train.run import open_run, train_stages
 
 
 def settings() -> TrainConfig:
@@ -62,7 +62,8 @@ def settings() -> TrainConfig:
 
 def main(data: str, out: str, stage: str) -> None:
     """Train one stage on this process's GPU."""
-    Run(Path(out), data, lavit_7b().model, settings(), fsdp=stage == "language").train((stage,))
+    run = open_run(Path(out), data, lavit_7b().model, settings(), fsdp=stage == "language")
+    train_stages(run, (stage,))
 
 
 if __name__ == "__main__":

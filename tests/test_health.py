@@ -16,6 +16,7 @@ from lavit.config import TokenizerTraining
 from lavit.data.features import Features
 from lavit.storage import load_tensors
 from lavit.train.batches import PictureBatch, Shard
+from lavit.train.feeds import CorpusFeatures
 from lavit.train.health import (
     Alarm,
     CodeUse,
@@ -38,7 +39,8 @@ def seeded(seed: int) -> torch.Generator:
 def stage(config: TokenizerTraining = CONFIG) -> TokenizerStage:
     torch.manual_seed(0)
     features = Features(torch.randn(12, 16, 32, generator=seeded(0)).numpy())
-    return TokenizerStage(VisualTokenizer(toy_config().visual_tokenizer), features, config, seed=0)
+    feed = CorpusFeatures(features, batch=config.batch, seed=0)
+    return TokenizerStage(VisualTokenizer(toy_config().visual_tokenizer), feed, config, seed=0)
 
 
 def go(failing: TokenizerStage, run: Path, **options: int) -> list[dict]:

@@ -165,6 +165,8 @@ class TokenizerTraining:
     batch: int  # pictures a step, over all ranks
     learning_rate: float
     accumulate: int = 1  # parts of a step's pictures: the same gradient, less memory
+    recompute: bool = False  # activation checkpointing of the blocks of merger and reconstructor
+    stream: bool = False  # read the data shard by shard, encode on the fly (data/stream.py)
     weight_decay: float = 1e-3
     warmup: float = 0.05  # share of the steps of both phases
     # weight in Eq. 4 of a patch's distance from its picture's median patch: 0 is the paper's plain
@@ -233,6 +235,9 @@ class PixelsTraining:
     steps: int
     batch: int
     learning_rate: float
+    accumulate: int = 1  # parts of a step's pictures: the same gradient, less memory
+    recompute: bool = False  # activation checkpointing of the denoiser and of the autoencoder
+    stream: bool = False  # read the data shard by shard, encode on the fly (data/stream.py)
     weight_decay: float = 1e-3
     warmup: float = 0.05
     optimizer: Optimizer = "adamw"  # muon: for kernels and matrices

@@ -84,6 +84,14 @@ class Pixels(nn.Module):
             pixels.condition.take_null(null_text(folder))
         return pixels
 
+    def recompute(self, on: bool) -> None:
+        """Drop activations of denoiser and autoencoder in training and compute them again."""
+        for part in (self.unet, self.vae):
+            if part is not None and on:
+                part.enable_gradient_checkpointing()
+            elif part is not None:
+                part.disable_gradient_checkpointing()
+
     @property
     def factor(self) -> int:
         """Pixels per latent, along one side."""
@@ -155,7 +163,8 @@ class Pixels(nn.Module):
         """Measure mean and deviation of the latents, by which `encode` standardises them."""
         if self.vae is None:
             raise InputError("pixels: folded pixels need no calibration")
-        parts = [self.vae.encode(part).latent_dist.mode() for part in pictures.split(64)]
+        parts = [part.to(self.vae.device) for part in pictures.split(8)]
+        parts = [self.vae.encode(part).latent_dist.mode() for part in parts]
         deviation, mean = torch.std_mean(torch.cat(parts), dim=(0, 2, 3))
         moments = {"latents_mean": mean.tolist(), "latents_std": deviation.tolist()}
         self.vae.register_to_config(**moments, scaling_factor=1.0)
