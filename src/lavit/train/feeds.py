@@ -41,8 +41,8 @@ class PixelBatch:
     """Pictures of this rank in -1..1, their codes, codes to err with, and places as above."""
 
     pictures: Float[Tensor, "images 3 size size"]
-    codes: Sequence[Int[Tensor, "kept"]]
-    others: Sequence[Int[Tensor, "kept"]]
+    codes: Sequence[Tensor]
+    others: Sequence[Tensor]
     places: Int[Tensor, "images"]
 
 
@@ -81,7 +81,7 @@ class CorpusPixels(_Corpus):
     def __init__(
         self,
         pictures: Pictures,
-        codes: Sequence[Int[Tensor, "kept"]] = (),
+        codes: Sequence[Tensor] = (),
         *,
         batch: int,
         seed: int,

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -22,8 +21,6 @@ from lavit.train.loop import Stage
 from lavit.train.muon import matrices_apart
 from lavit.vision.encoder import Vision
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
-
-Codes = Int[Tensor, "kept"]
 
 
 class PixelsStage(Stage):
