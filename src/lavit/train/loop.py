@@ -1,8 +1,8 @@
 """One training loop for every stage, on Accelerate: a stage gives losses for a batch.
 
 A batch is a function of (seed, step), so a killed run that starts again with the same command reads
-the last checkpoint and goes on to the same losses. One step is `_step`; what happens now and then
-stands around it.
+the last checkpoint and goes on to the same losses. One step is `step_once`; what happens now and
+then stands around it.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def train(
         for step in range(start, stage.steps):
             for group, rate in zip(optimizer.param_groups, base, strict=True):
                 group["lr"] = rate * schedule(step, stage.steps, warmup)
-            parts, after = _step(stage, module, optimizer, step, clip=clip)
+            parts, after = step_once(stage, module, optimizer, step, clip=clip)
             done, last = step + 1, step + 1 == stage.steps
             if done % log_every == 0 or last:
                 values = pool(parts, accelerator) | {name: float(after[name]) for name in after}
@@ -158,7 +158,7 @@ def train(
     accelerator.free_memory()
 
 
-def _step(
+def step_once(
     stage: Stage,
     module: nn.Module,
     optimizer: Any,

@@ -67,6 +67,10 @@ class TokenizerStage(Stage):
         """Pictures of a step."""
         return draw_batch(len(self.features), self.config.batch, shard, seed=self.seed, step=step)
 
+    def trains_selector(self, step: int) -> bool:
+        """Whether the selector learns in a step: in phase a, in phase b only if so configured."""
+        return step < self.config.steps_a or self.config.train_selector
+
     def temperature(self, step: int) -> float:
         """Geometric from `temperature` to `final_temperature` over phase a."""
         done = min(1.0, step / max(1, self.config.steps_a))
@@ -119,7 +123,7 @@ class TokenizerStage(Stage):
     ) -> tuple[Float[Tensor, "images patches dim"], Float[Tensor, "images patches 2"] | None]:
         """Features of pictures, and the selector's noise while it trains."""
         patches = self.features.rows(batch.pictures).to(self.accelerator.device)
-        if step >= self.config.steps_a and not self.config.train_selector:
+        if not self.trains_selector(step):
             return patches, None
         generators = [seeded(self.seed, 3, step, int(place)) for place in batch.places]
         noise = torch.stack([gumbel((patches.shape[1], 2), generator) for generator in generators])
@@ -165,7 +169,8 @@ class TokenizerStage(Stage):
         """Move the codes and count their use; `Alarm` if loss, selector or codebook is failing."""
         config, patches = self.config, self.module.config.patches
         health.check_finite(self.loss, self.module.parameters(), step)
-        health.check_selector(float(self.kept.float().mean()) / patches, step, patches=patches)
+        if self.trains_selector(step):
+            health.check_selector(float(self.kept.float().mean()) / patches, step, patches=patches)
         if not self.codes:
             return {}
         codes = torch.cat(self.codes)
