@@ -101,7 +101,9 @@ def test_speedrun_races_three_selections(
     training = preset.training
     tokenizer = replace(training.tokenizer, steps_a=2, steps_b=2, batch=8, k_means_vectors=200)
     language = replace(training.language, rows=1, tokens=256)
-    small = replace(preset, training=replace(training, tokenizer=tokenizer, language=language))
+    model = replace(preset.model, visual_tokenizer=replace(preset.model.visual_tokenizer, codes=64))
+    stages = replace(training, tokenizer=tokenizer, language=language)
+    small = replace(preset, model=model, training=stages)
     monkeypatch.setattr(speedrun, "nano", lambda: small)
     speedrun.main(tmp_path, pictures=24, steps=4, every=4, count=1, seeds=1, rates=(1e-3,))
     said = capsys.readouterr().out
