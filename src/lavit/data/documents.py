@@ -169,7 +169,8 @@ class Documents(Rows):
         for segment in document:
             if isinstance(segment, Image):
                 return self.corpus.pictures[segment.index].record.name
-        return f"a text, {self.tokenizer.decode(document[0].ids[:16])!r}"
+            return f"a text, {self.tokenizer.decode(list(segment.ids[:16]))!r}"
+        return "nothing"
 
     def _reading(self, source: Source, rng: Rng) -> list[Part]:
         number = _one(source.read, rng)

@@ -77,6 +77,14 @@ class Head(nn.Module):
             raise InputError(f'a "{kind}" condition has no null text: use "learned" or "zeros"')
         self.learned = null == "learned"
 
+    def null(self, images: int, size: tuple[int, int]) -> Condition:
+        """The null condition of `images` pictures, for latents of `size`."""
+        raise NotImplementedError
+
+    def take_null(self, null: Float[Tensor, "tokens width"]) -> None:
+        """Store the null-text embedding that training begins with; only "cross" has one."""
+        raise NotImplementedError
+
     @property
     def device(self) -> torch.device:
         """Device of the weights, which diffusers' pipelines ask for."""
