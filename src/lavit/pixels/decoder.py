@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lavit.config import InputError, PixelsConfig, read_json
 from lavit.images import ASPECT_SIZES, aspect_size
-from lavit.pixels.condition import HEADS, Condition, Head
+from lavit.pixels.condition import HEADS, Condition, CrossCondition, Head
 from lavit.pixels.diffusion import (
     STABLE_DIFFUSION_NOISE,
     Generators,
@@ -81,6 +81,7 @@ class Pixels(nn.Module):
         unet, vae = stored_weights(config, folder) if folder else random_weights(config)
         pixels = cls(config, unet, noise_schedule(config.scheduler or STABLE_DIFFUSION_NOISE), vae)
         if folder and config.unconditional == "text":
+            assert isinstance(pixels.condition, CrossCondition)
             pixels.condition.take_null(null_text(folder))
         return pixels
 

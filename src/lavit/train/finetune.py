@@ -81,7 +81,7 @@ class Finetune(Run):
         self,
         folder: Path,
         data: str | Path,
-        model: Path,
+        model: str | Path,
         training: FinetuneTraining,
         *,
         minutes: float | None = None,
