@@ -23,6 +23,7 @@ test: .venv/installed
 check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 bench: .venv/installed
 	for name in merger pixels tokenizer generate; do $(BIN)/python benchmarks/$$name.py || exit 1; done

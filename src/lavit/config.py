@@ -299,7 +299,7 @@ def from_json(kind: type[T], data: dict[str, Any]) -> T:
 
 
 def _value(hint: Any, value: Any) -> Any:
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return from_json(hint, value)
     if typing.get_origin(hint) is tuple and isinstance(value, list):
         return tuple(value)

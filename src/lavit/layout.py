@@ -99,10 +99,12 @@ def asking(image: Any, *asked: tuple[str, str | None], keep: Any = "auto") -> li
 
 def drawing(prompt: str | None, image: Any = None) -> list[Part]:
     """A prompt and the picture of it; without a prompt, the unconditional branch of guidance."""
-    words = [] if prompt is None else [TextPart(prompt, target=image is not None)]
-    return (
-        words if image is None else [*words, ImagePart(image, read=False, target=True, ends=True)]
-    )
+    parts: list[Part] = []
+    if prompt is not None:
+        parts.append(TextPart(prompt, target=image is not None))
+    if image is not None:
+        parts.append(ImagePart(image, read=False, target=True, ends=True))
+    return parts
 
 
 def editing(sources: Sequence[Any], instruction: str, image: Any = None) -> list[Part]:
@@ -340,9 +342,9 @@ def _apply(flat: Flat, tokenizer: PreTrainedTokenizerBase, *, open_reply: bool =
     from jinja2 import TemplateError
 
     messages = [{"role": role, "content": text} for role, text in flat]
-    options = {"tokenize": False, "add_generation_prompt": open_reply}
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": open_reply}
     try:
-        return tokenizer.apply_chat_template(messages, **options)
+        return str(tokenizer.apply_chat_template(messages, **options))
     except TemplateError as error:
         refused = "the tokenizer's chat template refuses this conversation"
         raise InputError(f"{refused}: {error}") from error
@@ -360,7 +362,8 @@ def _plain(flat: Flat, kinds: list[str | None]) -> Spans:
             continue
         framed = role == "user" and kind == "text" and bool(MARK.sub("", text).strip())
         if framed:
-            pictures = re.match(f"(?:\\s*{MARK.pattern})*", text).group()
+            first = re.match(f"(?:\\s*{MARK.pattern})*", text)
+            pictures = first.group() if first else ""
             asked = question_text(text[len(pictures) :])
             if len(MARK.findall(pictures + asked)) < len(MARK.findall(text)):
                 behind = f"a picture stands behind the first {QUESTION_WORDS} words of a question"

@@ -173,6 +173,6 @@ def dispatched(
 def _apart(language: Language, device: torch.device, dtype: torch.dtype) -> Any:
     """Move all but the LM, which is taken out and returned."""
     lm = language.lm
-    language.lm = nn.Identity()  # type: ignore[assignment]
+    language.lm = nn.Identity()  # type: ignore[assignment]  # for a while
     language.to(device, dtype)
     return lm

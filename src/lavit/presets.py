@@ -239,7 +239,7 @@ def lavit_7b() -> Preset:
             guidance=5.0,
         ),
     )
-    common = {"batch": 2048, "learning_rate": 1e-4}
+    common: dict[str, Any] = {"batch": 2048, "learning_rate": 1e-4}
     training = TrainConfig(
         tokenizer=TokenizerTraining(steps_a=25_000, steps_b=25_000, decay=0.995, **common),
         language=LanguageTraining(

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ from transformers import (
 )
 
 from lavit.config import PARTS, InputError, LanguageConfig, ModelConfig, require
-from lavit.language.model import Language
+from lavit.language.model import Language, table_and_head
 from lavit.language.smollm2 import SMOLLM2, load_smollm2, load_smollm2_text, smollm2_file
 from lavit.vision.encoder import sha256
 from lavit.visual_tokenizer.merger import Merger
@@ -76,10 +77,11 @@ def model_folder(
 
     left_out = [part for part in PARTS if part not in parts]
     left_out += ["reader"] * ("language" in left_out)
-    options = {"revision": revision, "cache_dir": cache_dir, "token": token}
+    options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
     try:
         ignored = [f"{part}/*" for part in left_out]
-        return Path(snapshot_download(model, ignore_patterns=ignored, **options))
+        found: str = snapshot_download(model, ignore_patterns=ignored, **options)
+        return Path(found)
     except (OSError, ValueError) as error:
         line = str(error).strip().splitlines()[0]
         raise InputError(f"{said}, and the hub does not give it: {line}") from error
@@ -155,9 +157,12 @@ def load_base(
         if folder is not None and (folder / "tokenizer.json").is_file():
             return lm, AutoTokenizer.from_pretrained(folder)
         return lm, load_smollm2_text(file)
-    where = folder if config.source == "folder" else config.source
-    if config.source == "folder" and not (folder and (folder / "config.json").is_file()):
-        raise InputError(f"{folder} holds no language model: has the language stage been trained?")
+    where: str | Path = config.source
+    if where == "folder":
+        if folder is None or not (folder / "config.json").is_file():
+            said = f"{folder} holds no language model"
+            raise InputError(f"{said}: has the language stage been trained?")
+        where = folder
     try:
         return AutoModelForCausalLM.from_pretrained(where), AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError) as error:
@@ -241,10 +246,10 @@ def save_language(
             return replace(config, source="folder", architecture={})
         adapter = require("peft", extra="mini").get_peft_model_state_dict(language.lm)
         save_tensors(adapter, new / "adapter_model.safetensors")
-        said = copy(language.lm.peft_config["default"])
+        said: Any = copy(language.lm.peft_config["default"])
         said.target_modules = sorted(said.target_modules)  # a set: in any order
         said.save_pretrained(new)
-        rows = {name: tensors[name] for name in ("rows", "head_rows") if name in tensors}
+        rows = {name: tensors[name] for name in tensors if name in ("rows", "head_rows")}
         save_tensors(rows, new / "rows.safetensors")
         text.save_pretrained(new)
     if config.source != SMOLLM2:
@@ -256,13 +261,13 @@ def save_language(
 def export(language: Language, text: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a plain transformers causal LM with the joint vocabulary and equal logits."""
     lm = language.lm
-    table, head = lm.get_input_embeddings().weight, lm.get_output_embeddings()
+    table, head = table_and_head(lm)
     joint = {id(table): torch.cat([table, language.rows.to(table.dtype)])}
-    if not language.tied:
-        rows = language.head_rows.to(head.weight.dtype)
-        joint[id(head.weight)] = torch.cat([head.weight, rows])
-    if head.bias is not None:
-        joint[id(head.bias)] = F.pad(head.bias, (0, language.vocabulary.visual_size))
+    if language.head_rows is not None:
+        joint[id(head)] = torch.cat([head, language.head_rows.to(head.dtype)])
+    bias = getattr(lm.get_output_embeddings(), "bias", None)
+    if bias is not None:
+        joint[id(bias)] = F.pad(bias, (0, language.vocabulary.visual_size))
     tensors = lm.state_dict()
     for name, parameter in lm.named_parameters(remove_duplicate=False):
         tensors[name] = joint.get(id(parameter), tensors[name])
@@ -307,12 +312,14 @@ def load_language(config: ModelConfig, folder: Path) -> tuple[Language, PreTrain
         said = f"{folder} has no reader for pictures (reader/ is missing)"
         raise InputError(f"{said}: copy it there, or train the language stage again")
     lm, text = load_base(config.language, folder / "language")
+    if text is None:
+        raise InputError(f"{folder} names no language model that was trained: train that stage")
     tokenizer = config.visual_tokenizer
     merger = Merger(tokenizer.dim, tokenizer.heads, tokenizer.merger_depth, tokenizer.mlp_ratio)
     tensors = load_tensors(folder / "reader" / "model.safetensors")
     if not config.language.lora_rank:
         visual = MARKERS + tokenizer.codes
-        table, head = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
+        table, head = table_and_head(lm)
         tensors["rows"] = table[-visual:].detach().clone()
         if head is not table:
             tensors["head_rows"] = head[-visual:].detach().clone()

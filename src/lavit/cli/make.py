@@ -70,8 +70,16 @@ def train(
         fed = replace(training.language, stream=stream, token_corpus=str(tokens or ""))
         training = replace(training, language=fed)
     with ProgressBar() as progress:
-        watch = {"watch": progress.report, "prepare": progress.count}
-        run = Run(out, ",".join(data), model, training, trackers=tracker, fsdp=fsdp, **watch)
+        run = Run(
+            out,
+            ",".join(data),
+            model,
+            training,
+            trackers=tracker,
+            fsdp=fsdp,
+            watch=progress.report,
+            prepare=progress.count,
+        )
         run.train(STAGES if stage == "all" else (stage,))
     print(f"trained: {out}")
 

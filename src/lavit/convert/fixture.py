@@ -202,12 +202,12 @@ class Replay:
         ids = codebook.index(F.normalize(self.given("code_input"), dim=-1))
         return ids, codebook.vector(ids)
 
-    def decoder(self) -> tuple[Tensor, Tensor]:
+    def decoder(self) -> tuple[Tensor, Tensor | None]:
         """The 512-px reconstructor's normed queries, and its context."""
         normed, condition = self._reconstruct("decoder", "cross", "unet_proj", "unet_proj")
         return normed, condition.context
 
-    def highres_decoder(self) -> tuple[Tensor, Tensor]:
+    def highres_decoder(self) -> tuple[Tensor | None, Tensor | None]:
         """The 1024-px decoder's context and pooled vector."""
         projections = "unet_proj_1", "unet_proj_2"
         _, condition = self._reconstruct("highres_decoder", "pooled", *projections)

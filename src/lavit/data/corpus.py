@@ -78,8 +78,8 @@ class Corpus:
 
     def __post_init__(self) -> None:
         if not self.parts:
-            counts = (range(len(items)) for items in (self.pictures, self.questions, self.edits))
-            object.__setattr__(self, "parts", (CorpusPart("", 1.0, *counts),))
+            numbers = range(len(self.pictures)), range(len(self.questions)), range(len(self.edits))
+            object.__setattr__(self, "parts", (CorpusPart("", 1.0, *numbers),))
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -133,18 +133,19 @@ def load_corpus(data: str | Path, splits: Sequence[str] = ("train",)) -> Corpus:
     lacking: list[InputError] = []
     for name, weight in mixture:
         try:
-            *found, bad, texts = _load_source(name, splits, first=len(pictures))
+            found = _load_source(name, splits, first=len(pictures))
         except InputError as error:
             if len(mixture) == 1 or "train" in splits:
                 raise
             lacking.append(error)
             continue
-        spans = []
-        for items, more in zip((pictures, questions, edits), found, strict=True):
-            spans.append(range(len(items), len(items) + len(more)))
-            items += more
-        broken += bad
-        parts.append(CorpusPart(name, weight, *spans, texts))
+        at, asked, changed = len(pictures), len(questions), len(edits)
+        pictures += found[0]
+        questions += found[1]
+        edits += found[2]
+        broken += found[3]
+        spans = range(at, len(pictures)), range(asked, len(questions)), range(changed, len(edits))
+        parts.append(CorpusPart(name, weight, *spans, found[4]))
     if not parts:
         raise lacking[0]
     for name, reason in broken:
@@ -182,7 +183,12 @@ def _load_source(name: str, splits: Sequence[str], first: int) -> Found:
         if line["image"] in places
     ]
     edits = [
-        Edit(tuple(map(places.get, sources)), line["prompt"], places[line["target"]], line["kind"])
+        Edit(
+            tuple(places[one] for one in sources),
+            line["prompt"],
+            places[line["target"]],
+            line["kind"],
+        )
         for line in _lines(folder / "edits.jsonl")
         if places.keys() >= {*(sources := line["sources"]), line["target"]}
     ]

@@ -43,6 +43,7 @@ from lavit.sequence import (
     Document,
     Image,
     Sequence,
+    Text,
     fill_from_front,
     lay_out,
     pack,
@@ -169,7 +170,9 @@ class Documents(Rows):
         for segment in document:
             if isinstance(segment, Image):
                 return self.corpus.pictures[segment.index].record.name
-        return f"a text, {self.tokenizer.decode(document[0].ids[:16])!r}"
+        first = document[0]
+        assert isinstance(first, Text)
+        return f"a text, {self.tokenizer.decode(list(first.ids[:16]))!r}"
 
     def _reading(self, source: Source, rng: Rng) -> list[Part]:
         number = _one(source.read, rng)

@@ -58,7 +58,8 @@ def _texts(texts: Texts) -> dict[str, Any]:
 
 def _conversations(name: str) -> dict[str, Any]:
     found = load_conversations(name)
-    answers, asked = [], []
+    answers: list[int] = []
+    asked: list[int] = []
     for message in (message for item in found.items for message in item.messages):
         lengths = answers if message["role"] == "assistant" else asked
         lengths.append(len(_words(message["content"])))

@@ -66,7 +66,8 @@ class Streamed:
     def record(self, row: Mapping[str, Any], place: object) -> Record:
         """A row as a record, of texts alone without a picture; `place` names what has no path."""
         cells = dict(row)
-        image, name = _encoded(cells.pop(self.image, None), self.folder, f"{self.name}[{place}]")
+        found = None if self.image is None else cells.pop(self.image, None)
+        image, name = _encoded(found, self.folder, f"{self.name}[{place}]")
         texts = _texts(cells.get(self.text)) if self.text else ()
         return Record(image, texts, name, cells)
 
@@ -77,7 +78,7 @@ class Pictures(Streamed, Sequence[Record]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: int) -> Record:  # type: ignore[override]  # no slices
         if not -len(self) <= index < len(self):  # iteration ends by IndexError
             raise IndexError(index)
         return self.record(self.rows[index], index)
@@ -283,15 +284,15 @@ def _load(datasets: Any, data: str | Path, split: str, cache: Path | None, strea
         lines = str(error).splitlines() or [type(error).__name__]
         cause = error.__cause__ or error.__context__
         why = f"{lines[0]}{f' ({str(cause).splitlines()[0]})' if cause and str(cause) else ''}"
-        where = "" if path.exists() else " is no file or folder here, and as a name on the hub"
-        raise InputError(f"{name!r}{where}, split {split!r}, cannot be opened: {why}") from error
+        absent = "" if path.exists() else " is no file or folder here, and as a name on the hub"
+        raise InputError(f"{name!r}{absent}, split {split!r}, cannot be opened: {why}") from error
 
 
 def _fingerprint(path: Path) -> str:
     """Of names, sizes and times of all files: data made anew never come from the old cache."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    files = [(str(file.resolve()), file.stat()) for file in files if file.is_file()]
-    stats = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
+    found = [(str(file.resolve()), file.stat()) for file in files if file.is_file()]
+    stats = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
     return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
 
 

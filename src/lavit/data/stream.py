@@ -220,7 +220,7 @@ class StreamingDocuments(Rows):
         mine = {"start": self._start, "served": self._served}
         self._places = [mine]
         if dist.is_initialized() and self.ranks > 1:
-            self._places = [None] * self.ranks
+            self._places = [{}] * self.ranks
             dist.all_gather_object(self._places, mine)
 
     def state(self) -> UInt8[Tensor, "bytes"]:

@@ -15,6 +15,7 @@ from lavit.evaluate.drawing import packed, turned, unpacked
 from lavit.evaluate.exam import Exam, Missing
 from lavit.evaluate.figures import Figure, average, share
 from lavit.generate.options import ChatMessage
+from lavit.layout import Reply as Kind
 
 TURNS = 4
 TALKS = 8  # that go on together
@@ -54,7 +55,7 @@ def replies(exam: Exam, talks: list[Conversation], seeds: list[int]) -> list[lis
     messages: list[list[Any]] = [[] for _ in talks]
     found: list[list[Reply]] = [[] for _ in talks]
     for turn in range(TURNS):
-        kinds: dict[str, list[int]] = {"text": [], "image": []}
+        kinds: dict[Kind, list[int]] = {"text": [], "image": []}
         for number, talk in enumerate(talks):
             user, wanted = talk.messages[2 * turn : 2 * turn + 2]
             shown = [exam.picture(part) if isinstance(part, Scene) else part for part in user.parts]

@@ -26,8 +26,8 @@ from lavit.data.scenes.splits import valid_world
 from lavit.data.scenes.tasks import several
 from lavit.data.scenes.world import Scene, facts
 from lavit.evaluate.demo_page import Item, Section, page, save_sheet, sheet
-from lavit.evaluate.exam import Progress
 from lavit.evaluate.judge import Judge, all_right
+from lavit.evaluate.kept import Progress
 from lavit.evaluate.known import rules_of, scenes_of, strange_words
 from lavit.storage import model_folder
 from lavit.visualize import kept_over
@@ -214,7 +214,8 @@ class Show:
         if lacking := self.lacking("visual_tokenizer", "language", "pixels"):
             return Section(title, about, missing=lacking)
         sources = [[self.picture(scene) for scene in task.sources] for task in tasks]
-        prompts = [[*shown, task.words] for shown, task in zip(sources, tasks, strict=True)]
+        pairs = zip(sources, tasks, strict=True)
+        prompts: list[list[str | Image.Image]] = [[*shown, task.words] for shown, task in pairs]
         seeds = [self.seed * APART + number for number in range(len(tasks))]
         made = self.pipe.compose(prompts, seed=seeds)
         seen = Judge.load().look(made)

@@ -83,7 +83,7 @@ class Seen:
         """Groups of like things, and how they stand. Things of one name that differ in size or
         colour make several groups, and unknown ones groups of that name, as no scene has them."""
         kinds = Counter((thing.name, thing.size, thing.colour) for thing in self.things)
-        groups = [Group(name, count, *how) for (name, *how), count in kinds.items()]
+        groups = [Group(name, count, size, colour) for (name, size, colour), count in kinds.items()]
         related = world.relations(self.boxes(), clear=LOOSE)
         return Facts(self.background, self.pattern, frozenset(groups), related)
 
@@ -111,7 +111,7 @@ class Judge:
     @torch.inference_mode()
     def found(self, pictures: Sequence[Image.Image]) -> list[tuple[str, str, list[Found]]]:
         """Background, pattern and everything the detector finds, before the thresholds."""
-        found = []
+        found: list[tuple[str, str, list[Found]]] = []
         for start in range(0, len(pictures), BATCH):
             batch = [_pixels(one) for one in pictures[start : start + BATCH]]
             maps = self.detector(torch.stack(batch))

@@ -92,8 +92,8 @@ def drawn(thing: Thing, style: str, size: int) -> Image.Image:
     """A thing alone (RGBA), as it stands in a picture of this size."""
     drawing = rotated(sprite(thing.name, thing.colour, style), thing.turn)
     scale = thing.box.side * size / max(drawing.size)
-    small = tuple(max(1, round(side * scale)) for side in drawing.size)
-    return drawing.resize(small, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    width, height = (max(1, round(side * scale)) for side in drawing.size)
+    return drawing.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 
 def pasted(picture: Image.Image, drawing: Image.Image, box: Box) -> Image.Image:

@@ -38,6 +38,7 @@ from lavit.evaluate.exam import Exam, Missing
 from lavit.evaluate.figures import Figure, mean, share
 from lavit.evaluate.reading import answers, captions
 from lavit.images import open_image
+from lavit.layout import Reply as Kind
 from lavit.vision.encoder import sha256
 
 KINDS = ("read", "draw", "ask", "edit", "chat")
@@ -193,7 +194,7 @@ def _talk(exam: Exam, item: Item, number: int) -> list[Reply]:
         messages.append(message([*_shown(exam, turn), turn.text]))
         if turn.facts is not None:
             exam.needs("pixels")
-        out = "text" if turn.facts is None else "image"
+        out: Kind = "text" if turn.facts is None else "image"
         reply = exam.pipe.chat(messages, out=out, seed=exam.seeds([number]))
         messages.append(reply)
         replies.append(plain(reply))
@@ -205,7 +206,8 @@ def own_read(exam: Exam) -> Figure:
     asked, _, _ = _chosen(exam, "read")
     task, items = _task(asked, "read"), range(len(asked))
     texts = captions(exam, task, items, lambda n: _shown(exam, asked[n])[0])
-    return share([covers(text, one.facts) for text, one in zip(texts, asked, strict=True)])
+    said = [one.facts for one in asked if one.facts is not None]  # of all
+    return share([covers(text, wanted) for text, wanted in zip(texts, said, strict=True)])
 
 
 def covers(text: str, wanted: Facts) -> bool:
@@ -247,7 +249,7 @@ def own_draw(exam: Exam) -> Figure:
         return [*_shown(exam, asked[n]), asked[n].text]
 
     pictures = drawn(exam, _task(asked, "draw"), range(len(asked)), parts)
-    said = [turn.facts for turn in asked]
+    said = [turn.facts for turn in asked if turn.facts is not None]
     for turn, reply in zip(turns, replies, strict=True):
         if turn.facts is not None:
             pictures.append(unpacked(reply["picture"]))

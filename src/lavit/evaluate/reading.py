@@ -36,7 +36,8 @@ def items_of(exam: Exam, split: str) -> list[int]:
     """Scenes that are read: of `test` those with two things or more."""
     if split != "test":
         return list(range(exam.count))
-    found, item = [], 0
+    found: list[int] = []
+    item = 0
     while len(found) < exam.count:
         if item % 4 and len(exam.scene(split, item).things) > 1:  # 1, 2, 3, 4 things in turn
             found.append(item)
@@ -86,7 +87,8 @@ def mistakes(texts: Sequence[str], said: Sequence[Facts]) -> dict[str, float]:
 
 def skills(said: Facts) -> dict[str, Any]:
     """What facts say, skill by skill."""
-    found = {"background": said.background, "pattern": said.pattern, "relations": said.relations}
+    found: dict[str, Any] = {"background": said.background, "pattern": said.pattern}
+    found["relations"] = said.relations
     for name in ("name", "number", "size", "colour"):
         found[name] = sorted((group.name, str(getattr(group, name))) for group in said.groups)
     return found

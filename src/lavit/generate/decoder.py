@@ -173,7 +173,7 @@ class Decoder:
         memory.advance([1] * len(ids))
         return hidden[:, 0]
 
-    def _forward(self, body: Callable, embeddings: Tensor, memory: LaneCache) -> Tensor:
+    def _forward(self, body: Callable[..., Any], embeddings: Tensor, memory: LaneCache) -> Tensor:
         positions, mask = memory.begin(embeddings.shape[1], embeddings.dtype)
         out = body(
             inputs_embeds=embeddings,

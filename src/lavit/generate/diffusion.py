@@ -1,5 +1,3 @@
-# mypy: disable-error-code="attr-defined"
-# (parts of a diffusers pipeline are attributes that it sets by itself)
 """The pixel decoder as a diffusers pipeline: progress bar, callbacks, offload, schedulers to swap.
 
     pipe = PixelsPipeline.of(lv.model.pixels)
@@ -27,7 +25,7 @@ from lavit.pixels.decoder import Pixels
 from lavit.pixels.diffusion import UNet, solver_of
 
 
-class PixelsPipeline(diffusers.DiffusionPipeline):
+class PixelsPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]  # diffusers is Any
     """Reconstructed features in, pictures out.
 
     `scheduler` is the solver, `noise` the training's schedule, `pixels` a `PixelsConfig` as JSON.

@@ -214,7 +214,7 @@ class Session:
     def _draw(self, logits: Logits) -> dict[int, int]:
         """The next joint id of each writer, by place; those that draw alike are drawn together."""
         chosen: dict[int, int] = {}
-        groups: dict[tuple, list[int]] = defaultdict(list)
+        groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
         writers: dict[int, Writer] = {}
         for place, stream in enumerate(self.streams):
             if isinstance(stream, Beams):

@@ -56,7 +56,8 @@ def smollm2_file(expected: str | None = None) -> Path:
         from huggingface_hub import hf_hub_download
 
         try:
-            file, source = Path(hf_hub_download(**HUB)), HUB["repo_id"]
+            source = HUB["repo_id"]
+            file = Path(hf_hub_download(source, HUB["filename"], revision=HUB["revision"]))
         except OSError as error:  # no network, no such file, or the hub is switched off
             raise InputError(f"the SmolLM2-135M weights are missing: {INSTALL}") from error
     log.info("base weights: %s from %s", file.name, source)

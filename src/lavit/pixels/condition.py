@@ -10,6 +10,7 @@ GridCondition     Linear D → C, laid out as a map and resized to the latents, 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -67,7 +68,7 @@ class AttentionPool(nn.Module):
         return self.out(attend(*parts, self.heads)[:, 0])
 
 
-class Head(nn.Module):
+class Head(nn.Module, ABC):
     """What every head has; it makes a `Condition` of features for latents of (height, width)."""
 
     def __init__(self, config: PixelsConfig) -> None:
@@ -76,6 +77,10 @@ class Head(nn.Module):
         if null == "text" and kind != "cross":
             raise InputError(f'a "{kind}" condition has no null text: use "learned" or "zeros"')
         self.learned = null == "learned"
+
+    @abstractmethod
+    def null(self, images: int, size: tuple[int, int]) -> Condition:
+        """The null condition of `images` pictures, for latents of `size`."""
 
     @property
     def device(self) -> torch.device:
@@ -181,4 +186,8 @@ class GridCondition(Head):
         return Condition(grid=vector[:, None, None].expand(images, -1, *size))
 
 
-HEADS = {"cross": CrossCondition, "pooled": PooledCondition, "grid": GridCondition}
+HEADS: dict[str, Callable[[PixelsConfig], Head]] = {
+    "cross": CrossCondition,
+    "pooled": PooledCondition,
+    "grid": GridCondition,
+}

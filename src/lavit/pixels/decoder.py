@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lavit.config import InputError, PixelsConfig, read_json
 from lavit.images import ASPECT_SIZES, aspect_size
-from lavit.pixels.condition import HEADS, Condition, Head
+from lavit.pixels.condition import HEADS, Condition, CrossCondition, Head
 from lavit.pixels.diffusion import (
     STABLE_DIFFUSION_NOISE,
     Generators,
@@ -70,7 +70,7 @@ class Pixels(nn.Module):
         if (vae is None) != (not config.vae):
             raise InputError("pixels: an autoencoder goes with a configuration that names one")
         self.config, self.scheduler = config, scheduler
-        self.condition = HEADS[config.condition](config) if condition is None else condition
+        self.condition: Head = HEADS[config.condition](config) if condition is None else condition
         self.unet, self.vae = unet, vae
         check_widths(config, unet, self.latent_channels)
 
@@ -81,6 +81,7 @@ class Pixels(nn.Module):
         unet, vae = stored_weights(config, folder) if folder else random_weights(config)
         pixels = cls(config, unet, noise_schedule(config.scheduler or STABLE_DIFFUSION_NOISE), vae)
         if folder and config.unconditional == "text":
+            assert isinstance(pixels.condition, CrossCondition)
             pixels.condition.take_null(null_text(folder))
         return pixels
 
@@ -177,7 +178,7 @@ class Pixels(nn.Module):
         images = len(latents)
         drawn = self._draw(latents, generator)
         noise, times, dropped = (part.to(latents.device) for part in drawn)
-        size = tuple(latents.shape[2:])
+        size = (latents.shape[2], latents.shape[3])
         condition = self.told(features, size).replaced(dropped, self.condition.null(images, size))
         noisy = self.scheduler.add_noise(latents, noise, times)
         target = {"epsilon": noise, "sample": latents}.get(self.scheduler.config.prediction_type)
@@ -196,9 +197,10 @@ class Pixels(nn.Module):
         if not isinstance(generator, torch.Generator):
             pairs = zip(latents.split(1), generator, strict=True)
             drawn = zip(*(self._draw(one, own) for one, own in pairs), strict=True)
-            return tuple(torch.cat(part) for part in drawn)
+            noise, times, dropped = (torch.cat(part) for part in drawn)
+            return noise, times, dropped
         images, levels = len(latents), self.scheduler.config.num_train_timesteps
-        where = {"generator": generator, "device": generator.device}
+        where: dict[str, Any] = {"generator": generator, "device": generator.device}
         noise = normal_noise(latents, generator).to(latents)
         times = torch.randint(levels, (images,), **where)
         return noise, times, torch.rand(images, **where) < self.config.condition_dropout
@@ -325,13 +327,15 @@ class Pixels(nn.Module):
 
     def _steady_vae(self) -> AutoencoderKL:
         """The autoencoder, in fp32 where it would overflow in fp16 (SDXL's `force_upcast`)."""
-        if self.vae.dtype == torch.float16 and self.vae.config.force_upcast:
-            self.vae.to(torch.float32)
-        return self.vae
+        vae: AutoencoderKL = self.vae
+        if vae.dtype == torch.float16 and vae.config.force_upcast:
+            vae.to(torch.float32)
+        return vae
 
     def _latent_moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the autoencoder's latents, [channels, 1, 1]."""
-        config = self.vae.config
+        vae: AutoencoderKL = self.vae
+        config = vae.config
         mean, deviation = config.latents_mean, config.latents_std
         mean = [config.shift_factor or 0.0] if mean is None else mean
         deviation = [1.0] if deviation is None else deviation

@@ -33,8 +33,8 @@ class GridBlock(nn.Module):
         self.conv_out = nn.Conv2d(width, width, 3, padding=1)
         self.level = nn.Linear(TIME_CHANNELS[1], 2 * width)
         for part in (self.conv_out, self.level):  # each block begins as the identity
-            nn.init.zeros_(part.weight)
-            nn.init.zeros_(part.bias)
+            for parameter in part.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(
         self,
@@ -47,13 +47,13 @@ class GridBlock(nn.Module):
         return x + self.conv_out(F.silu(self.norm_out(inner)))
 
 
-class GridDenoiser(ModelMixin, ConfigMixin):
+class GridDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is Any
     """Noisy latents with a map of features beside them, to the denoiser's answer.
 
     Fully convolutional: any number of rows and columns. Saved and opened as diffusers' models are.
     """
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]  # diffusers is Any
     def __init__(self, in_channels: int, out_channels: int, width: int, depth: int) -> None:
         """in_channels: latents and map together; `depth` blocks of `width` channels."""
         super().__init__()

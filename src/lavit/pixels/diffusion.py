@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import diffusers
 import torch
@@ -28,7 +28,7 @@ STABLE_DIFFUSION_NOISE = {
 }
 MIN_SNR_GAMMA = 5.0
 LATENT_VARIANCE = 0.5  # of folded pixels in -1..1
-UNet = UNet2DModel | UNet2DConditionModel | GridDenoiser
+UNet: TypeAlias = UNet2DModel | UNet2DConditionModel | GridDenoiser
 Generators = torch.Generator | Sequence[torch.Generator]  # one, or one for each picture
 
 
@@ -75,7 +75,7 @@ def load_strictly(kind: type[ModelMixin], folder: Path, expected: dict[str, Any]
     return model
 
 
-class DPMSolver(diffusers.DPMSolverMultistepScheduler):
+class DPMSolver(diffusers.DPMSolverMultistepScheduler):  # type: ignore[misc]  # Any
     """DPM-Solver++ that clips its guess of the clean latents as DDIM does, if `thresholding` is on.
 
     diffusers' own sorts every latent for a quantile first: some percent of a small denoiser's time.
@@ -104,11 +104,10 @@ def null_text(folder: Path) -> Float[Tensor, "tokens width"]:
     """What a diffusers folder's text encoder makes of no words: SD 1.5's unconditional context."""
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    local = {"local_files_only": True}
     try:
-        text = CLIPTokenizer.from_pretrained(folder / "tokenizer", **local)
+        text = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         where = folder / "text_encoder"
-        encoder = CLIPTextModel.from_pretrained(where, use_safetensors=True, **local)
+        encoder = CLIPTextModel.from_pretrained(where, use_safetensors=True, local_files_only=True)
     except (OSError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{folder} has no tokenizer/ and text_encoder/: {reason}") from error

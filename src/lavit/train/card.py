@@ -98,7 +98,7 @@ def _stages(folder: Path, training: TrainConfig) -> list[tuple[str, ...]]:
         "autoencoder": training.pixels.autoencoder_steps,
         "pixels": training.pixels.steps,
     }
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for stage, line in last.items():
         values = {k: v for k, v in line.items() if isinstance(v, float) and "/" not in k}
         figures = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
@@ -125,7 +125,7 @@ def _licence_of_data(data: str) -> str:
 
 def _figures(folder: Path) -> str:
     """What an evaluation left in the folder."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for line in read_lines(folder / "eval.jsonl"):
         value = f"{line['value']:.3f} [{line['low']:.3f}, {line['high']:.3f}]"
         floor = line["floor"] and f"{line['floor'][1]:.3f} ({line['floor'][0]})"

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lavit.config import (
@@ -55,6 +56,7 @@ def finetune_training(
     tokens, and 2e-5 / 5e-5 (LoRA 2e-4).
     """
     model = model_folder(model)
+    rates: dict[str, Any]
     if (model / "training.json").exists():
         trained = read_json(model / "training.json")["training"]
         language = from_json(TrainConfig, trained).language
@@ -73,11 +75,13 @@ def finetune_training(
 class Finetune(Run):
     """One fine-tuning in a folder; `minutes` replaces the steps by as many as take that long."""
 
+    training: FinetuneTraining  # type: ignore[assignment]  # a run of one stage has its own
+
     def __init__(
         self,
         folder: Path,
         data: str | Path,
-        model: Path,
+        model: str | Path,
         training: FinetuneTraining,
         *,
         minutes: float | None = None,
@@ -139,7 +143,7 @@ class Finetune(Run):
         stage = LanguageStage(language, tokenizer, documents, features, tokens, config)
         stage.name = "finetune"
         if self.minutes is not None and not self.path.exists():
-            self._measure(stage)
+            self._measure(stage, self.minutes)
         if self.accelerator.is_main_process:
             write_json(self.path, self.said | {"training": to_json(self.training)})
         origins = {"": f"loaded from {self.source.name}"}
@@ -148,7 +152,7 @@ class Finetune(Run):
         if self.accelerator.is_main_process:
             self._save_all(language, text, adapted)
 
-    def _measure(self, stage: LanguageStage) -> None:
+    def _measure(self, stage: LanguageStage, minutes: float) -> None:
         """Settle the steps: time some forward and backward, and agree on rank 0's answer."""
         device, module = self.accelerator.device, stage.module.to(self.accelerator.device)
         stage.accelerator = self.accelerator
@@ -156,12 +160,14 @@ class Finetune(Run):
             if step == 1:
                 started = time.perf_counter()
             batch = stage.batch(step, stage.shard)
-            stage.losses(module, batch, step)["loss"].backward()
+            loss = stage.losses(module, batch, step)["loss"]
+            assert isinstance(loss, Tensor)
+            loss.backward()
         module.zero_grad(set_to_none=True)
         seconds = (time.perf_counter() - started) / MEASURED
-        found = torch.tensor([max(1, round(60 * self.minutes / seconds))], device=device)
+        found = torch.tensor([max(1, round(60 * minutes / seconds))], device=device)
         steps = int(self.accelerator.gather(found)[0])
-        log.info("%.1f minutes are %d steps of %.2f seconds", self.minutes, steps, seconds)
+        log.info("%.1f minutes are %d steps of %.2f seconds", minutes, steps, seconds)
         self._take_steps(steps)
         stage.config, stage.steps = self.training.language, steps
 

@@ -18,7 +18,7 @@ from lavit.pixels.decoder import Pixels
 from lavit.pixels.perceptual import Perceptual
 from lavit.sequence import VisualTokens
 from lavit.train.batches import PictureBatch, Shard, draw_batch, seeded
-from lavit.train.loop import Stage
+from lavit.train.loop import Figure, Stage
 from lavit.train.muon import matrices_apart
 from lavit.vision.encoder import Vision
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
@@ -28,6 +28,8 @@ class PixelsStage(Stage):
     """Stage 3: the denoiser, on features reconstructed from the codes of each picture."""
 
     name = "pixels"
+    module: Pixels
+    config: PixelsTraining
 
     def __init__(
         self,
@@ -62,7 +64,7 @@ class PixelsStage(Stage):
         """Pictures of a step."""
         return draw_batch(len(self.pictures), self.config.batch, shard, seed=self.seed, step=step)
 
-    def losses(self, module: nn.Module, batch: PictureBatch, step: int) -> dict[str, Tensor]:
+    def losses(self, module: nn.Module, batch: PictureBatch, step: int) -> dict[str, Figure]:
         """Mean squared error of the predicted noise."""
         device = self.accelerator.device
         drawn = zip(batch.places.tolist(), batch.pictures.tolist(), strict=True)
@@ -121,6 +123,7 @@ class AutoencoderStage(Stage):
     """The small autoencoder whose latents stage 3 denoises."""
 
     name = "autoencoder"
+    config: PixelsTraining
 
     def __init__(
         self,
@@ -143,7 +146,7 @@ class AutoencoderStage(Stage):
         """Pictures of a step."""
         return draw_batch(len(self.pictures), self.config.batch, shard, seed=self.seed, step=step)
 
-    def losses(self, module: nn.Module, batch: PictureBatch, step: int) -> dict[str, Tensor]:
+    def losses(self, module: nn.Module, batch: PictureBatch, step: int) -> dict[str, Figure]:
         """Reconstruction plus a little KL."""
         generators = [seeded(self.seed, 7, step, place) for place in batch.places.tolist()]
         pictures = self.pictures.rows(batch.pictures).to(self.accelerator.device)

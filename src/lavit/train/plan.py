@@ -211,7 +211,8 @@ class _Counter:
         for layers in (1, 2):
             language = _build(self.model, self.lm_config, layers)
             dtype = torch.bfloat16 if self.size == 2 else torch.float32
-            language.lm.to(dtype)
+            lm: nn.Module = language.lm
+            lm.to(dtype)
             entered = torch.empty(rows, tokens, language.width, device="meta", dtype=dtype)
             packed = {"documents": documents, "positions": positions}
             forward = partial(language.hidden, entered.requires_grad_(), **packed)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -28,6 +28,7 @@ from lavit.config import (
     InputError,
     LoopConfig,
     ModelConfig,
+    TrainConfig,
     read_config,
     read_json,
     to_json,
@@ -83,6 +84,8 @@ class Run:
     is taken as it is, since language and pixels know its codes, and those two train on.
     """
 
+    training: TrainConfig
+
     def __init__(
         self,
         folder: Path,
@@ -97,7 +100,8 @@ class Run:
         start: str | Path | None = None,
     ) -> None:
         self.start = None if start is None else model_folder(start)
-        self.folder, self.data, self.training = Path(folder), str(data), training
+        self.folder, self.data = Path(folder), str(data)
+        self.training = cast(TrainConfig, training)  # `Finetune` has its own
         self.watch, self.prepare, self.trackers = watch, prepare, tuple(trackers)
         check_trackers(self.trackers)
         self.accelerator = make_accelerator(training.precision, fsdp=fsdp)
@@ -276,7 +280,9 @@ class Run:
         self._loop(stage, origins, **options)
         if sharded and self.accelerator.is_main_process:
             language, _ = self._load_language(text)  # a shard cannot be saved
-            load_weights(latest_checkpoint(self.folder / "checkpoints" / "language"), language)
+            last = latest_checkpoint(self.folder / "checkpoints" / "language")
+            assert last is not None  # the loop ends with one
+            load_weights(last, language)
         self._save(LaVIT(self.config, language=language, text_tokenizer=text), "language")
 
     def _first_language(self) -> tuple[Language, TextTokenizer]:
@@ -302,13 +308,15 @@ class Run:
         else:
             lm, found = load_base(self.config.language, self.folder / "base")
             text = found or text
+            assert text is not None  # a random LM comes with a new one
             language = build_language(lm, self.tokenizer.merger, self.config, text)
         return language.float(), text  # small steps are lost on weights of half precision
 
     def _language_stage(self, language: Language, text: TextTokenizer) -> LanguageStage:
         """Stage 2 on the corpus; on codes made beforehand; or on a stream."""
         config, vision = self.training.language, self.config.vision
-        make = {"text": text, "vocabulary": language.vocabulary, "seed": self.training.seed}
+        make: dict[str, Any] = {"text": text, "vocabulary": language.vocabulary}
+        make["seed"] = self.training.seed
         if config.stream:
             make["sizes"] = (vision.patches, vision.dim)
             make["rank"] = self.accelerator.process_index

@@ -15,7 +15,7 @@ from lavit.config import TokenizerTraining
 from lavit.data.features import Features
 from lavit.train import health
 from lavit.train.batches import PictureBatch, Shard, draw_batch, draw_pictures, seeded
-from lavit.train.loop import Stage
+from lavit.train.loop import Figure, Stage
 from lavit.train.muon import matrices_apart
 from lavit.visual_tokenizer.codebook import gather_rows
 from lavit.visual_tokenizer.selector import gumbel
@@ -28,6 +28,8 @@ class TokenizerStage(Stage):
     """Stage 1 in its two phases."""
 
     name = "tokenizer"
+    module: VisualTokenizer
+    config: TokenizerTraining
 
     def __init__(
         self,
@@ -45,7 +47,9 @@ class TokenizerStage(Stage):
         tokenizer.reconstructor.start_from(tokenizer.standard(patches).mean((0, 1)))
         self.use = health.CodeUse(tokenizer.codebook.size, WINDOW)
         # of the last step: vectors and codes of its parts, its loss, patches kept of its pictures
-        self.step, self.vectors, self.codes = -1, [], []
+        self.step = -1
+        self.vectors: list[Tensor] = []
+        self.codes: list[Tensor] = []
         self.loss, self.kept = torch.zeros(()), torch.zeros(0, dtype=torch.long)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -77,7 +81,7 @@ class TokenizerStage(Stage):
         first, final = self.config.temperature, self.config.final_temperature
         return first * (final / first) ** done
 
-    def losses(self, module: nn.Module, batch: PictureBatch, step: int) -> dict[str, Tensor]:
+    def losses(self, module: nn.Module, batch: PictureBatch, step: int) -> dict[str, Figure]:
         """Eq. 4 plus commitment; figures of selector health."""
         config = self.config
         if step == config.steps_a and step != self.step and config.k_means:  # of its first part

@@ -126,7 +126,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Rows, weight: Tensor | None = None, **how: Any) -> Rows:
         """Options are those of `attend`; a weight holds the causal mask too."""
-        return self.out(attend(*self.qkv(x).chunk(3, -1), self.heads, weight, **how))
+        query, key, value = self.qkv(x).chunk(3, -1)
+        return self.out(attend(query, key, value, self.heads, weight, **how))
 
 
 class CrossAttention(nn.Module):

@@ -158,7 +158,9 @@ def write_pool(
         raise InputError(f"{out} is a file or a folder that is not empty: give another --out")
     with replacing(out) as new:
         (new / split).mkdir()
-        rows, asked, changes = [], [], []
+        rows: list[dict[str, Any]] = []
+        asked: list[dict[str, Any]] = []
+        changes: list[dict[str, Any]] = []
         draw = partial(_chunk, split=split, seed=seed, rules=rules, size=size)
         for unit, encoded in _drawn(draw, pictures, processes):
             names = []
@@ -199,7 +201,7 @@ def _drawn(draw: Callable[[int], list[Drawn]], pictures: int, processes: int) ->
     """Units of so many pictures in all."""
     chunks = range(-(-pictures // CHUNK))  # a unit has one picture at least
     with contextlib.ExitStack() as stack:
-        run = map
+        run: Callable[..., Iterable[list[Drawn]]] = map
         if processes > 1:
             spawn = multiprocessing.get_context("spawn")
             run = stack.enter_context(spawn.Pool(processes)).imap

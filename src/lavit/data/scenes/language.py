@@ -70,9 +70,8 @@ def plainly(scene: Scene) -> str:
     relations = sorted(in_order(relation, scene.names) for relation in said.relations)
     relations.sort(key=lambda one: (scene.names.index(one[0]), scene.names.index(one[2])))
     for first, kind, second in relations:
-        words.append(
-            f"{the(said.group(first))} {are(said.group(first))} {kind} {the(said.group(second))}"
-        )
+        one, other = said.named(first), said.named(second)
+        words.append(f"{the(one)} {are(one)} {kind} {the(other)}")
     return ". ".join(words) + "."
 
 
@@ -150,10 +149,10 @@ def _clauses(relations: list[Triple], names: dict[str, str], said: Facts, rng: R
             text += f" and {place(kind, rng)} the {names[second]}"
         elif not aside and rng.random() < 0.3:
             where = place(OPPOSITE[kind], rng, 0.5)
-            verb = are(said.group(second))
+            verb = are(said.named(second))
             text += f"{link}{where} the {names[first]} {verb} the {names[second]}"
         else:
-            verb = "" if aside else are(said.group(first)) + " "
+            verb = "" if aside else are(said.named(first)) + " "
             text += f"{link}the {names[first]} {verb}{place(kind, rng)} the {names[second]}"
             subject = first
     return text

@@ -95,9 +95,10 @@ def _exists(said: Facts, rng: Rng, document: Document) -> Pair:
         if not document.admits_name(name, colour):
             return None
     elif not yes:
-        name = _stranger(said, here, rng, document)
-        if name is None:
+        stranger = _stranger(said, here, rng, document)
+        if stranger is None:
             return None
+        name = stranger
     adjective = f"{colour} " if colour else ""
     text = f"is there {article(adjective + name)}?"
     if rng.random() < 0.3:
@@ -111,9 +112,10 @@ def _how_many(said: Facts, rng: Rng, document: Document) -> Pair:
     group = pick(rng, sorted(said.groups))
     name, answer = group.name, NUMBERS[group.number]
     if rng.random() < ABSENT:
-        name, answer = _stranger(said, group, rng, document), "none"
-        if name is None:
+        stranger = _stranger(said, group, rng, document)
+        if stranger is None:
             return None
+        name, answer = stranger, "none"
     elif rng.random() > ASKED.get(group.number, 1.0):
         return None
     verb = "are there" if rng.random() < 0.7 else "do you see"
@@ -121,19 +123,20 @@ def _how_many(said: Facts, rng: Rng, document: Document) -> Pair:
 
 
 def _colour(said: Facts, rng: Rng, document: Document) -> Pair:
-    shapes = sorted(group for group in said.groups if group.colour)
+    shapes = [(group, group.colour) for group in sorted(said.groups) if group.colour]
     if not shapes:
         return None
-    group = pick(rng, shapes)
-    return f"what colour {are(group)} {the(group)}?", group.colour
+    group, colour = pick(rng, shapes)
+    return f"what colour {are(group)} {the(group)}?", colour
 
 
 def _background(said: Facts, rng: Rng, document: Document) -> Pair:
-    return "what colour is the background?", said.background
+    return ("what colour is the background?", said.background) if said.background else None
 
 
 def _pattern(said: Facts, rng: Rng, document: Document) -> Pair:
-    return PATTERN_ASKED[rng.random() >= 0.5], said.pattern
+    question = PATTERN_ASKED[rng.random() >= 0.5]
+    return (question, said.pattern) if said.pattern else None
 
 
 def _where(said: Facts, rng: Rng, document: Document) -> Pair:
@@ -142,7 +145,7 @@ def _where(said: Facts, rng: Rng, document: Document) -> Pair:
         return None
     group = pick(rng, single)
     ((kind, other),) = around(said, group.name)
-    return f"where {are(group)} {the(group)}?", f"{kind} {the(said.group(other))}"
+    return f"where {are(group)} {the(group)}?", f"{kind} {the(said.named(other))}"
 
 
 def _bigger(said: Facts, rng: Rng, document: Document) -> Pair:
@@ -227,9 +230,9 @@ def answers(scene: Scene | Facts, question: str) -> frozenset[str]:
     if re.fullmatch(r"how many # (are there|do you see) \?", text):
         return frozenset({NUMBERS[first.number if first else 0]})
     if text == "what colour is the background ?":
-        return frozenset({said.background})
-    if text in tuple(" ".join(split(one)) for one in PATTERN_ASKED):
-        return frozenset({said.pattern})
+        return frozenset(filter(None, (said.background,)))
+    if text in tuple(" ".join(split(one) or ()) for one in PATTERN_ASKED):
+        return frozenset(filter(None, (said.pattern,)))
     if re.fullmatch(r"what colour (is|are) the # \?", text) and first and first.colour:
         return frozenset({first.colour})
     if re.fullmatch(r"where (is|are) the # \?", text) and first:

@@ -70,7 +70,7 @@ def sprite(name: str, colour: str | None, style: str, noto: Path = NOTO) -> Imag
     """A drawing on nothing (RGBA), cut to what is drawn."""
     if style not in READ_STYLES:
         raise InputError(f"there is no style {style!r}: choose from {', '.join(READ_STYLES)}")
-    if name in SHAPES:
+    if name in SHAPES and colour is not None:
         drawing = shape(name, COLOURS[colour], outlined=style == "openmoji")
     elif style == "noto":
         drawing = from_font(kind_of(name).codepoint, noto)

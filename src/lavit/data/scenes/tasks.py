@@ -78,8 +78,12 @@ def several(rng: Rng, rules: Rules, kind: str | None = None, *, split: str = "tr
             b = replace(_other_ground(target, rng), things=others)
         else:
             a = _other_ground(target, rng)
-            ground = {"background": target.background, "pattern": target.pattern}
-            b = replace(some_scene(rng, rules, split), style=target.style, **ground)
+            b = replace(
+                some_scene(rng, rules, split),
+                style=target.style,
+                background=target.background,
+                pattern=target.pattern,
+            )
         if set(a.names) & set(b.names) or not (sound(a) and sound(b)):
             continue
         if training and (rules.forbids(a) or rules.forbids(b)):
@@ -139,19 +143,20 @@ def _turn(
 ) -> tuple[str, str | Scene] | None:
     """One request and its answer; None if this kind is not possible here."""
     rules = document.rules
+    if kind == "drawing":
+        for _ in range(TRIES):
+            scene = some_scene(rng, rules, split)
+            text = prompt(scene, rng)
+            if document.admits([text], [scene]):
+                return text, scene
+        return None
+    assert last is not None  # all else is about a picture
     if kind == "question":
         found = questions(last, rng, rules, 1, document=document)
         return (found[0].question, found[0].answer) if found else None
     if kind == "caption":
         ask, answer = (FULL, describe) if rng.random() < 0.5 else (SHORT, mention)
         return pick(rng, ask), answer(last, rng)
-    if kind == "edit":
-        allowed = None if document.training else (lambda scene: valid_world(scene) is None)
-        one = edit(last, rng, rules, allowed=allowed, document=document)
-        return (one.prompt, one.target) if one else None
-    for _ in range(TRIES):
-        scene = some_scene(rng, rules, split)
-        text = prompt(scene, rng)
-        if document.admits([text], [scene]):
-            return text, scene
-    return None
+    allowed = None if document.training else (lambda scene: valid_world(scene) is None)
+    one = edit(last, rng, rules, allowed=allowed, document=document)
+    return (one.prompt, one.target) if one else None
