@@ -158,12 +158,11 @@ def test_scenes_need_no_model() -> None:
 
 
 def test_stages_1_and_3_take_pictures_and_nothing_else() -> None:
-    from lavit.train.pixels import AutoencoderStage, PixelsStage
+    from lavit.train.pixels import PixelsStage
     from lavit.train.tokenizer import TokenizerStage
 
     taken = {
         TokenizerStage: {"tokenizer", "features", "config", "seed"},
-        AutoencoderStage: {"pixels", "pictures", "config", "seed"},
         PixelsStage: {"pixels", "tokenizer", "pictures", "tokens", "config", "seed", "vision"},
     }
     kinds = {

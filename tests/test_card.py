@@ -149,3 +149,15 @@ def test_lora_over_a_random_model_is_refused(toy_data: Path, tmp_path: Path) -> 
     )
     with pytest.raises(InputError, match="random"):
         run.train(("tokenizer", "language"))
+
+
+def test_settings_of_another_version_are_named_in_one_line(toy_run: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "training.json"):
+        shutil.copy(toy_run / name, tmp_path / name)
+    said = read_json(tmp_path / "training.json")
+    said["training"]["pixels"] |= {"autoencoder_steps": 0, "autoencoder_rate": 1e-3}
+    (tmp_path / "training.json").write_text(json.dumps(said))
+    with pytest.raises(InputError) as error:
+        write_card(tmp_path)
+    assert "autoencoder_rate, autoencoder_steps" in str(error.value)
+    assert "\n" not in str(error.value)

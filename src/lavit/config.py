@@ -228,8 +228,6 @@ class LanguageTraining:
 class PixelsTraining:
     """Stage 3 (paper Eq. 5): ε-prediction on reconstructed features; images only."""
 
-    autoencoder_steps: int  # 0 where there is no autoencoder to train
-    autoencoder_rate: float
     steps: int
     batch: int
     learning_rate: float
@@ -291,7 +289,7 @@ def from_json(kind: type[T], data: dict[str, Any]) -> T:
     unknown = sorted(set(data) - set(hints))
     if unknown:
         said = f"{kind.__name__} does not know {', '.join(unknown)}"
-        raise InputError(f"{said}: was it written by a newer version?")
+        raise InputError(f"{said}: was it written by another version?")
     try:
         return kind(**{name: _value(hints[name], value) for name, value in data.items()})
     except TypeError as error:

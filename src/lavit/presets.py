@@ -148,8 +148,6 @@ def nano() -> Preset:
             mixture=(6.0, 1.0, 0.6, 0.4, 0.0),  # documents of questions are twice as long
         ),
         pixels=PixelsTraining(
-            autoencoder_steps=0,
-            autoencoder_rate=1e-3,
             steps=1000,
             batch=16,
             learning_rate=2e-3,
@@ -250,7 +248,7 @@ def lavit_7b() -> Preset:
             rows_rate=1e-4,
             reader_rate=1e-4,
         ),
-        pixels=PixelsTraining(autoencoder_steps=0, autoencoder_rate=0.0, steps=20_000, **common),
+        pixels=PixelsTraining(steps=20_000, **common),
     )
     return Preset(model, training, minutes=float("inf"))
 
@@ -278,5 +276,5 @@ def scaled(training: TrainConfig, factor: float) -> TrainConfig:
         training,
         tokenizer=times(training.tokenizer, "steps_a", "steps_b"),
         language=times(training.language, "steps"),
-        pixels=times(training.pixels, "autoencoder_steps", "steps"),
+        pixels=times(training.pixels, "steps"),
     )

@@ -36,7 +36,6 @@ from lavit.pixels.diffusion import (
     level_weights,
     linear_guess,
     noise_schedule,
-    normal_noise,
     null_text,
     random_weights,
     solver_of,
@@ -48,7 +47,6 @@ from lavit.visual_tokenizer.layers import Patches
 Loss = Float[Tensor, ""]
 Pictures = Float[Tensor, "images 3 height width"]
 Latents = Float[Tensor, "images channels rows columns"]
-KL_WEIGHT = 1e-6  # as Stable Diffusion's autoencoder
 
 
 class Pixels(nn.Module):
@@ -141,25 +139,6 @@ class Pixels(nn.Module):
         mean, deviation = self._latent_moments(latents)
         return vae.decode((latents * deviation + mean).to(vae.dtype)).sample.to(latents.dtype)
 
-    def autoencoder_loss(self, pictures: Pictures, *, generator: Generators | None = None) -> Loss:
-        """L1 of the reconstruction and a trace of KL to the unit normal: trains `vae`."""
-        if self.vae is None:
-            raise InputError("pixels: this decoder has no autoencoder to train, it folds pixels")
-        posterior = self.vae.encode(pictures).latent_dist
-        noise = normal_noise(posterior.mean, generator).to(pictures)
-        found = self.vae.decode(posterior.mean + posterior.std * noise).sample
-        return F.l1_loss(found, pictures) + KL_WEIGHT * posterior.kl().mean()
-
-    @torch.no_grad()
-    def calibrate(self, pictures: Pictures) -> None:
-        """Measure mean and deviation of the latents, by which `encode` standardises them."""
-        if self.vae is None:
-            raise InputError("pixels: folded pixels need no calibration")
-        parts = [self.vae.encode(part).latent_dist.mode() for part in pictures.split(64)]
-        deviation, mean = torch.std_mean(torch.cat(parts), dim=(0, 2, 3))
-        moments = {"latents_mean": mean.tolist(), "latents_std": deviation.tolist()}
-        self.vae.register_to_config(**moments, scaling_factor=1.0)
-
     def forward(
         self,
         latents: Latents,
@@ -199,7 +178,7 @@ class Pixels(nn.Module):
             return tuple(torch.cat(part) for part in drawn)
         images, levels = len(latents), self.scheduler.config.num_train_timesteps
         where = {"generator": generator, "device": generator.device}
-        noise = normal_noise(latents, generator).to(latents)
+        noise = torch.randn(latents.shape, **where).to(latents)
         times = torch.randint(levels, (images,), **where)
         return noise, times, torch.rand(images, **where) < self.config.condition_dropout
 

@@ -59,8 +59,7 @@ def load_strictly(kind: type[ModelMixin], folder: Path, expected: dict[str, Any]
     """A diffusers model with every weight from the folder, of the sizes `expected` names."""
     found = read_json(folder / "config.json")
     for name, value in options(expected).items():
-        moments = name in ("latents_mean", "latents_std", "scaling_factor")  # measured in training
-        if not moments and found.get(name) != (list(value) if isinstance(value, tuple) else value):
+        if found.get(name) != (list(value) if isinstance(value, tuple) else value):
             given = f"{name} is {found.get(name)}"
             raise InputError(f"{folder}: {given}, this configuration expects {value}")
     how = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
@@ -188,12 +187,3 @@ def level_weights(
     scales = {"epsilon": ratio, "sample": torch.ones_like(ratio)}
     scale = scales.get(schedule.config.prediction_type, ratio + 1)
     return ratio.clamp(max=MIN_SNR_GAMMA) / scale
-
-
-def normal_noise(like: Tensor, generator: Generators | None) -> Tensor:
-    """Normal noise of the shape of `like`, on the device of its generators."""
-    if generator is None or isinstance(generator, torch.Generator):
-        home = like.device if generator is None else generator.device
-        return torch.randn(like.shape, generator=generator, device=home)
-    pairs = zip(like.split(1), generator, strict=True)
-    return torch.cat([normal_noise(one, own) for one, own in pairs])

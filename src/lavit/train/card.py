@@ -95,7 +95,6 @@ def _stages(folder: Path, training: TrainConfig) -> list[tuple[str, ...]]:
     wanted = {
         "tokenizer": training.tokenizer.steps,
         "language": training.language.steps,
-        "autoencoder": training.pixels.autoencoder_steps,
         "pixels": training.pixels.steps,
     }
     rows = []

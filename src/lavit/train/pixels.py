@@ -1,4 +1,4 @@
-"""Stage 3: ε-prediction on reconstructed features (paper Eq. 5); first the autoencoder, if any.
+"""Stage 3: ε-prediction on reconstructed features (paper Eq. 5); an autoencoder stays frozen.
 
 Noise is a function of (seed, step, place in the global batch): one rank and two see the same.
 """
@@ -103,48 +103,3 @@ class PixelsStage(Stage):
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take the averaged weights back."""
         self.averaged.load_state_dict(state)
-
-
-class AutoencoderLoss(nn.Module):
-    """The autoencoder's loss as a module: DDP sees its forward and adds up its gradients."""
-
-    def __init__(self, pixels: Pixels) -> None:
-        super().__init__()
-        self.vae, self._loss = pixels.vae, pixels.autoencoder_loss
-
-    def forward(self, pictures: Tensor, generators: list[torch.Generator]) -> Tensor:
-        """Pictures [images 3 size size] in -1..1 to a scalar."""
-        return self._loss(pictures, generator=generators)
-
-
-class AutoencoderStage(Stage):
-    """The small autoencoder whose latents stage 3 denoises."""
-
-    name = "autoencoder"
-
-    def __init__(
-        self,
-        pixels: Pixels,
-        pictures: Pictures,
-        config: PixelsTraining,
-        *,
-        seed: int,
-    ) -> None:
-        self.module, self.pictures = AutoencoderLoss(pixels), pictures
-        self.config, self.seed = config, seed
-        self.steps = config.autoencoder_steps
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """One group."""
-        params = list(self.module.parameters())
-        return [{"params": params, "lr": self.config.autoencoder_rate, "weight_decay": 0.0}]
-
-    def batch(self, step: int, shard: Shard) -> PictureBatch:
-        """Pictures of a step."""
-        return draw_batch(len(self.pictures), self.config.batch, shard, seed=self.seed, step=step)
-
-    def losses(self, module: nn.Module, batch: PictureBatch, step: int) -> dict[str, Tensor]:
-        """Reconstruction plus a little KL."""
-        generators = [seeded(self.seed, 7, step, place) for place in batch.places.tolist()]
-        pictures = self.pictures.rows(batch.pictures).to(self.accelerator.device)
-        return {"loss": module(pictures, generators)}

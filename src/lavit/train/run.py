@@ -63,7 +63,7 @@ from lavit.train.health import parameter_lines
 from lavit.train.language import LanguageStage, train_text_tokenizer
 from lavit.train.loop import Report, Stage, train
 from lavit.train.metrics import check_trackers
-from lavit.train.pixels import AutoencoderStage, PixelsStage
+from lavit.train.pixels import PixelsStage
 from lavit.train.samples import Samples
 from lavit.train.settings import PART_OF, STAGES, same_run, with_stage
 from lavit.train.spread import first_alone, halve_frozen, make_accelerator
@@ -125,9 +125,7 @@ class Run:
         return (self.folder / PART_OF[stage] / "done").exists()
 
     def _begun(self, stage: str) -> bool:
-        checkpoints = [stage, "autoencoder"] if stage == "pixels" else [stage]
-        begun = any((self.folder / "checkpoints" / name).exists() for name in checkpoints)
-        return begun or self._done(stage)
+        return (self.folder / "checkpoints" / stage).exists() or self._done(stage)
 
     def _agree(self, stages: Sequence[str]) -> None:
         """Write what this run is, or check that the folder is of the same one.
@@ -357,16 +355,14 @@ class Run:
                 said = f"{folder} holds no diffusion model to start from"
                 raise InputError(f"{said}: put a diffusers folder there (Stable Diffusion 1.5)")
             config = replace(config, start_from=str(folder))
+        if config.vae and not config.start_from:
+            said = "the pixels' configuration names an autoencoder, and none is trained here"
+            raise InputError(f"{said}: give start_from, a diffusers folder that has one")
         return Pixels.build(config)
 
     def _train_pixels(self) -> None:
         config, seed = self.training.pixels, self.training.seed
         pixels = self._first_pixels()
-        if config.autoencoder_steps:
-            autoencoder = AutoencoderStage(pixels, self.pictures, config, seed=seed)
-            self._loop(autoencoder, warmup=config.warmup)
-            some = torch.arange(min(512, len(self.pictures)))
-            pixels.calibrate(self.pictures.rows(some))
         self.tokenizer.to(self.accelerator.device)
         stage = PixelsStage(
             pixels,
