@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from conftest import toy_config, toy_picture, toy_training
-from lavit.config import InputError, write_config
+from lavit.config import InputError, Mixture, write_config
 from lavit.data.bulk import Job, corpus_codes, tokenize_corpus, tokenizer_hash
 from lavit.data.corpus import Corpus, Picture, load_corpus
 from lavit.data.sources import Record
@@ -131,7 +131,7 @@ def test_no_record_is_lost_or_told_twice(shards: Path) -> None:
 
 
 def test_pictures_that_are_read_bring_their_own_features(shards: Path) -> None:
-    documents = documents_of(str(shards), mixture=(1.0, 0.0, 0.0, 0.0, 0.0))
+    documents = documents_of(str(shards), mixture=Mixture(reading=1.0))
     batch = documents.batch(0)
     patches, keep = documents.pictures(batch.images)
     assert len(patches) == len(batch.images) == len(keep) > 0

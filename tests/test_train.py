@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
 from conftest import NAMES, toy_config, toy_picture, toy_training
-from lavit.config import InputError, LanguageConfig
+from lavit.config import InputError, LanguageConfig, Mixture
 from lavit.data.bulk import Job, tokenize_corpus
 from lavit.data.corpus import load_corpus
 from lavit.data.documents import Documents
@@ -241,7 +241,10 @@ def test_stage_one_learns_and_its_codes_live(toy_data: Path, tmp_path: Path) -> 
 def test_stage_two_overfits_both_directions(toy_data: Path, tmp_path: Path) -> None:
     training = toy_training()
     stage = replace(
-        training.language, steps=150, unconditional_fraction=0.0, mixture=(1, 1, 0, 0, 0)
+        training.language,
+        steps=150,
+        unconditional_fraction=0.0,
+        mixture=Mixture(reading=1.0, writing=1.0),
     )
     run = Run(tmp_path, toy_data, toy_config(), replace(training, language=stage))
     run.train(("tokenizer", "language"))

@@ -195,6 +195,20 @@ class TokenizerTraining:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """Relative number of documents of each kind that a source of pictures gives.
+
+    data/documents.py draws them; a source of text has a weight of its own.
+    """
+
+    reading: float = 0.0
+    writing: float = 0.0
+    question: float = 0.0
+    edit: float = 0.0
+    text: float = 0.0  # prompts without their picture
+
+
+@dataclass(frozen=True, kw_only=True)
 class LanguageTraining:
     """Stage 2 (paper Eq. 6): one next-token loss over both orders."""
 
@@ -219,9 +233,7 @@ class LanguageTraining:
     # folder of `lavit tokenize-corpus` whose codes are used; reading needs features, so nothing is
     # read then (data/bulk.py)
     token_corpus: str = ""
-    # relative number of documents of each kind that a source of pictures gives: reading, writing,
-    # questions, edits, prompts without their picture (a source of text has a weight of its own)
-    mixture: tuple[float, float, float, float, float] = (1.0, 1.0, 0.5, 0.5, 0.25)
+    mixture: Mixture = Mixture(reading=1.0, writing=1.0, question=0.5, edit=0.5, text=0.25)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,7 +309,10 @@ def from_json(kind: type[T], data: dict[str, Any]) -> T:
 
 
 def _value(hint: Any, value: Any) -> Any:
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            names = ", ".join(part.name for part in dataclasses.fields(hint))
+            raise InputError(f"{hint.__name__} is {value}, expected an object of {names}")
         return from_json(hint, value)
     if typing.get_origin(hint) is tuple and isinstance(value, list):
         return tuple(value)

@@ -14,6 +14,7 @@ from lavit.config import (
     InputError,
     LanguageConfig,
     LanguageTraining,
+    Mixture,
     ModelConfig,
     PixelsConfig,
     PixelsTraining,
@@ -145,7 +146,8 @@ def nano() -> Preset:
             weight_decay=0.01,
             optimizer="muon",
             read_share=0.1,
-            mixture=(6.0, 1.0, 0.6, 0.4, 0.0),  # documents of questions are twice as long
+            # documents of questions are twice as long
+            mixture=Mixture(reading=6.0, writing=1.0, question=0.6, edit=0.4),
         ),
         pixels=PixelsTraining(
             steps=1000,
@@ -172,7 +174,7 @@ def mini() -> Preset:
             learning_rate=1e-3,
             rows_rate=2e-3,
             reader_rate=5e-4,
-            mixture=(4.0, 1.0, 0.8, 0.9, 0.0),
+            mixture=Mixture(reading=4.0, writing=1.0, question=0.8, edit=0.9),
         ),
         pixels=replace(small.training.pixels, steps=6000, ema=0.998, code_noise=0.5),
     )

@@ -194,7 +194,8 @@ class _Counter:
         inputs *= self._kept_patches
         reader = rest + (depth * inputs + block if recompute else depth * block)
         mixture = self.training.language.mixture
-        images = tokens / (self._kept_patches + 2 + TEXT) * (mixture[0] + mixture[2]) / sum(mixture)
+        read = (mixture.reading + mixture.question) / sum(vars(mixture).values())
+        images = tokens / (self._kept_patches + 2 + TEXT) * read
         return tokens * lm + images * reader
 
     @property

@@ -319,7 +319,7 @@ class Run:
             hashed = tokenizer_hash(LaVIT(self.config, folder=self.folder))
             codes = corpus_codes(config.token_corpus, self.corpus, tokenizer=hashed)
             features, tokens = nothing_read(vision)
-            mixture = (0.0, mixture[1], 0.0, *mixture[3:])
+            mixture = replace(mixture, reading=0.0, question=0.0)
         else:
             codes = tuple(tuple(part.tolist()) for part in self.tokens.split())
             features, tokens = self.features, self.tokens
