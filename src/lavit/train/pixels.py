@@ -17,7 +17,7 @@ from lavit.data.features import Pictures
 from lavit.pixels.decoder import Pixels
 from lavit.pixels.perceptual import Perceptual
 from lavit.sequence import VisualTokens
-from lavit.train.batches import PictureBatch, Shard, draw_batch, seeded
+from lavit.train.batches import PictureBatch, Randomness, Shard, draw_batch, seeded
 from lavit.train.loop import Stage
 from lavit.train.muon import matrices_apart
 from lavit.vision.encoder import Vision
@@ -71,10 +71,11 @@ class PixelsStage(Stage):
             lengths = torch.tensor([len(c) for c in codes], device=device)
             features = self.tokenizer.decode(torch.cat(codes), lengths)
             latents = self.module.encode(self.pictures.rows(batch.pictures).to(device))
+        places, kind = batch.places.tolist(), Randomness.DIFFUSION
         loss = module(
             latents,
             features,
-            generator=[seeded(self.seed, 6, step, place) for place in batch.places.tolist()],
+            generator=[seeded(self.seed, kind, step, place) for place in places],
             perceptual=self.perceptual,
             perceptual_weight=self.config.perceptual_weight,
         )
@@ -85,7 +86,7 @@ class PixelsStage(Stage):
         codes = self.codes[picture]
         if not self.config.code_noise:
             return codes
-        generator = seeded(self.seed, 11, step, place)
+        generator = seeded(self.seed, Randomness.CODE_NOISE, step, place)
         other = self.codes[int(torch.randint(len(self.codes), (), generator=generator))]
         drawn = other[torch.randint(len(other), codes.shape, generator=generator)]
         share = self.config.code_noise * torch.rand((), generator=generator)

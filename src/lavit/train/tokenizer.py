@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lavit.config import TokenizerTraining
 from lavit.data.features import Features
 from lavit.train import health
-from lavit.train.batches import PictureBatch, Shard, draw_batch, draw_pictures, seeded
+from lavit.train.batches import PictureBatch, Randomness, Shard, draw_batch, draw_pictures, seeded
 from lavit.train.loop import Stage
 from lavit.train.muon import matrices_apart
 from lavit.visual_tokenizer.codebook import gather_rows
@@ -121,7 +121,8 @@ class TokenizerStage(Stage):
         patches = self.features.rows(batch.pictures).to(self.accelerator.device)
         if step >= self.config.steps_a and not self.config.train_selector:
             return patches, None
-        generators = [seeded(self.seed, 3, step, int(place)) for place in batch.places]
+        places, kind = batch.places.tolist(), Randomness.SELECTOR
+        generators = [seeded(self.seed, kind, step, place) for place in places]
         noise = torch.stack([gumbel((patches.shape[1], 2), generator) for generator in generators])
         return patches, noise.to(self.accelerator.device)
 
@@ -158,7 +159,7 @@ class TokenizerStage(Stage):
             if sum(map(len, rows)) >= wanted:
                 break
         vectors = self.shard.of(torch.cat(rows))  # k-means gathers them again
-        generator = seeded(self.seed, 4)
+        generator = seeded(self.seed, Randomness.K_MEANS)
         tokenizer.codebook.k_means(vectors, rounds=self.config.k_means, generator=generator)
 
     def after_step(self, step: int) -> dict[str, float]:
@@ -174,7 +175,7 @@ class TokenizerStage(Stage):
             codes,
             decay=config.decay,
             patience=config.patience,
-            generator=seeded(self.seed, 5, step),
+            generator=seeded(self.seed, Randomness.REVIVAL, step),
         )
         self.use.add(gather_rows(codes[:, None].float())[:, 0].long(), revived=revived)
         figures = self.use.figures()
