@@ -15,9 +15,9 @@ from lavit.config import InputError
 from lavit.data import bulk
 from lavit.data.bulk import Job, TokenCorpus, load_tokens, tokenize_corpus, tokenizer_hash
 from lavit.data.sources import load_records
+from lavit.files import load_tensors, save_tensors
 from lavit.images import open_image
 from lavit.model import LaVIT
-from lavit.storage import load_tensors, save_tensors
 
 
 @pytest.fixture

@@ -19,10 +19,10 @@ import published
 from lavit.config import InputError
 from lavit.convert import check_fixture, convert_published, convert_reverse, names
 from lavit.convert import published as layout
-from lavit.convert.tensors import read_pickle, write_safetensors
+from lavit.convert.tensors import read_pickle
+from lavit.files import load_tensors, save_tensors
 from lavit.model import LaVIT
 from lavit.presets import lavit_7b
-from lavit.storage import load_tensors
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
 DATA = Path(__file__).parent / "data"
@@ -305,7 +305,7 @@ def test_safetensors_are_written_and_read_bit_for_bit(tmp_path: Path):
         "none": torch.empty(0, 3),
         "turned": torch.randn(4, 6).T,
     }
-    write_safetensors(tmp_path / "x.safetensors", tensors)
+    save_tensors(tensors, tmp_path / "x.safetensors")
     for found in (
         load_file(tmp_path / "x.safetensors"),
         load_tensors(tmp_path / "x.safetensors"),

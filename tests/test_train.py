@@ -18,10 +18,10 @@ from lavit.data.corpus import load_corpus
 from lavit.data.documents import Documents
 from lavit.data.features import compute_features, tokenize_features
 from lavit.data.sources import Record
+from lavit.files import load_tensors
 from lavit.images import pixels
 from lavit.model import LaVIT
 from lavit.presets import lavit_7b
-from lavit.storage import load_tensors
 from lavit.train.batches import draw_pictures
 from lavit.train.health import Alarm, CodeUse, check_codes, check_selector
 from lavit.train.language import train_text_tokenizer

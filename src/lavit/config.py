@@ -338,12 +338,12 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
     write_whole(path, json.dumps(data, indent=1) + "\n")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all; makes the folder, or raises `InputError`."""
+def write_whole(path: Path, data: str | bytes) -> None:
+    """Write a file, whole or not at all; makes the folder, or raises `InputError`."""
     new = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(text, encoding="utf-8")
+        new.write_bytes(data.encode() if isinstance(data, str) else data)
         new.replace(path)
     except OSError as error:
         raise InputError(f"cannot write to {path.parent}: {error.strerror}") from error

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import tyro
 
 from lavit.cli.output import ProgressBar, Words
-from lavit.config import InputError
+from lavit.config import InputError, write_json
 
 arg = tyro.conf.arg
 Names = Annotated[str | None, arg(help="only these, with commas between them", metavar="NAME,…")]
@@ -75,7 +75,7 @@ def evaluate(
         else:
             raise InputError("--items are judged as scenes are: leave --data out")
     if json is not None:
-        evaluation.write_json(found, json)
+        write_json(json, found)
     if (
         not names
         and not valid

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from lavit.config import InputError, PixelsConfig, TokenizerConfig
 from lavit.convert import names
 from lavit.convert.sizes import vision_config
+from lavit.files import load_strictly
 from lavit.pixels.condition import HEADS, Condition
-from lavit.storage import load_strictly
 from lavit.vision.encoder import load_vision
 from lavit.visual_tokenizer.layers import Ragged
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer

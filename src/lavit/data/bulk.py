@@ -31,13 +31,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lavit.config import TO_SEE, InputError, read_json, require, to_json, write_json
+from lavit.config import TO_SEE, InputError, read_json, require, to_json, write_json, write_whole
 from lavit.data.corpus import Broken, Corpus
 from lavit.data.sources import Pictures, below, load_records
+from lavit.files import sha256
 from lavit.model import LaVIT
 from lavit.sequence import VisualTokens
 from lavit.storage import model_folder
-from lavit.vision.encoder import sha256
 from lavit.visual_tokenizer.selector import KeepPolicy
 
 log = logging.getLogger(__name__)
@@ -361,9 +361,9 @@ def _write(path: Path, rows: list[dict[str, Any]], broken: Broken, *, tokenizer:
         },
         metadata={KEY: json.dumps(said).encode()},
     )
-    part = path.with_name(f".{path.name}.part")
-    parquet.write_table(pa.Table.from_pylist(rows, schema=schema), part)
-    os.replace(part, path)
+    sink = pa.BufferOutputStream()
+    parquet.write_table(pa.Table.from_pylist(rows, schema=schema), sink)
+    write_whole(path, sink.getvalue().to_pybytes())
 
 
 def _read(path: Path, tokenizer: str, columns: list[str] | None = None) -> tuple[Any, Any]:

@@ -37,8 +37,8 @@ from lavit.evaluate.drawing import atoms_of, drawn, unpacked
 from lavit.evaluate.exam import Exam, Missing
 from lavit.evaluate.figures import Figure, mean, share
 from lavit.evaluate.reading import answers, captions
+from lavit.files import sha256
 from lavit.images import open_image
-from lavit.vision.encoder import sha256
 
 KINDS = ("read", "draw", "ask", "edit", "chat")
 

@@ -20,11 +20,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DModel
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lavit.config import InputError, PixelsConfig, read_json
+from lavit.files import load_strictly, load_tensors, save_tensors
 from lavit.images import ASPECT_SIZES, aspect_size
 from lavit.pixels.condition import HEADS, Condition, Head
 from lavit.pixels.diffusion import (
@@ -261,10 +260,7 @@ class Pixels(nn.Module):
         self.scheduler.save_pretrained(folder / "scheduler")
         if self.vae is not None:
             self.vae.save_pretrained(folder / "vae")
-        (folder / "condition").mkdir(parents=True, exist_ok=True)
-        tensors = self.condition.state_dict()
-        tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-        save_file(tensors, folder / "condition" / "model.safetensors")
+        save_tensors(self.condition.state_dict(), folder / "condition" / "model.safetensors")
 
     @classmethod
     def load(cls, folder: Path, config: PixelsConfig) -> Pixels:
@@ -274,11 +270,7 @@ class Pixels(nn.Module):
         scheduler = noise_schedule(read_json(folder / "scheduler" / "scheduler_config.json"))
         pixels = cls(config, unet, scheduler, vae)
         where = folder / "condition" / "model.safetensors"
-        try:
-            pixels.condition.load_state_dict(load_file(where))
-        except (OSError, SafetensorError, RuntimeError) as error:  # missing, broken, other sizes
-            reason = " ".join(str(error).split())
-            raise InputError(f"{where} cannot be read for this configuration: {reason}") from error
+        load_strictly(pixels.condition, load_tensors(where), where)
         return pixels
 
     def _guided(self, latents: Tensor, time: Tensor, told: Condition, guidance: float) -> Tensor:

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lavit.config import InputError, ModelConfig, TrainConfig
+from lavit.language.lora import inject_lora
 from lavit.language.model import CHUNK, Language
 from lavit.language.smollm2 import SMOLLM2, smollm2_config, smollm2_file
-from lavit.storage import inject_lora
 from lavit.visual_tokenizer.merger import Merger
 
 GIB = 2**30
@@ -275,7 +275,7 @@ def _build(model: ModelConfig, config: Any, layers: int) -> Language:
         merger = Merger(tokenizer.dim, tokenizer.heads, tokenizer.merger_depth, tokenizer.mlp_ratio)
         language = Language(lm, merger, dim=tokenizer.dim, codes=tokenizer.codes, end=0)
         if model.language.lora_rank:
-            inject_lora(language, model.language)
+            inject_lora(language.lm, model.language)
     return language
 
 

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from lavit.config import InputError, read_json, require
+from lavit.config import InputError, read_json, require, write_json
 from lavit.data.scenes.edits import Edit, edit
 from lavit.data.scenes.frozen import versions
 from lavit.data.scenes.language import describe, plainly, prompt
@@ -39,7 +39,7 @@ from lavit.data.scenes.sample import scene_at
 from lavit.data.scenes.splits import SPLITS, Rules
 from lavit.data.scenes.tasks import conversation, several
 from lavit.data.scenes.world import Scene
-from lavit.storage import replacing
+from lavit.files import replacing
 
 SIZE = 160  # pixels: what nano's encoder takes
 UNITS = (0.4, 0.45, 0.15)  # shares of units of one, two and three pictures in training
@@ -188,8 +188,8 @@ def write_pool(
             "several pictures": len(changes) - edits,
             "conversations": conversations,
         }
-        (new / "counts.json").write_text(json.dumps(counts, indent=1) + "\n")
-        (new / "origin.json").write_text(json.dumps(origin, indent=1) + "\n")
+        write_json(new / "counts.json", counts)
+        write_json(new / "origin.json", origin)
         (new / "README.md").write_text(CARD.format(split=split))
         (new / "ATTRIBUTION.md").write_text(ATTRIBUTION)
     return counts
