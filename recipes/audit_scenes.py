@@ -26,7 +26,7 @@ from lavit.data.scenes.lexicon import vocabulary
 from lavit.data.scenes.parse import parse
 from lavit.data.scenes.sample import scene_at
 from lavit.data.scenes.splits import Rules, violations
-from lavit.data.scenes.tasks import conversation
+from lavit.data.scenes.tasks import scene_conversation
 from lavit.data.scenes.world import Scene, facts
 from lavit.language.smollm2 import SMOLLM2
 from lavit.storage import load_base
@@ -58,7 +58,9 @@ def documents(index: int, rules: Rules) -> Iterator[Document]:
         kind = "edit" if len(unit.change.sources) == 1 else "several pictures"
         yield kind, [unit.change.prompt], [*unit.change.sources, unit.change.target]
     if index % TALKS == 0:
-        talk = conversation(np.random.default_rng([3, 0, index]), rules, 2 + index // TALKS % 3)
+        talk = scene_conversation(
+            np.random.default_rng([3, 0, index]), rules, 2 + index // TALKS % 3
+        )
         yield "conversation", list(talk.texts), list(talk.scenes)
 
 

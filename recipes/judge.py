@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
-from lavit.data.scenes.render import background, sprite, stands_out, turned
+from lavit.data.scenes.render import background, rotated, sprite, stands_out
 from lavit.data.scenes.world import (
     BACKGROUNDS,
     COLOURS,
@@ -84,7 +84,7 @@ class Drawings:
         drawing, uses = self.kept.get(slot, (None, USES))
         if uses >= USES:
             side = self.rng.uniform(*((0.27, 0.36) if big else (0.175, 0.225))) * canvas
-            spun = turned(shrunk(*kind, style, big), float(self.rng.uniform(-TURN, TURN)))
+            spun = rotated(shrunk(*kind, style, big), float(self.rng.uniform(-TURN, TURN)))
             scale = side / max(spun.size)
             size = tuple(max(1, round(length * scale)) for length in spun.size)
             drawing, uses = spun.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0), 0

@@ -393,7 +393,7 @@ def test_all_replies_of_a_conversation_must_be_right(
     with pytest.raises(Missing, match="was not trained on conversations"):
         FIGURES["chat4_all"](one)
     (run / "finetune.json").write_text("{}")
-    talks = conversing.talks_of(one)
+    talks = conversing.chat_items(one)
     turn = {}
 
     def chat(messages: list[list[dict]], *, out: str, seed: list[int]) -> list[dict]:

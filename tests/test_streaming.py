@@ -16,7 +16,7 @@ from PIL import Image
 
 from conftest import toy_config, toy_picture, toy_training
 from lavit.config import InputError, Mixture, write_config
-from lavit.data.bulk import Job, corpus_codes, tokenize_corpus, tokenizer_hash
+from lavit.data.bulk import CorpusJob, corpus_codes, tokenize_corpus, tokenizer_hash
 from lavit.data.corpus import Corpus, Picture, load_corpus
 from lavit.data.sources import Record
 from lavit.data.stream import Stream, StreamingDocuments
@@ -250,7 +250,7 @@ def test_stage_two_on_a_stream_resumes_to_the_same_losses(
 
 
 def test_stage_two_on_tokens_made_beforehand(toy_data: Path, toy_run: Path, tmp_path: Path) -> None:
-    tokenize_corpus(Job(data=toy_data, out=tmp_path / "tokens", model=toy_run), workers=0)
+    tokenize_corpus(CorpusJob(data=toy_data, out=tmp_path / "tokens", model=toy_run), workers=0)
     lines = stage_two(
         toy_run, tmp_path / "run", str(toy_data), token_corpus=str(tmp_path / "tokens")
     )

@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from conftest import NAMES, toy_config, toy_picture, toy_training
 from lavit.config import InputError, LanguageConfig, Mixture
-from lavit.data.bulk import Job, tokenize_corpus
+from lavit.data.bulk import CorpusJob, tokenize_corpus
 from lavit.data.corpus import load_corpus
 from lavit.data.documents import Documents
 from lavit.data.features import compute_features, tokenize_features
@@ -115,7 +115,7 @@ def test_settings_of_a_stage_count_from_its_beginning(
 ) -> None:
     """Codes made by stage 1 are named at stage 2, for the first time, and no longer at stage 3."""
     folder, codes = begun_run(toy_run, tmp_path / "run"), str(tmp_path / "tokens")
-    tokenize_corpus(Job(data=toy_data, out=codes, model=folder), workers=0)
+    tokenize_corpus(CorpusJob(data=toy_data, out=codes, model=folder), workers=0)
     training, config = toy_training(), toy_config()
     fed = replace(training, language=replace(training.language, steps=1, token_corpus=codes))
     shape = config.language.architecture | {"num_hidden_layers": 1}

@@ -73,7 +73,7 @@ def load_strictly(module: nn.Module, tensors: dict[str, Tensor], where: Path) ->
     module.load_state_dict(tensors)
 
 
-def load_model(kind: Any, folder: Path, **options: Any) -> Any:
+def load_whole(kind: Any, folder: Path, **options: Any) -> Any:
     """A transformers or diffusers model of a class `kind`, with every weight from its folder.
 
     `options` are those of its `from_pretrained`. Raises `InputError` where the folder cannot be

@@ -230,13 +230,13 @@ def tokenize_corpus(
     each; 0 works in this process, without Ray.
     """
     import lavit
-    from lavit.data.bulk import Job
+    from lavit.data.bulk import CorpusJob
     from lavit.data.bulk import tokenize_corpus as write
 
     device, dtype = lavit.place()
     where = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
     how = {"split": split, "keep": keep, "seed": seed, "shard_size": shard_size}
-    job = Job(data=data, out=out, model=model, **how, **where)
+    job = CorpusJob(data=data, out=out, model=model, **how, **where)
     with ProgressBar() as progress:
         done = write(job, workers=workers, progress=partial(progress.count, "pictures"))
     counts = f"{done['tokens']} tokens of {done['pictures']} pictures, {len(done['broken'])} broken"

@@ -158,10 +158,10 @@ def load_corpus(data: str | Path, splits: Sequence[str] = ("train",)) -> Corpus:
 
 
 Broken = list[tuple[str, str]]
-Found = tuple[list[Picture], list[Question], list[Edit], Broken, Sequence[str]]
+Loaded = tuple[list[Picture], list[Question], list[Edit], Broken, Sequence[str]]
 
 
-def _load_source(name: str, splits: Sequence[str], first: int) -> Found:
+def _load_source(name: str, splits: Sequence[str], first: int) -> Loaded:
     """Pictures of one source, numbered from `first`; questions, edits, what is broken, texts."""
     folder = Path(name)
     records: list[Record] = []

@@ -53,7 +53,7 @@ from lavit.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 Rng = np.random.Generator
-Item = TypeVar("Item")
+T = TypeVar("T")
 Codes = Callable[[int], tuple[int, ...]]  # of a picture, by its number
 KINDS = tuple(field.name for field in fields(Mixture))
 ASKED = 4  # questions of one document
@@ -233,7 +233,7 @@ class Documents(Rows):
         return self.pack(rows[first : first + self.config.rows])
 
 
-def _one(items: Sequence_[Item], rng: Rng) -> Item:
+def _one(items: Sequence_[T], rng: Rng) -> T:
     return items[int(rng.integers(len(items)))]
 
 

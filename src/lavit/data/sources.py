@@ -71,7 +71,7 @@ class Streamed:
         return Record(image, texts, name, cells)
 
 
-class Pictures(Streamed, Sequence[Record]):
+class Records(Streamed, Sequence[Record]):
     """A map-style source: `len`, index, iterate; rows are read from disk when asked for."""
 
     def __len__(self) -> int:
@@ -84,7 +84,7 @@ class Pictures(Streamed, Sequence[Record]):
 
 
 @dataclass(frozen=True)
-class Report:
+class SourceReport:
     """What `check` found in a source."""
 
     records: int
@@ -98,7 +98,7 @@ class Report:
     licence_files: tuple[str, ...]
 
 
-def load_records(data: str | Path, split: str = "train", **options: Any) -> Pictures:
+def load_records(data: str | Path, split: str = "train", **options: Any) -> Records:
     """Open one split of a source of pictures; keyword arguments as `open_source`.
 
     A missing or empty source, an unknown split and a source without pictures raise `InputError`.
@@ -117,7 +117,7 @@ def open_source(
     text_column: str | None = None,
     cache: Path | None = None,
     whole: bool = False,
-) -> Pictures | Texts:
+) -> Records | Texts:
     """Open one split of a source; where there are no pictures, its texts.
 
     Columns are found by name unless given; `cache` is where `datasets` writes. A source without
@@ -129,7 +129,7 @@ def open_source(
     rows, image, text = _open(data, split, cache=cache, given=given, whole=whole)
     if image is None:
         return Texts(rows, column=text, name=str(data))
-    return Pictures(rows, image, text, _folder(data), str(data))
+    return Records(rows, image, text, _folder(data), str(data))
 
 
 def stream_source(data: str | Path, split: str = "train") -> Streamed:
@@ -219,7 +219,7 @@ def readable(records: Iterable[Record]) -> tuple[list[Record], list[tuple[str, s
     return good, [(record.name, why) for record, why in tried if isinstance(why, str)]
 
 
-def check(data: str | Path, split: str = "train", **columns: Any) -> Report:
+def check(data: str | Path, split: str = "train", **columns: Any) -> SourceReport:
     """Read all of a split, held-out records too, and report; keyword arguments as `open_source`."""
     records = load_records(data, split, whole=split == "train", **columns)
     sizes: Counter[str] = Counter()
@@ -237,7 +237,7 @@ def check(data: str | Path, split: str = "train", **columns: Any) -> Report:
             if name.lower() in ("license", "licence"):
                 licences[str(value)] += 1
     count = max(len(lengths), 1)
-    return Report(
+    return SourceReport(
         records=len(records),
         broken=tuple(broken),
         without_text=without_text,

@@ -18,9 +18,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from lavit.evaluate.exam import BATCH, Exam, Features
+from lavit.evaluate.exam import BATCH, Exam
 from lavit.evaluate.figures import Figure, average, ratio
 from lavit.evaluate.tokens import distances
+from lavit.visual_tokenizer.layers import Patches
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
 PERMUTATIONS = 20
@@ -95,7 +96,7 @@ def allocation_gain(exam: Exam) -> Figure:
 @torch.no_grad()
 def distortions(
     tokenizer: VisualTokenizer,
-    features: Features,
+    features: Patches,
     pairs: Sequence[tuple[int, int]],
 ) -> list[float]:
     """d(i, L) of pairs: 1 - cos, mean over patches, in the tokenizer's own space."""

@@ -65,7 +65,7 @@ def ladder_blank(exam: Exam) -> Figure:
         "dotted": [background(colour, "dotted", size) for colour in BACKGROUNDS],
         "noise": [Image.fromarray(pixels) for pixels in noise],
         "five_things": whole,
-        "five_things_shuffled": [shuffled(picture, grid, rng) for picture in whole],
+        "five_things_shuffled": [shuffled_patches(picture, grid, rng) for picture in whole],
     }
     shares = {}
     for name, pictures in kinds.items():
@@ -116,7 +116,7 @@ def edge_energy(picture: Image.Image, grid: int) -> np.ndarray:
     return energy.reshape(grid, 16, grid, 16).sum((1, 3)).ravel()
 
 
-def shuffled(picture: Image.Image, grid: int, rng: np.random.Generator) -> Image.Image:
+def shuffled_patches(picture: Image.Image, grid: int, rng: np.random.Generator) -> Image.Image:
     """The picture with its patches in another order."""
     side = picture.width // grid
     pixels = np.asarray(picture)[: side * grid, : side * grid]

@@ -27,7 +27,7 @@ from lavit.storage import load_base
 WINDOW = 512  # tokens of a document
 PASSAGES = 40  # of prose, for the ratio
 
-Logits = Callable[[Int[Tensor, "1 tokens"]], Float[Tensor, "1 tokens ids"]]
+LogitsOf = Callable[[Int[Tensor, "1 tokens"]], Float[Tensor, "1 tokens ids"]]
 
 
 def perplexity(
@@ -51,7 +51,7 @@ def perplexity(
         return torch.cat([language.text_logits(hidden), language.visual_logits(hidden)], -1)
 
     device = language.rows.device
-    models: list[Logits] = [joint]
+    models: list[LogitsOf] = [joint]
     if base is not None:
         models.append(lambda ids: base.to(device)(input_ids=ids).logits)
     scores: list[list[tuple[float, int]]] = [[] for _ in models]
@@ -72,7 +72,7 @@ def perplexity(
 
 
 @torch.no_grad()
-def _log_likelihood(ids: Int[Tensor, "1 tokens"], logits: Logits) -> tuple[float, int]:
+def _log_likelihood(ids: Int[Tensor, "1 tokens"], logits: LogitsOf) -> tuple[float, int]:
     """Sum of log-probabilities of a text, document by document, and how many tokens it predicts."""
     total, count = 0.0, 0
     for document in ids.split(WINDOW, dim=1):

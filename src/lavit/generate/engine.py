@@ -25,7 +25,7 @@ from lavit.generate.writer import Beams, Writer
 from lavit.language.model import Language
 
 LANES = 32  # rows of one forward at most, unless a single request needs more
-Logits = dict[int, Float[Tensor, "rows allowed"]]  # of each stream, by its place
+StreamLogits = dict[int, Float[Tensor, "rows allowed"]]  # of each stream, by its place
 STATIC_COLUMNS = 256  # static caches are multiples of this
 
 
@@ -191,7 +191,7 @@ class Session:
             columns = min(columns, max(self.decoder.context, longest))
         return self.decoder.prefill(embeddings, lengths, columns)
 
-    def _logits(self, hidden: Hidden) -> Logits:
+    def _logits(self, hidden: Hidden) -> StreamLogits:
         """Logits of each stream, by place: of text ids, or of image end and the (guided) codes."""
         found: dict[int, Tensor] = {}
         lanes = torch.arange(len(hidden), device=hidden.device).split(self._layout)
@@ -211,7 +211,7 @@ class Session:
                 found[place] = own
         return found
 
-    def _draw(self, logits: Logits) -> dict[int, int]:
+    def _draw(self, logits: StreamLogits) -> dict[int, int]:
         """The next joint id of each writer, by place; those that draw alike are drawn together."""
         chosen: dict[int, int] = {}
         groups: dict[tuple, list[int]] = defaultdict(list)

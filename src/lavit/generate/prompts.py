@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lavit.config import InputError
-from lavit.generate.options import Keep, Messages, Pieces, Seed
+from lavit.generate.options import KeepLike, Messages, Pieces, Seed
 from lavit.generate.protocols import Protocol, fitted
 from lavit.generate.request import Request
 from lavit.generate.sampling import Sampling
@@ -136,7 +136,7 @@ def pairs_of(
     return list(zip(pictures, words, strict=True))
 
 
-def captions_of(images: ImageInput | Sequence[ImageInput], keep: Keep) -> Inputs:
+def captions_of(images: ImageInput | Sequence[ImageInput], keep: KeepLike) -> Inputs:
     """Pictures that are to be described."""
     parts = [reading(picture, keep=keep) for picture in pictures_of(images)]
     return Inputs(parts, isinstance(images, ImageInput))
@@ -145,7 +145,7 @@ def captions_of(images: ImageInput | Sequence[ImageInput], keep: Keep) -> Inputs
 def answers_of(
     images: ImageInput | Sequence[ImageInput],
     questions: str | Sequence[str],
-    keep: Keep,
+    keep: KeepLike,
 ) -> Inputs:
     """Pictures, and a question about each; raises `InputError` for one without words."""
     pairs = pairs_of(images, questions, "question")
@@ -182,7 +182,7 @@ def mixtures_of(pieces: Pieces | Sequence[Pieces], *, read: bool) -> Inputs:
     return Inputs([mixed(item, read=read) for item in items], not several)
 
 
-def talks_of(
+def conversations_of(
     messages: Messages | Sequence[Messages],
     text: PreTrainedTokenizerBase,
     reply: Reply,

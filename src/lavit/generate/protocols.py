@@ -105,7 +105,7 @@ def answer_words(answer: str, *, lemmatise: Callable[[str], str] | None = None) 
     return " ".join(words if lemmatise is None else map(lemmatise, words))
 
 
-def cut(text: str, ends: tuple[str, ...]) -> tuple[str, bool]:
+def cut_before(text: str, ends: tuple[str, ...]) -> tuple[str, bool]:
     """The text before the first of `ends`, and whether there was one."""
     found = [place for end in ends if (place := text.find(end)) >= 0]
     return (text[: min(found)], True) if found else (text, False)

@@ -25,7 +25,7 @@ from lavit.sequence import Document, Image, Segment, Text
 from lavit.vocabulary import Vocabulary
 
 Mode = Literal["text", "image", "mixed"]
-Kind = Literal["text", "code", "image_start", "image_end", "finished"]
+EventKind = Literal["text", "code", "image_start", "image_end", "finished"]
 # "end": an end id, or image end; "length": max_tokens; "context": the LM's context is full
 Reason = Literal["end", "length", "context"]
 
@@ -98,7 +98,7 @@ class Event:
     """One thing that happened to request number `request` (its place in the list)."""
 
     request: int
-    kind: Kind
+    kind: EventKind
     id: int | None = None  # joint id; None where kind is "finished"
     reason: Reason | None = None  # where kind is "finished"
     score: float | None = None  # of a finished beam: log-probability / length ** penalty

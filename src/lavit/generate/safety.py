@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from lavit.config import InputError, require
-from lavit.files import load_model
+from lavit.files import load_whole
 from lavit.images import pixels
 from lavit.model import LaVIT
 
@@ -63,7 +63,7 @@ class SafetyChecker:
                 f"`hf download {SOURCE} {files} --local-dir {folder.parent}`, or {off}"
             )
         try:
-            model = load_model(safety_checker.StableDiffusionSafetyChecker, folder)
+            model = load_whole(safety_checker.StableDiffusionSafetyChecker, folder)
         except InputError as error:
             raise InputError(f"{error}; replace it, or {off}") from error
         return cls(model.to(device))

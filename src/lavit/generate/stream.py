@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lavit.generate.engine import Engine
-from lavit.generate.protocols import cut
+from lavit.generate.protocols import cut_before
 from lavit.generate.request import Collector, Event, Reason, Request
 from lavit.sequence import Image as ImageSegment
 from lavit.sequence import Text
@@ -94,7 +94,7 @@ def updates(
         return str(text.decode(ids, **plain))
 
     for job in jobs:
-        number, pieces = session.add(job.request), partial(TextPieces, decode, job.ends)
+        number, pieces = session.add(job.request), partial(StreamedText, decode, job.ends)
         replies[number] = _Reply(number, pieces, engine.vocabulary)
 
     def happening() -> Iterator[Update]:
@@ -188,7 +188,7 @@ class _Reply:
     def __init__(
         self,
         number: int,
-        pieces: Callable[[], TextPieces],
+        pieces: Callable[[], StreamedText],
         vocabulary: Vocabulary,
     ) -> None:
         self.number, self.pieces = number, pieces
@@ -236,7 +236,7 @@ class _Reply:
         return Update(self.number, kind, text, codes, image=self.images, reason=reason)
 
 
-class TextPieces:
+class StreamedText:
     """Ids of a text in, pieces that join to it out: stripped, cut before the first of `ends`."""
 
     def __init__(self, decode: Callable[[list[int]], str], ends: tuple[str, ...] = ()) -> None:
@@ -255,7 +255,7 @@ class TextPieces:
         return "" if self.cut else self._next(last=True)
 
     def _next(self, *, last: bool) -> str:
-        text, self.cut = cut(self.decode(list(self.ids)), self.ends)
+        text, self.cut = cut_before(self.decode(list(self.ids)), self.ends)
         if not (last or self.cut):
             text = text.rstrip("\ufffd")  # half a character
             # what may become one of `ends`

@@ -44,7 +44,7 @@ from lavit.pixels.perceptual import Perceptual
 from lavit.visual_tokenizer.layers import Patches
 
 Loss = Float[Tensor, ""]
-Pictures = Float[Tensor, "images 3 height width"]
+PictureTensor = Float[Tensor, "images 3 height width"]
 Latents = Float[Tensor, "images channels rows columns"]
 
 
@@ -121,7 +121,7 @@ class Pixels(nn.Module):
         return self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     @torch.no_grad()
-    def encode(self, pictures: Pictures) -> Latents:
+    def encode(self, pictures: PictureTensor) -> Latents:
         """Latents of pictures in -1..1, the autoencoder's most likely ones. Inverse of `decode`."""
         if self.vae is None:
             return F.pixel_unshuffle(pictures, self.config.patch)
@@ -130,7 +130,7 @@ class Pixels(nn.Module):
         mean, deviation = self._latent_moments(latents)
         return ((latents - mean) / deviation).to(pictures.dtype)
 
-    def decode(self, latents: Latents) -> Pictures:
+    def decode(self, latents: Latents) -> PictureTensor:
         """Pictures of latents, not clamped."""
         if self.vae is None:
             return F.pixel_shuffle(latents, self.config.patch)
@@ -192,7 +192,7 @@ class Pixels(nn.Module):
         sampler: str | SchedulerMixin | None = None,
         size: tuple[int, int] | str | None = None,
         callback: Callable[[int, Tensor], Tensor | None] | None = None,
-    ) -> Pictures:
+    ) -> PictureTensor:
         """Paint one picture per row of features, -1..1; what is None comes from the configuration.
 
         seeds: one per picture, its noise whatever the batch. sampler: "dpm", "ddim" or any

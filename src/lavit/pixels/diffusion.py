@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lavit.config import InputError, PixelsConfig, read_json
-from lavit.files import load_model
+from lavit.files import load_whole
 from lavit.pixels.denoiser import GridDenoiser
 
 # Stable Diffusion's noise: what SD 1.5 and SDXL were trained with
@@ -62,7 +62,7 @@ def stored_part(kind: type[ModelMixin], folder: Path, expected: dict[str, Any]) 
         if found.get(name) != (list(value) if isinstance(value, tuple) else value):
             given = f"{name} is {found.get(name)}"
             raise InputError(f"{folder}: {given}, this configuration expects {value}")
-    return load_model(kind, folder)
+    return load_whole(kind, folder)
 
 
 class DPMSolver(diffusers.DPMSolverMultistepScheduler):

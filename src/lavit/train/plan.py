@@ -34,7 +34,7 @@ PARTS = {
     "merger": "reader: merger copy",
     "to_language": "reader: projection",
 }
-Layout = Literal["single", "ddp", "fsdp2"]
+Parallelism = Literal["single", "ddp", "fsdp2"]
 TEXT = 32  # tokens of text that go with an image, where only their order of size matters
 SHORT = 16  # tokens of a document in counts: meta attention keeps squares, real kernels do not
 CONTEXT = 1.0  # GiB of a GPU that its driver, kernels and library take; the one figure assumed here
@@ -53,7 +53,7 @@ class PartCount:
 class Plan:
     """What one GPU (or this machine) must hold during a step, in GiB by kind, and if it does."""
 
-    layout: Layout
+    layout: Parallelism
     gpus: int
     precision: Literal["fp32", "bf16"]
     rows: int  # packed rows in one pass of one GPU
@@ -94,7 +94,7 @@ def plan_language(
     training: TrainConfig,
     *,
     gpus: int = 1,
-    layout: Layout | None = None,
+    layout: Parallelism | None = None,
     memory: float | None = None,
     lora: int | None = None,
     precision: Literal["fp32", "bf16"] = "bf16",

@@ -30,14 +30,14 @@ from typing import Any
 import numpy as np
 
 from lavit.config import InputError, read_json, require, write_json
-from lavit.data.scenes.edits import Edit, edit
+from lavit.data.scenes.edits import SceneEdit, edit
 from lavit.data.scenes.frozen import versions
 from lavit.data.scenes.language import describe, plainly, prompt
-from lavit.data.scenes.questions import Question, questions
+from lavit.data.scenes.questions import SceneQuestion, questions
 from lavit.data.scenes.render import render
 from lavit.data.scenes.sample import scene_at
 from lavit.data.scenes.splits import SPLITS, Rules
-from lavit.data.scenes.tasks import conversation, several
+from lavit.data.scenes.tasks import scene_conversation, several
 from lavit.data.scenes.world import Scene
 from lavit.files import replacing
 
@@ -56,7 +56,7 @@ class Told:
     scene: Scene
     texts: tuple[str, ...]
     prompts: tuple[str, ...]
-    questions: tuple[Question, ...]
+    questions: tuple[SceneQuestion, ...]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Unit:
     """Pictures that belong together; of several, the last is made of the others by `change`."""
 
     pictures: tuple[Told, ...]
-    change: Edit | None = None
+    change: SceneEdit | None = None
 
 
 Drawn = tuple[Unit, list[bytes]]  # a unit and its pictures as PNG files
@@ -231,7 +231,7 @@ def _talks(folder: Path, count: int, seed: int, rules: Rules, size: int) -> Iter
     (folder / "conversations").mkdir()
     for number in range(count):
         rng = np.random.default_rng([3, seed, number])
-        talk = conversation(rng, rules, 2 + number % 3)
+        talk = scene_conversation(rng, rules, 2 + number % 3)
         messages = []
         for at, message in enumerate(talk.messages):
             content = []
