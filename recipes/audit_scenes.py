@@ -49,11 +49,11 @@ Document = tuple[str, list[str], list[Scene]]
 def documents(index: int, rules: Rules) -> Iterator[Document]:
     """Every document of one unit: its kind, its texts, its scenes."""
     unit = unit_at("train", index, rules=rules)
-    for told in unit.pictures:
-        yield from (("description", [text], [told.scene]) for text in told.texts)
-        yield from (("prompt", [text], [told.scene]) for text in told.prompts)
-        asked = ([one.question, one.answer] for one in told.questions)
-        yield from (("question", words, [told.scene]) for words in asked)
+    for one in unit.pictures:
+        yield from (("description", [text], [one.scene]) for text in one.texts)
+        yield from (("prompt", [text], [one.scene]) for text in one.prompts)
+        asked = ([each.question, each.answer] for each in one.questions)
+        yield from (("question", words, [one.scene]) for words in asked)
     if unit.change:
         kind = "edit" if len(unit.change.sources) == 1 else "several pictures"
         yield kind, [unit.change.prompt], [*unit.change.sources, unit.change.target]

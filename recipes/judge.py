@@ -253,14 +253,14 @@ def losses(maps: Maps, things: Tensor, ground: Tensor) -> dict[str, Tensor]:
     weight = weight / weight.sum().clamp(min=1e-6)
     x, y, side, name, colour, style = things[picture, thing].T
 
-    def told(logits: Tensor, answer: Tensor) -> Tensor:
+    def loss_of(logits: Tensor, answer: Tensor) -> Tensor:
         said = logits[picture, :, row, column]
         each = F.cross_entropy(said, answer.long(), ignore_index=-1, reduction="none")
         return (each * weight).sum()
 
-    found["name"] = told(maps.name, name)
-    found["colour"] = told(maps.colour, colour)
-    found["style"] = 0.2 * told(maps.style, style)
+    found["name"] = loss_of(maps.name, name)
+    found["colour"] = loss_of(maps.colour, colour)
+    found["style"] = 0.2 * loss_of(maps.style, style)
     wanted = torch.stack([x * CELLS - column - 0.5, y * CELLS - row - 0.5, 3 * side.log()], dim=1)
     place = maps.place[picture, :, row, column] * torch.tensor([1.0, 1.0, 3.0])
     found["place"] = ((place - wanted).abs().sum(dim=1) * weight).sum()

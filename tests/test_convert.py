@@ -456,7 +456,7 @@ def test_the_converted_folder_is_a_model_and_agrees_with_the_oracle(folder: Path
         fine = LaVIT.from_pretrained(converted / "highres")
         assert torch.equal(fine.visual_tokenizer.encode(patches, keep=keep).codes, tokens.codes)
         features = fine.visual_tokenizer.decode(tokens.codes, tokens.lengths)
-        condition = fine.pixels.told(features, (8, 8))
+        condition = fine.pixels.condition_of(features, (8, 8))
     torch.testing.assert_close(condition.context, theirs["context_1024"], **close)
     torch.testing.assert_close(condition.pooled, theirs["pooled_1024"], **close)
     null = torch.load(folder / layout.NULL)[0].float()

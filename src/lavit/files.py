@@ -44,7 +44,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write tensors as safetensors, creating the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    save_file(plain, path, {"format": "pt"})  # transformers wants to be told
+    save_file(plain, path, {"format": "pt"})  # transformers looks for it
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

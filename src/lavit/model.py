@@ -46,7 +46,11 @@ if TYPE_CHECKING:  # diffusers takes seconds to import, and only pixels need it
 
 EXACT = ("vision", "visual_tokenizer")  # in fp32 as in training, so that rounding flips no choice
 TRAINED_BY = {"vision": "tokenizer", "visual_tokenizer": "tokenizer"}  # else the stage of its name
-PUSHED = ("README.md", "training.json", "safety_checker")  # what lies beside the parts
+PUSHED = (
+    "README.md",
+    "training.json",
+    "safety_checker",
+)  # files and folders that go with the parts
 
 
 class LaVIT(nn.Module):
@@ -260,10 +264,10 @@ class LaVIT(nn.Module):
         api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as place:
             self.save_pretrained(place)
-            for beside in PUSHED if self.folder else ():
-                source = self.folder / beside
+            for entry in PUSHED if self.folder else ():
+                source = self.folder / entry
                 if source.is_dir():
-                    shutil.copytree(source, Path(place) / beside)
+                    shutil.copytree(source, Path(place) / entry)
                 elif source.exists():
                     shutil.copy(source, place)
             try:

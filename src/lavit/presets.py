@@ -48,7 +48,7 @@ def efficientnet_lite0(*, image_size: int) -> VisionConfig:
 
 
 def folded_pixels(vision: VisionConfig, *, width: int, depth: int) -> PixelsConfig:
-    """8 px a patch, folded onto the grid of features beside them; the picture is predicted.
+    """8 px a patch, folded onto the grid of features; the picture is predicted.
 
     Predicting ε leaves its error as grain until training is long, and weighting as Eq. 5 does gives
     the noisiest levels, which alone need the features, next to no weight: here all count alike.

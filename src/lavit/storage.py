@@ -214,11 +214,11 @@ def load_visual_tokenizer(config: ModelConfig, folder: Path) -> VisualTokenizer:
 def over_base(config: ModelConfig, source: str) -> ModelConfig:
     """The configuration with another language model (a path or hub id) under its adapter.
 
-    Raises `InputError` for a model whose language part is no adapter over a base.
+    Raises `InputError` for a model whose language part is not an adapter over a base.
     """
     language = config.language
     if not language.lora_rank:
-        raise InputError(f"{config.name} is no adapter over a base: leave the other base out")
+        raise InputError(f"{config.name} is not an adapter over a base: leave the other base out")
     said = "base weights: %s instead of %s, so the figures of this model do not apply"
     log.warning(said, source, language.source)
     return replace(config, language=replace(language, source=source, sha256=None))

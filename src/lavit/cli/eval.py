@@ -22,7 +22,7 @@ Pairs = Annotated[
 ]
 Objects = Annotated[
     int | None,
-    arg(help="so many of the list of objects (default: as trained, else 48)"),
+    arg(help="number of objects, from the front of the list (default: as trained, else 48)"),
 ]
 Data = Annotated[str | None, arg(help="a folder or file of your own in place of scenes")]
 

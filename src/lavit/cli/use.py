@@ -56,7 +56,7 @@ def choose(
     image: Words[str],
     among: Words[tuple[str, ...]],
     /,
-    n: Annotated[int, tyro.conf.arg(help="so many of the likeliest, best first")] = 1,
+    n: Annotated[int, tyro.conf.arg(help="number of texts to print, most likely first")] = 1,
     model: Model = DEFAULT_MODEL,
     json: bool = False,
 ) -> None:

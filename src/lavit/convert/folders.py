@@ -2,7 +2,7 @@
 
 The manifest (`published/manifest.json`) lists each published file: tensors with their shapes, in
 order, and where they went; plain files and where they lie. What feeds nothing in ours is kept
-beside it, so that the published folder can be written again to the bit.
+next to it, so that the published folder can be written again to the bit.
 """
 
 from __future__ import annotations
@@ -100,10 +100,10 @@ def convert_folder(folder: Path, theirs: str, ours: str, manifest: Manifest) -> 
 
 
 def copy_rest(folder: Path, manifest: Manifest) -> None:
-    """Keep readme and licence aside; weights that nobody knows raise `InputError`."""
+    """Keep readme and licence aside; unknown weights raise `InputError`."""
     for path, relative in manifest.unknown(folder):
         if path.suffix in WEIGHT_SUFFIXES:
-            raise InputError(f"{relative} is a weight file that nobody knows: move it away")
+            raise InputError(f"{relative} is an unknown weight file: move it away")
         manifest.copy(path, relative, f"{KEPT}/{relative}")
 
 
@@ -129,7 +129,7 @@ def copy_file(source: Path, target: Path) -> None:
 
 def _convert_pickle(path: Path, relative: str, ours: str, manifest: Manifest) -> None:
     if path.with_name(safe_name(path)).exists():
-        raise InputError(f"{relative} lies beside {safe_name(path)}, the same weights: remove one")
+        raise InputError(f"{relative} and {safe_name(path)} hold the same weights: remove one")
     tensors = read_pickle(path)
     aside = {name for name in tensors if INVERSE_FREQUENCIES.fullmatch(name)}
     rest = {name: tensors[name] for name in tensors if name not in aside}

@@ -175,7 +175,7 @@ def configs(
 def convert_published(folder: Path | str, out: Path | str) -> Converted:
     """Write the published folder in our form; `out` must not exist or be empty.
 
-    Raises `InputError` for a missing file, a tensor that is missing or that nobody knows, or a
+    Raises `InputError` for a missing file, a tensor that is missing or unknown, or a
     pickle that holds code; `out` is then as it was.
     """
     folder, out = Path(folder), Path(out)

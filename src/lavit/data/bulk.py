@@ -114,9 +114,9 @@ def tokenize_corpus(
 ) -> dict[str, Any]:
     """Tokenise a split of a source; returns the manifest. The same job goes on when interrupted.
 
-    `workers` are processes of Ray Data; 0 works in this one, without Ray. `progress` hears (records
-    done, of all). Raises `InputError` for a source that cannot be opened, a folder that holds
-    tokens of another tokenizer or job, and where every picture is broken.
+    `workers` are processes of Ray Data; 0 works in this one, without Ray. `progress` is called with
+    (records done, of all). Raises `InputError` for a source that cannot be opened, a folder that
+    holds tokens of another tokenizer or job, and where every picture is broken.
     """
     if workers < 0:
         raise InputError(f"workers must be at least 0, not {workers}")
@@ -214,7 +214,7 @@ def corpus_codes(
     sources = [part.name for part in corpus.parts if len(part.pictures)]
     if len(sources) > 1:
         said = f"{folder} holds the codes of one source of pictures, and there are {len(sources)}"
-        raise InputError(f"{said}: give one of {', '.join(sources)}, beside sources of text")
+        raise InputError(f"{said}: give one of {', '.join(sources)}, and sources of text")
     data = sources[0]
     found = load_tokens(folder, tokenizer=tokenizer)
     codes = dict(zip(found.names, found.tokens.split(), strict=True))
@@ -378,7 +378,7 @@ def _read(path: Path, tokenizer: str, columns: list[str] | None = None) -> tuple
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing: {again}") from error
     except (pa.ArrowInvalid, OSError, KeyError, TypeError) as error:
-        lacks = f"{path} is no readable shard of tokens ({str(error).splitlines()[0]})"
+        lacks = f"{path} is not a readable shard of tokens ({str(error).splitlines()[0]})"
         raise InputError(f"{lacks}: delete it and {again}") from error
     if said["tokenizer"] != tokenizer:
         other = f"{path} was made by another tokenizer than its folder says"

@@ -99,7 +99,7 @@ def parse_mixture(data: str | Path) -> list[tuple[str, float]]:
         if weight is None:
             name, weight = piece.strip(), 1.0
         if not name or not 0 < weight < float("inf"):
-            lacks = f"{piece!r} of {str(data)!r} is no source with a positive weight"
+            lacks = f"{piece!r} of {str(data)!r} is not a source with a positive weight"
             raise InputError(f"{lacks}: write SOURCE or SOURCE:0.5")
         found.append((name, weight))
     return found

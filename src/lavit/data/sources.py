@@ -1,4 +1,4 @@
-"""Pictures with texts from wherever they lie, read through Hugging Face `datasets`.
+"""Pictures with texts from files, folders and the hub, read through Hugging Face `datasets`.
 
 A source is a folder of pictures (`imagefolder`, splits by its README.md or sub-folders, columns by
 metadata.jsonl), a .jsonl/.json/.csv/.parquet file with an image column, WebDataset .tar shards (one
@@ -269,7 +269,7 @@ def _load(datasets: Any, data: str | Path, split: str, cache: Path | None, strea
             builder, files = BUILDERS.get(path.suffix.lower()), {split: str(path)}
             if builder is None:
                 kinds = ", ".join(BUILDERS)
-                raise InputError(f"{name!r} is no data file that is known here: {kinds}")
+                raise InputError(f"{name!r} is not a known kind of data file: {kinds}")
             return datasets.load_dataset(builder, data_files=files, split=split, **where)
         if path.is_dir():
             return _load_folder(datasets, path, split, where)
@@ -283,12 +283,12 @@ def _load(datasets: Any, data: str | Path, split: str, cache: Path | None, strea
         lines = str(error).splitlines() or [type(error).__name__]
         cause = error.__cause__ or error.__context__
         why = f"{lines[0]}{f' ({str(cause).splitlines()[0]})' if cause and str(cause) else ''}"
-        where = "" if path.exists() else " is no file or folder here, and as a name on the hub"
+        where = "" if path.exists() else " is not a file or folder here, and as a name on the hub"
         raise InputError(f"{name!r}{where}, split {split!r}, cannot be opened: {why}") from error
 
 
 def _fingerprint(path: Path) -> str:
-    """Of names, sizes and times of all files: data made anew never come from the old cache."""
+    """Of names, sizes and times of all files: changed data never comes from the old cache."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     files = [(str(file.resolve()), file.stat()) for file in files if file.is_file()]
     stats = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]

@@ -35,7 +35,7 @@ def draw_copies(exam: Exam) -> Figure:
     exam.needs("language", "pixels")
     seed = int((scenes_of(exam.folder) or {}).get("seed", 0))
     units = (unit_at("train", number, seed=seed, rules=exam.rules) for number in range(POOL))
-    pool = list(islice((told.scene for unit in units for told in unit.pictures), POOL))
+    pool = list(islice((one.scene for unit in units for one in unit.pictures), POOL))
     items = [number for number, scene in enumerate(pool) if scene.things][: exam.count]
 
     def parts(item: int) -> list[str]:

@@ -1,5 +1,6 @@
-"""Does the model draw what it is told? One sample a prompt, as the pipeline draws, nothing chosen
-among several.
+"""Does the model draw what the prompt says?
+
+One sample a prompt, as the pipeline draws, nothing chosen among several.
 
 Codes are written first (kept by item) and painted after, as `Pipeline.draw` does with the same
 seeds. Full prompts state every fact, so the judge's verdict is over all facts of the scene, and of

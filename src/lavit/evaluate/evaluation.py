@@ -154,7 +154,7 @@ def _split_hash(split: str, rules: Rules) -> str:
 
 
 def predictions_path(folder: Path, out: Path | None) -> Path:
-    """Where predictions are kept: beside the JSON file, or in the model's folder."""
+    """Where predictions are kept: next to the JSON file, or in the model's folder."""
     if out is None:
         return folder / "evaluation" / "predictions.jsonl"
     if out.is_dir():

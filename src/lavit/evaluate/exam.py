@@ -81,7 +81,7 @@ class Exam:
         self.items: list[Any] | None = None  # a user's own (evaluate/own.py)
 
     def scaled(self, default: int) -> int:
-        """`default` items, or as many fewer or more as the user asks beside 500."""
+        """`default` items, scaled by the user's count over the default of 500."""
         return max(1, round(default * self.count / COUNT))
 
     @cached_property

@@ -44,7 +44,7 @@ class OwnPictures:
         names = repr([one.record.name for one in self.pictures])
         self.name = hashlib.sha256(names.encode()).hexdigest()[:12]
 
-    def told(self) -> list[int]:
+    def captioned(self) -> list[int]:
         """Numbers of the pictures that have texts; none raises `Missing`."""
         found = [number for number, one in enumerate(self.pictures) if one.captions]
         if not found:
@@ -106,8 +106,8 @@ def token_rank(material: OwnPictures) -> Figure:
 
 
 def caption_loss(material: OwnPictures) -> Figure:
-    """Mean loss of a token of texts, and of their end; the floor is beside another picture."""
-    exam, numbers = material.exam, material.told()
+    """Mean loss of a token of texts, and of their end; the floor is with another picture."""
+    exam, numbers = material.exam, material.captioned()
 
     def losses(task: str, shown: list[int]) -> list[float]:
         def make(chosen: list[int]) -> list[float]:
@@ -125,7 +125,7 @@ def caption_loss(material: OwnPictures) -> Figure:
 
 def caption_exact(material: OwnPictures) -> Figure:
     """Share of captions that are one of the picture's texts, but for case and marks at the end."""
-    numbers = material.told()
+    numbers = material.captioned()
     said = captions(
         material.exam,
         f"caption {material.name}",

@@ -1,7 +1,7 @@
 """How far the judge itself can be trusted, at the size that the model paints: it bounds every
 figure that it gives.
 
-Published beside every figure of the judge: on true renders the share that is seen right, and of
+Published with every figure of the judge: on true renders the share that is seen right, and of
 renders in which one thing was spoiled the share that passes for the scene as it was.
 """
 

@@ -1,8 +1,8 @@
 """Are tokens where the content is? 500 pictures with 0 to 9 things, and pictures without any.
 
 Beside the model's selection stand four that know nothing of the tokenizer, at the same mean number
-of tokens: random patches, every so-manieth patch, and the patches with long features or many edges
-that exceed one threshold for all pictures.
+of tokens: random patches, patches at even distances, and the patches with long features or many
+edges that exceed one threshold for all pictures.
 """
 
 from __future__ import annotations

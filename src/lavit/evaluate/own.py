@@ -7,7 +7,7 @@
     {"kind": "chat", "turns": [{"text": "what is it?", "pictures": ["a.png"], "answers": ["owl"]},
                                {"text": "draw it twice", "facts": "two owls"}]}
 
-Pictures are paths beside the file. In place of pictures a "scene" may stand: {"background",
+Pictures are paths below the file's folder. In place of pictures a "scene" may stand: {"background",
 "pattern", "style", "things": [{"name", "size", "cell", "colour"}]}, which is rendered; of a scene
 that is read, the facts are its own unless given. "facts" are a sentence in the language of scenes;
 what it does not say is free. "answers" are all right answers. A turn of a chat that has facts is
@@ -55,7 +55,7 @@ class OwnTurn:
 
 @dataclass(frozen=True)
 class OwnItem:
-    """One line of the file; what is no chat has one turn."""
+    """One line of the file; all but chats have one turn."""
 
     kind: str
     turns: tuple[OwnTurn, ...]
@@ -110,7 +110,7 @@ def _item(row: Any, folder: Path) -> OwnItem:
 
 def _turn(row: Mapping[str, Any], text: Any, folder: Path) -> OwnTurn:
     if not isinstance(text, str):
-        raise InputError(f"{text!r} is no text")
+        raise InputError(f"{text!r} is not a text")
     pictures: list[str | Scene] = []
     given = row.get("pictures", [])
     for name in [given] if isinstance(given, str) else given:
@@ -123,7 +123,7 @@ def _turn(row: Mapping[str, Any], text: Any, folder: Path) -> OwnTurn:
     if "facts" in row:
         said = parse(row["facts"]) if isinstance(row["facts"], str) else None
         if said is None:
-            raise InputError(f"facts {row['facts']!r} is no sentence about a scene")
+            raise InputError(f"facts {row['facts']!r} is not a sentence about a scene")
     right = row.get("answers", ())
     right = (right,) if isinstance(right, str) else tuple(str(one) for one in right)
     return OwnTurn(text, tuple(pictures), None if right else said, right)
@@ -163,8 +163,8 @@ def _task(items: Sequence[OwnItem | OwnTurn], name: str) -> str:
     """The name under which answers are kept; other items, or other pictures, have another."""
     turns = chain(*(one.turns if isinstance(one, OwnItem) else (one,) for one in items))
     shown = (one for turn in turns for one in turn.pictures if isinstance(one, str))
-    told = [repr(items), *(sha256(Path(path)) for path in shown)]
-    return f"own {name} {hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]}"
+    parts = [repr(items), *(sha256(Path(path)) for path in shown)]
+    return f"own {name} {hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]}"
 
 
 def _chosen(exam: Exam, *kinds: str) -> tuple[list[OwnTurn], list[OwnTurn], list[PlainReply]]:

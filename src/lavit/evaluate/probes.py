@@ -6,8 +6,8 @@ whose centres lie in its box, and asked about test scenes. Encoder features have
 own and features rebuilt from codes another: a figure is the ratio of their accuracies.
 
 `write_identity` asks about features rebuilt from codes that were written freely from a prompt. As
-nobody knows where its things stand, the probe (fitted also on boxes that hold nothing) looks at all
-cells of the grid in the sizes that the prompt names; a name's score is its highest probability
+the places of its things are unknown, the probe (fitted also on boxes that hold nothing) looks at
+all cells of the grid in the sizes that the prompt names; a name's score is its highest probability
 anywhere. The figure is the share of the prompt's names among as many likeliest ones, over the same
 for encoder features of the true pictures.
 """
@@ -119,7 +119,7 @@ class LabelledRows:
 
 
 class SceneRows:
-    """Rows of things, of grounds, and of things beside empty boxes ("cells"), of many scenes."""
+    """Rows of things, of grounds, and of things with empty boxes ("cells"), of many scenes."""
 
     def __init__(self, exam: Exam) -> None:
         self.exam, self.names = exam, (*exam.rules.objects_named, *SHAPES)
@@ -199,7 +199,7 @@ def _kept(known: LabelledRows, test: LabelledRows) -> Figure:
 
 
 def identity_kept(exam: Exam) -> Figure:
-    """How well things are named in features rebuilt from true codes, beside the encoder's."""
+    """How well things are named in features rebuilt from true codes, relative to the encoder's."""
     return _kept(fitted_rows(exam).things, asked(exam).things)
 
 

@@ -1,5 +1,5 @@
-"""Does the language model keep its language? Perplexity on text that nobody trained on, beside the
-base language model's.
+"""Does the language model keep its language? Perplexity on text outside the training data, compared
+with the base language model's.
 
 A text alone, as stage 2 sees it (paper Sec. 3.2 mixes text in for this): cut into documents of a
 row, each token predicted from those before it in its document. Ours spends probability on codes as

@@ -30,7 +30,7 @@ STATIC_COLUMNS = 256  # static caches are multiples of this
 
 
 class Engine:
-    """Generation with one language model. Reads the weights when built: build anew after training.
+    """Generation with one language model. Built anew after training: it reads the weights once.
 
     `compile` is that of `decoder_for`; `decoder` overrides its choice.
     """
@@ -185,7 +185,9 @@ class Session:
             features=torch.cat(features).to(device) if features else None,
         )
         columns = longest + 1
-        if self.decoder.static:  # room for all that may come, in few sizes: each is compiled anew
+        if (
+            self.decoder.static
+        ):  # room for all that may come, in few sizes: each is compiled by itself
             most = max(map(_most, requests))
             columns = -(-(longest + most) // STATIC_COLUMNS) * STATIC_COLUMNS
             columns = min(columns, max(self.decoder.context, longest))

@@ -24,7 +24,7 @@ from lavit.language.model import Language
 log = logging.getLogger(__name__)
 
 LLAMA_SHAPED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
-# Rows that the packing is told to expect. Any number is computed right (`packing_works` tries it);
+# Rows that the packing is made for. Any number is computed right (`packing_works` tries it);
 # up to this many are fast: packed for 8, sixteen rows take 1.4 times what they take packed for 64,
 # which costs fewer rows nothing.
 PACK_ROWS = 64

@@ -87,7 +87,7 @@ def lay_prompt(model: LaVIT, parts: Parts) -> Prompt:
 
 
 def _codes(model: LaVIT, part: ImagePart) -> Tensor:
-    """Codes of a picture: those it came with, else those of a look at it."""
+    """Codes of a picture: those it came with, else those of encoding it."""
     if part.codes is None:
         policy = KeepPolicy.parse(part.keep)
         return model.encode_images([open_image(part.image)], policy).codes
@@ -97,7 +97,7 @@ def _codes(model: LaVIT, part: ImagePart) -> Tensor:
         among = f", among them {wrong[0]}" if wrong else ""
         raise InputError(
             f"a picture came with {len(part.codes)} codes{among}: this model's pictures have 1 to "
-            f"{config.patches} codes of 0..{config.codes - 1}; leave 'codes' out to look at it anew"
+            f"{config.patches} codes of 0..{config.codes - 1}; leave 'codes' out to encode it again"
         )
     return torch.tensor(part.codes)
 
@@ -197,13 +197,13 @@ def conversations_of(
 def seeds_of(seed: Seed, count: int) -> list[int]:
     """A seed for each of `count` inputs: seed + i, or entry i of a list.
 
-    Raises `InputError` for what is no seed, and for a list of another length.
+    Raises `InputError` for an invalid seed, and for a list of another length.
     """
     given = list(seed) if isinstance(seed, Sequence) else [seed]
     for one in given:
         if isinstance(one, bool) or not isinstance(one, int) or not -(2**63) <= one < 2**63:
             usable = "give a whole number below 2**63, or a list of one for each input"
-            raise InputError(f"seed {one!r} is no seed: {usable}")
+            raise InputError(f"seed {one!r} is not a seed: {usable}")
     if isinstance(seed, int):
         return [seed + number for number in range(count)]
     if len(given) != count:

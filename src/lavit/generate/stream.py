@@ -159,7 +159,7 @@ def _watched(work: Painter) -> Iterator[tuple[int | None, Tensor | list[Image.Im
 
     def watch(step: int, latents: Tensor) -> None:
         if stop.is_set():
-            raise RuntimeError("nobody watches any more")
+            raise RuntimeError("the stream was closed")
         found.put((step, latents))
 
     def run() -> None:

@@ -20,7 +20,7 @@ def inject_lora(lm: PreTrainedModel, config: LanguageConfig) -> None:
 
 
 def is_lora(layer: Any) -> bool:
-    """Whether a layer is another one with LoRA beside it."""
+    """Whether a layer wraps another one with LoRA."""
     return hasattr(layer, "get_base_layer")
 
 
@@ -37,7 +37,7 @@ def merged_weight(layer: Any) -> Tensor:
 
 
 def merge_lora(lm: PreTrainedModel) -> None:
-    """Add LoRA to the weights beside it and take it out: the same outputs; all weights train."""
+    """Add LoRA to the base weights and take it out: the same outputs; all weights train."""
     for name, layer in list(lm.named_modules()):
         if is_lora(layer):
             base = layer.get_base_layer()

@@ -156,7 +156,9 @@ class Pixels(nn.Module):
         drawn = self._draw(latents, generator)
         noise, times, dropped = (part.to(latents.device) for part in drawn)
         size = tuple(latents.shape[2:])
-        condition = self.told(features, size).replaced(dropped, self.condition.null(images, size))
+        condition = self.condition_of(features, size).replaced(
+            dropped, self.condition.null(images, size)
+        )
         noisy = self.scheduler.add_noise(latents, noise, times)
         target = {"epsilon": noise, "sample": latents}.get(self.scheduler.config.prediction_type)
         if target is None:
@@ -211,7 +213,7 @@ class Pixels(nn.Module):
         solver = self.solver(sampler, steps, features.device)
         shape = (self.latent_channels, height // self.factor, width // self.factor)
         weight = self.unet.dtype
-        condition = self.told(features.to(weight), shape[1:])
+        condition = self.condition_of(features.to(weight), shape[1:])
         if guidance != 1:
             condition = condition.followed_by(self.condition.null(len(features), shape[1:]))
         generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
@@ -243,7 +245,7 @@ class Pixels(nn.Module):
         solver.set_timesteps(steps, device=device)
         return solver
 
-    def told(self, features: Patches, size: tuple[int, int]) -> Condition:
+    def condition_of(self, features: Patches, size: tuple[int, int]) -> Condition:
         """The condition that features make, for latents of `size` (height, width)."""
         patches, dim = self.config.patches, self.config.features_dim
         if features.dim() != 3 or features.shape[1:] != (patches, dim):
@@ -273,10 +275,12 @@ class Pixels(nn.Module):
         load_strictly(pixels.condition, load_tensors(where), where)
         return pixels
 
-    def _guided(self, latents: Tensor, time: Tensor, told: Condition, guidance: float) -> Tensor:
+    def _guided(
+        self, latents: Tensor, time: Tensor, condition: Condition, guidance: float
+    ) -> Tensor:
         if guidance == 1:
-            return self._predict(latents, time, told)
-        with_features, without = self._predict(latents.repeat(2, 1, 1, 1), time, told).chunk(2)
+            return self._predict(latents, time, condition)
+        with_features, without = self._predict(latents.repeat(2, 1, 1, 1), time, condition).chunk(2)
         return without + guidance * (with_features - without)
 
     def _predict(self, latents: Tensor, times: Tensor, condition: Condition) -> Tensor:

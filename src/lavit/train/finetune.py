@@ -167,7 +167,7 @@ class Finetune(Run):
         stage.config, stage.steps = self.training.language, steps
 
     def _save_all(self, language: Language, text: PreTrainedTokenizerBase, adapted: bool) -> None:
-        """The whole model folder: language and reader anew, everything else copied."""
+        """The whole model folder: language and reader of this training, everything else copied."""
         for part in COPIED:
             if (self.source / part).is_dir():
                 shutil.copytree(self.source / part, self.folder / part, dirs_exist_ok=True)

@@ -265,10 +265,10 @@ def _architecture(model: ModelConfig, training: TrainConfig) -> Any:
 
 def _build(model: ModelConfig, config: Any, layers: int) -> Language:
     """The model of stage 2 on the meta device, with so many blocks in its LM."""
-    told = {**config.to_dict(), "num_hidden_layers": layers}
-    if told.get("layer_types"):
-        told["layer_types"] = told["layer_types"][:layers]
-    config = type(config).from_dict(told)
+    fields = {**config.to_dict(), "num_hidden_layers": layers}
+    if fields.get("layer_types"):
+        fields["layer_types"] = fields["layer_types"][:layers]
+    config = type(config).from_dict(fields)
     tokenizer = model.visual_tokenizer
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config)

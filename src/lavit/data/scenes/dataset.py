@@ -46,11 +46,14 @@ UNITS = (0.4, 0.45, 0.15)  # shares of units of one, two and three pictures in t
 VARIED = 0.4  # of the pictures have a second description, in another wording
 PROMPTED, ASKED = 3, 3  # prompts and questions a picture
 CHUNK = 64  # units a process draws at a time
-STRETCH, STRETCHES = 512, 1 << 14  # units of a shard of the stream, and shards: nobody sees the end
+STRETCH, STRETCHES = (
+    512,
+    1 << 14,
+)  # units of a shard of the stream, and shards: practically without end
 
 
 @dataclass(frozen=True)
-class Told:
+class DescribedScene:
     """A picture with everything that may be said and asked of it."""
 
     scene: Scene
@@ -63,7 +66,7 @@ class Told:
 class Unit:
     """Pictures that belong together; of several, the last is made of the others by `change`."""
 
-    pictures: tuple[Told, ...]
+    pictures: tuple[DescribedScene, ...]
     change: SceneEdit | None = None
 
 
@@ -82,10 +85,10 @@ def unit_at(split: str, index: int, *, seed: int = 0, rules: Rules | None = None
     elif split == "train" and luck >= UNITS[0]:
         change = edit(scene, rng, rules)
     scenes = (*change.sources, change.target) if change else (scene,)
-    return Unit(tuple(told(one, rng, rules) for one in scenes), change)
+    return Unit(tuple(described(one, rng, rules) for one in scenes), change)
 
 
-def told(scene: Scene, rng: np.random.Generator, rules: Rules) -> Told:
+def described(scene: Scene, rng: np.random.Generator, rules: Rules) -> DescribedScene:
     """A scene in several wordings: the first description is plain, a second is not, the first
     prompt says everything, the others may leave out.
     """
@@ -93,7 +96,7 @@ def told(scene: Scene, rng: np.random.Generator, rules: Rules) -> Told:
     texts = dict.fromkeys((plainly(scene), *varied))
     prompts = [prompt(scene, rng, full=True), *(prompt(scene, rng) for _ in range(PROMPTED - 1))]
     asked = questions(scene, rng, rules, ASKED)
-    return Told(scene, tuple(texts), tuple(dict.fromkeys(prompts)), tuple(asked))
+    return DescribedScene(scene, tuple(texts), tuple(dict.fromkeys(prompts)), tuple(asked))
 
 
 def stream_rows(seed: int = 0, *, split: str = "train") -> Any:
@@ -227,7 +230,7 @@ def png(scene: Scene, size: int) -> bytes:
 
 
 def _talks(folder: Path, count: int, seed: int, rules: Rules, size: int) -> Iterator[Any]:
-    """Conversations of 2 to 4 turns as messages; their pictures are written beside them."""
+    """Conversations of 2 to 4 turns as messages; their pictures are written to files."""
     (folder / "conversations").mkdir()
     for number in range(count):
         rng = np.random.default_rng([3, seed, number])
