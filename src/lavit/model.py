@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lavit.config import PARTS, InputError, ModelConfig, read_config, write_config
+from lavit.files import replacing, save_tensors
 from lavit.language.model import Language
 from lavit.placement import Places, placer
 from lavit.sequence import Batch, VisualTokens
@@ -33,9 +34,7 @@ from lavit.storage import (
     load_visual_tokenizer,
     model_folder,
     over_base,
-    replacing,
     save_language,
-    save_tensors,
 )
 from lavit.vision.encoder import Vision, load_vision, save_vision
 from lavit.visual_tokenizer.layers import Keep, Patches
@@ -47,7 +46,11 @@ if TYPE_CHECKING:  # diffusers takes seconds to import, and only pixels need it
 
 EXACT = ("vision", "visual_tokenizer")  # in fp32 as in training, so that rounding flips no choice
 TRAINED_BY = {"vision": "tokenizer", "visual_tokenizer": "tokenizer"}  # else the stage of its name
-PUSHED = ("README.md", "training.json", "safety_checker")  # what lies beside the parts
+PUSHED = (
+    "README.md",
+    "training.json",
+    "safety_checker",
+)  # files and folders that go with the parts
 
 
 class LaVIT(nn.Module):

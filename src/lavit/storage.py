@@ -12,11 +12,8 @@ pixels/            a diffusers folder
 from __future__ import annotations
 
 import logging
-import os
 import re
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -24,9 +21,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -36,9 +30,10 @@ from transformers import (
 )
 
 from lavit.config import PARTS, InputError, LanguageConfig, ModelConfig, require
+from lavit.files import load_strictly, load_tensors, replacing, save_tensors, sha256
+from lavit.language.lora import inject_lora, merge_lora
 from lavit.language.model import Language, table_and_head
 from lavit.language.smollm2 import SMOLLM2, load_smollm2, load_smollm2_text, smollm2_file
-from lavit.vision.encoder import sha256
 from lavit.visual_tokenizer.merger import Merger
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 from lavit.vocabulary import MARKERS
@@ -92,58 +87,6 @@ def has_part(config: ModelConfig, folder: Path, part: str) -> bool:
     return (folder / part).is_dir() or (part == "vision" and config.vision.source != "folder")
 
 
-@contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """An empty folder that takes the place of `folder` at the end, or vanishes on a failure."""
-    new, old = (folder.with_name(f".{folder.name}.{age}") for age in ("new", "old"))
-    try:
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror}") from error
-    try:
-        yield new
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(new, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-
-
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write tensors as safetensors, creating the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: one.detach().contiguous().cpu() for name, one in tensors.items()}, path)
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file; a missing or broken one raises `InputError`."""
-    try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        said = f"{path} is missing: this model folder is incomplete (did its training end?)"
-        raise InputError(said) from error
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is not a readable safetensors file: {error}") from error
-
-
-def load_strictly(module: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
-    """Load every tensor into the module; names or shapes that differ raise `InputError`."""
-    expected = module.state_dict()
-    missing, unknown = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
-    if missing or unknown:
-        said = f"missing {missing[:3]}, not expected {unknown[:3]}"
-        raise InputError(f"{where} does not fit this configuration: {said}")
-    for name, tensor in tensors.items():
-        wanted = list(expected[name].shape)
-        if list(tensor.shape) != wanted:
-            said = f"{name} is {list(tensor.shape)}, this configuration expects {wanted}"
-            raise InputError(f"{where}: {said}")
-    module.load_state_dict(tensors)
-
-
 def load_base(
     config: LanguageConfig,
     folder: Path | None,
@@ -188,28 +131,8 @@ def build_language(
         read_as=config.language.read_as,
     )
     if config.language.lora_rank:
-        inject_lora(language, config.language)
+        inject_lora(language.lm, config.language)
     return language
-
-
-def inject_lora(language: Language, config: LanguageConfig) -> None:
-    """Put LoRA layers into the LM in place (peft); only they, rows and reader train then."""
-    peft = require("peft", extra="mini")
-    rank, targets = config.lora_rank, list(config.lora_targets)
-    lora = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
-    peft.inject_adapter_in_model(lora, language.lm)
-
-
-def merge_lora(language: Language) -> None:
-    """Add LoRA to the weights beside it and take it out: the same outputs; all weights train."""
-    lora = require("peft.tuners.lora", extra="mini")
-    for name, layer in list(language.lm.named_modules()):
-        if isinstance(layer, lora.LoraLayer):
-            layer.merge()
-            language.lm.set_submodule(name, layer.get_base_layer())
-    for trace in ("peft_config", "_hf_peft_config_loaded"):
-        language.lm.__dict__.pop(trace, None)
-    language.lm.requires_grad_(True)
 
 
 def export_language(config: ModelConfig, folder: Path, out: Path, *, merge: bool = False) -> None:
@@ -224,7 +147,7 @@ def export_language(config: ModelConfig, folder: Path, out: Path, *, merge: bool
         raise InputError(f"{said}: --merge joins the two")
     language, text = load_language(config, folder)
     if config.language.lora_rank:
-        merge_lora(language)
+        merge_lora(language.lm)
     with replacing(out) as new:
         export(language, text, new)
 
@@ -296,11 +219,11 @@ def load_visual_tokenizer(config: ModelConfig, folder: Path) -> VisualTokenizer:
 def over_base(config: ModelConfig, source: str) -> ModelConfig:
     """The configuration with another language model (a path or hub id) under its adapter.
 
-    Raises `InputError` for a model whose language part is no adapter over a base.
+    Raises `InputError` for a model whose language part is not an adapter over a base.
     """
     language = config.language
     if not language.lora_rank:
-        raise InputError(f"{config.name} is no adapter over a base: leave the other base out")
+        raise InputError(f"{config.name} is not an adapter over a base: leave the other base out")
     said = "base weights: %s instead of %s, so the figures of this model do not apply"
     log.warning(said, source, language.source)
     return replace(config, language=replace(language, source=source, sha256=None))

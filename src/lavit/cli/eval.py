@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import tyro
 
 from lavit.cli.output import ProgressBar, Words
-from lavit.config import InputError
+from lavit.config import InputError, write_json
 
 arg = tyro.conf.arg
 Names = Annotated[str | None, arg(help="only these, with commas between them", metavar="NAME,…")]
@@ -22,7 +22,7 @@ Pairs = Annotated[
 ]
 Objects = Annotated[
     int | None,
-    arg(help="so many of the list of objects (default: as trained, else 48)"),
+    arg(help="number of objects, from the front of the list (default: as trained, else 48)"),
 ]
 Data = Annotated[str | None, arg(help="a folder or file of your own in place of scenes")]
 
@@ -75,7 +75,7 @@ def evaluate(
         else:
             raise InputError("--items are judged as scenes are: leave --data out")
     if json is not None:
-        evaluation.write_json(found, json)
+        write_json(json, found)
     if (
         not names
         and not valid

@@ -36,11 +36,11 @@ def train(
     The same command goes on after an interruption.
 
     --minutes scales the steps: about that long on two idle CPU cores. --lora R trains adapters of
-    rank R beside a frozen language model. --tracker tensorboard, wandb or trackio, beside
-    metrics.jsonl. --fsdp shards stage 2 over the processes of torchrun. --stream reads the data of
-    stage 2 as it comes, shard by shard; --tokens takes its codes from a folder of `lavit
-    tokenize-corpus`, and then nothing is read, only written. --plan trains nothing: it computes the
-    memory of stage 2 on --gpus GPUs of --memory GiB each.
+    rank R on a frozen language model. --tracker tensorboard, wandb or trackio, in
+    addition to metrics.jsonl. --fsdp shards stage 2 over the processes of torchrun. --stream reads
+    the data of stage 2 as it comes, shard by shard; --tokens takes its codes from a folder of
+    `lavit tokenize-corpus`, and then nothing is read, only written. --plan trains nothing: it
+    computes the memory of stage 2 on --gpus GPUs of --memory GiB each.
     """
     from dataclasses import replace
 

@@ -59,7 +59,7 @@ def choose(
     image: Words[str],
     among: Words[tuple[str, ...]],
     /,
-    n: Annotated[int, tyro.conf.arg(help="so many of the likeliest, best first")] = 1,
+    n: Annotated[int, tyro.conf.arg(help="number of texts to print, most likely first")] = 1,
     model: Model = DEFAULT_MODEL,
     json: bool = False,
 ) -> None:
@@ -240,11 +240,11 @@ def tokenize_corpus(
     each; 0 works in this process, without Ray.
     """
     import lavit
-    from lavit.data.bulk import Job
+    from lavit.data.bulk import CorpusJob
     from lavit.data.bulk import tokenize_corpus as write
 
     device, dtype = lavit.place()
-    job = Job(
+    job = CorpusJob(
         data=data,
         out=out,
         model=model,

@@ -99,7 +99,7 @@ def parse_mixture(data: str | Path) -> list[tuple[str, float]]:
         if weight is None:
             name, weight = piece.strip(), 1.0
         if not name or not 0 < weight < float("inf"):
-            lacks = f"{piece!r} of {str(data)!r} is no source with a positive weight"
+            lacks = f"{piece!r} of {str(data)!r} is not a source with a positive weight"
             raise InputError(f"{lacks}: write SOURCE or SOURCE:0.5")
         found.append((name, weight))
     return found
@@ -159,10 +159,10 @@ def load_corpus(data: str | Path, splits: Sequence[str] = ("train",)) -> Corpus:
 
 
 Broken = list[tuple[str, str]]
-Found = tuple[list[Picture], list[Question], list[Edit], Broken, Sequence[str]]
+Loaded = tuple[list[Picture], list[Question], list[Edit], Broken, Sequence[str]]
 
 
-def _load_source(name: str, splits: Sequence[str], first: int) -> Found:
+def _load_source(name: str, splits: Sequence[str], first: int) -> Loaded:
     """Pictures of one source, numbered from `first`; questions, edits, what is broken, texts."""
     folder = Path(name)
     records: list[Record] = []

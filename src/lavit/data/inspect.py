@@ -19,7 +19,7 @@ STREAMED = (".tar", ".parquet")
 def inspect_data(data: str, split: str = "train", *, workers: int = 1) -> list[dict[str, Any]]:
     """A report for each source of `data`, read as a whole: counts, what is broken, texts, licences.
 
-    Beside them its share of a training's documents, and where its shards can be streamed whether
+    Also its share of a training's documents, and where its shards can be streamed whether
     they suffice for `workers` processes. A source that cannot be opened raises `InputError`.
     """
     mixture = parse_mixture(data)

@@ -52,7 +52,7 @@ def text_files(path: Path) -> Texts:
         texts = [file.read_text(encoding="utf-8") for file in files]
         return Texts(texts, column=None, name=str(path))
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no readable UTF-8 text: {error}") from error
+        raise InputError(f"{path} is not readable UTF-8 text: {error}") from error
 
 
 def cut(ids: Sequence[int], tokens: int, end: int) -> tuple[Text, ...]:

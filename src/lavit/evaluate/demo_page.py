@@ -222,7 +222,7 @@ class Sheet:
         self.top += 6
 
 
-def sheet(name: str, sections: Sequence[Section]) -> Image.Image:
+def contact_sheet(name: str, sections: Sequence[Section]) -> Image.Image:
     """Everything on one picture."""
     made = Sheet()
     made.top = made.words(f"LaVIT {name}", MARGIN, made.top, WIDTH - 2 * MARGIN, 30) + 4

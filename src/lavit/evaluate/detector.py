@@ -41,7 +41,7 @@ class Maps:
 
 
 class Residual(nn.Module):
-    """Two convolutions beside a shortcut."""
+    """Two convolutions with a shortcut."""
 
     def __init__(self, width: int, *, norm: bool) -> None:
         super().__init__()

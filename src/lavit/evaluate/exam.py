@@ -15,9 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from PIL.Image import Image
-from torch import Tensor
 
 import lavit
 from lavit.config import PARTS, TO_READ, InputError
@@ -30,6 +28,7 @@ from lavit.evaluate.known import training_of
 from lavit.model import LaVIT
 from lavit.sequence import VisualTokens
 from lavit.storage import has_part, model_folder
+from lavit.visual_tokenizer.layers import Patches
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
 COUNT = 500  # items of a figure, where a user does not say
@@ -37,7 +36,6 @@ BATCH = 16  # pictures that are encoded together
 WORDS = 0x5CE7E6  # moves wording and questions, and nothing else
 TO_CHOOSE_BY = {"test": "valid", "pairs": "valid_pairs", "ladder": "valid_ladder"}  # in place of
 SEED_STEP = 1_000_003  # between the user's seeds, so that no two items of two seeds share one
-Features = Float[Tensor, "images patches dim"]
 
 _scene = lru_cache(maxsize=8192)(scene_at)
 
@@ -83,7 +81,7 @@ class Exam:
         self.items: list[Any] | None = None  # a user's own (evaluate/own.py)
 
     def scaled(self, default: int) -> int:
-        """`default` items, or as many fewer or more as the user asks beside 500."""
+        """`default` items, scaled by the user's count over the default of 500."""
         return max(1, round(default * self.count / COUNT))
 
     @cached_property
@@ -148,11 +146,11 @@ class Exam:
         """A scene at the decoder's size."""
         return render(scene, self.drawn_size)
 
-    def features(self, pictures: Sequence[Image]) -> Features:
+    def features(self, pictures: Sequence[Image]) -> Patches:
         """Encoder features of pictures."""
         return self.model.patches(pictures)
 
-    def encoded(self, split: str, count: int) -> tuple[Features, VisualTokens]:
+    def encoded(self, split: str, count: int) -> tuple[Patches, VisualTokens]:
         """Encoder features and visual tokens of the first pictures of a split, kept in memory."""
         if ("encoded", split, count) not in self.cache:
             parts = []
@@ -166,7 +164,7 @@ class Exam:
 
 
 @torch.no_grad()
-def rebuilt(tokenizer: VisualTokenizer, features: Features) -> Features:
+def rebuilt(tokenizer: VisualTokenizer, features: Patches) -> Patches:
     """Features through their own codes, in the tokenizer's own space."""
     parts = []
     for part in features.split(BATCH):

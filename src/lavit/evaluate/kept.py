@@ -3,8 +3,8 @@ it was.
 
 A line is one item: {"key", "task", "item", "chunk", "made", "check"}. The key is a hash of the
 weights, the configuration, the seed and the world; lines of another key are left alone. `check` is
-a hash of the rest: a line that was changed is made anew. Items are made in chunks of fixed borders,
-so that an item is always computed beside the same others, stopped or not.
+a hash of the rest: a line that was changed is made again. Items are made in chunks of fixed
+borders, so that an item is always computed in a batch with the same others, stopped or not.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Kept:
             except (ValueError, KeyError, TypeError):
                 continue  # cut off when an evaluation was stopped
         if changed:
-            log.warning("%d predictions of %s were changed: they are made anew", changed, path)
+            log.warning("%d predictions of %s were changed: they are made again", changed, path)
 
     def made(
         self,

@@ -14,7 +14,7 @@ from PIL.Image import Image
 
 from lavit.data.scenes.language import describe
 from lavit.data.scenes.parse import parse
-from lavit.data.scenes.questions import Question, normal, questions, right
+from lavit.data.scenes.questions import SceneQuestion, normal, questions, right
 from lavit.data.scenes.sample import scene_at
 from lavit.data.scenes.world import Facts, facts
 from lavit.evaluate.drawing import by_number, drawings, turned, wanted
@@ -24,7 +24,7 @@ from lavit.evaluate.tokens import OTHER_SEED
 
 KNOWN = 3_000  # scenes like training's, whose questions a text-only answer is learnt from
 SPLITS = ("test", "pairs", "binding", "number", "style", "noto")
-Shown = Callable[[int], Image]  # the picture of an item
+PictureOf = Callable[[int], Image]  # the picture of an item
 
 
 def exact(texts: Sequence[str], said: Sequence[Facts]) -> list[bool]:
@@ -45,7 +45,7 @@ def items_of(exam: Exam, split: str) -> list[int]:
     return found
 
 
-def captions(exam: Exam, task: str, items: Sequence[int], shown: Shown) -> list[str]:
+def captions(exam: Exam, task: str, items: Sequence[int], shown: PictureOf) -> list[str]:
     """Captions of pictures, kept by item."""
     exam.needs("language")
 
@@ -94,7 +94,7 @@ def skills(said: Facts) -> dict[str, Any]:
     return found
 
 
-def question_of(exam: Exam, item: int) -> Question:
+def question_of(exam: Exam, item: int) -> SceneQuestion:
     """One question about a test scene."""
     for again in range(20):
         found = questions(exam.scene("test", item), exam.rng(item, 1 + again), exam.rules, 1)
@@ -103,8 +103,8 @@ def question_of(exam: Exam, item: int) -> Question:
     raise ValueError(f"no question about test scene {item}")
 
 
-def answers(
-    exam: Exam, task: str, items: Sequence[int], shown: Shown, question: Callable[[int], str],
+def model_answers(
+    exam: Exam, task: str, items: Sequence[int], shown: PictureOf, question: Callable[[int], str],
 ) -> list[str]:  # fmt: skip
     """The model's answers to questions about pictures, kept by item."""
     exam.needs("language")
@@ -125,13 +125,13 @@ def _right(exam: Exam, said: Sequence[str]) -> list[bool]:
     return hits
 
 
-def _answered(exam: Exam, task: str, shown: Shown) -> list[bool]:
+def _answered(exam: Exam, task: str, shown: PictureOf) -> list[bool]:
     """Are the model's answers right, when these pictures are shown?"""
 
     def question(item: int) -> str:
         return question_of(exam, item).question
 
-    return _right(exam, answers(exam, task, range(exam.count), shown, question))
+    return _right(exam, model_answers(exam, task, range(exam.count), shown, question))
 
 
 def text_only(exam: Exam) -> tuple[str, float]:

@@ -1,5 +1,5 @@
-"""Does the language model keep its language? Perplexity on text that nobody trained on, beside the
-base language model's.
+"""Does the language model keep its language? Perplexity on text outside the training data, compared
+with the base language model's.
 
 A text alone, as stage 2 sees it (paper Sec. 3.2 mixes text in for this): cut into documents of a
 row, each token predicted from those before it in its document. Ours spends probability on codes as
@@ -28,7 +28,7 @@ from lavit.storage import load_base
 WINDOW = 512  # tokens of a document
 PASSAGES = 40  # of prose, for the ratio
 
-Logits = Callable[[Int[Tensor, "1 tokens"]], Float[Tensor, "1 tokens ids"]]
+LogitsOf = Callable[[Int[Tensor, "1 tokens"]], Float[Tensor, "1 tokens ids"]]
 
 
 def perplexity(
@@ -52,7 +52,7 @@ def perplexity(
         return torch.cat([language.text_logits(hidden), language.visual_logits(hidden)], -1)
 
     device = language.rows.device
-    models: list[Logits] = [joint]
+    models: list[LogitsOf] = [joint]
     if base is not None:
         lm: nn.Module = base
         models.append(lambda ids: lm.to(device)(input_ids=ids).logits)
@@ -75,7 +75,7 @@ def perplexity(
 
 
 @torch.no_grad()
-def _log_likelihood(ids: Int[Tensor, "1 tokens"], logits: Logits) -> tuple[float, int]:
+def _log_likelihood(ids: Int[Tensor, "1 tokens"], logits: LogitsOf) -> tuple[float, int]:
     """Sum of log-probabilities of a text, document by document, and how many tokens it predicts."""
     total, count = 0.0, 0
     for document in ids.split(WINDOW, dim=1):

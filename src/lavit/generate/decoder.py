@@ -32,7 +32,7 @@ class LaneCache(Cache):
     hidden by the mask (x may be attended by the next token):
 
         lane 0, length 4   x x x x x . .
-        lane 1, length 1   x x . . . . .        just opened beside lane 0: an unconditional stream
+        lane 1, length 1   x x . . . . .        just opened: an unconditional stream
         lane 2, length 6   x x x x x x x
 
     `buffers` `[lanes, heads, columns, dim]` are keys, then values of each layer, made at first use.

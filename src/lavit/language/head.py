@@ -5,7 +5,7 @@
 
 The gradient of a cross-entropy is known as soon as its logits are, so each chunk's logits turn into
 gradients in place and are gone before the next: nothing is computed twice and the full logits never
-exist (the idea of Liger's fused linear cross-entropy, arXiv 2410.10989, written anew in plain
+exist (the idea of Liger's fused linear cross-entropy, arXiv 2410.10989, written in plain
 torch).
 """
 

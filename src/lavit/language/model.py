@@ -4,10 +4,10 @@
     visual ids ── rows of our own ──────────┼─ LM ─ hidden ─┬─ the LM's own head ─ text logits
     slots ─────── merger copy ─ Linear ─────┘               └─ visual head ────── visual logits
 
-The LM is left as it is: the new rows live beside it, so nothing of it is resized, the visual logits
-are a product with those rows alone, and LoRA (peft, injected in place) leaves the base weights
-untouched. `export` joins the rows to a plain transformers checkpoint. Read images enter as
-continuous features of a *second* merger, initialised from stage 1.
+The LM is left as it is: the new rows are parameters of their own, so nothing of it is resized, the
+visual logits are a product with those rows alone, and LoRA (peft, injected in place) leaves the
+base weights untouched. `export` joins the rows to a plain transformers checkpoint. Read images
+enter as continuous features of a *second* merger, initialised from stage 1.
 
 Packed rows attend document by document (attention.py), and the loss makes its gradients on its way
 through the head in chunks (head.py): no mask over whole rows and no full logits ever exist.
@@ -43,7 +43,7 @@ CHUNK = 1024  # positions whose logits exist at one time
 class LanguageLoss:
     """Sums over the target tokens of a batch; divide by the (global) counts.
 
-    `total` goes backward; beside it figures without gradient, text and visual targets apart.
+    `total` goes backward; the rest are figures without gradient, text and visual targets apart.
     """
 
     total: Float[Tensor, ""]

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lavit.config import InputError, require
-from lavit.vision.encoder import sha256
+from lavit.files import sha256
 
 log = logging.getLogger(__name__)
 SMOLLM2 = "smollm2-135m"

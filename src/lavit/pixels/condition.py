@@ -1,10 +1,10 @@
-"""Condition heads of the pixel decoder: what the denoiser is told of the features (paper Eq. 5).
+"""Condition heads of the pixel decoder: from features to its conditioning (paper Eq. 5).
 
 CrossCondition    Linear D → C: a context of N tokens (512-px decoder). Null: learned, zeros, or the
                   stored null-text embedding, zero-padded to the context's length and masked
 PooledCondition   two Linears side by side make SDXL's wide context; an attention pool makes its
                   pooled vector. Null: zeros or learned
-GridCondition     Linear D → C, laid out as a map and resized to the latents, beside the noise. Not
+GridCondition     Linear D → C, laid out as a map and resized to the latents, concatenated. Not
                   in the paper: place comes for free. Null: learned or zeros
 """
 
@@ -25,7 +25,7 @@ from lavit.visual_tokenizer.layers import Patches, attend
 
 @dataclass(frozen=True)
 class Condition:
-    """What the denoiser is told about each picture; parts that a head does not make are None."""
+    """What the denoiser is conditioned on; parts that a head does not make are None."""
 
     context: Float[Tensor, "images tokens width"] | None = None
     valid: Bool[Tensor, "images tokens"] | None = None  # which tokens of the context are real

@@ -20,11 +20,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DModel
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lavit.config import InputError, PixelsConfig, read_json
+from lavit.files import load_strictly, load_tensors, save_tensors
 from lavit.images import ASPECT_SIZES, aspect_size
 from lavit.pixels.condition import HEADS, Condition, CrossCondition, Head
 from lavit.pixels.diffusion import (
@@ -36,7 +35,6 @@ from lavit.pixels.diffusion import (
     level_weights,
     linear_guess,
     noise_schedule,
-    normal_noise,
     null_text,
     random_weights,
     solver_of,
@@ -46,9 +44,8 @@ from lavit.pixels.perceptual import Perceptual
 from lavit.visual_tokenizer.layers import Patches
 
 Loss = Float[Tensor, ""]
-Pictures = Float[Tensor, "images 3 height width"]
+PictureTensor = Float[Tensor, "images 3 height width"]
 Latents = Float[Tensor, "images channels rows columns"]
-KL_WEIGHT = 1e-6  # as Stable Diffusion's autoencoder
 
 
 class Pixels(nn.Module):
@@ -125,7 +122,7 @@ class Pixels(nn.Module):
         return self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     @torch.no_grad()
-    def encode(self, pictures: Pictures) -> Latents:
+    def encode(self, pictures: PictureTensor) -> Latents:
         """Latents of pictures in -1..1, the autoencoder's most likely ones. Inverse of `decode`."""
         if self.vae is None:
             return F.pixel_unshuffle(pictures, self.config.patch)
@@ -134,32 +131,13 @@ class Pixels(nn.Module):
         mean, deviation = self._latent_moments(latents)
         return ((latents - mean) / deviation).to(pictures.dtype)
 
-    def decode(self, latents: Latents) -> Pictures:
+    def decode(self, latents: Latents) -> PictureTensor:
         """Pictures of latents, not clamped."""
         if self.vae is None:
             return F.pixel_shuffle(latents, self.config.patch)
         vae = self._steady_vae()
         mean, deviation = self._latent_moments(latents)
         return vae.decode((latents * deviation + mean).to(vae.dtype)).sample.to(latents.dtype)
-
-    def autoencoder_loss(self, pictures: Pictures, *, generator: Generators | None = None) -> Loss:
-        """L1 of the reconstruction and a trace of KL to the unit normal: trains `vae`."""
-        if self.vae is None:
-            raise InputError("pixels: this decoder has no autoencoder to train, it folds pixels")
-        posterior = self.vae.encode(pictures).latent_dist
-        noise = normal_noise(posterior.mean, generator).to(pictures)
-        found = self.vae.decode(posterior.mean + posterior.std * noise).sample
-        return F.l1_loss(found, pictures) + KL_WEIGHT * posterior.kl().mean()
-
-    @torch.no_grad()
-    def calibrate(self, pictures: Pictures) -> None:
-        """Measure mean and deviation of the latents, by which `encode` standardises them."""
-        if self.vae is None:
-            raise InputError("pixels: folded pixels need no calibration")
-        parts = [self.vae.encode(part).latent_dist.mode() for part in pictures.split(64)]
-        deviation, mean = torch.std_mean(torch.cat(parts), dim=(0, 2, 3))
-        moments = {"latents_mean": mean.tolist(), "latents_std": deviation.tolist()}
-        self.vae.register_to_config(**moments, scaling_factor=1.0)
 
     def forward(
         self,
@@ -179,7 +157,9 @@ class Pixels(nn.Module):
         drawn = self._draw(latents, generator)
         noise, times, dropped = (part.to(latents.device) for part in drawn)
         size = (latents.shape[2], latents.shape[3])
-        condition = self.told(features, size).replaced(dropped, self.condition.null(images, size))
+        condition = self.condition_of(features, size).replaced(
+            dropped, self.condition.null(images, size)
+        )
         noisy = self.scheduler.add_noise(latents, noise, times)
         target = {"epsilon": noise, "sample": latents}.get(self.scheduler.config.prediction_type)
         if target is None:
@@ -201,7 +181,7 @@ class Pixels(nn.Module):
             return noise, times, dropped
         images, levels = len(latents), self.scheduler.config.num_train_timesteps
         where: dict[str, Any] = {"generator": generator, "device": generator.device}
-        noise = normal_noise(latents, generator).to(latents)
+        noise = torch.randn(latents.shape, **where).to(latents)
         times = torch.randint(levels, (images,), **where)
         return noise, times, torch.rand(images, **where) < self.config.condition_dropout
 
@@ -216,7 +196,7 @@ class Pixels(nn.Module):
         sampler: str | SchedulerMixin | None = None,
         size: tuple[int, int] | str | None = None,
         callback: Callable[[int, Tensor], Tensor | None] | None = None,
-    ) -> Pictures:
+    ) -> PictureTensor:
         """Paint one picture per row of features, -1..1; what is None comes from the configuration.
 
         seeds: one per picture, its noise whatever the batch. sampler: "dpm", "ddim" or any
@@ -235,7 +215,7 @@ class Pixels(nn.Module):
         solver = self.solver(sampler, steps, features.device)
         shape = (self.latent_channels, height // self.factor, width // self.factor)
         weight = self.unet.dtype
-        condition = self.told(features.to(weight), shape[1:])
+        condition = self.condition_of(features.to(weight), shape[1:])
         if guidance != 1:
             condition = condition.followed_by(self.condition.null(len(features), shape[1:]))
         generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
@@ -267,7 +247,7 @@ class Pixels(nn.Module):
         solver.set_timesteps(steps, device=device)
         return solver
 
-    def told(self, features: Patches, size: tuple[int, int]) -> Condition:
+    def condition_of(self, features: Patches, size: tuple[int, int]) -> Condition:
         """The condition that features make, for latents of `size` (height, width)."""
         patches, dim = self.config.patches, self.config.features_dim
         if features.dim() != 3 or features.shape[1:] != (patches, dim):
@@ -284,10 +264,7 @@ class Pixels(nn.Module):
         self.scheduler.save_pretrained(folder / "scheduler")
         if self.vae is not None:
             self.vae.save_pretrained(folder / "vae")
-        (folder / "condition").mkdir(parents=True, exist_ok=True)
-        tensors = self.condition.state_dict()
-        tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-        save_file(tensors, folder / "condition" / "model.safetensors")
+        save_tensors(self.condition.state_dict(), folder / "condition" / "model.safetensors")
 
     @classmethod
     def load(cls, folder: Path, config: PixelsConfig) -> Pixels:
@@ -297,17 +274,15 @@ class Pixels(nn.Module):
         scheduler = noise_schedule(read_json(folder / "scheduler" / "scheduler_config.json"))
         pixels = cls(config, unet, scheduler, vae)
         where = folder / "condition" / "model.safetensors"
-        try:
-            pixels.condition.load_state_dict(load_file(where))
-        except (OSError, SafetensorError, RuntimeError) as error:  # missing, broken, other sizes
-            reason = " ".join(str(error).split())
-            raise InputError(f"{where} cannot be read for this configuration: {reason}") from error
+        load_strictly(pixels.condition, load_tensors(where), where)
         return pixels
 
-    def _guided(self, latents: Tensor, time: Tensor, told: Condition, guidance: float) -> Tensor:
+    def _guided(
+        self, latents: Tensor, time: Tensor, condition: Condition, guidance: float
+    ) -> Tensor:
         if guidance == 1:
-            return self._predict(latents, time, told)
-        with_features, without = self._predict(latents.repeat(2, 1, 1, 1), time, told).chunk(2)
+            return self._predict(latents, time, condition)
+        with_features, without = self._predict(latents.repeat(2, 1, 1, 1), time, condition).chunk(2)
         return without + guidance * (with_features - without)
 
     def _predict(self, latents: Tensor, times: Tensor, condition: Condition) -> Tensor:

@@ -36,9 +36,10 @@ from lavit.config import (
 )
 from lavit.data.conversations import ConversationDocuments, load_conversations
 from lavit.data.features import nothing_read
+from lavit.language.lora import inject_lora, merge_lora
 from lavit.language.model import Language
 from lavit.model import LaVIT
-from lavit.storage import inject_lora, merge_lora, model_folder
+from lavit.storage import model_folder
 from lavit.train.language import LanguageStage
 from lavit.train.run import Run
 
@@ -172,7 +173,7 @@ class Finetune(Run):
         stage.config, stage.steps = self.training.language, steps
 
     def _save_all(self, language: Language, text: PreTrainedTokenizerBase, adapted: bool) -> None:
-        """The whole model folder: language and reader anew, everything else copied."""
+        """The whole model folder: language and reader of this training, everything else copied."""
         for part in COPIED:
             if (self.source / part).is_dir():
                 shutil.copytree(self.source / part, self.folder / part, dirs_exist_ok=True)
@@ -180,7 +181,7 @@ class Finetune(Run):
             shutil.copy(self.source / "training.json", self.folder / "training.json")
         config = self.config
         if not adapted:
-            merge_lora(language)
+            merge_lora(language.lm)
             config = replace(config, language=replace(config.language, lora_rank=0))
         LaVIT(config, language=language, text_tokenizer=text).save_pretrained(self.folder)
         (self.folder / "language" / "done").touch()
@@ -191,7 +192,7 @@ def prepare_lora(language: Language, config: ModelConfig, rank: int | None) -> b
     has = config.language.lora_rank
     if has and rank in (None, has):
         return True
-    merge_lora(language)
+    merge_lora(language.lm)
     if rank:
-        inject_lora(language, replace(config.language, lora_rank=rank))
+        inject_lora(language.lm, replace(config.language, lora_rank=rank))
     return False

@@ -25,7 +25,7 @@ from lavit.language.model import Language, LanguageLoss, table_and_head
 from lavit.layout import answer_text, question_text
 from lavit.sequence import IGNORE, Batch, VisualTokens, slot_lengths
 from lavit.train.batches import Shard
-from lavit.train.loop import Figure, Stage
+from lavit.train.loop import Metric, Stage
 from lavit.train.muon import matrices_apart
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
@@ -117,7 +117,7 @@ class LanguageStage(Stage):
             dist.all_reduce(count)
         return int(count)
 
-    def losses(self, module: nn.Module, batch: LanguageBatch, step: int) -> dict[str, Figure]:
+    def losses(self, module: nn.Module, batch: LanguageBatch, step: int) -> dict[str, Metric]:
         """Cross-entropy over all target tokens of a step; loss and accuracy of text and codes."""
         device = self.accelerator.device
         rows = batch.rows.to(device)

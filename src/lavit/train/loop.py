@@ -30,8 +30,8 @@ from lavit.train.muon import Muon
 from lavit.train.spread import whole
 
 log = logging.getLogger(__name__)
-Pair = tuple[Tensor, Tensor | float]  # a sum, and the count to divide it by
-Figure = Tensor | Pair  # a mean over processes, or such a pair
+SumAndCount = tuple[Tensor, Tensor | float]  # a sum, and the count to divide it by
+Metric = Tensor | SumAndCount  # a mean over processes, or such a pair
 
 
 class Stage(ABC):
@@ -61,7 +61,7 @@ class Stage(ABC):
         """This rank's batch of a step: a function of the step and the seed alone."""
 
     @abstractmethod
-    def losses(self, module: nn.Module, batch: Any, step: int) -> dict[str, Figure]:
+    def losses(self, module: nn.Module, batch: Any, step: int) -> dict[str, Metric]:
         """`loss` to go backward (its sum over the parts of a step counts), and figures to log."""
 
     def after_step(self, step: int) -> dict[str, float]:
@@ -165,7 +165,7 @@ def step_once(
     step: int,
     *,
     clip: float,
-) -> tuple[list[dict[str, Pair]], dict[str, Tensor | float]]:
+) -> tuple[list[dict[str, SumAndCount]], dict[str, Tensor | float]]:
     """Forward and backward of every part, clip, step: figures of the parts, and those after it."""
     optimizer.zero_grad(set_to_none=True)
     accelerator, parts, figures = stage.accelerator, stage.accumulate, []
@@ -181,12 +181,12 @@ def step_once(
     return figures, {"gradient_norm": whole(norm), **stage.after_step(step)}
 
 
-def _as_pair(figure: Figure) -> Pair:
+def _as_pair(figure: Metric) -> SumAndCount:
     total, count = figure if isinstance(figure, tuple) else (figure, 1.0)
     return total.detach(), count
 
 
-def pool(parts: Sequence[dict[str, Pair]], accelerator: Accelerator) -> dict[str, float]:
+def pool(parts: Sequence[dict[str, SumAndCount]], accelerator: Accelerator) -> dict[str, float]:
     """Figures of a step over its parts and all processes: sum by count, `loss` a sum."""
     names = list(parts[0])
     sums = [sum(float(part[name][0]) for part in parts) for name in names]

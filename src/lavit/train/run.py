@@ -64,7 +64,7 @@ from lavit.train.health import parameter_lines
 from lavit.train.language import LanguageStage, train_text_tokenizer
 from lavit.train.loop import Report, Stage, train
 from lavit.train.metrics import check_trackers
-from lavit.train.pixels import AutoencoderStage, PixelsStage
+from lavit.train.pixels import PixelsStage
 from lavit.train.samples import Samples
 from lavit.train.settings import PART_OF, STAGES, same_run, with_stage
 from lavit.train.spread import first_alone, halve_frozen, make_accelerator
@@ -129,9 +129,7 @@ class Run:
         return (self.folder / PART_OF[stage] / "done").exists()
 
     def _begun(self, stage: str) -> bool:
-        checkpoints = [stage, "autoencoder"] if stage == "pixels" else [stage]
-        begun = any((self.folder / "checkpoints" / name).exists() for name in checkpoints)
-        return begun or self._done(stage)
+        return (self.folder / "checkpoints" / stage).exists() or self._done(stage)
 
     def _agree(self, stages: Sequence[str]) -> None:
         """Write what this run is, or check that the folder is of the same one.
@@ -329,7 +327,7 @@ class Run:
             hashed = tokenizer_hash(LaVIT(self.config, folder=self.folder))
             codes = corpus_codes(config.token_corpus, self.corpus, tokenizer=hashed)
             features, tokens = nothing_read(vision)
-            mixture = (0.0, mixture[1], 0.0, *mixture[3:])
+            mixture = replace(mixture, reading=0.0, question=0.0)
         else:
             codes = tuple(tuple(part.tolist()) for part in self.tokens.split())
             features, tokens = self.features, self.tokens
@@ -365,16 +363,14 @@ class Run:
                 said = f"{folder} holds no diffusion model to start from"
                 raise InputError(f"{said}: put a diffusers folder there (Stable Diffusion 1.5)")
             config = replace(config, start_from=str(folder))
+        if config.vae and not config.start_from:
+            said = "the pixels' configuration names an autoencoder, and none is trained here"
+            raise InputError(f"{said}: give start_from, a diffusers folder that has one")
         return Pixels.build(config)
 
     def _train_pixels(self) -> None:
         config, seed = self.training.pixels, self.training.seed
         pixels = self._first_pixels()
-        if config.autoencoder_steps:
-            autoencoder = AutoencoderStage(pixels, self.pictures, config, seed=seed)
-            self._loop(autoencoder, warmup=config.warmup)
-            some = torch.arange(min(512, len(self.pictures)))
-            pixels.calibrate(self.pictures.rows(some))
         self.tokenizer.to(self.accelerator.device)
         stage = PixelsStage(
             pixels,

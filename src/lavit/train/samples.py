@@ -29,8 +29,8 @@ class Samples:
 
     def __init__(self, stage: LanguageStage, corpus: Corpus, text: PreTrainedTokenizerBase) -> None:
         self.stage, self.text = stage, text
-        told = [(n, one) for n, one in enumerate(corpus.pictures) if one.captions and one.prompts]
-        self.pictures = told[:PICTURES]
+        texts = [(n, one) for n, one in enumerate(corpus.pictures) if one.captions and one.prompts]
+        self.pictures = texts[:PICTURES]
 
     @torch.no_grad()
     def __call__(self, step: int) -> list[dict[str, Any]]:

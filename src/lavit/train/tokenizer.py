@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from lavit.config import TokenizerTraining
 from lavit.data.features import Features
 from lavit.train import health
-from lavit.train.batches import PictureBatch, Shard, draw_batch, draw_pictures, seeded
-from lavit.train.loop import Figure, Stage
+from lavit.train.batches import PictureBatch, Randomness, Shard, draw_batch, draw_pictures, seeded
+from lavit.train.loop import Metric, Stage
 from lavit.train.muon import matrices_apart
 from lavit.visual_tokenizer.codebook import gather_rows
 from lavit.visual_tokenizer.selector import gumbel
@@ -81,7 +81,7 @@ class TokenizerStage(Stage):
         first, final = self.config.temperature, self.config.final_temperature
         return first * (final / first) ** done
 
-    def losses(self, module: nn.Module, batch: PictureBatch, step: int) -> dict[str, Figure]:
+    def losses(self, module: nn.Module, batch: PictureBatch, step: int) -> dict[str, Metric]:
         """Eq. 4 plus commitment; figures of selector health."""
         config = self.config
         if step == config.steps_a and step != self.step and config.k_means:  # of its first part
@@ -129,7 +129,8 @@ class TokenizerStage(Stage):
         patches = self.features.rows(batch.pictures).to(self.accelerator.device)
         if not self.trains_selector(step):
             return patches, None
-        generators = [seeded(self.seed, 3, step, int(place)) for place in batch.places]
+        places, kind = batch.places.tolist(), Randomness.SELECTOR
+        generators = [seeded(self.seed, kind, step, place) for place in places]
         noise = torch.stack([gumbel((patches.shape[1], 2), generator) for generator in generators])
         return patches, noise.to(self.accelerator.device)
 
@@ -166,7 +167,7 @@ class TokenizerStage(Stage):
             if sum(map(len, rows)) >= wanted:
                 break
         vectors = self.shard.of(torch.cat(rows))  # k-means gathers them again
-        generator = seeded(self.seed, 4)
+        generator = seeded(self.seed, Randomness.K_MEANS)
         tokenizer.codebook.k_means(vectors, rounds=self.config.k_means, generator=generator)
 
     def after_step(self, step: int) -> dict[str, float]:
@@ -183,7 +184,7 @@ class TokenizerStage(Stage):
             codes,
             decay=config.decay,
             patience=config.patience,
-            generator=seeded(self.seed, 5, step),
+            generator=seeded(self.seed, Randomness.REVIVAL, step),
         )
         self.use.add(gather_rows(codes[:, None].float())[:, 0].long(), revived=revived)
         figures = self.use.figures()

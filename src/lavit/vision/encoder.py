@@ -10,7 +10,6 @@ Mean, std and size travel with the weights, in the configuration.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from lavit.config import InputError, VisionConfig, require
+from lavit.files import sha256
 from lavit.images import pixels as to_pixels
 from lavit.visual_tokenizer.layers import Patches
 
@@ -198,9 +198,3 @@ def _folded(network: Any) -> nn.Module:
                 part.padding, part.static_padding = (top, left), nn.Identity()
     found: nn.Module = network.to(memory_format=torch.channels_last)
     return found
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

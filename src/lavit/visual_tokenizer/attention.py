@@ -7,7 +7,7 @@ Documents of like length form a padded batch of their own; a causal batch needs 
 what pads a document stands behind it. Work grows with the sum of squared document lengths, where a
 block-diagonal mask costs rows · tokens²: 13 % of a training step of 512-token rows of short
 documents. Any transformers LM whose attention goes through the library's interface takes it;
-padding of a row is a document of its own, seen by nobody.
+padding of a row is a document of its own, which no other attends to.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     codes ─ Linear + position in the kept sequence ─┐ keys, values
     N learned queries ─ [self-, cross-attention, MLP] × depth ─ LayerNorm ─ Linear ─ tanh ─ Linear
 
-The position is the *index* of a code among the kept ones, as published: at generation time nobody
-knows its place in the picture. `places` (config `spatial_positions`) adds the 2-D place where it is
+The position is the *index* of a code among the kept ones, as published: at generation time
+its place in the picture. `places` (config `spatial_positions`) adds the 2-D place where it is
 known: ours, to be measured.
 """
 

@@ -10,10 +10,10 @@ import numpy as np
 
 from lavit.data.scenes import world
 from lavit.data.scenes.chance import Rng, pick, shuffled
-from lavit.data.scenes.language import around, group_words, listed, place, the
+from lavit.data.scenes.language import around, group_words, listed, place_words, the
 from lavit.data.scenes.lexicon import NUMBERS, article, noun
 from lavit.data.scenes.sample import SHAPE_SHARE, TURN, nominal
-from lavit.data.scenes.splits import MOST_IN_TRAINING, Document, Rules, valid_world
+from lavit.data.scenes.splits import MOST_IN_TRAINING, DocumentRules, Rules, valid_world
 from lavit.data.scenes.world import (
     JITTER,
     Box,
@@ -57,7 +57,7 @@ TEXTS = {
 
 
 @dataclass(frozen=True)
-class Edit:
+class SceneEdit:
     """What is asked for, of which kind, the scenes that are shown, and the one that is right."""
 
     kind: str
@@ -81,15 +81,15 @@ def edit(
     kind: str | None = None,
     *,
     allowed: Callable[[Scene], bool] | None = None,
-    document: Document | None = None,
-) -> Edit | None:
+    document: DocumentRules | None = None,
+) -> SceneEdit | None:
     """An edit of a scene, of some kind or of any; None if the scene allows none.
 
     Without `allowed`, the edit is one of training: the target obeys the rules, and so do both
     scenes and the words together. With it, only targets that it lets through are made.
     """
     if document is None:
-        document = Document(rules, training=allowed is None)
+        document = DocumentRules(rules, training=allowed is None)
         if (document.training and rules.forbids(scene)) or not document.admits(scenes=[scene]):
             return None
     kinds = tuple(EDIT_KINDS) if kind is None else (kind,)
@@ -103,7 +103,7 @@ def edit(
             text, target = change
             fine = rules.forbids(target) is None if allowed is None else allowed(target)
             if fine and document.admits([text], [target]):
-                return Edit(kinds[which], text, (scene,), target)
+                return SceneEdit(kinds[which], text, (scene,), target)
     return None
 
 
@@ -199,7 +199,7 @@ def _fresh(scene: Scene, rng: Rng, rules: Rules) -> tuple[str, str | None]:
 def _places(scene: Scene, name: str, rng: Rng) -> str:
     """Every relation of a group: " to the right of the owl and above the star"."""
     said = facts(scene)
-    there = ((place(kind, rng, 0.6), said.named(other)) for kind, other in around(said, name))
+    there = ((place_words(kind, rng, 0.6), said.named(other)) for kind, other in around(said, name))
     words = shuffled(rng, [f"{where} {the(group)}" for where, group in there])
     return f" {listed(words)}" if words else ""
 

@@ -119,7 +119,7 @@ class Rules:
 
 
 @dataclass
-class Document:
+class DocumentRules:
     """What a document holds up to now. With `training` off, everything is let in."""
 
     rules: Rules
@@ -147,7 +147,7 @@ class Document:
 def violations(texts: Iterable[str], scenes: Iterable[Scene], rules: Rules) -> list[str]:
     """Every reason why a document of these texts and scenes is not one of training."""
     scenes = list(scenes)
-    whole = Document(rules, training=False)
+    whole = DocumentRules(rules, training=False)
     whole.admits(texts, scenes)
     reasons = (rules.held_out(whole.names, whole.coloured), *map(rules.forbids, scenes))
     return [reason for reason in reasons if reason]
