@@ -77,16 +77,6 @@ class Head(nn.Module):
             raise InputError(f'a "{kind}" condition has no null text: use "learned" or "zeros"')
         self.learned = null == "learned"
 
-    @property
-    def device(self) -> torch.device:
-        """Device of the weights, which diffusers' pipelines ask for."""
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the weights, which diffusers' pipelines ask for."""
-        return next(self.parameters()).dtype
-
 
 class CrossCondition(Head):
     """A context of N tokens, padded and masked with the null text, which may be longer."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lavit.config import InputError, PixelsConfig, read_json
 from lavit.files import load_strictly, load_tensors, save_tensors
 from lavit.images import ASPECT_SIZES, aspect_size
-from lavit.pixels.condition import HEADS, Condition, Head
+from lavit.pixels.condition import HEADS, Condition
 from lavit.pixels.diffusion import (
     STABLE_DIFFUSION_NOISE,
     Generators,
@@ -61,13 +61,12 @@ class Pixels(nn.Module):
         unet: UNet,
         scheduler: SchedulerMixin,
         vae: AutoencoderKL | None = None,
-        condition: Head | None = None,
     ) -> None:
         super().__init__()
         if (vae is None) != (not config.vae):
             raise InputError("pixels: an autoencoder goes with a configuration that names one")
         self.config, self.scheduler = config, scheduler
-        self.condition = HEADS[config.condition](config) if condition is None else condition
+        self.condition = HEADS[config.condition](config)
         self.unet, self.vae = unet, vae
         check_widths(config, unet, self.latent_channels)
 
