@@ -54,7 +54,9 @@ def convert() -> None:
 
 
 def _group(name: str) -> None:
-    raise InputError("say which: " + ", ".join(f"lavit {name} {verb}" for verb in GROUPS[name]))
+    raise InputError(
+        "a verb is missing: " + ", ".join(f"lavit {name} {verb}" for verb in GROUPS[name])
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

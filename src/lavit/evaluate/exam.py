@@ -46,7 +46,7 @@ class Missing(InputError):
 
 class Exam:
     """One model, examined on scenes under `rules`; `count` items a figure, sampling moved by
-    `seed`. With `valid`, on the scenes that are there to choose by.
+    `seed`. With `valid`, on the validation splits.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Exam:
         return np.random.default_rng([WORDS, what, item])
 
     def split(self, split: str) -> str:
-        """The split that is asked about in a split's place: itself, or the one to choose by."""
+        """The split that is measured for a split: itself, or its validation split."""
         if self.valid and split not in TO_CHOOSE_BY:
             raise Missing(f"nothing is chosen by {split}")
         return TO_CHOOSE_BY[split] if self.valid else split

@@ -82,16 +82,6 @@ class Head(nn.Module, ABC):
     def null(self, images: int, size: tuple[int, int]) -> Condition:
         """The null condition of `images` pictures, for latents of `size`."""
 
-    @property
-    def device(self) -> torch.device:
-        """Device of the weights, which diffusers' pipelines ask for."""
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the weights, which diffusers' pipelines ask for."""
-        return next(self.parameters()).dtype
-
 
 class CrossCondition(Head):
     """A context of N tokens, padded and masked with the null text, which may be longer."""

@@ -61,13 +61,12 @@ class Pixels(nn.Module):
         unet: UNet,
         scheduler: SchedulerMixin,
         vae: AutoencoderKL | None = None,
-        condition: Head | None = None,
     ) -> None:
         super().__init__()
         if (vae is None) != (not config.vae):
             raise InputError("pixels: an autoencoder goes with a configuration that names one")
         self.config, self.scheduler = config, scheduler
-        self.condition: Head = HEADS[config.condition](config) if condition is None else condition
+        self.condition: Head = HEADS[config.condition](config)
         self.unet, self.vae = unet, vae
         check_widths(config, unet, self.latent_channels)
 
