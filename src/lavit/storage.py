@@ -11,6 +11,7 @@ pixels/            a diffusers folder
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import re
@@ -37,7 +38,7 @@ from transformers import (
 from lavit.config import PARTS, InputError, LanguageConfig, ModelConfig, require
 from lavit.language.model import Language
 from lavit.language.smollm2 import SMOLLM2, load_smollm2, load_smollm2_text, smollm2_file
-from lavit.vision.encoder import sha256
+from lavit.vision.encoder import check_whole, sha256
 from lavit.visual_tokenizer.merger import Merger
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 from lavit.vocabulary import MARKERS
@@ -92,7 +93,7 @@ def has_part(config: ModelConfig, folder: Path, part: str) -> bool:
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """An empty folder that takes the place of `folder` at the end, or vanishes on a failure."""
+    """An empty folder that takes the place of `folder` at the end, if anything lies in it then."""
     new, old = (folder.with_name(f".{folder.name}.{age}") for age in ("new", "old"))
     try:
         shutil.rmtree(new, ignore_errors=True)
@@ -101,6 +102,8 @@ def replacing(folder: Path) -> Iterator[Path]:
         raise InputError(f"cannot write to {folder}: {error.strerror}") from error
     try:
         yield new
+        if not any(new.iterdir()):
+            return
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             os.replace(folder, old)
@@ -108,6 +111,26 @@ def replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Be the only process that writes into a folder; the lock dies with the process.
+
+    Raises `InputError` if another one is at it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("a")
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            said = f"another process is writing to {folder}"
+            raise InputError(f"{said}: wait for its end, or give another folder") from error
+        yield
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -139,6 +162,8 @@ def load_strictly(module: nn.Module, tensors: dict[str, Tensor], where: Path) ->
         if list(tensor.shape) != wanted:
             said = f"{name} is {list(tensor.shape)}, this configuration expects {wanted}"
             raise InputError(f"{where}: {said}")
+        if tensor.is_floating_point() != expected[name].is_floating_point():
+            raise InputError(f"{where}: {name} is of {tensor.dtype}, not {expected[name].dtype}")
     module.load_state_dict(tensors)
 
 
@@ -159,11 +184,15 @@ def load_base(
     if config.source == "folder" and not (folder and (folder / "config.json").is_file()):
         raise InputError(f"{folder} holds no language model: has the language stage been trained?")
     try:
-        return AutoModelForCausalLM.from_pretrained(where), AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError) as error:
+        lm, info = AutoModelForCausalLM.from_pretrained(where, output_loading_info=True)
+        text = AutoTokenizer.from_pretrained(where)
+    except Exception as error:  # configurations, weights and tokenizers fail in ways of their own
         if "tiktoken" in str(error):  # what transformers says where it cannot read SentencePiece
             require("sentencepiece", extra="published")
-        raise InputError(f"no language model at {where}: {str(error).splitlines()[0]}") from error
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"no language model at {where}: {why}") from error
+    check_whole(info, where)
+    return lm, text
 
 
 def build_language(

@@ -11,7 +11,7 @@ them, `check` reports on a whole source.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 from PIL import Image
 
-from lavit.config import InputError, require
+from lavit.config import InputError, json_lines, require
 from lavit.data.held_out import HELD_OUT, divides, lists_splits, part_of
 from lavit.data.text import Texts, text_files
 from lavit.images import open_image
@@ -67,7 +67,7 @@ class Streamed:
         """A row as a record, of texts alone without a picture; `place` names what has no path."""
         cells = dict(row)
         image, name = _encoded(cells.pop(self.image, None), self.folder, f"{self.name}[{place}]")
-        texts = _texts(cells.get(self.text)) if self.text else ()
+        texts = texts_of(cells.get(self.text)) if self.text else ()
         return Record(image, texts, name, cells)
 
 
@@ -264,6 +264,11 @@ def _load(datasets: Any, data: str | Path, split: str, cache: Path | None, strea
     if cache is None and path.exists() and not streaming:
         cache = Path(datasets.config.HF_DATASETS_CACHE) / f"lavit-{_fingerprint(path)}"
     where = {"cache_dir": None if cache is None else str(cache), "streaming": streaming}
+    if not streaming and not (cache and cache.exists()):
+        tables = [path] if path.is_file() else [*path.rglob("metadata.jsonl")]
+        for table in tables:
+            if table.suffix.lower() == ".jsonl":
+                deque(json_lines(table), maxlen=0)  # names a line that is broken
     try:
         if path.is_file():
             builder, files = BUILDERS.get(path.suffix.lower()), {split: str(path)}
@@ -336,7 +341,8 @@ def _encoded(value: Any, folder: Path, name: str) -> tuple[str | bytes, str]:
     return str(path), str(path)
 
 
-def _texts(value: Any) -> tuple[str, ...]:
+def texts_of(value: Any) -> tuple[str, ...]:
+    """Texts of a cell: a text, or a list of them; empty ones are none."""
     items = value if isinstance(value, list | tuple) else [value]
     return tuple(str(item).strip() for item in items if item is not None and str(item).strip())
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lavit.config import InputError
+from lavit.config import InputError, write_whole
 from lavit.data.scenes import frozen
 from lavit.data.scenes.splits import Rules
 from lavit.evaluate.allocation import allocation_gain
@@ -177,8 +177,4 @@ def card_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def write_json(found: Mapping[str, Any], out: Path) -> None:
     """The figures as a file."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{out} cannot be written: {error.strerror}") from error
+    write_whole(out, json.dumps(found, indent=1) + "\n")

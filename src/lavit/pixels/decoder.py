@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DModel
 from jaxtyping import Float
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -290,15 +289,17 @@ class Pixels(nn.Module):
     @classmethod
     def load(cls, folder: Path, config: PixelsConfig) -> Pixels:
         """Inverse of `save`; a part that is missing or of other sizes raises `InputError`."""
-        folder = Path(folder)
-        unet, vae = stored_weights(config, folder)
-        scheduler = noise_schedule(read_json(folder / "scheduler" / "scheduler_config.json"))
-        pixels = cls(config, unet, scheduler, vae)
-        where = folder / "condition" / "model.safetensors"
+        where = folder = Path(folder)
         try:
+            unet, vae = stored_weights(config, folder)
+            scheduler = noise_schedule(read_json(folder / "scheduler" / "scheduler_config.json"))
+            pixels = cls(config, unet, scheduler, vae)
+            where = folder / "condition" / "model.safetensors"
             pixels.condition.load_state_dict(load_file(where))
-        except (OSError, SafetensorError, RuntimeError) as error:  # missing, broken, other sizes
-            reason = " ".join(str(error).split())
+        except InputError:
+            raise
+        except Exception as error:  # missing, broken, other sizes: each library has its own
+            reason = " ".join(str(error).split())[:300]
             raise InputError(f"{where} cannot be read for this configuration: {reason}") from error
         return pixels
 

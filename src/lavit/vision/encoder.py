@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -130,12 +131,22 @@ def load_vision(config: VisionConfig, folder: Path | None = None) -> Vision:
         raise InputError("the encoder of this configuration lies in a folder, but none was given")
     try:
         architecture = AutoConfig.from_pretrained(where)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"no vision encoder at {where}: {reason}") from error
-    kind = Blip2VisionModel if architecture.model_type == BLIP else AutoModel
-    encoder = kind.from_pretrained(where, dtype=torch.float32)  # whatever it was saved in
+        kind = Blip2VisionModel if architecture.model_type == BLIP else AutoModel
+        how = {"dtype": torch.float32, "output_loading_info": True}  # whatever it was saved in
+        encoder, info = kind.from_pretrained(where, **how)
+    except Exception as error:  # configurations and weights fail in ways of their own
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"no vision encoder at {where}: {why}") from error
+    if config.source == "folder":  # others may lack what is not read, a pooler
+        check_whole(info, where)
     return Vision(config, getattr(encoder, "vision_model", encoder))
+
+
+def check_whole(info: Mapping[str, Any], where: Any) -> None:
+    """Raise `InputError` for weights that transformers did not find and drew at random."""
+    wrong = [*map(str, info["missing_keys"]), *map(str, info["mismatched_keys"])]
+    if wrong:
+        raise InputError(f"{where} lacks weights of its own configuration: {', '.join(wrong[:3])}")
 
 
 def save_vision(vision: Vision, folder: Path) -> VisionConfig:
