@@ -47,17 +47,18 @@ from lavit.presets import PRESETS, Preset
 PICTURES = 48
 MANY = 1200  # pictures of the feature cache, which is marked every 512
 STEPS = 12
+LOCKS = shutil.ignore_patterns(".lock")
 UNLIKE = ("tensorboard", ".lock")  # names with the time in them, and what is empty
 SOONEST = 0.002  # seconds
 
 
 @dataclass(frozen=True)
 class Work:
-    """One command: its words, where OUT stands for a folder that begins as a copy of `start`."""
+    """One command: its words, where OUT is a folder that begins as what `start` leaves behind."""
 
     name: str
     words: tuple[str, ...]
-    start: Path | None = None
+    start: str | None = None
 
 
 @dataclass(frozen=True)
@@ -93,25 +94,25 @@ class Bench:
         self.data, self.many = place / "data", place / "many"
         self.tars, self.talks = place / "tars", place / "talks.jsonl"
         self._write_data()
-        data, made = str(self.data), place / "made"
+        data, model = str(self.data), str(place / "made" / "pixels")
         out = ("--preset", "toy", "--data", data, "--out", "OUT")
-        stream = ("--preset", "toy", "--data", str(self.tars), "--out", "OUT")
-        self.works = [
-            Work("tokenizer", ("train", "tokenizer", *out)),
-            Work("language", ("train", "language", *out), made / "tokenizer"),
-            Work("pixels", ("train", "pixels", *out), made / "language"),
-            Work("for a stream", ("train", "tokenizer", *stream)),
-            Work("stream", ("train", "language", *stream, "--stream"), made / "for a stream"),
-        ]
-        model, short = str(made / "pixels"), ("--preset", "toy-short", "--data", str(self.many))
-        talks = ("--data", str(self.talks), "--model", model, "--steps", str(STEPS))
-        shards = ("--model", model, "--workers", "0", "--shard-size", "8")
-        self.works += [
-            Work("feature cache", ("train", "tokenizer", *short, "--out", "OUT")),
-            Work("finetune", ("train", "finetune", *talks, "--out", "OUT")),
-            Work("tokenize-corpus", ("tokenize-corpus", data, *shards, "--out", "OUT")),
-            Work("eval", ("eval", "OUT", "--data", data, "--json", "OUT/eval.json"), Path(model)),
-        ]
+        tars = ("--preset", "toy", "--data", str(self.tars), "--out", "OUT")
+        many = ("--preset", "toy-short", "--data", str(self.many), "--out", "OUT")
+        talks = ("--data", str(self.talks), "--model", model, "--steps", str(STEPS), "--out", "OUT")
+        shards = ("--model", model, "--workers", "0", "--shard-size", "8", "--out", "OUT")
+        self.works = {
+            "tokenizer": Work("tokenizer", ("train", "tokenizer", *out)),
+            "language": Work("language", ("train", "language", *out), "tokenizer"),
+            "pixels": Work("pixels", ("train", "pixels", *out), "language"),
+            "of a stream": Work("of a stream", ("train", "tokenizer", *tars)),
+            "stream": Work("stream", ("train", "language", *tars, "--stream"), "of a stream"),
+            "feature cache": Work("feature cache", ("train", "tokenizer", *many)),
+            "finetune": Work("finetune", ("train", "finetune", *talks)),
+            "tokenize-corpus": Work("tokenize-corpus", ("tokenize-corpus", data, *shards)),
+            "eval": Work(
+                "eval", ("eval", "OUT", "--data", data, "--json", "OUT/eval.json"), "pixels"
+            ),
+        }
         self.known: dict[str, tuple[dict[str, bytes], float]] = {}
 
     def _write_data(self) -> None:
@@ -144,7 +145,7 @@ class Bench:
         self.runs += 1
         out = self.place / "runs" / str(self.runs)
         if work.start is not None:
-            shutil.copytree(work.start, out)
+            shutil.copytree(self.place / "made" / work.start, out, ignore=LOCKS)
         return out
 
     def begin(self, work: Work, out: Path, *, largest: int = 0) -> int:
@@ -192,6 +193,11 @@ class Bench:
     def undisturbed(self, work: Work) -> tuple[dict[str, bytes], float]:
         """Files and seconds of a command that nobody disturbs, which others start from."""
         if work.name not in self.known:
+            needs = work.start or (
+                "pixels" if str(self.place / "made" / "pixels") in work.words else ""
+            )
+            if needs:
+                self.undisturbed(self.works[needs])
             out = self.folder(work)
             end = self.run(work, out)
             if end.code:
@@ -290,9 +296,9 @@ def resize(path: Path) -> None:
     save_file(tensors, path)
 
 
-def damage_all(bench: Bench, works: dict[str, Work]) -> list[list]:
+def damage_all(bench: Bench) -> list[list]:
     """A damaged file is named in one line; without it, the command goes on to the same files."""
-    rows = []
+    rows, works = [], bench.works
 
     def row(what: str, work: Work, out: Path, file: Path, spoil: Callable[[Path], None]) -> None:
         spoil(file)
@@ -308,9 +314,8 @@ def damage_all(bench: Bench, works: dict[str, Work]) -> list[list]:
     language = works["language"]
     names = [(name, how) for name in ("module", "optimizer") for how in (cut, rename, resize)]
     for name, spoil in [*names, ("state", cut), ("random", cut), ("random", rename)]:
-        out = bench.folder(language)
         bench.undisturbed(language)
-        shutil.rmtree(out)
+        out = bench.place / "runs" / f"{name} {spoil.__name__}"
         shutil.copytree(bench.place / "made" / "language", out)
         for part in ("language", "reader"):  # as killed after the last checkpoint
             shutil.rmtree(out / part)
@@ -326,6 +331,7 @@ def damage_all(bench: Bench, works: dict[str, Work]) -> list[list]:
     out = bench.folder(corpus)
     shutil.copytree(bench.place / "made" / corpus.name, out)
     row("shard of tokens", corpus, out, out / "shard-00002.parquet", cut)
+    bench.undisturbed(works["stream"])
     tar, out = bench.tars / "1.tar", bench.folder(works["stream"])
     kept = tar.read_bytes()
     cut(tar)
@@ -338,19 +344,18 @@ def damage_all(bench: Bench, works: dict[str, Work]) -> list[list]:
     print("  ".join(map(str, rows[-1])), flush=True)
     cache, out = works["feature cache"], bench.folder(works["feature cache"])
     bench.undisturbed(cache)
-    shutil.copytree(bench.place / "made" / cache.name, out)
-    shutil.rmtree(out / "visual_tokenizer")
-    shutil.rmtree(out / "checkpoints")
+    shutil.copytree(bench.place / "made" / cache.name / "cache", out / "cache")
     cut(next((out / "cache").glob("*.npy")))
     rows.append(["feature cache", "cut features.npy", "", bench.finished(cache, out)])
     print("  ".join(map(str, rows[-1])), flush=True)
     return rows
 
 
-def two_at_once(bench: Bench, works: list[Work]) -> list[list]:
+def two_at_once(bench: Bench, names: tuple[str, ...]) -> list[list]:
     """The second process on a folder is refused in one line, and the first goes on."""
     rows = []
-    for work in works:
+    for work in (bench.works[name] for name in names):
+        bench.undisturbed(work)
         out = bench.folder(work)
         began = time.perf_counter()
         first = bench.begin(work, out)
@@ -374,17 +379,12 @@ def main(kills: int = 20, seed: int = 0, only: str = "") -> None:
     rng = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory() as place:
         bench = Bench(Path(place))
-        works = {work.name: work for work in bench.works}
-        for work in bench.works:
-            bench.undisturbed(work)
-        chosen = [works[name] for name in only.split(",") if name] or bench.works
+        chosen = [bench.works[name] for name in only.split(",") if name] or [*bench.works.values()]
         rows = kill_all(bench, chosen, kills, rng)
         rows += fill_disk(bench, chosen, max(1, kills // 4), rng)
         if not only:
-            rows += damage_all(bench, works)
-            rows += two_at_once(
-                bench, [works[n] for n in ("language", "finetune", "tokenize-corpus")]
-            )
+            rows += damage_all(bench)
+            rows += two_at_once(bench, ("language", "finetune", "tokenize-corpus"))
     wrong = [row for row in rows if row[-1] != "yes"]
     print(f"{len(rows)} lines, {len(rows) - len(wrong)} of them end in yes")
     if wrong:

@@ -128,7 +128,7 @@ class Maker:
             "not UTF-8": said.encode()[:9] + b"\xff\xfe" + said.encode()[9:],
             "nested deep": ("[" * 100_000).encode(),
             "number of 5000 digits": said.encode().replace(b": ", b": " + b"9" * 5000 + b", ", 1),
-            "NaN": said.encode().replace(b"[", b"[NaN, ", 1),
+            "NaN": said.encode().replace(b': "', b': NaN, "x": "', 1),
             "null": b"null",
             "a list": b"[]",
         }
@@ -163,7 +163,7 @@ class Maker:
         path = self.fresh(self.one((f".{kind.lower()}", ".png", ".jpg", ".txt", "")))
         path.write_bytes(data)
         broken = way in ("empty", "zeros", "noise") or (way == "whole" and kind not in FORMATS)
-        broken = broken and kind not in ("JPEG2000",)
+        broken = broken and kind != "MPO"  # a JPEG with more behind it
         use = lambda: self.pipe.tokenize(str(path))  # noqa: E731
         return Case(f"{kind} {mode} {way}", use, (path.name,), broken)
 
@@ -312,7 +312,7 @@ class Maker:
             data = json.dumps(changed).encode()
         file.write_bytes(data)
         use = lambda: LaVIT.from_pretrained(folder)  # noqa: E731
-        return Case(f"{name} {way}", use, (file.name, f"{folder.name}/{name.split('/')[0]}"))
+        return Case(f"{name} {way}", use, (file.name, folder.name))
 
     def training_json(self) -> Case:
         """training.json, read by a run, a fine-tuning and the figures."""
@@ -422,7 +422,7 @@ class Maker:
         ]
         way, messages = self.strange(messages)
         names = ("message", "conversation", "picture", "value", "prompt", "exist")
-        return Case(way, lambda: self.pipe.chat(messages, max_tokens=2), names)
+        return Case(way, lambda: self.pipe.chat(messages), names)
 
     def items(self) -> Case:
         """A file of items of one's own for `lavit eval`."""

@@ -13,6 +13,7 @@ import json
 import types
 import typing
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -34,6 +35,15 @@ class InputError(ValueError):
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM ended the work; the message says what is kept."""
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put a path in front of what an `InputError` says."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def require(module: str, *, extra: str) -> types.ModuleType:
@@ -301,6 +311,8 @@ def to_json(config: Any) -> dict[str, Any]:
 def from_json(kind: type[T], data: dict[str, Any]) -> T:
     """A `kind` of configuration from JSON data; unknown and missing keys raise `InputError`."""
     hints = typing.get_type_hints(kind)
+    if not isinstance(data, dict):
+        raise InputError(f"{kind.__name__} is {str(data)[:40]!r}, expected an object")
     unknown = sorted(set(data) - set(hints))
     if unknown:
         said = f"{kind.__name__} does not know {', '.join(unknown)}"
@@ -321,16 +333,12 @@ def _value(name: str, hint: Any, value: Any) -> Any:
         each = kinds[:1] * len(value) if kinds[-1] is ... else kinds
         if len(each) == len(value):
             return tuple(_value(name, one, part) for one, part in zip(each, value, strict=True))
-    if origin is types.UnionType:
-        fits = value is None or isinstance(value, kinds)
-    elif origin is Literal:
+    if origin is Literal:
         fits = value in kinds
-    elif hint is float:
-        fits = isinstance(value, int | float) and abs(value) < LARGEST
-    elif hint is int:
-        fits = isinstance(value, int) and abs(value) < LARGEST
+    elif hint in (int, float):
+        fits = isinstance(value, int | hint) and abs(value) < LARGEST
     else:
-        fits = isinstance(value, origin or hint)
+        fits = isinstance(value, hint if origin in (None, types.UnionType) else origin)
     if not fits or (isinstance(value, bool) and hint is not bool):
         wanted = getattr(hint, "__name__", None) if origin is None else str(hint)
         raise InputError(f"{name} is {str(value)[:40]!r}, expected {wanted}")
@@ -351,24 +359,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise InputError(f"{path} holds no JSON object")
     return data
-
-
-def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Numbers and objects of a file of JSON lines, blank ones passed over.
-
-    A line that is no object raises `InputError` with its number.
-    """
-    with Path(path).open("rb") as file:  # as text, some characters of a string would end a line
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line) if line.strip() else {}
-            except (ValueError, RecursionError) as error:
-                said = " ".join(str(error).split())
-                raise InputError(f"{path}, line {number} is not valid JSON: {said}") from error
-            if not isinstance(row, dict):
-                raise InputError(f"{path}, line {number} is no JSON object")
-            if line.strip():
-                yield number, row
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
@@ -399,10 +389,8 @@ def read_config(folder: Path) -> ModelConfig:
         said = f"{path} is of format {found}" if found else f"{path} names no format"
         hint = "train or convert the model again, or open it with the version that wrote it"
         raise InputError(f"{said}, this version of lavit reads format {FORMAT}: {hint}")
-    try:
+    with naming(path):
         return from_json(ModelConfig, data)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
 
 
 def write_config(folder: Path, config: ModelConfig) -> None:

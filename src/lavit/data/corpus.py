@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lavit.config import InputError, json_lines, read_json
+from lavit.config import InputError, read_json
+from lavit.data.lines import json_lines
 from lavit.data.sources import Record, below, open_source, readable, texts_of
 from lavit.data.text import Texts
 

@@ -11,6 +11,7 @@ them, `check` reports on a whole source.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,8 +20,9 @@ from typing import Any
 
 from PIL import Image
 
-from lavit.config import InputError, json_lines, require
+from lavit.config import InputError, require
 from lavit.data.held_out import HELD_OUT, divides, lists_splits, part_of
+from lavit.data.lines import json_lines
 from lavit.data.text import Texts, text_files
 from lavit.images import open_image
 
@@ -31,6 +33,7 @@ BUILDERS = {
     ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".tar": "webdataset",
 }  # fmt: skip
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+END_OF_TAR = 1024  # bytes, zeros
 LICENCE_WORDS = ("license", "licence", "attribution", "copying", "notice")
 
 
@@ -264,11 +267,8 @@ def _load(datasets: Any, data: str | Path, split: str, cache: Path | None, strea
     if cache is None and path.exists() and not streaming:
         cache = Path(datasets.config.HF_DATASETS_CACHE) / f"lavit-{_fingerprint(path)}"
     where = {"cache_dir": None if cache is None else str(cache), "streaming": streaming}
-    if not streaming and not (cache and cache.exists()):
-        tables = [path] if path.is_file() else [*path.rglob("metadata.jsonl")]
-        for table in tables:
-            if table.suffix.lower() == ".jsonl":
-                deque(json_lines(table), maxlen=0)  # names a line that is broken
+    if not (cache and cache.exists()):
+        _look_at(path, streaming)
     try:
         if path.is_file():
             builder, files = BUILDERS.get(path.suffix.lower()), {split: str(path)}
@@ -290,6 +290,19 @@ def _load(datasets: Any, data: str | Path, split: str, cache: Path | None, strea
         why = f"{lines[0]}{f' ({str(cause).splitlines()[0]})' if cause and str(cause) else ''}"
         where = "" if path.exists() else " is no file or folder here, and as a name on the hub"
         raise InputError(f"{name!r}{where}, split {split!r}, cannot be opened: {why}") from error
+
+
+def _look_at(path: Path, streaming: bool) -> None:
+    """Name a line that is broken and a shard that is cut short, of which libraries say less."""
+    files = [path] if path.is_file() else [*path.rglob("metadata.jsonl"), *path.rglob("*.tar")]
+    for file in sorted(files):
+        if file.suffix.lower() == ".tar":
+            with file.open("rb") as tar:
+                tar.seek(-min(END_OF_TAR, file.stat().st_size), os.SEEK_END)
+                if tar.read() != bytes(END_OF_TAR):
+                    raise InputError(f"{file} is cut short, or no tar: its end is missing")
+        elif file.suffix.lower() == ".jsonl" and not streaming:
+            deque(json_lines(file), maxlen=0)
 
 
 def _fingerprint(path: Path) -> str:
@@ -335,7 +348,7 @@ def _encoded(value: Any, folder: Path, name: str) -> tuple[str | bytes, str]:
         value = value.get("path")
     if isinstance(value, bytes):
         return value, name
-    if not value:
+    if not value or not isinstance(value, str):
         return b"", name
     path = folder / str(value)  # an absolute path stays as it is
     return str(path), str(path)

@@ -292,12 +292,18 @@ class Pixels(nn.Module):
         where = folder = Path(folder)
         try:
             unet, vae = stored_weights(config, folder)
-            scheduler = noise_schedule(read_json(folder / "scheduler" / "scheduler_config.json"))
+            where = folder / "scheduler" / "scheduler_config.json"
+            found = read_json(where)
+            for name, value in config.scheduler.items():
+                if found.get(name) != value:
+                    raise InputError(f"{name} is {found.get(name)!r}, config.json says {value!r}")
+            scheduler, where = noise_schedule(found), folder
             pixels = cls(config, unet, scheduler, vae)
             where = folder / "condition" / "model.safetensors"
             pixels.condition.load_state_dict(load_file(where))
-        except InputError:
-            raise
+        except InputError as error:
+            said = str(error)
+            raise error if str(folder) in said else InputError(f"{where}: {said}") from error
         except Exception as error:  # missing, broken, other sizes: each library has its own
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"{where} cannot be read for this configuration: {reason}") from error

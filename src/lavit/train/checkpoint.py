@@ -108,7 +108,7 @@ def load_weights(path: Path, module: nn.Module) -> None:
 
 
 def _unlike(path: Path, why: str) -> InputError:
-    said = f"{path} is of another training, or damaged ({why})"
+    said = f"{path} is of another configuration, or damaged ({why})"
     return InputError(
         f"{said}: delete it to go on from the checkpoint before, or give another --out"
     )

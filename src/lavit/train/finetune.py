@@ -28,6 +28,7 @@ from lavit.config import (
     ModelConfig,
     TrainConfig,
     from_json,
+    naming,
     read_config,
     read_json,
     to_json,
@@ -56,8 +57,9 @@ def finetune_training(
     """
     model = model_folder(model)
     if (model / "training.json").exists():
-        trained = read_json(model / "training.json")["training"]
-        language = from_json(TrainConfig, trained).language
+        trained = read_json(model / "training.json").get("training")
+        with naming(model / "training.json"):
+            language = from_json(TrainConfig, trained).language
         rates = {"learning_rate": (1.0 if lora_rank else 0.1) * language.learning_rate}
         rates |= {"rows_rate": 0.1 * language.rows_rate, "reader_rate": 0.1 * language.reader_rate}
     else:
@@ -101,7 +103,8 @@ class Finetune(Run):
         self.accelerator.wait_for_everyone()
         if self.path.exists():
             saved = read_json(self.path)
-            settled = from_json(FinetuneTraining, saved.pop("training"))
+            with naming(self.path):
+                settled = from_json(FinetuneTraining, saved.pop("training", None))
             if self.minutes is not None:
                 self._take_steps(settled.language.steps)
             if saved != self.said or settled != self.training:
