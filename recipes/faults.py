@@ -148,17 +148,19 @@ class Bench:
             shutil.copytree(self.place / "made" / work.start, out, ignore=LOCKS)
         return out
 
-    def begin(self, work: Work, out: Path, *, largest: int = 0) -> int:
-        """Start a command in a fork; no file may become larger than `largest` bytes, if given."""
+    def begin(self, work: Work, out: Path, *, largest: int = 0) -> tuple[int, int]:
+        """Start a command in a fork, of which no file may become larger than `largest` bytes, if
+        given; its number, and where to read what it prints (less than a pipe holds).
+        """
         words = [word.replace("OUT", str(out)) for word in work.words]
-        said = self.place / "said"
+        said, speak = os.pipe()
         pid = os.fork()
         if pid:
-            return pid
+            os.close(speak)
+            return pid, said
         code = 70
         try:
-            file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(file, 1), os.dup2(file, 2)
+            os.dup2(speak, 1), os.dup2(speak, 2)
             datasets.config.HF_DATASETS_CACHE = self.place / "cache" / out.name
             if largest:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
@@ -172,10 +174,11 @@ class Bench:
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(code)
 
-    def end(self, pid: int, began: float) -> End:
-        """Wait for a fork."""
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        return End(code, (self.place / "said").read_text(), time.perf_counter() - began)
+    def end(self, begun: tuple[int, int], at: float) -> End:
+        """Wait for a fork that began at a time."""
+        code = os.waitstatus_to_exitcode(os.waitpid(begun[0], 0)[1])
+        with open(begun[1], "rb") as said:
+            return End(code, said.read().decode(errors="replace"), time.perf_counter() - at)
 
     def run(self, work: Work, out: Path, **options: int) -> End:
         """A command from beginning to end."""
@@ -185,10 +188,10 @@ class Bench:
     def disturbed(self, work: Work, out: Path, after: float, number: int) -> End:
         """A command that gets a signal after so many seconds."""
         began = time.perf_counter()
-        pid = self.begin(work, out)
+        begun = self.begin(work, out)
         time.sleep(after)
-        os.kill(pid, number)  # a zombie, where it has ended: then nothing happens
-        return self.end(pid, began)
+        os.kill(begun[0], number)  # a zombie, where it has ended: then nothing happens
+        return self.end(begun, began)
 
     def undisturbed(self, work: Work) -> tuple[dict[str, bytes], float]:
         """Files and seconds of a command that nobody disturbs, which others start from."""
@@ -216,10 +219,12 @@ class Bench:
 
 def files_of(folder: Path) -> dict[str, bytes]:
     """Files of a run but what holds times, memory or the folder's own name."""
-    found = {}
+    found, old = {}, set()
+    for stage in (folder / "checkpoints").glob("*"):  # SIGTERM leaves one more
+        old |= {str(path) for path in sorted(stage.glob("[0-9]*"), key=lambda p: int(p.name))[:-1]}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder)
-        if not set(UNLIKE).intersection(name.parts):
+        if not set(UNLIKE).intersection(name.parts) and str(path.parent) not in old:
             memory = rb'(peak_gib|"peak_gib":) [0-9.e-]+'
             text = path.suffix in (".jsonl", ".md")
             data = path.read_bytes()
@@ -260,10 +265,12 @@ def fill_disk(bench: Bench, works: list[Work], times: int, rng: np.random.Genera
     """No file may grow beyond a size below the largest: one line, and nothing is lost."""
     rows = []
     for work in works:
-        largest = max(map(len, bench.undisturbed(work)[0].values()))
+        made, out = bench.undisturbed(work)[0], bench.folder(work)
+        before = files_of(out) if out.exists() else {}
+        largest = max(len(data) for name, data in made.items() if before.get(name) != data)
         stopped, wrong = 0, []
         for _ in range(times):
-            out, most = bench.folder(work), int(np.exp(rng.uniform(np.log(200), np.log(largest))))
+            out, most = bench.folder(work), int(np.exp(rng.uniform(np.log(100), np.log(largest))))
             end = bench.run(work, out, largest=most)
             stopped += end.code != 0
             tidy = end.code == 0 or end.is_one_line(1, 2)
@@ -362,9 +369,9 @@ def two_at_once(bench: Bench, names: tuple[str, ...]) -> list[list]:
         while not (out / ".lock").exists():
             time.sleep(SOONEST)
         time.sleep(0.05)
-        os.kill(first, signal.SIGSTOP)
+        os.kill(first[0], signal.SIGSTOP)
         second = bench.run(work, out)
-        os.kill(first, signal.SIGCONT)
+        os.kill(first[0], signal.SIGCONT)
         done = bench.end(first, began)
         refused = second.is_one_line(2) and "another process" in second.line
         result = second.said if not refused else done.code and done.said

@@ -38,7 +38,7 @@ from transformers import (
 from lavit.config import PARTS, InputError, LanguageConfig, ModelConfig, require
 from lavit.language.model import Language
 from lavit.language.smollm2 import SMOLLM2, load_smollm2, load_smollm2_text, smollm2_file
-from lavit.vision.encoder import check_whole, sha256
+from lavit.vision.encoder import pretrained, sha256
 from lavit.visual_tokenizer.merger import Merger
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 from lavit.vocabulary import MARKERS
@@ -184,15 +184,12 @@ def load_base(
     if config.source == "folder" and not (folder and (folder / "config.json").is_file()):
         raise InputError(f"{folder} holds no language model: has the language stage been trained?")
     try:
-        lm, info = AutoModelForCausalLM.from_pretrained(where, output_loading_info=True)
-        text = AutoTokenizer.from_pretrained(where)
+        return pretrained(AutoModelForCausalLM, where), AutoTokenizer.from_pretrained(where)
     except Exception as error:  # configurations, weights and tokenizers fail in ways of their own
         if "tiktoken" in str(error):  # what transformers says where it cannot read SentencePiece
             require("sentencepiece", extra="published")
         why = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"no language model at {where}: {why}") from error
-    check_whole(info, where)
-    return lm, text
 
 
 def build_language(

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -132,21 +133,34 @@ def load_vision(config: VisionConfig, folder: Path | None = None) -> Vision:
     try:
         architecture = AutoConfig.from_pretrained(where)
         kind = Blip2VisionModel if architecture.model_type == BLIP else AutoModel
-        how = {"dtype": torch.float32, "output_loading_info": True}  # whatever it was saved in
-        encoder, info = kind.from_pretrained(where, **how)
+        whole = config.source == "folder"  # others may lack what is not read, a pooler
+        encoder = pretrained(kind, where, whole=whole, dtype=torch.float32)
     except Exception as error:  # configurations and weights fail in ways of their own
         why = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"no vision encoder at {where}: {why}") from error
-    if config.source == "folder":  # others may lack what is not read, a pooler
-        check_whole(info, where)
     return Vision(config, getattr(encoder, "vision_model", encoder))
 
 
-def check_whole(info: Mapping[str, Any], where: Any) -> None:
-    """Raise `InputError` for weights that transformers did not find and drew at random."""
-    wrong = [*map(str, info["missing_keys"]), *map(str, info["mismatched_keys"])]
+def pretrained(kind: Any, where: str | Path, *, whole: bool = True, **options: Any) -> Any:
+    """A model of a transformers folder or hub id.
+
+    Raises ValueError for weights that are of other sizes or, if it is to be `whole`, missing, which
+    transformers draws at random and reports in a table; other errors are its own.
+    """
+    log = logging.getLogger("transformers.modeling_utils")
+    log.addFilter(_is_error)
+    try:
+        model, info = kind.from_pretrained(where, output_loading_info=True, **options)
+    finally:
+        log.removeFilter(_is_error)
+    wrong = [*map(str, info["missing_keys"] if whole else ()), *map(str, info["mismatched_keys"])]
     if wrong:
-        raise InputError(f"{where} lacks weights of its own configuration: {', '.join(wrong[:3])}")
+        raise ValueError(f"weights are missing or of another size: {', '.join(wrong[:3])}")
+    return model
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def save_vision(vision: Vision, folder: Path) -> VisionConfig:
