@@ -47,6 +47,7 @@ from lavit.presets import PRESETS, Preset
 PICTURES = 48
 MANY = 1200  # pictures of the feature cache, which is marked every 512
 STEPS = 12
+OTHER = "first stage of a stream"  # what the second starts from
 LOCKS = shutil.ignore_patterns(".lock")
 UNLIKE = ("tensorboard", ".lock")  # names with the time in them, and what is empty
 SOONEST = 0.002  # seconds
@@ -104,8 +105,8 @@ class Bench:
             "tokenizer": Work("tokenizer", ("train", "tokenizer", *out)),
             "language": Work("language", ("train", "language", *out), "tokenizer"),
             "pixels": Work("pixels", ("train", "pixels", *out), "language"),
-            "of a stream": Work("of a stream", ("train", "tokenizer", *tars)),
-            "stream": Work("stream", ("train", "language", *tars, "--stream"), "of a stream"),
+            OTHER: Work(OTHER, ("train", "tokenizer", *tars)),
+            "stream": Work("stream", ("train", "language", *tars, "--stream"), OTHER),
             "feature cache": Work("feature cache", ("train", "tokenizer", *many)),
             "finetune": Work("finetune", ("train", "finetune", *talks)),
             "tokenize-corpus": Work("tokenize-corpus", ("tokenize-corpus", data, *shards)),
@@ -238,6 +239,12 @@ def unlike(wanted: dict[str, bytes], found: dict[str, bytes]) -> str:
     return ", ".join(name for name in names if wanted.get(name) != found.get(name))[:200]
 
 
+def say(rows: list[list], *row: object) -> None:
+    """One more row of a table, printed at once."""
+    rows.append(list(row))
+    print("  ".join(map(str, row)), flush=True)
+
+
 def kill_all(bench: Bench, works: list[Work], kills: int, rng: np.random.Generator) -> list[list]:
     """Rows: command, seconds, kills (and how many came in time), the same in the end."""
     rows = []
@@ -256,8 +263,7 @@ def kill_all(bench: Bench, works: list[Work], kills: int, rng: np.random.Generat
                     wrong.append(f"at {moment:.2f} s: {result}")
                     continue
                 shutil.rmtree(out)
-            rows.append([f"{named}, {work.name}", f"{seconds:.1f} s", in_time, wrong or "yes"])
-            print("  ".join(map(str, rows[-1])), flush=True)
+            say(rows, f"{named}, {work.name}", f"{seconds:.1f} s", in_time, wrong or "yes")
     return rows
 
 
@@ -277,8 +283,7 @@ def fill_disk(bench: Bench, works: list[Work], times: int, rng: np.random.Genera
             result = bench.finished(work, out) if tidy else end.said
             if result != "yes":
                 wrong.append(f"files of {most} bytes: {result}")
-        rows.append([f"full disk, {work.name}", times, stopped, wrong or "yes"])
-        print("  ".join(map(str, rows[-1])), flush=True)
+        say(rows, f"full disk, {work.name}", times, stopped, wrong or "yes")
     return rows
 
 
@@ -315,8 +320,7 @@ def damage_all(bench: Bench) -> list[list]:
         if not result:
             shutil.rmtree(file.parent) if file.parent.name.isdigit() else file.unlink()
             result = bench.finished(work, out)
-        rows.append([what, f"{spoil.__name__} {file.name}", "", result])
-        print("  ".join(map(str, rows[-1])), flush=True)
+        say(rows, what, f"{spoil.__name__} {file.name}", "", result)
 
     language = works["language"]
     names = [(name, how) for name in ("module", "optimizer") for how in (cut, rename, resize)]
@@ -345,16 +349,12 @@ def damage_all(bench: Bench) -> list[list]:
     end = bench.run(works["stream"], out)
     result = end.said if not (end.is_one_line(2) and tar.name in end.line) else ""
     tar.write_bytes(kept)
-    rows.append(
-        ["shard of a stream", "cut 1.tar", "", result or bench.finished(works["stream"], out)]
-    )
-    print("  ".join(map(str, rows[-1])), flush=True)
+    say(rows, "shard of a stream", "cut 1.tar", "", result or bench.finished(works["stream"], out))
     cache, out = works["feature cache"], bench.folder(works["feature cache"])
     bench.undisturbed(cache)
     shutil.copytree(bench.place / "made" / cache.name / "cache", out / "cache")
     cut(next((out / "cache").glob("*.npy")))
-    rows.append(["feature cache", "cut features.npy", "", bench.finished(cache, out)])
-    print("  ".join(map(str, rows[-1])), flush=True)
+    say(rows, "feature cache", "cut features.npy", "", bench.finished(cache, out))
     return rows
 
 
@@ -376,8 +376,7 @@ def two_at_once(bench: Bench, names: tuple[str, ...]) -> list[list]:
         refused = second.is_one_line(2) and "another process" in second.line
         result = second.said if not refused else done.code and done.said
         result = result or unlike(bench.undisturbed(work)[0], files_of(out)) or "yes"
-        rows.append([f"two at once, {work.name}", "", "", result])
-        print("  ".join(map(str, rows[-1])), flush=True)
+        say(rows, f"two at once, {work.name}", "", "", result)
     return rows
 
 
@@ -386,7 +385,8 @@ def main(kills: int = 20, seed: int = 0, only: str = "") -> None:
     rng = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory() as place:
         bench = Bench(Path(place))
-        chosen = [bench.works[name] for name in only.split(",") if name] or [*bench.works.values()]
+        names = only.split(",") if only else [name for name in bench.works if name != OTHER]
+        chosen = [bench.works[name] for name in names]
         rows = kill_all(bench, chosen, kills, rng)
         rows += fill_disk(bench, chosen, max(1, kills // 4), rng)
         if not only:

@@ -189,7 +189,8 @@ def load_base(
         if "tiktoken" in str(error):  # what transformers says where it cannot read SentencePiece
             require("sentencepiece", extra="published")
         why = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"no language model at {where}: {why}") from error
+        named = "" if where == folder or folder is None else f" (language.source, {folder.parent})"
+        raise InputError(f"no language model at {where}{named}: {why}") from error
 
 
 def build_language(

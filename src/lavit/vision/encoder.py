@@ -137,7 +137,8 @@ def load_vision(config: VisionConfig, folder: Path | None = None) -> Vision:
         encoder = pretrained(kind, where, whole=whole, dtype=torch.float32)
     except Exception as error:  # configurations and weights fail in ways of their own
         why = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"no vision encoder at {where}: {why}") from error
+        named = "" if where == folder or folder is None else f" (vision.source, {folder.parent})"
+        raise InputError(f"no vision encoder at {where}{named}: {why}") from error
     return Vision(config, getattr(encoder, "vision_model", encoder))
 
 
