@@ -330,13 +330,8 @@ def damage_all(bench: Bench) -> list[list]:
         shutil.copytree(bench.place / "made" / "language", out)
         for part in ("language", "reader"):  # as killed after the last checkpoint
             shutil.rmtree(out / part)
-        row(
-            "checkpoint",
-            language,
-            out,
-            out / f"checkpoints/language/{STEPS}/{name}.safetensors",
-            spoil,
-        )
+        file = out / "checkpoints" / "language" / str(STEPS) / f"{name}.safetensors"
+        row("checkpoint", language, out, file, spoil)
     corpus = works["tokenize-corpus"]
     bench.undisturbed(corpus)
     out = bench.folder(corpus)

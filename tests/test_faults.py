@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from lavit.cli import VERBS, main
 from lavit.config import InputError, Terminated, from_json, read_config, to_json
 from lavit.data.corpus import load_corpus
 from lavit.data.features import compute_features
+from lavit.data.sources import open_source
+from lavit.data.stream import Stream
 from lavit.evaluate.kept import Kept
 from lavit.model import LaVIT
 from lavit.storage import alone
@@ -60,7 +64,6 @@ def test_sigterm_ends_a_training_with_its_step_saved(
     Run(folder, toy_data, toy_config(), toy_training()).train(("language",))
     wanted = [line for line in losses(toy_run) if line[0] == "language"]
     assert losses(folder) == wanted
-    assert [path.name for path in (folder / "checkpoints" / "language").iterdir()] != ["2"]
 
 
 @pytest.mark.parametrize(
@@ -154,6 +157,52 @@ def test_lines_with_unusual_line_breaks_are_kept(tmp_path: Path) -> None:
     Metrics(tmp_path, "pixels", 0, trackers=(), enabled=True)
     assert (tmp_path / "samples.jsonl").read_bytes() == before
     assert next(read_lines(tmp_path / "samples.jsonl"))["caption"] == "a\u2028b\x85c"
+
+
+def test_a_shard_cut_between_members_is_named(tmp_path: Path) -> None:
+    """It reads as a shorter one: only its end is missing."""
+    path = tmp_path / "0.tar"
+    with tarfile.open(path, "w") as tar:
+        for number in range(4):
+            info = tarfile.TarInfo(f"{number}.txt")
+            info.size = 512
+            tar.addfile(info, io.BytesIO(b"owl " * 128))
+    assert len(open_source(path)) == 4
+    os.truncate(path, 2 * 1024)
+    for open_it in (open_source, Stream):
+        with pytest.raises(InputError, match=r"0\.tar is cut short"):
+            open_it(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "said"),
+    [
+        ("train/metadata.jsonl", "{", "metadata.jsonl, line 9 is not valid JSON"),
+        ("questions.jsonl", "[1]", "questions.jsonl, line 1 is no JSON object"),
+        ("questions.jsonl", '{"image": "train/0.png"}', "line 1: question is 'None'"),
+        ("edits.jsonl", '{"sources": [[]]}', r"line 1: sources is '\[\[\]\]', expected a list"),
+    ],
+)
+def test_broken_lines_beside_pictures_are_named(
+    toy_data: Path, tmp_path: Path, name: str, line: str, said: str
+) -> None:
+    shutil.copytree(toy_data, tmp_path / "data")
+    with (tmp_path / "data" / name).open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(InputError, match=said):
+        load_corpus(tmp_path / "data")
+
+
+def test_weights_that_are_missing_are_not_drawn_at_random(toy_run: Path, tmp_path: Path) -> None:
+    for part in ("vision", "language"):
+        folder = tmp_path / part
+        shutil.copytree(toy_run, folder, ignore=shutil.ignore_patterns("checkpoints", "cache"))
+        file = folder / part / "model.safetensors"
+        tensors = load_file(file)
+        tensors.pop(next(name for name in tensors if name.endswith("weight")))
+        save_file(tensors, file, {"format": "pt"})
+        with pytest.raises(InputError, match="weights are missing or of another size"):
+            LaVIT.from_pretrained(folder, parts=(part,))
 
 
 @pytest.mark.parametrize(
