@@ -25,7 +25,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from conftest import NAMES, toy_picture
 from lavit.cli import main as command_line
-from lavit.data.bulk import Job, tokenize_corpus
+from lavit.data.bulk import CorpusJob, tokenize_corpus
 from lavit.data.corpus import load_corpus
 from lavit.data.stream import Stream
 from lavit.generate.pipeline import Pipeline
@@ -60,7 +60,7 @@ class Maker:
         self.pictures.mkdir(parents=True)
         for number in range(ROWS):
             toy_picture(NAMES[number]).save(self.pictures / f"{number}.png")
-        job = Job(data=self.pictures, out=self.tokens, model=model, shard_size=2)
+        job = CorpusJob(data=self.pictures, out=self.tokens, model=model, shard_size=2)
         tokenize_corpus(job, workers=0)
 
     def fresh(self, suffix: str = "") -> Path:

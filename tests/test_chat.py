@@ -149,7 +149,7 @@ STRICT = (
     [
         ([], {}, "a list of messages"),
         ({"role": "user", "content": "hi"}, {}, "a list of messages"),
-        (["hi"], {}, "message 0 is no message"),
+        (["hi"], {}, "message 0 is not a message"),
         (
             [{"role": "robot", "content": "hi"}],
             {},

@@ -25,8 +25,8 @@ from lavit.data.features import compute_features
 from lavit.data.sources import open_source
 from lavit.data.stream import Stream
 from lavit.evaluate.kept import Kept
+from lavit.files import alone
 from lavit.model import LaVIT
-from lavit.storage import alone
 from lavit.train.loop import Report
 from lavit.train.metrics import Metrics, read_lines
 from lavit.train.run import Run

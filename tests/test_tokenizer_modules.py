@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from lavit.visual_tokenizer import codebook as codebook_module
 from torch import Tensor
 
 import published
@@ -17,6 +16,7 @@ import ranks
 from lavit.config import InputError, TokenizerConfig
 from lavit.convert import names
 from lavit.presets import PRESETS
+from lavit.visual_tokenizer import codebook as codebook_module
 from lavit.visual_tokenizer.codebook import Codebook
 from lavit.visual_tokenizer.layers import Ragged
 from lavit.visual_tokenizer.merger import Merger

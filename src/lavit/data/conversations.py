@@ -90,7 +90,7 @@ def load_conversations(data: str | Path) -> Conversations:
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise InputError(f"{path} is no readable file of conversations: {error}") from error
+        raise InputError(f"{path} is not a readable file of conversations: {error}") from error
     read: list[tuple[str, Any]] = []
     broken: list[tuple[str, str]] = []
     for number, line in enumerate(lines, 1):

@@ -78,8 +78,8 @@ class Corpus:
 
     def __post_init__(self) -> None:
         if not self.parts:
-            counts = (range(len(items)) for items in (self.pictures, self.questions, self.edits))
-            object.__setattr__(self, "parts", (CorpusPart("", 1.0, *counts),))
+            numbers = range(len(self.pictures)), range(len(self.questions)), range(len(self.edits))
+            object.__setattr__(self, "parts", (CorpusPart("", 1.0, *numbers),))
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -99,7 +99,7 @@ def parse_mixture(data: str | Path) -> list[tuple[str, float]]:
         if weight is None:
             name, weight = piece.strip(), 1.0
         if not name or not 0 < weight < float("inf"):
-            lacks = f"{piece!r} of {str(data)!r} is no source with a positive weight"
+            lacks = f"{piece!r} of {str(data)!r} is not a source with a positive weight"
             raise InputError(f"{lacks}: write SOURCE or SOURCE:0.5")
         found.append((name, weight))
     return found
@@ -133,18 +133,19 @@ def load_corpus(data: str | Path, splits: Sequence[str] = ("train",)) -> Corpus:
     lacking: list[InputError] = []
     for name, weight in mixture:
         try:
-            *found, bad, texts = _load_source(name, splits, first=len(pictures))
+            found = _load_source(name, splits, first=len(pictures))
         except InputError as error:
             if len(mixture) == 1 or "train" in splits:
                 raise
             lacking.append(error)
             continue
-        spans = []
-        for items, more in zip((pictures, questions, edits), found, strict=True):
-            spans.append(range(len(items), len(items) + len(more)))
-            items += more
-        broken += bad
-        parts.append(CorpusPart(name, weight, *spans, texts))
+        at, asked, changed = len(pictures), len(questions), len(edits)
+        pictures += found[0]
+        questions += found[1]
+        edits += found[2]
+        broken += found[3]
+        spans = range(at, len(pictures)), range(asked, len(questions)), range(changed, len(edits))
+        parts.append(CorpusPart(name, weight, *spans, found[4]))
     if not parts:
         raise lacking[0]
     for name, reason in broken:
@@ -158,10 +159,10 @@ def load_corpus(data: str | Path, splits: Sequence[str] = ("train",)) -> Corpus:
 
 
 Broken = list[tuple[str, str]]
-Found = tuple[list[Picture], list[Question], list[Edit], Broken, Sequence[str]]
+Loaded = tuple[list[Picture], list[Question], list[Edit], Broken, Sequence[str]]
 
 
-def _load_source(name: str, splits: Sequence[str], first: int) -> Found:
+def _load_source(name: str, splits: Sequence[str], first: int) -> Loaded:
     """Pictures of one source, numbered from `first`; questions, edits, what is broken, texts."""
     folder = Path(name)
     records: list[Record] = []
@@ -182,7 +183,12 @@ def _load_source(name: str, splits: Sequence[str], first: int) -> Found:
         if line["image"] in places
     ]
     edits = [
-        Edit(tuple(map(places.get, sources)), line["prompt"], places[line["target"]], line["kind"])
+        Edit(
+            tuple(places[one] for one in sources),
+            line["prompt"],
+            places[line["target"]],
+            line["kind"],
+        )
         for line in _lines(folder / "edits.jsonl", sources=list, prompt=str, target=str, kind=str)
         if places.keys() >= {*(sources := line["sources"]), line["target"]}
     ]

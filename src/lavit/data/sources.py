@@ -1,4 +1,4 @@
-"""Pictures with texts from wherever they lie, read through Hugging Face `datasets`.
+"""Pictures with texts from files, folders and the hub, read through Hugging Face `datasets`.
 
 A source is a folder of pictures (`imagefolder`, splits by its README.md or sub-folders, columns by
 metadata.jsonl), a .jsonl/.json/.csv/.parquet file with an image column, WebDataset .tar shards (one
@@ -69,25 +69,26 @@ class Streamed:
     def record(self, row: Mapping[str, Any], place: object) -> Record:
         """A row as a record, of texts alone without a picture; `place` names what has no path."""
         cells = dict(row)
-        image, name = _encoded(cells.pop(self.image, None), self.folder, f"{self.name}[{place}]")
+        found = None if self.image is None else cells.pop(self.image, None)
+        image, name = _encoded(found, self.folder, f"{self.name}[{place}]")
         texts = texts_of(cells.get(self.text)) if self.text else ()
         return Record(image, texts, name, cells)
 
 
-class Pictures(Streamed, Sequence[Record]):
+class Records(Streamed, Sequence[Record]):
     """A map-style source: `len`, index, iterate; rows are read from disk when asked for."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: int) -> Record:  # type: ignore[override]  # no slices
         if not -len(self) <= index < len(self):  # iteration ends by IndexError
             raise IndexError(index)
         return self.record(self.rows[index], index)
 
 
 @dataclass(frozen=True)
-class Report:
+class SourceReport:
     """What `check` found in a source."""
 
     records: int
@@ -101,7 +102,7 @@ class Report:
     licence_files: tuple[str, ...]
 
 
-def load_records(data: str | Path, split: str = "train", **options: Any) -> Pictures:
+def load_records(data: str | Path, split: str = "train", **options: Any) -> Records:
     """Open one split of a source of pictures; keyword arguments as `open_source`.
 
     A missing or empty source, an unknown split and a source without pictures raise `InputError`.
@@ -120,7 +121,7 @@ def open_source(
     text_column: str | None = None,
     cache: Path | None = None,
     whole: bool = False,
-) -> Pictures | Texts:
+) -> Records | Texts:
     """Open one split of a source; where there are no pictures, its texts.
 
     Columns are found by name unless given; `cache` is where `datasets` writes. A source without
@@ -132,7 +133,7 @@ def open_source(
     rows, image, text = _open(data, split, cache=cache, given=given, whole=whole)
     if image is None:
         return Texts(rows, column=text, name=str(data))
-    return Pictures(rows, image, text, _folder(data), str(data))
+    return Records(rows, image, text, _folder(data), str(data))
 
 
 def stream_source(data: str | Path, split: str = "train") -> Streamed:
@@ -222,7 +223,7 @@ def readable(records: Iterable[Record]) -> tuple[list[Record], list[tuple[str, s
     return good, [(record.name, why) for record, why in tried if isinstance(why, str)]
 
 
-def check(data: str | Path, split: str = "train", **columns: Any) -> Report:
+def check(data: str | Path, split: str = "train", **columns: Any) -> SourceReport:
     """Read all of a split, held-out records too, and report; keyword arguments as `open_source`."""
     records = load_records(data, split, whole=split == "train", **columns)
     sizes: Counter[str] = Counter()
@@ -240,7 +241,7 @@ def check(data: str | Path, split: str = "train", **columns: Any) -> Report:
             if name.lower() in ("license", "licence"):
                 licences[str(value)] += 1
     count = max(len(lengths), 1)
-    return Report(
+    return SourceReport(
         records=len(records),
         broken=tuple(broken),
         without_text=without_text,
@@ -274,7 +275,7 @@ def _load(datasets: Any, data: str | Path, split: str, cache: Path | None, strea
             builder, files = BUILDERS.get(path.suffix.lower()), {split: str(path)}
             if builder is None:
                 kinds = ", ".join(BUILDERS)
-                raise InputError(f"{name!r} is no data file that is known here: {kinds}")
+                raise InputError(f"{name!r} is not a known kind of data file: {kinds}")
             return datasets.load_dataset(builder, data_files=files, split=split, **where)
         if path.is_dir():
             return _load_folder(datasets, path, split, where)
@@ -288,8 +289,8 @@ def _load(datasets: Any, data: str | Path, split: str, cache: Path | None, strea
         lines = str(error).splitlines() or [type(error).__name__]
         cause = error.__cause__ or error.__context__
         why = f"{lines[0]}{f' ({str(cause).splitlines()[0]})' if cause and str(cause) else ''}"
-        where = "" if path.exists() else " is no file or folder here, and as a name on the hub"
-        raise InputError(f"{name!r}{where}, split {split!r}, cannot be opened: {why}") from error
+        absent = "" if path.exists() else " is not a file or folder here, and as a name on the hub"
+        raise InputError(f"{name!r}{absent}, split {split!r}, cannot be opened: {why}") from error
 
 
 def _look_at(path: Path, streaming: bool) -> None:
@@ -306,10 +307,10 @@ def _look_at(path: Path, streaming: bool) -> None:
 
 
 def _fingerprint(path: Path) -> str:
-    """Of names, sizes and times of all files: data made anew never come from the old cache."""
+    """Of names, sizes and times of all files: changed data never comes from the old cache."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    files = [(str(file.resolve()), file.stat()) for file in files if file.is_file()]
-    stats = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
+    found = [(str(file.resolve()), file.stat()) for file in files if file.is_file()]
+    stats = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
     return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
 
 

@@ -123,8 +123,9 @@ class StreamingDocuments(Rows):
             raise InputError(f"{rows} cannot be shared evenly by {ranks} processes of a stream")
         self.encode, self.sizes, self.rank, self.ranks = encode, sizes, rank, ranks
         self.rows = config.rows // ranks
-        share = np.array(config.mixture[:2])
-        self.reading = float(share[0] / share.sum()) if share.sum() else 1.0
+        kinds = config.mixture
+        both = kinds.reading + kinds.writing
+        self.reading = kinds.reading / both if both else 1.0
         self._blocks: list[Block] = []  # read, and not all of it served
         self._skip = 0  # documents of the first block that earlier windows took
         self._read = 0  # number of the next block
@@ -225,7 +226,7 @@ class StreamingDocuments(Rows):
         mine = {"start": self._start, "served": self._served}
         self._places = [mine]
         if dist.is_initialized() and self.ranks > 1:
-            self._places = [None] * self.ranks
+            self._places = [{}] * self.ranks
             dist.all_gather_object(self._places, mine)
 
     def state(self) -> UInt8[Tensor, "bytes"]:

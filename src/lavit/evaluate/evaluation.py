@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lavit.config import InputError, write_whole
+from lavit.config import InputError
 from lavit.data.scenes import frozen
 from lavit.data.scenes.splits import Rules
 from lavit.evaluate.allocation import allocation_gain
@@ -154,7 +154,7 @@ def _split_hash(split: str, rules: Rules) -> str:
 
 
 def predictions_path(folder: Path, out: Path | None) -> Path:
-    """Where predictions are kept: beside the JSON file, or in the model's folder."""
+    """Where predictions are kept: next to the JSON file, or in the model's folder."""
     if out is None:
         return folder / "evaluation" / "predictions.jsonl"
     if out.is_dir():
@@ -173,8 +173,3 @@ def card_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
         for name, figure in found["figures"].items()
         if figure["value"] is not None
     ]
-
-
-def write_json(found: Mapping[str, Any], out: Path) -> None:
-    """The figures as a file."""
-    write_whole(out, json.dumps(found, indent=1) + "\n")

@@ -3,9 +3,9 @@ it was.
 
 A line is one item: {"key", "task", "item", "chunk", "made", "check"}. The key is a hash of the
 weights, the configuration, the seed and the world; lines of another key are left alone. `check` is
-a hash of the rest: a line that was changed is made anew. Items are made in chunks of fixed borders,
-so that an item is always computed beside the same others, stopped or not; of a chunk that was being
-written when its evaluation stopped, the lines are cut off.
+a hash of the rest: a line that was changed is made again. Items are made in chunks of fixed
+borders, so that an item is always computed in a batch with the same others, stopped or not; of a
+chunk that was being written when its evaluation stopped, the lines are cut off.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Kept:
             except (ValueError, KeyError, TypeError):
                 continue  # cut off when an evaluation was stopped
         if changed:
-            log.warning("%d predictions of %s were changed: they are made anew", changed, path)
+            log.warning("%d predictions of %s were changed: they are made again", changed, path)
 
     def made(
         self,

@@ -25,19 +25,19 @@ from lavit.generate.options import (
     Messages,
     MessagesList,
     OpenOptions,
+    PictureSize,
     Scorer,
     Seed,
-    Size,
     TextContent,
     TextOptions,
     Written,
 )
 from lavit.generate.prompts import (
     Inputs,
+    conversations_of,
     image_jobs,
     jobs_of,
     sampling_of_codes,
-    talks_of,
     turn_ends,
 )
 from lavit.generate.protocols import Protocol, protocol_of
@@ -98,7 +98,7 @@ class Runner:
         seeds: Sequence[int],
         steps: int | None = None,
         guidance: float | None = None,
-        size: Size | None = None,
+        size: PictureSize | None = None,
         watch: Callable[[int, Tensor], None] | None = None,
     ) -> list[Image.Image]:
         """Pictures of codes through reconstructor and pixel decoder, released (or `Refused`).
@@ -121,7 +121,7 @@ class Runner:
             done += [to_image(picture) for picture in pictures]
         return self.release(done, seeds)
 
-    def _ready(self, size: Size | None, jobs: Sequence[Job] = ()) -> None:
+    def _ready(self, size: PictureSize | None, jobs: Sequence[Job] = ()) -> None:
         """Raise what would stop the picture at the end before work begins.
 
         What the language model cannot serve is refused first.
@@ -152,7 +152,7 @@ class Runner:
         inputs: Inputs,
         *,
         steps: int | None = None,
-        size: Size | None = None,
+        size: PictureSize | None = None,
         **how: Unpack[CodesOptions],
     ) -> Work:
         """A picture behind each input."""
@@ -171,7 +171,7 @@ class Runner:
         image_sampling: Sampling | None = None,
         guidance: float | None = None,
         steps: int | None = None,
-        size: Size | None = None,
+        size: PictureSize | None = None,
     ) -> Work:
         """Text behind each input, in which the model opens pictures by itself."""
         # a reply that may hold pictures need not hold text
@@ -185,7 +185,7 @@ class Runner:
     def _replies(self, messages: Messages | MessagesList, out: Reply, **how: Any) -> Work:
         """The assistant's turn behind each conversation; its text ends where the turn does."""
         self.model.needs("language")
-        inputs = talks_of(messages, self.model.text_tokenizer, out)
+        inputs = conversations_of(messages, self.model.text_tokenizer, out)
         if unused := sorted(how.keys() - REPLIES[out].__optional_keys__):
             raise InputError(f"a reply of kind {out!r} takes no {', '.join(unused)}: leave it out")
         if out == "image":
@@ -265,7 +265,7 @@ def spoken(parts: Sequence[Part]) -> str:
     return " ".join(part.text for part in parts if isinstance(part, TextPart))
 
 
-def written(made: Made) -> Written:
+def words_and_pictures(made: Made) -> Written:
     """Words and pictures of what one job wrote."""
     return [part if isinstance(part, str) else part.picture for part in made]
 

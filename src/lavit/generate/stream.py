@@ -23,8 +23,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lavit.generate.engine import Engine
-from lavit.generate.protocols import cut
-from lavit.generate.request import Event, Reason, Request
+from lavit.generate.protocols import cut_before
+from lavit.generate.request import Collector, Event, Reason, Request
+from lavit.sequence import Image as ImageSegment
+from lavit.sequence import Text
 from lavit.vocabulary import Vocabulary
 
 # takes codes, seeds=… and maybe watch=…, which is called with each solver step and its latents
@@ -92,7 +94,7 @@ def updates(
         return str(text.decode(ids, **plain))
 
     for job in jobs:
-        number, pieces = session.add(job.request), partial(TextPieces, decode, job.ends)
+        number, pieces = session.add(job.request), partial(StreamedText, decode, job.ends)
         replies[number] = _Reply(number, pieces, engine.vocabulary)
 
     def happening() -> Iterator[Update]:
@@ -157,7 +159,7 @@ def _watched(work: Painter) -> Iterator[tuple[int | None, Tensor | list[Image.Im
 
     def watch(step: int, latents: Tensor) -> None:
         if stop.is_set():
-            raise RuntimeError("nobody watches any more")
+            raise RuntimeError("the stream was closed")
         found.put((step, latents))
 
     def run() -> None:
@@ -186,12 +188,11 @@ class _Reply:
     def __init__(
         self,
         number: int,
-        pieces: Callable[[], TextPieces],
+        pieces: Callable[[], StreamedText],
         vocabulary: Vocabulary,
     ) -> None:
-        self.number, self.pieces, self.vocabulary = number, pieces, vocabulary
-        self.text = pieces()
-        self.codes: tuple[int, ...] = ()
+        self.number, self.pieces = number, pieces
+        self.text, self.written = pieces(), Collector(vocabulary)
         self.images = 0
         self.done = False
 
@@ -199,14 +200,14 @@ class _Reply:
         """What an event of the engine comes to; nothing once all is done."""
         if self.done:
             return []
-        if event.kind == "text":
-            assert event.id is not None
-            return self._texts(self.text.add(event.id))
-        if event.kind == "code":
-            self.codes += (int(self.vocabulary.codes_of(torch.tensor(event.id))),)
-            return [self._update("code", codes=self.codes)]
-        if event.kind == "image_end":
-            written = self._update("image", codes=self.codes)
+        self.written.take(event)
+        last = self.written.segments[-1] if self.written.segments else None
+        if event.kind == "text" and isinstance(last, Text):
+            return self._texts(self.text.add(last.ids))
+        if event.kind == "code" and isinstance(last, ImageSegment):
+            return [self._update("code", codes=last.codes)]
+        if event.kind == "image_end" and isinstance(last, ImageSegment):
+            written = self._update("image", codes=last.codes)
             self.images += 1
             self.text = self.pieces()
             return [written]
@@ -215,7 +216,6 @@ class _Reply:
             return rest
         if event.kind == "finished":
             return [*rest, self._finish(event.reason)]
-        self.codes = ()
         return [*rest, self._update("image_start")]
 
     def _texts(self, piece: str) -> list[Update]:
@@ -236,18 +236,18 @@ class _Reply:
         return Update(self.number, kind, text, codes, image=self.images, reason=reason)
 
 
-class TextPieces:
+class StreamedText:
     """Ids of a text in, pieces that join to it out: stripped, cut before the first of `ends`."""
 
     def __init__(self, decode: Callable[[list[int]], str], ends: tuple[str, ...] = ()) -> None:
         self.decode, self.ends = decode, ends
-        self.ids: list[int] = []
+        self.ids: tuple[int, ...] = ()
         self.shown = 0  # characters
         self.cut = False
 
-    def add(self, id: int) -> str:
-        """Take the next id; returns what is certain by now, often nothing."""
-        self.ids.append(id)
+    def add(self, ids: tuple[int, ...]) -> str:
+        """Take all ids so far; returns what has become certain, often nothing."""
+        self.ids = ids
         return self._next(last=False)
 
     def close(self) -> str:
@@ -255,7 +255,7 @@ class TextPieces:
         return "" if self.cut else self._next(last=True)
 
     def _next(self, *, last: bool) -> str:
-        text, self.cut = cut(self.decode(self.ids), self.ends)
+        text, self.cut = cut_before(self.decode(list(self.ids)), self.ends)
         if not (last or self.cut):
             text = text.rstrip("\ufffd")  # half a character
             # what may become one of `ends`

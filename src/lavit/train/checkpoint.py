@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from lavit.config import InputError, read_json, write_json
-from lavit.storage import load_tensors, replacing, save_tensors
+from lavit.files import load_tensors, replacing, save_tensors
 from lavit.train.spread import assign, whole
 
 if TYPE_CHECKING:

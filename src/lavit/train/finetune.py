@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lavit.config import (
@@ -28,7 +29,6 @@ from lavit.config import (
     ModelConfig,
     TrainConfig,
     from_json,
-    naming,
     read_config,
     read_json,
     to_json,
@@ -36,9 +36,11 @@ from lavit.config import (
 )
 from lavit.data.conversations import ConversationDocuments, load_conversations
 from lavit.data.features import nothing_read
+from lavit.files import naming
+from lavit.language.lora import inject_lora, merge_lora
 from lavit.language.model import Language
 from lavit.model import LaVIT
-from lavit.storage import inject_lora, merge_lora, model_folder
+from lavit.storage import model_folder
 from lavit.train.language import LanguageStage
 from lavit.train.run import Run
 
@@ -56,8 +58,9 @@ def finetune_training(
     tokens, and 2e-5 / 5e-5 (LoRA 2e-4).
     """
     model = model_folder(model)
+    rates: dict[str, Any]
     if (model / "training.json").exists():
-        trained = read_json(model / "training.json").get("training")
+        trained = read_json(model / "training.json").get("training", {})
         with naming(model / "training.json"):
             language = from_json(TrainConfig, trained).language
         rates = {"learning_rate": (1.0 if lora_rank else 0.1) * language.learning_rate}
@@ -75,11 +78,13 @@ def finetune_training(
 class Finetune(Run):
     """One fine-tuning in a folder; `minutes` replaces the steps by as many as take that long."""
 
+    training: FinetuneTraining  # type: ignore[assignment]  # a run of one stage has its own
+
     def __init__(
         self,
         folder: Path,
         data: str | Path,
-        model: Path,
+        model: str | Path,
         training: FinetuneTraining,
         *,
         minutes: float | None = None,
@@ -104,7 +109,7 @@ class Finetune(Run):
         if self.path.exists():
             saved = read_json(self.path)
             with naming(self.path):
-                settled = from_json(FinetuneTraining, saved.pop("training", None))
+                settled = from_json(FinetuneTraining, saved.pop("training", {}))
             if self.minutes is not None:
                 self._take_steps(settled.language.steps)
             if saved != self.said or settled != self.training:
@@ -142,7 +147,7 @@ class Finetune(Run):
         stage = LanguageStage(language, tokenizer, documents, features, tokens, config)
         stage.name = "finetune"
         if self.minutes is not None and not self.path.exists():
-            self._measure(stage)
+            self._measure(stage, self.minutes)
         if self.accelerator.is_main_process:
             write_json(self.path, self.said | {"training": to_json(self.training)})
         origins = {"": f"loaded from {self.source.name}"}
@@ -151,7 +156,7 @@ class Finetune(Run):
         if self.accelerator.is_main_process:
             self._save_all(language, text, adapted)
 
-    def _measure(self, stage: LanguageStage) -> None:
+    def _measure(self, stage: LanguageStage, minutes: float) -> None:
         """Settle the steps: time some forward and backward, and agree on rank 0's answer."""
         device, module = self.accelerator.device, stage.module.to(self.accelerator.device)
         stage.accelerator = self.accelerator
@@ -159,17 +164,19 @@ class Finetune(Run):
             if step == 1:
                 started = time.perf_counter()
             batch = stage.batch(step, stage.shard)
-            stage.losses(module, batch, step)["loss"].backward()
+            loss = stage.losses(module, batch, step)["loss"]
+            assert isinstance(loss, Tensor)
+            loss.backward()
         module.zero_grad(set_to_none=True)
         seconds = (time.perf_counter() - started) / MEASURED
-        found = torch.tensor([max(1, round(60 * self.minutes / seconds))], device=device)
+        found = torch.tensor([max(1, round(60 * minutes / seconds))], device=device)
         steps = int(self.accelerator.gather(found)[0])
-        log.info("%.1f minutes are %d steps of %.2f seconds", self.minutes, steps, seconds)
+        log.info("%.1f minutes are %d steps of %.2f seconds", minutes, steps, seconds)
         self._take_steps(steps)
         stage.config, stage.steps = self.training.language, steps
 
     def _save_all(self, language: Language, text: PreTrainedTokenizerBase, adapted: bool) -> None:
-        """The whole model folder: language and reader anew, everything else copied."""
+        """The whole model folder: language and reader of this training, everything else copied."""
         for part in COPIED:
             if (self.source / part).is_dir():
                 shutil.copytree(self.source / part, self.folder / part, dirs_exist_ok=True)
@@ -177,7 +184,7 @@ class Finetune(Run):
             shutil.copy(self.source / "training.json", self.folder / "training.json")
         config = self.config
         if not adapted:
-            merge_lora(language)
+            merge_lora(language.lm)
             config = replace(config, language=replace(config.language, lora_rank=0))
         LaVIT(config, language=language, text_tokenizer=text).save_pretrained(self.folder)
         (self.folder / "language" / "done").touch()
@@ -188,7 +195,7 @@ def prepare_lora(language: Language, config: ModelConfig, rank: int | None) -> b
     has = config.language.lora_rank
     if has and rank in (None, has):
         return True
-    merge_lora(language)
+    merge_lora(language.lm)
     if rank:
-        inject_lora(language, replace(config.language, lora_rank=rank))
+        inject_lora(language.lm, replace(config.language, lora_rank=rank))
     return False

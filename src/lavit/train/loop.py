@@ -1,8 +1,8 @@
 """One training loop for every stage, on Accelerate: a stage gives losses for a batch.
 
 A batch is a function of (seed, step), so a killed run that starts again with the same command reads
-the last checkpoint and goes on to the same losses. One step is `_step`; what happens now and then
-stands around it.
+the last checkpoint and goes on to the same losses. One step is `step_once`; what happens now and
+then stands around it.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from lavit.train.muon import Muon
 from lavit.train.spread import whole
 
 log = logging.getLogger(__name__)
-Pair = tuple[Tensor, Tensor | float]  # a sum, and the count to divide it by
-Figure = Tensor | Pair  # a mean over processes, or such a pair
+SumAndCount = tuple[Tensor, Tensor | float]  # a sum, and the count to divide it by
+Metric = Tensor | SumAndCount  # a mean over processes, or such a pair
 
 
 class Stage(ABC):
@@ -68,7 +68,7 @@ class Stage(ABC):
         """This rank's batch of a step: a function of the step and the seed alone."""
 
     @abstractmethod
-    def losses(self, module: nn.Module, batch: Any, step: int) -> dict[str, Figure]:
+    def losses(self, module: nn.Module, batch: Any, step: int) -> dict[str, Metric]:
         """`loss` to go backward (its sum over the parts of a step counts), and figures to log."""
 
     def after_step(self, step: int) -> dict[str, float]:
@@ -147,7 +147,7 @@ def train(
         for step in range(start, stage.steps):
             for group, rate in zip(optimizer.param_groups, base, strict=True):
                 group["lr"] = rate * schedule(step, stage.steps, warmup)
-            parts, after = _step(stage, module, optimizer, step, clip=clip)
+            parts, after = step_once(stage, module, optimizer, step, clip=clip)
             done, last = step + 1, step + 1 == stage.steps
             if done % log_every == 0 or last:
                 values = pool(parts, accelerator) | {name: float(after[name]) for name in after}
@@ -195,14 +195,14 @@ def _by_any(came: list[int], accelerator: Accelerator) -> bool:
     return float(accelerator.reduce(counted, "sum")) > 0
 
 
-def _step(
+def step_once(
     stage: Stage,
     module: nn.Module,
     optimizer: Any,
     step: int,
     *,
     clip: float,
-) -> tuple[list[dict[str, Pair]], dict[str, Tensor | float]]:
+) -> tuple[list[dict[str, SumAndCount]], dict[str, Tensor | float]]:
     """Forward and backward of every part, clip, step: figures of the parts, and those after it."""
     optimizer.zero_grad(set_to_none=True)
     accelerator, parts, figures = stage.accelerator, stage.accumulate, []
@@ -218,12 +218,12 @@ def _step(
     return figures, {"gradient_norm": whole(norm), **stage.after_step(step)}
 
 
-def _as_pair(figure: Figure) -> Pair:
+def _as_pair(figure: Metric) -> SumAndCount:
     total, count = figure if isinstance(figure, tuple) else (figure, 1.0)
     return total.detach(), count
 
 
-def pool(parts: Sequence[dict[str, Pair]], accelerator: Accelerator) -> dict[str, float]:
+def pool(parts: Sequence[dict[str, SumAndCount]], accelerator: Accelerator) -> dict[str, float]:
     """Figures of a step over its parts and all processes: sum by count, `loss` a sum."""
     names = list(parts[0])
     sums = [sum(float(part[name][0]) for part in parts) for name in names]

@@ -1,4 +1,4 @@
-"""Stage 3: ε-prediction on reconstructed features (paper Eq. 5); first the autoencoder, if any.
+"""Stage 3: ε-prediction on reconstructed features (paper Eq. 5); an autoencoder stays frozen.
 
 Noise is a function of (seed, step, place in the global batch): one rank and two see the same.
 """
@@ -17,8 +17,8 @@ from lavit.data.features import Pictures
 from lavit.pixels.decoder import Pixels
 from lavit.pixels.perceptual import Perceptual
 from lavit.sequence import VisualTokens
-from lavit.train.batches import PictureBatch, Shard, draw_batch, seeded
-from lavit.train.loop import Stage
+from lavit.train.batches import PictureBatch, Randomness, Shard, draw_batch, seeded
+from lavit.train.loop import Metric, Stage
 from lavit.train.muon import matrices_apart
 from lavit.vision.encoder import Vision
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
@@ -28,6 +28,8 @@ class PixelsStage(Stage):
     """Stage 3: the denoiser, on features reconstructed from the codes of each picture."""
 
     name = "pixels"
+    module: Pixels
+    config: PixelsTraining
 
     def __init__(
         self,
@@ -62,7 +64,7 @@ class PixelsStage(Stage):
         """Pictures of a step."""
         return draw_batch(len(self.pictures), self.config.batch, shard, seed=self.seed, step=step)
 
-    def losses(self, module: nn.Module, batch: PictureBatch, step: int) -> dict[str, Tensor]:
+    def losses(self, module: nn.Module, batch: PictureBatch, step: int) -> dict[str, Metric]:
         """Mean squared error of the predicted noise."""
         device = self.accelerator.device
         drawn = zip(batch.places.tolist(), batch.pictures.tolist(), strict=True)
@@ -71,10 +73,11 @@ class PixelsStage(Stage):
             lengths = torch.tensor([len(c) for c in codes], device=device)
             features = self.tokenizer.decode(torch.cat(codes), lengths)
             latents = self.module.encode(self.pictures.rows(batch.pictures).to(device))
+        places, kind = batch.places.tolist(), Randomness.DIFFUSION
         loss = module(
             latents,
             features,
-            generator=[seeded(self.seed, 6, step, place) for place in batch.places.tolist()],
+            generator=[seeded(self.seed, kind, step, place) for place in places],
             perceptual=self.perceptual,
             perceptual_weight=self.config.perceptual_weight,
         )
@@ -85,7 +88,7 @@ class PixelsStage(Stage):
         codes = self.codes[picture]
         if not self.config.code_noise:
             return codes
-        generator = seeded(self.seed, 11, step, place)
+        generator = seeded(self.seed, Randomness.CODE_NOISE, step, place)
         other = self.codes[int(torch.randint(len(self.codes), (), generator=generator))]
         drawn = other[torch.randint(len(other), codes.shape, generator=generator)]
         share = self.config.code_noise * torch.rand((), generator=generator)
@@ -103,48 +106,3 @@ class PixelsStage(Stage):
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take the averaged weights back."""
         self.averaged.load_state_dict(state)
-
-
-class AutoencoderLoss(nn.Module):
-    """The autoencoder's loss as a module: DDP sees its forward and adds up its gradients."""
-
-    def __init__(self, pixels: Pixels) -> None:
-        super().__init__()
-        self.vae, self._loss = pixels.vae, pixels.autoencoder_loss
-
-    def forward(self, pictures: Tensor, generators: list[torch.Generator]) -> Tensor:
-        """Pictures [images 3 size size] in -1..1 to a scalar."""
-        return self._loss(pictures, generator=generators)
-
-
-class AutoencoderStage(Stage):
-    """The small autoencoder whose latents stage 3 denoises."""
-
-    name = "autoencoder"
-
-    def __init__(
-        self,
-        pixels: Pixels,
-        pictures: Pictures,
-        config: PixelsTraining,
-        *,
-        seed: int,
-    ) -> None:
-        self.module, self.pictures = AutoencoderLoss(pixels), pictures
-        self.config, self.seed = config, seed
-        self.steps = config.autoencoder_steps
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """One group."""
-        params = list(self.module.parameters())
-        return [{"params": params, "lr": self.config.autoencoder_rate, "weight_decay": 0.0}]
-
-    def batch(self, step: int, shard: Shard) -> PictureBatch:
-        """Pictures of a step."""
-        return draw_batch(len(self.pictures), self.config.batch, shard, seed=self.seed, step=step)
-
-    def losses(self, module: nn.Module, batch: PictureBatch, step: int) -> dict[str, Tensor]:
-        """Reconstruction plus a little KL."""
-        generators = [seeded(self.seed, 7, step, place) for place in batch.places.tolist()]
-        pictures = self.pictures.rows(batch.pictures).to(self.accelerator.device)
-        return {"loss": module(pictures, generators)}

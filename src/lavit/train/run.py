@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -29,6 +29,7 @@ from lavit.config import (
     InputError,
     LoopConfig,
     ModelConfig,
+    TrainConfig,
     read_config,
     read_json,
     to_json,
@@ -47,18 +48,17 @@ from lavit.data.features import (
 )
 from lavit.data.sources import Record
 from lavit.data.stream import StreamingDocuments, stream_texts
+from lavit.files import alone, replacing
 from lavit.language.model import Language
 from lavit.model import LaVIT
 from lavit.pixels.decoder import Pixels
 from lavit.sequence import VisualTokens
 from lavit.storage import (
-    alone,
     build_language,
     load_base,
     load_language,
     load_visual_tokenizer,
     model_folder,
-    replacing,
 )
 from lavit.train.card import write_card
 from lavit.train.checkpoint import latest_checkpoint, load_weights
@@ -66,7 +66,7 @@ from lavit.train.health import parameter_lines
 from lavit.train.language import LanguageStage, train_text_tokenizer
 from lavit.train.loop import Report, Stage, train
 from lavit.train.metrics import check_trackers
-from lavit.train.pixels import AutoencoderStage, PixelsStage
+from lavit.train.pixels import PixelsStage
 from lavit.train.samples import Samples
 from lavit.train.settings import PART_OF, STAGES, same_run, with_stage
 from lavit.train.spread import first_alone, halve_frozen, make_accelerator
@@ -86,6 +86,8 @@ class Run:
     is taken as it is, since language and pixels know its codes, and those two train on.
     """
 
+    training: TrainConfig
+
     def __init__(
         self,
         folder: Path,
@@ -100,7 +102,8 @@ class Run:
         start: str | Path | None = None,
     ) -> None:
         self.start = None if start is None else model_folder(start)
-        self.folder, self.data, self.training = Path(folder), str(data), training
+        self.folder, self.data = Path(folder), str(data)
+        self.training = cast(TrainConfig, training)  # `Finetune` has its own
         self.watch, self.prepare, self.trackers = watch, prepare, tuple(trackers)
         check_trackers(self.trackers)
         self.accelerator = make_accelerator(training.precision, fsdp=fsdp)
@@ -126,9 +129,7 @@ class Run:
         return (self.folder / PART_OF[stage] / "done").exists()
 
     def _begun(self, stage: str) -> bool:
-        checkpoints = [stage, "autoencoder"] if stage == "pixels" else [stage]
-        begun = any((self.folder / "checkpoints" / name).exists() for name in checkpoints)
-        return begun or self._done(stage)
+        return (self.folder / "checkpoints" / stage).exists() or self._done(stage)
 
     def _agree(self, stages: Sequence[str]) -> None:
         """Write what this run is, or check that the folder is of the same one.
@@ -280,7 +281,9 @@ class Run:
         self._loop(stage, origins, **options)
         if sharded and self.accelerator.is_main_process:
             language, _ = self._load_language(text)  # a shard cannot be saved
-            load_weights(latest_checkpoint(self.folder / "checkpoints" / "language"), language)
+            last = latest_checkpoint(self.folder / "checkpoints" / "language")
+            assert last is not None  # the loop ends with one
+            load_weights(last, language)
         self._save(LaVIT(self.config, language=language, text_tokenizer=text), "language")
 
     def _first_language(self) -> tuple[Language, TextTokenizer]:
@@ -306,13 +309,15 @@ class Run:
         else:
             lm, found = load_base(self.config.language, self.folder / "base")
             text = found or text
+            assert text is not None  # a random LM comes with a new one
             language = build_language(lm, self.tokenizer.merger, self.config, text)
         return language.float(), text  # small steps are lost on weights of half precision
 
     def _language_stage(self, language: Language, text: TextTokenizer) -> LanguageStage:
         """Stage 2 on the corpus; on codes made beforehand; or on a stream."""
         config, vision = self.training.language, self.config.vision
-        make = {"text": text, "vocabulary": language.vocabulary, "seed": self.training.seed}
+        make: dict[str, Any] = {"text": text, "vocabulary": language.vocabulary}
+        make["seed"] = self.training.seed
         if config.stream:
             make["sizes"] = (vision.patches, vision.dim)
             make["rank"] = self.accelerator.process_index
@@ -325,7 +330,7 @@ class Run:
             hashed = tokenizer_hash(LaVIT(self.config, folder=self.folder))
             codes = corpus_codes(config.token_corpus, self.corpus, tokenizer=hashed)
             features, tokens = nothing_read(vision)
-            mixture = (0.0, mixture[1], 0.0, *mixture[3:])
+            mixture = replace(mixture, reading=0.0, question=0.0)
         else:
             codes = tuple(tuple(part.tolist()) for part in self.tokens.split())
             features, tokens = self.features, self.tokens
@@ -362,16 +367,14 @@ class Run:
                 said = f"{folder} holds no diffusion model to start from"
                 raise InputError(f"{said}: put a diffusers folder there (Stable Diffusion 1.5)")
             config = replace(config, start_from=str(folder))
+        if config.vae and not config.start_from:
+            said = "the pixels' configuration names an autoencoder, and none is trained here"
+            raise InputError(f"{said}: give start_from, a diffusers folder that has one")
         return Pixels.build(config)
 
     def _train_pixels(self) -> None:
         config, seed = self.training.pixels, self.training.seed
         pixels = self._first_pixels()
-        if config.autoencoder_steps:
-            autoencoder = AutoencoderStage(pixels, self.pictures, config, seed=seed)
-            self._loop(autoencoder, warmup=config.warmup)
-            some = torch.arange(min(512, len(self.pictures)))
-            pixels.calibrate(self.pictures.rows(some))
         self.tokenizer.to(self.accelerator.device)
         stage = PixelsStage(
             pixels,
