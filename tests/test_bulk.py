@@ -58,6 +58,7 @@ def test_shards_hold_the_tokens_of_each_picture_alone(
     manifest = tokenize_corpus(job, workers=0, progress=lambda done, of: heard.append((done, of)))
     assert heard == [(3, 8), (6, 8), (8, 8)]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        ".lock",
         "manifest.json",
         *(f"shard-0000{n}.parquet" for n in range(3)),
     ]

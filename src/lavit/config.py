@@ -20,6 +20,8 @@ T = TypeVar("T")
 Optimizer = Literal["adamw", "muon"]
 FORMAT = 2  # of a model folder; a folder of another format is refused
 PARTS = ("vision", "visual_tokenizer", "language", "pixels")  # of a `ModelConfig`; folders
+LARGEST = 2**63  # numbers of a file
+LARGEST_SIZE, DEEPEST = 2**20, 1000  # of a part of a model: beyond, a damaged file eats all memory
 TO_SEE = PARTS[:2]  # what turns pictures into tokens
 TO_READ = PARTS[:3]  # what says something about them
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -27,6 +29,10 @@ LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 class InputError(ValueError):
     """Something the user gave cannot be used. One line of message; the CLI exits with code 2."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM ended the work; the message says what is kept."""
 
 
 def require(module: str, *, extra: str) -> types.ModuleType:
@@ -154,6 +160,12 @@ class ModelConfig:
         ):
             if found != given:
                 raise InputError(f"{part} is {found} but the encoder gives {given} {unit}")
+        for part in PARTS:
+            for name, value in vars(getattr(self, part)).items():
+                if type(value) is int and name not in ("layer", "lora_rank"):
+                    most = DEEPEST if name.endswith("depth") else LARGEST_SIZE
+                    if not 1 <= value <= most:
+                        raise InputError(f"{part}.{name} is {value}, expected 1 to {most}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,35 +310,50 @@ def to_json(config: Any) -> dict[str, Any]:
 def from_json(kind: type[T], data: dict[str, Any]) -> T:
     """A `kind` of configuration from JSON data; unknown and missing keys raise `InputError`."""
     hints = typing.get_type_hints(kind)
+    if not isinstance(data, dict):
+        raise InputError(f"{kind.__name__} is {str(data)[:40]!r}, expected an object")
     unknown = sorted(set(data) - set(hints))
     if unknown:
         said = f"{kind.__name__} does not know {', '.join(unknown)}"
         raise InputError(f"{said}: was it written by another version?")
+    values = {name: _value(f"{kind.__name__}.{name}", hints[name], data[name]) for name in data}
     try:
-        return kind(**{name: _value(hints[name], value) for name, value in data.items()})
+        return kind(**values)
     except TypeError as error:
         raise InputError(f"{kind.__name__}: {error}") from error
 
 
-def _value(hint: Any, value: Any) -> Any:
+def _value(name: str, hint: Any, value: Any) -> Any:
+    """A value of JSON as its annotation has it; another kind raises `InputError`."""
+    origin, kinds = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            names = ", ".join(part.name for part in dataclasses.fields(hint))
-            raise InputError(f"{hint.__name__} is {value}, expected an object of {names}")
         return from_json(hint, value)
-    if typing.get_origin(hint) is tuple and isinstance(value, list):
-        return tuple(value)
+    if origin is tuple and isinstance(value, list):
+        each = kinds[:1] * len(value) if kinds[-1] is ... else kinds
+        if len(each) == len(value):
+            return tuple(_value(name, one, part) for one, part in zip(each, value, strict=True))
+    if origin is Literal:
+        fits = value in kinds
+    elif hint in (int, float):
+        fits = isinstance(value, int | hint) and abs(value) < LARGEST
+    else:
+        fits = isinstance(value, hint if origin in (None, types.UnionType) else origin)
+    if not fits or (isinstance(value, bool) and hint is not bool):
+        wanted = getattr(hint, "__name__", None) if origin is None else str(hint)
+        raise InputError(f"{name} is {str(value)[:40]!r}, expected {wanted}")
     return value
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file; a missing or broken file raises `InputError`."""
     try:
-        data = json.loads(Path(path).read_text())
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         said = f"{path} is missing: is this folder a complete LaVIT model or run?"
         raise InputError(said) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(data, dict):
         raise InputError(f"{path} holds no JSON object")
@@ -361,7 +388,10 @@ def read_config(folder: Path) -> ModelConfig:
         said = f"{path} is of format {found}" if found else f"{path} names no format"
         hint = "train or convert the model again, or open it with the version that wrote it"
         raise InputError(f"{said}, this version of lavit reads format {FORMAT}: {hint}")
-    return from_json(ModelConfig, data)
+    try:
+        return from_json(ModelConfig, data)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def write_config(folder: Path, config: ModelConfig) -> None:

@@ -192,6 +192,11 @@ class Turn:
         return "image" if any(isinstance(piece, ImagePart) for piece in self.pieces) else "text"
 
 
+def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Raise `InputError` for messages of another form."""
+    _turns(messages)
+
+
 def conversation(
     messages: Sequence[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,

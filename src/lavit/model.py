@@ -235,7 +235,8 @@ class LaVIT(nn.Module):
             kept = {part: getattr(old, part) for part in PARTS if part not in chosen}
             config = replace(config, **kept)
         if "vision" in chosen:
-            config = replace(config, vision=save_vision(self.vision, folder / "vision"))
+            with replacing(folder / "vision") as new:  # empty for an encoder that is referenced
+                config = replace(config, vision=save_vision(self.vision, new))
         if "visual_tokenizer" in chosen:
             with replacing(folder / "visual_tokenizer") as new:
                 save_tensors(self.visual_tokenizer.state_dict(), new / "model.safetensors")

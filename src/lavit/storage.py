@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from lavit.config import PARTS, InputError, LanguageConfig, ModelConfig, require
-from lavit.files import load_strictly, load_tensors, replacing, save_tensors, sha256
+from lavit.files import load_strictly, load_tensors, pretrained, replacing, save_tensors, sha256
 from lavit.language.lora import inject_lora, merge_lora
 from lavit.language.model import Language, table_and_head
 from lavit.language.smollm2 import SMOLLM2, load_smollm2, load_smollm2_text, smollm2_file
@@ -107,11 +107,13 @@ def load_base(
             raise InputError(f"{said}: has the language stage been trained?")
         where = folder
     try:
-        return AutoModelForCausalLM.from_pretrained(where), AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError) as error:
+        return pretrained(AutoModelForCausalLM, where), AutoTokenizer.from_pretrained(where)
+    except Exception as error:  # configurations, weights and tokenizers fail in ways of their own
         if "tiktoken" in str(error):  # what transformers says where it cannot read SentencePiece
             require("sentencepiece", extra="published")
-        raise InputError(f"no language model at {where}: {str(error).splitlines()[0]}") from error
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        named = "" if where == folder or folder is None else f" (language.source, {folder.parent})"
+        raise InputError(f"no language model at {where}{named}: {why}") from error
 
 
 def build_language(

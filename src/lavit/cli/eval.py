@@ -53,6 +53,7 @@ def evaluate(
     from lavit.evaluate.exam import Exam
     from lavit.evaluate.folder import own_data, training_data
     from lavit.evaluate.known import is_scenes, rules_of
+    from lavit.files import alone
     from lavit.storage import model_folder
     from lavit.train.card import record_figures
 
@@ -63,7 +64,7 @@ def evaluate(
     data = training_data(folder) if data is None else data
     rules = rules_of(folder, objects, held_out_pairs)
     kept = evaluation.predictions_path(folder, json)
-    with ProgressBar() as progress:
+    with alone(kept.parent), ProgressBar() as progress:
         exam = Exam(
             model, seed=seed, count=count, rules=rules, kept=kept, progress=progress.count,
             valid=valid,

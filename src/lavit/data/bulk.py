@@ -34,7 +34,7 @@ from torch import Tensor
 from lavit.config import TO_SEE, InputError, read_json, require, to_json, write_json, write_whole
 from lavit.data.corpus import Broken, Corpus
 from lavit.data.sources import Records, below, load_records
-from lavit.files import sha256
+from lavit.files import alone, sha256
 from lavit.model import LaVIT
 from lavit.sequence import VisualTokens
 from lavit.storage import model_folder
@@ -122,6 +122,13 @@ def tokenize_corpus(
         raise InputError(f"workers must be at least 0, not {workers}")
     require("pyarrow", extra="ray")
     job = job.absolute()
+    with alone(Path(job.out)):
+        return _tokenized(job, workers, progress)
+
+
+def _tokenized(
+    job: CorpusJob, workers: int, progress: Callable[[int, int], None] | None
+) -> dict[str, Any]:
     records = load_records(job.data, job.split)
     settings = _settle(job, records, LaVIT.from_pretrained(job.model, parts=()))
     missing = [n for n in range(settings["shards"]) if not _shard(job.out, n).exists()]
@@ -174,6 +181,11 @@ def load_tokens(folder: str | Path, *, tokenizer: str | None = None) -> TokenCor
     """
     folder = Path(folder)
     manifest = read_json(folder / MANIFEST)
+    kinds = {"complete": bool, "tokenizer": str, "shards": int, "patches": int}
+    for name, kind in kinds.items():
+        if type(manifest.get(name)) is not kind:
+            lacks = f"{name} is {manifest.get(name)!r}, expected a {kind.__name__}"
+            raise InputError(f"{folder / MANIFEST}: {lacks}; tokenise again")
     if not manifest["complete"]:
         raise InputError(f"{folder} is not finished: run the same lavit tokenize-corpus again")
     if tokenizer is not None and tokenizer != manifest["tokenizer"]:

@@ -9,7 +9,6 @@ stands). Broken pictures are left out, counted and named; those without texts se
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from lavit.config import InputError, read_json
-from lavit.data.sources import Record, below, open_source, readable
+from lavit.data.lines import json_lines
+from lavit.data.sources import Record, below, open_source, readable, texts_of
 from lavit.data.text import Texts
 
 log = logging.getLogger(__name__)
@@ -179,7 +179,7 @@ def _load_source(name: str, splits: Sequence[str], first: int) -> Loaded:
     places = {below(record.name, folder): place for place, record in enumerate(records, first)}
     questions = [
         Question(places[line["image"]], line["question"], line["answer"])
-        for line in _lines(folder / "questions.jsonl")
+        for line in _lines(folder / "questions.jsonl", image=str, question=str, answer=str)
         if line["image"] in places
     ]
     edits = [
@@ -189,7 +189,7 @@ def _load_source(name: str, splits: Sequence[str], first: int) -> Loaded:
             places[line["target"]],
             line["kind"],
         )
-        for line in _lines(folder / "edits.jsonl")
+        for line in _lines(folder / "edits.jsonl", sources=list, prompt=str, target=str, kind=str)
         if places.keys() >= {*(sources := line["sources"]), line["target"]}
     ]
     silent = sum(not record.texts for record in records)
@@ -203,10 +203,17 @@ def _picture(record: Record) -> Picture:
     asking = record.columns.get("prompts")
     if asking is None:  # who asks for a picture ends with no full stop
         asking = [text.removesuffix(".") for text in record.texts]
-    return Picture(record, record.texts, tuple(asking))
+    return Picture(record, record.texts, texts_of(asking))
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def _lines(path: Path, **kinds: type) -> list[dict[str, Any]]:
+    """Objects of a file of JSON lines with these fields; none where there is no file."""
+    rows = list(json_lines(path)) if path.is_file() else []
+    for number, row in rows:
+        for name, kind in kinds.items():
+            value = row.get(name)
+            parts = value if isinstance(value, list) else [""]
+            if not isinstance(value, kind) or not all(isinstance(part, str) for part in parts):
+                lacks = f"{name} is {str(value)[:40]!r}, expected a {kind.__name__}"
+                raise InputError(f"{path}, line {number}: {lacks}")
+    return [row for _, row in rows]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from lavit.sequence import VisualTokens
 from lavit.vision.encoder import BLOCK, Vision
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
+log = logging.getLogger(__name__)
 SAVED = 512  # pictures between two marks on disk, and of features that are read at a time
 
 
@@ -76,21 +78,36 @@ def compute_features(
     folder.mkdir(parents=True, exist_ok=True)
     path, mark = folder / f"features-{key}.npy", folder / f"features-{key}.json"
     config = vision.config
-    done = read_json(mark)["done"] if mark.exists() and path.exists() else 0
-    shape = None if done else (len(records), config.patches, config.dim)
-    mode = "r+" if done else "w+"
-    array = np.lib.format.open_memmap(path, mode=mode, dtype=np.float16, shape=shape)
-    while done < len(records):
-        images = [record.open() for record in records[done : done + BLOCK]]
-        array[done : done + len(images)] = vision.encode(images).cpu().numpy()
-        done += len(images)
-        if done % SAVED and done < len(records):
-            continue
-        array.flush()
-        write_json(mark, {"done": done})
-        if progress:
-            progress(done, len(records))
-    return Features(np.load(path, mmap_mode="r"))
+    shape = (len(records), config.patches, config.dim)
+    done = _done(path, mark, shape)
+    if not done:
+        np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+    array = np.load(path, mmap_mode="r")
+    with path.open("r+b") as file:  # writing to the map would die of a full disk without a word
+        file.seek(array.offset + array[:done].nbytes)
+        while done < len(records):
+            images = [record.open() for record in records[done : done + BLOCK]]
+            file.write(vision.encode(images).cpu().half().numpy().tobytes())
+            done += len(images)
+            if done % SAVED and done < len(records):
+                continue
+            file.flush()
+            write_json(mark, {"done": done})
+            if progress:
+                progress(done, len(records))
+    return Features(array)
+
+
+def _done(path: Path, mark: Path, shape: tuple[int, ...]) -> int:
+    """How many pictures are in the file; none where it is not whole."""
+    if not (mark.exists() and path.exists()):
+        return 0
+    try:
+        if np.load(path, mmap_mode="r").shape == shape:
+            return int(read_json(mark)["done"])
+    except (ValueError, OSError, EOFError, KeyError, TypeError) as error:
+        log.warning("%s is damaged (%s): its features are computed anew", path, error)
+    return 0
 
 
 def tokenize_features(

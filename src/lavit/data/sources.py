@@ -11,7 +11,8 @@ them, `check` reports on a whole source.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+import os
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from PIL import Image
 
 from lavit.config import InputError, require
 from lavit.data.held_out import HELD_OUT, divides, lists_splits, part_of
+from lavit.data.lines import json_lines
 from lavit.data.text import Texts, text_files
 from lavit.images import open_image
 
@@ -31,6 +33,7 @@ BUILDERS = {
     ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".tar": "webdataset",
 }  # fmt: skip
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+END_OF_TAR = 1024  # bytes, zeros
 LICENCE_WORDS = ("license", "licence", "attribution", "copying", "notice")
 
 
@@ -68,7 +71,7 @@ class Streamed:
         cells = dict(row)
         found = None if self.image is None else cells.pop(self.image, None)
         image, name = _encoded(found, self.folder, f"{self.name}[{place}]")
-        texts = _texts(cells.get(self.text)) if self.text else ()
+        texts = texts_of(cells.get(self.text)) if self.text else ()
         return Record(image, texts, name, cells)
 
 
@@ -265,6 +268,8 @@ def _load(datasets: Any, data: str | Path, split: str, cache: Path | None, strea
     if cache is None and path.exists() and not streaming:
         cache = Path(datasets.config.HF_DATASETS_CACHE) / f"lavit-{_fingerprint(path)}"
     where = {"cache_dir": None if cache is None else str(cache), "streaming": streaming}
+    if not (cache and cache.exists()):
+        _look_at(path, streaming)
     try:
         if path.is_file():
             builder, files = BUILDERS.get(path.suffix.lower()), {split: str(path)}
@@ -286,6 +291,19 @@ def _load(datasets: Any, data: str | Path, split: str, cache: Path | None, strea
         why = f"{lines[0]}{f' ({str(cause).splitlines()[0]})' if cause and str(cause) else ''}"
         absent = "" if path.exists() else " is not a file or folder here, and as a name on the hub"
         raise InputError(f"{name!r}{absent}, split {split!r}, cannot be opened: {why}") from error
+
+
+def _look_at(path: Path, streaming: bool) -> None:
+    """Name a line that is broken and a shard that is cut short, of which libraries say less."""
+    files = [path] if path.is_file() else [*path.rglob("metadata.jsonl"), *path.rglob("*.tar")]
+    for file in sorted(files):
+        if file.suffix.lower() == ".tar":
+            with file.open("rb") as tar:
+                tar.seek(-min(END_OF_TAR, file.stat().st_size), os.SEEK_END)
+                if tar.read() != bytes(END_OF_TAR):
+                    raise InputError(f"{file} is cut short, or no tar: its end is missing")
+        elif file.suffix.lower() == ".jsonl" and not streaming:
+            deque(json_lines(file), maxlen=0)
 
 
 def _fingerprint(path: Path) -> str:
@@ -331,13 +349,14 @@ def _encoded(value: Any, folder: Path, name: str) -> tuple[str | bytes, str]:
         value = value.get("path")
     if isinstance(value, bytes):
         return value, name
-    if not value:
+    if not value or not isinstance(value, str):
         return b"", name
     path = folder / str(value)  # an absolute path stays as it is
     return str(path), str(path)
 
 
-def _texts(value: Any) -> tuple[str, ...]:
+def texts_of(value: Any) -> tuple[str, ...]:
+    """Texts of a cell: a text, or a list of them; empty ones are none."""
     items = value if isinstance(value, list | tuple) else [value]
     return tuple(str(item).strip() for item in items if item is not None and str(item).strip())
 

@@ -58,7 +58,12 @@ class Stream:
             if self._records is None:
                 self.rows.set_epoch(self.epoch)
                 self._records = iter(self.rows)
-            row = next(self._records, None)
+            try:
+                row = next(self._records, None)
+            except Exception as error:  # whatever reads shards: a file of theirs is what is wrong
+                said = " ".join(str(error).split())[:200]
+                where = f"{self.name!r} is damaged behind record {self.taken}"
+                raise InputError(f"{where}: {said or type(error).__name__}") from error
             if row is not None:
                 self.taken += 1
                 return self.source.record(row, f"streamed {self.taken}")

@@ -65,10 +65,9 @@ class OwnItem:
 def load_items(path: Path) -> list[OwnItem]:
     """All items of a file; a line that cannot be used raises `InputError` with its number."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        said = getattr(error, "strerror", None) or error
-        raise InputError(f"{path} cannot be read: {said}") from error
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
     items = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -77,7 +76,7 @@ def load_items(path: Path) -> list[OwnItem]:
             items.append(_item(json.loads(line), path.parent))
         except RecursionError as error:
             raise InputError(f"{path}, line {number}: it is nested too deeply") from error
-        except (InputError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             said = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
             raise InputError(f"{path}, line {number}: {said}") from error
     if not items:

@@ -268,10 +268,22 @@ class Pixels(nn.Module):
     @classmethod
     def load(cls, folder: Path, config: PixelsConfig) -> Pixels:
         """Inverse of `save`; a part that is missing or of other sizes raises `InputError`."""
-        folder = Path(folder)
-        unet, vae = stored_weights(config, folder)
-        scheduler = noise_schedule(read_json(folder / "scheduler" / "scheduler_config.json"))
-        pixels = cls(config, unet, scheduler, vae)
+        where = folder = Path(folder)
+        try:
+            unet, vae = stored_weights(config, folder)
+            where = folder / "scheduler" / "scheduler_config.json"
+            found = read_json(where)
+            for name, value in config.scheduler.items():
+                if found.get(name) != value:
+                    raise InputError(f"{name} is {found.get(name)!r}, config.json says {value!r}")
+            scheduler, where = noise_schedule(found), folder
+            pixels = cls(config, unet, scheduler, vae)
+        except InputError as error:
+            said = str(error)
+            raise error if str(folder) in said else InputError(f"{where}: {said}") from error
+        except Exception as error:  # broken configurations: diffusers fails in many ways
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(f"{where} cannot be read for this configuration: {reason}") from error
         where = folder / "condition" / "model.safetensors"
         load_strictly(pixels.condition, load_tensors(where), where)
         return pixels

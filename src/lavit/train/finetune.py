@@ -36,6 +36,7 @@ from lavit.config import (
 )
 from lavit.data.conversations import ConversationDocuments, load_conversations
 from lavit.data.features import nothing_read
+from lavit.files import naming
 from lavit.language.lora import inject_lora, merge_lora
 from lavit.language.model import Language
 from lavit.model import LaVIT
@@ -59,8 +60,9 @@ def finetune_training(
     model = model_folder(model)
     rates: dict[str, Any]
     if (model / "training.json").exists():
-        trained = read_json(model / "training.json")["training"]
-        language = from_json(TrainConfig, trained).language
+        trained = read_json(model / "training.json").get("training", {})
+        with naming(model / "training.json"):
+            language = from_json(TrainConfig, trained).language
         rates = {"learning_rate": (1.0 if lora_rank else 0.1) * language.learning_rate}
         rates |= {"rows_rate": 0.1 * language.rows_rate, "reader_rate": 0.1 * language.reader_rate}
     else:
@@ -106,7 +108,8 @@ class Finetune(Run):
         self.accelerator.wait_for_everyone()
         if self.path.exists():
             saved = read_json(self.path)
-            settled = from_json(FinetuneTraining, saved.pop("training"))
+            with naming(self.path):
+                settled = from_json(FinetuneTraining, saved.pop("training", {}))
             if self.minutes is not None:
                 self._take_steps(settled.language.steps)
             if saved != self.said or settled != self.training:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -47,6 +48,7 @@ from lavit.data.features import (
 )
 from lavit.data.sources import Record
 from lavit.data.stream import StreamingDocuments, stream_texts
+from lavit.files import alone, replacing
 from lavit.language.model import Language
 from lavit.model import LaVIT
 from lavit.pixels.decoder import Pixels
@@ -106,8 +108,6 @@ class Run:
         check_trackers(self.trackers)
         self.accelerator = make_accelerator(training.precision, fsdp=fsdp)
         self.config = self._settle(model)
-        if self.start:
-            self._take_tokenizer(self.start)
 
     def _settle(self, model: ModelConfig) -> ModelConfig:
         """Read what the folder's run is, if it holds one; the model's settings."""
@@ -194,13 +194,16 @@ class Run:
             if stage not in STAGES:
                 known = ", ".join(STAGES)
                 raise InputError(f"there is no stage {stage!r}: choose from {known}, all")
-        self._agree(stages)
-        for stage in stages:
-            if self._done(stage):
-                log.info("%s is trained already", stage)
-                continue
-            torch.manual_seed(self.training.seed)
-            getattr(self, f"_train_{stage}")()
+        with alone(self.folder) if self.accelerator.is_main_process else nullcontext():
+            self._agree(stages)
+            if self.start:
+                self._take_tokenizer(self.start)
+            for stage in stages:
+                if self._done(stage):
+                    log.info("%s is trained already", stage)
+                    continue
+                torch.manual_seed(self.training.seed)
+                getattr(self, f"_train_{stage}")()
 
     def _features(self, records: Sequence[Record], vision: Vision) -> Features:
         """Encoder features, computed once; other ranks wait for the first."""
@@ -244,8 +247,8 @@ class Run:
         if self.accelerator.is_main_process:
             write_config(self.folder, self.config)  # parts to come may have other settings by now
             model.save_pretrained(self.folder, parts=parts)
-            (self.folder / parts[-1] / "done").touch()
             write_card(self.folder)
+            (self.folder / parts[-1] / "done").touch()
         self.accelerator.wait_for_everyone()
         self.config = read_config(self.folder)
 
@@ -349,7 +352,8 @@ class Run:
             if not (folder / "tokenizer.json").exists():
                 corpus = stream_texts(self.data) if self.training.language.stream else self.corpus
                 text = train_text_tokenizer(corpus, self.training.text_vocabulary)
-                text.save_pretrained(folder)
+                with replacing(folder) as new:
+                    text.save_pretrained(new)
         return AutoTokenizer.from_pretrained(folder)
 
     def _first_pixels(self) -> Pixels:

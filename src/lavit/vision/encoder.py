@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from lavit.config import InputError, VisionConfig, require
-from lavit.files import sha256
+from lavit.files import pretrained, sha256
 from lavit.images import pixels as to_pixels
 from lavit.visual_tokenizer.layers import Patches
 
@@ -131,11 +131,13 @@ def load_vision(config: VisionConfig, folder: Path | None = None) -> Vision:
         raise InputError("the encoder of this configuration lies in a folder, but none was given")
     try:
         architecture = AutoConfig.from_pretrained(where)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"no vision encoder at {where}: {reason}") from error
-    kind = Blip2VisionModel if architecture.model_type == BLIP else AutoModel
-    encoder = kind.from_pretrained(where, dtype=torch.float32)  # whatever it was saved in
+        kind = Blip2VisionModel if architecture.model_type == BLIP else AutoModel
+        whole = config.source == "folder"  # others may lack what is not read, a pooler
+        encoder = pretrained(kind, where, whole=whole, dtype=torch.float32)
+    except Exception as error:  # configurations and weights fail in ways of their own
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        named = "" if where == folder or folder is None else f" (vision.source, {folder.parent})"
+        raise InputError(f"no vision encoder at {where}{named}: {why}") from error
     return Vision(config, getattr(encoder, "vision_model", encoder))
 
 
