@@ -93,6 +93,11 @@ class Session:
         """True while anything waits or runs."""
         return bool(self.waiting or self.streams)
 
+    @property
+    def lanes(self) -> int:
+        """Lanes that are taken."""
+        return sum(stream.most_lanes for stream in self.streams if stream.moves)
+
     def add(self, request: Request) -> int:
         """Queue a request, or raise `InputError`; returns its number, which its events carry."""
         self.engine.check(request)
