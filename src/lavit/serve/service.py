@@ -103,15 +103,15 @@ def canvas(pixels: Pixels, size: str | None) -> Size | None:
     if found is None:
         raise InputError(f"size is {size!r}: give auto, WIDTHxHEIGHT or one of {_ratios()}")
     width, height = map(int, found.groups())
+    own, area = pixels.config.size**2, width * height
     whole = all(side % pixels.multiple == 0 for side in (width, height))
-    if whole and width * height <= LARGER * pixels.config.size**2:
+    if whole and area <= LARGER * own:
         return height, width
-    for ratio in ASPECT_SIZES:
+    for ratio in ASPECT_SIZES if area > own else ():
         across, down = map(int, ratio.split(":"))
         if Fraction(width, height) == Fraction(across, down):
             return ratio
-    most, step = LARGER * pixels.config.size**2, pixels.multiple
-    sides = f"sides that are multiples of {step}, of at most {most} pixels in all"
+    sides = f"multiples of {pixels.multiple}, of at most {LARGER * own} pixels in all"
     raise InputError(f"size {size} cannot be painted: give {sides}, or a ratio of {_ratios()}")
 
 

@@ -140,14 +140,24 @@ class Worker:
                     return
                 left, self._left = self._left, []
                 calls = [self._calls.popleft() for _ in range(min(TAKEN, len(self._calls)))]
-            for ticket in left:
-                for number in [n for n, entry in self._entries.items() if entry[0] is ticket]:
-                    self.running.cancel(number)
-                    del self._entries[number]
-            for call in calls:
-                call()
-            if self.running.busy:
-                self._step()
+            try:
+                self._turn(left, calls)
+            except Exception as error:  # of the engine: nothing that runs can go on
+                for ticket in {entry[0] for entry in self._entries.values()}:
+                    ticket.post(ticket.fail, error)
+                self._entries.clear()
+                self.running = self._session()
+
+    def _turn(self, left: list[Ticket], calls: list[Callable[[], None]]) -> None:
+        """Drop who left, take who came, and one step."""
+        for ticket in left:
+            for number in [n for n, entry in self._entries.items() if entry[0] is ticket]:
+                self.running.cancel(number)
+                del self._entries[number]
+        for call in calls:
+            call()
+        for update in self.running.step() if self.running.busy else ():
+            self._route(update)
 
     def _begin(self, ticket: Ticket) -> None:
         if ticket.closed:
@@ -163,29 +173,19 @@ class Worker:
         except Exception as error:
             ticket.post(ticket.fail, error)
             return
+        ticket.post(ticket.accept, prompt)
         self.metrics.tokens.labels("in", "text").inc(prompt.text)
         self.metrics.tokens.labels("in", "image").inc(prompt.image)
-        ticket.post(ticket.accept, prompt)
 
     def _counted(self, request: Request) -> Prompt:
         total, most = len(request.ids), self.limits.prompt_tokens
         if total > most:
             raise InputError(f"the prompt has {total} tokens, at most {most} are taken: shorten it")
-        codes = int(self.running.vocabulary.is_code(torch.tensor(request.ids)).sum())
-        image = codes + sum(request.slots)
+        read = self.running.vocabulary.is_code(torch.tensor(request.ids, dtype=torch.long))
+        if request.slots:
+            read |= torch.tensor(request.slots)
+        image = int(read.sum())
         return Prompt(total - image, image)
-
-    def _step(self) -> None:
-        try:
-            updates = self.running.step()
-        except Exception as error:
-            for ticket in {entry[0] for entry in self._entries.values()}:
-                ticket.post(ticket.fail, error)
-            self.running = self._session()
-            self._entries.clear()
-            return
-        for update in updates:
-            self._route(update)
 
     def _route(self, update: Update) -> None:
         number = update.input
