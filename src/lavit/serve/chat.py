@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, Field, model_validator
 from starlette.responses import JSONResponse, Response
 
 from lavit.generate.pipeline import Pipeline
@@ -93,7 +93,7 @@ class StreamOptions(BaseModel):
 class Asked(BaseModel):
     """What requests share; what would change the answer and is not done here is refused."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = {"extra": "allow"}
     model: str | None = None
 
     @model_validator(mode="after")

@@ -37,7 +37,7 @@ Quality = Literal["low", "medium", "high", "auto", "standard", "hd"]
 class DrawingRequest(Asked):
     """What both addresses take."""
 
-    prompt: Annotated[str, Field(min_length=1, max_length=32_000)]
+    prompt: Annotated[str, Field(min_length=1)]
     n: int | None = 1
     size: str | None = None
     quality: Quality | None = None

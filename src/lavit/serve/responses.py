@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse, Response
 
 from lavit.generate.stream import Update
@@ -73,7 +73,6 @@ class Drew(BaseModel):
 class Tool(BaseModel):
     """The one tool that there is: drawing."""
 
-    model_config = ConfigDict(extra="ignore")
     type: Literal["image_generation"]
     size: str | None = None
     quality: Quality | None = None
