@@ -2,7 +2,7 @@
 # nano trains in two processes, a core each.
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS := train,mini,eval,ray,published,dev
+EXTRAS := train,mini,eval,ray,published,serve,dev
 
 MINUTES ?= 30
 PICTURES ?= 30000

@@ -327,7 +327,7 @@ def test_words_that_spell_control_tokens_are_words(toy_run: Path, template: str 
 
 
 def chat_job(pipeline: Pipeline) -> Job:
-    (job,) = pipeline._replies([user("hello")], "text").jobs
+    (job,) = pipeline.replies([user("hello")], "text").jobs
     return job
 
 

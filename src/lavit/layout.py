@@ -22,7 +22,8 @@ part is tokenised on its own.
 
 Messages of conversations are those of Hugging Face chats: {"role": "user", "content": "…"} or, with
 pictures, a list of parts, {"type": "text", "text": …} and {"type": "image", "image": path or PIL
-image}. A picture that the assistant wrote may carry its "codes": they, not a new look at the
+image}. A picture may say how many patches to "keep". One that the assistant wrote may carry its
+"codes": they, not a new look at the
 picture, stand in the conversation then. Words of a message stay words: one that spells a control
 token of the template (`<|im_end|>`) is not a control token.
 """
@@ -325,7 +326,7 @@ def _piece(part: Any, number: int) -> str | ImagePart:
         )
     codes = part.get("codes")
     if codes is None:
-        return ImagePart(picture, read=False)
+        return ImagePart(picture, read=False, keep=part.get("keep", "auto"))
     if not len(codes):
         empty = f"message {number} has a picture of no codes"
         raise InputError(f"{empty}: leave 'codes' out, or give at least one")

@@ -20,7 +20,7 @@ import tyro
 from lavit.cli import convert as foreign
 from lavit.cli import data as sets
 from lavit.cli import eval as measure
-from lavit.cli import make, use
+from lavit.cli import make, serving, use
 from lavit.config import InputError, Terminated
 
 VERBS: dict[str, Callable[..., Any]] = {
@@ -36,6 +36,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "inspect": use.inspect,
     "gallery": use.gallery,
     "demo": use.demo,
+    "serve": serving.serve,
     "train": make.train,
     "train-finetune": make.finetune,
     "eval": measure.evaluate,

@@ -93,6 +93,11 @@ class Session:
         """True while anything waits or runs."""
         return bool(self.waiting or self.streams)
 
+    @property
+    def lanes(self) -> int:
+        """Lanes that are taken."""
+        return sum(stream.most_lanes for stream in self.streams)
+
     def add(self, request: Request) -> int:
         """Queue a request, or raise `InputError`; returns its number, which its events carry."""
         self.engine.check(request)
@@ -138,7 +143,7 @@ class Session:
 
     def _admit(self, hidden: Hidden | None) -> tuple[Tensor | None, list[Event]]:
         """Read the prompts that there is room for, each once, and give them lanes."""
-        used = sum(stream.most_lanes for stream in self.streams)
+        used = self.lanes
         admitted: list[tuple[int, Request]] = []
         while self.waiting and (not used or used + self.waiting[0][1].lanes <= self.engine.lanes):
             used += self.waiting[0][1].lanes

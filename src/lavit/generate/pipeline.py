@@ -219,7 +219,7 @@ class Pipeline(Runner):
         **how: Unpack[DrawingOptions],
     ) -> Iterator[Update]:
         """`draw`, as it is written; `previews` adds pictures as they come out of the noise."""
-        return self._stream(self._picture(drawings_of(prompts), **how), previews)
+        return self._stream(self.drawings(drawings_of(prompts), **how), previews)
 
     @overload
     def edit(
@@ -247,7 +247,7 @@ class Pipeline(Runner):
         **how: Unpack[DrawingOptions],
     ) -> Iterator[Update]:
         """`edit`, as it is written; `previews` as in `stream_draw`."""
-        return self._stream(self._picture(edits_of(images, instructions), **how), previews)
+        return self._stream(self.drawings(edits_of(images, instructions), **how), previews)
 
     @overload
     def compose(self, parts: Pieces, **how: Unpack[RankedOptions]) -> Image: ...
@@ -267,7 +267,7 @@ class Pipeline(Runner):
         **how: Unpack[DrawingOptions],
     ) -> Iterator[Update]:
         """`compose`, as it is written; `previews` as in `stream_draw`."""
-        return self._stream(self._picture(mixtures_of(parts, read=False), **how), previews)
+        return self._stream(self.drawings(mixtures_of(parts, read=False), **how), previews)
 
     @overload
     def generate(self, parts: Pieces, **how: Unpack[OpenOptions]) -> Written: ...
@@ -305,7 +305,7 @@ class Pipeline(Runner):
         "image", or "auto", where the model opens pictures by itself. The options are those of
         `TextOptions`, `DrawingOptions` or `OpenOptions`; others raise `InputError`.
         """
-        work = self._replies(messages, out, **how)
+        work = self.replies(messages, out, **how)
         return shaped([message(made) for made in self._run(work)], work.one)
 
     def stream_chat(
@@ -317,7 +317,7 @@ class Pipeline(Runner):
         **how: Unpack[OpenOptions],
     ) -> Iterator[Update]:
         """`chat`, as it is written; `previews` as in `stream_draw`."""
-        return self._stream(self._replies(messages, out, **how), previews)
+        return self._stream(self.replies(messages, out, **how), previews)
 
     def tokenize(
         self,

@@ -41,7 +41,8 @@ class Update:
 
     text: the next piece in `text`; image_start; code: all `codes` of the open image so far;
     preview: a `picture` from noise after solver `step` (0, 1, …); image: finished `picture` and
-    its `codes`; finished: the `reason`. `image` numbers the images of the input.
+    its `codes`; finished: the `reason`, and the number of text `tokens` that were written. `image`
+    numbers the images of the input.
     """
 
     input: int
@@ -52,6 +53,7 @@ class Update:
     image: int = 0
     step: int | None = None
     reason: Reason | None = None
+    tokens: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +75,49 @@ class Painted:
 Made = list[str | Painted]  # what one job wrote, in order
 
 
+class Running:
+    """The jobs of one session of the engine. `add` and `cancel` may come between any two steps."""
+
+    def __init__(self, engine: Engine, text: PreTrainedTokenizerBase) -> None:
+        self.session = engine.session()
+        self.vocabulary = engine.vocabulary
+        self.text = text
+        self._replies: dict[int, _Reply] = {}
+
+    @property
+    def busy(self) -> bool:
+        """True while anything waits or runs."""
+        return self.session.busy
+
+    def add(self, job: Job) -> int:
+        """Queue a job, or raise `InputError`; returns the `input` of its updates: 0, 1, …"""
+        number = self.session.add(job.request)
+        pieces = partial(StreamedText, self._decode, job.ends)
+        self._replies[number] = _Reply(number, pieces, self.vocabulary)
+        return number
+
+    def cancel(self, number: int) -> None:
+        """Drop a job; its updates end, and its lanes are free from the next step on."""
+        self.session.cancel(number)
+        self._replies.pop(number, None)
+
+    def step(self) -> list[Update]:
+        """One step of the engine; returns what happened, images unpainted."""
+        found: list[Update] = []
+        for event in self.session.step():
+            reply = self._replies.get(event.request)
+            if reply is None:  # its text was cut in this very step
+                continue
+            found += reply.take(event)
+            if reply.done:
+                self.cancel(event.request)
+        return found
+
+    def _decode(self, ids: list[int]) -> str:
+        plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return str(self.text.decode(ids, **plain))
+
+
 def updates(
     engine: Engine,
     text: PreTrainedTokenizerBase,
@@ -86,29 +131,17 @@ def updates(
     Without `paint`, images come unpainted; with `show`, previews of each solver step come before
     them. Raises `InputError` at once for a request that the LM cannot serve.
     """
-    session = engine.session()
-    replies: dict[int, _Reply] = {}
-
-    def decode(ids: list[int]) -> str:
-        plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        return str(text.decode(ids, **plain))
-
+    running = Running(engine, text)
     for job in jobs:
-        number, pieces = session.add(job.request), partial(StreamedText, decode, job.ends)
-        replies[number] = _Reply(number, pieces, engine.vocabulary)
+        running.add(job)
 
     def happening() -> Iterator[Update]:
-        while session.busy:
-            for event in session.step():
-                reply = replies[event.request]
-                for update in reply.take(event):
-                    if update.kind == "image" and paint is not None:
-                        seed = jobs[update.input].request.seed
-                        yield from _painted(update, seed, paint, show)
-                    else:
-                        yield update
-                if reply.done and event.kind != "finished":
-                    session.cancel(event.request)
+        while running.busy:
+            for update in running.step():
+                if update.kind == "image" and paint is not None:
+                    yield from _painted(update, jobs[update.input].request.seed, paint, show)
+                else:
+                    yield update
 
     return happening()
 
@@ -193,7 +226,7 @@ class _Reply:
     ) -> None:
         self.number, self.pieces = number, pieces
         self.text, self.written = pieces(), Collector(vocabulary)
-        self.images = 0
+        self.images = self.tokens = 0
         self.done = False
 
     def take(self, event: Event) -> list[Update]:
@@ -203,6 +236,7 @@ class _Reply:
         self.written.take(event)
         last = self.written.segments[-1] if self.written.segments else None
         if event.kind == "text" and isinstance(last, Text):
+            self.tokens += 1
             return self._texts(self.text.add(last.ids))
         if event.kind == "code" and isinstance(last, ImageSegment):
             return [self._update("code", codes=last.codes)]
@@ -224,16 +258,15 @@ class _Reply:
 
     def _finish(self, reason: Reason | None) -> Update:
         self.done = True
-        return self._update("finished", reason=reason)
+        return replace(self._update("finished"), reason=reason, tokens=self.tokens)
 
     def _update(
         self,
         kind: UpdateKind,
         text: str = "",
         codes: tuple[int, ...] = (),
-        reason: Reason | None = None,
     ) -> Update:
-        return Update(self.number, kind, text, codes, image=self.images, reason=reason)
+        return Update(self.number, kind, text, codes, image=self.images)
 
 
 class StreamedText:
