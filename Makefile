@@ -2,12 +2,12 @@
 # nano trains in two processes, a core each.
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS := train,mini,eval,ray,published,dev
+EXTRAS := train,mini,eval,ray,published,serve,dev
 
 MINUTES ?= 30
 PICTURES ?= 30000
 
-.PHONY: test check bench demo train-nano clean
+.PHONY: test check bench demo train-nano speedrun clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -23,6 +23,7 @@ test: .venv/installed
 check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 bench: .venv/installed
 	for name in merger pixels tokenizer generate; do $(BIN)/python benchmarks/$$name.py || exit 1; done
@@ -37,6 +38,9 @@ demo: .venv/installed
 
 train-nano: runs/nano/pixels/done
 	$(BIN)/lavit eval runs/nano
+
+speedrun: .venv/installed
+	OMP_NUM_THREADS=2 $(BIN)/python recipes/speedrun.py runs/speedrun
 
 clean:
 	rm -rf .venv runs demo data

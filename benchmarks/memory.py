@@ -92,7 +92,7 @@ def settings(steps: int, batch: int) -> TrainConfig:
             steps_a=half, steps_b=steps - half, k_means_vectors=1000, **common
         ),
         language=LanguageTraining(steps=steps, rows=16, tokens=128, stream=True, **rates),
-        pixels=PixelsTraining(steps=steps, autoencoder_steps=0, autoencoder_rate=0.0, **common),
+        pixels=PixelsTraining(steps=steps, **common),
     )
 
 

@@ -31,7 +31,7 @@ import torch
 from PIL import Image
 
 from lavit.config import TO_SEE
-from lavit.data.bulk import Job, tokenize_corpus
+from lavit.data.bulk import CorpusJob, tokenize_corpus
 from lavit.model import LaVIT
 from lavit.presets import nano
 from lavit.vision.encoder import load_vision
@@ -98,7 +98,7 @@ def corpus_seconds(
 ) -> tuple[float, int]:
     """Seconds between the first finished shard and the last, and how many pictures they cover."""
     heard: list[tuple[float, int]] = []
-    job = Job(data=data, out=out, model=folder, keep="rate:0.36", shard_size=shard)
+    job = CorpusJob(data=data, out=out, model=folder, keep="rate:0.36", shard_size=shard)
     tokenize_corpus(
         job, workers=workers, progress=lambda done, _: heard.append((time.perf_counter(), done))
     )

@@ -26,7 +26,7 @@ from lavit.data.scenes.lexicon import vocabulary
 from lavit.data.scenes.parse import parse
 from lavit.data.scenes.sample import scene_at
 from lavit.data.scenes.splits import Rules, violations
-from lavit.data.scenes.tasks import conversation
+from lavit.data.scenes.tasks import scene_conversation
 from lavit.data.scenes.world import Scene, facts
 from lavit.language.smollm2 import SMOLLM2
 from lavit.storage import load_base
@@ -49,16 +49,18 @@ Document = tuple[str, list[str], list[Scene]]
 def documents(index: int, rules: Rules) -> Iterator[Document]:
     """Every document of one unit: its kind, its texts, its scenes."""
     unit = unit_at("train", index, rules=rules)
-    for told in unit.pictures:
-        yield from (("description", [text], [told.scene]) for text in told.texts)
-        yield from (("prompt", [text], [told.scene]) for text in told.prompts)
-        asked = ([one.question, one.answer] for one in told.questions)
-        yield from (("question", words, [told.scene]) for words in asked)
+    for one in unit.pictures:
+        yield from (("description", [text], [one.scene]) for text in one.texts)
+        yield from (("prompt", [text], [one.scene]) for text in one.prompts)
+        asked = ([each.question, each.answer] for each in one.questions)
+        yield from (("question", words, [one.scene]) for words in asked)
     if unit.change:
         kind = "edit" if len(unit.change.sources) == 1 else "several pictures"
         yield kind, [unit.change.prompt], [*unit.change.sources, unit.change.target]
     if index % TALKS == 0:
-        talk = conversation(np.random.default_rng([3, 0, index]), rules, 2 + index // TALKS % 3)
+        talk = scene_conversation(
+            np.random.default_rng([3, 0, index]), rules, 2 + index // TALKS % 3
+        )
         yield "conversation", list(talk.texts), list(talk.scenes)
 
 

@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
-from lavit.data.scenes.render import background, sprite, stands_out, turned
+from lavit.data.scenes.render import background, rotated, sprite, stands_out
 from lavit.data.scenes.world import (
     BACKGROUNDS,
     COLOURS,
@@ -84,7 +84,7 @@ class Drawings:
         drawing, uses = self.kept.get(slot, (None, USES))
         if uses >= USES:
             side = self.rng.uniform(*((0.27, 0.36) if big else (0.175, 0.225))) * canvas
-            spun = turned(shrunk(*kind, style, big), float(self.rng.uniform(-TURN, TURN)))
+            spun = rotated(shrunk(*kind, style, big), float(self.rng.uniform(-TURN, TURN)))
             scale = side / max(spun.size)
             size = tuple(max(1, round(length * scale)) for length in spun.size)
             drawing, uses = spun.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0), 0
@@ -253,14 +253,14 @@ def losses(maps: Maps, things: Tensor, ground: Tensor) -> dict[str, Tensor]:
     weight = weight / weight.sum().clamp(min=1e-6)
     x, y, side, name, colour, style = things[picture, thing].T
 
-    def told(logits: Tensor, answer: Tensor) -> Tensor:
+    def loss_of(logits: Tensor, answer: Tensor) -> Tensor:
         said = logits[picture, :, row, column]
         each = F.cross_entropy(said, answer.long(), ignore_index=-1, reduction="none")
         return (each * weight).sum()
 
-    found["name"] = told(maps.name, name)
-    found["colour"] = told(maps.colour, colour)
-    found["style"] = 0.2 * told(maps.style, style)
+    found["name"] = loss_of(maps.name, name)
+    found["colour"] = loss_of(maps.colour, colour)
+    found["style"] = 0.2 * loss_of(maps.style, style)
     wanted = torch.stack([x * CELLS - column - 0.5, y * CELLS - row - 0.5, 3 * side.log()], dim=1)
     place = maps.place[picture, :, row, column] * torch.tensor([1.0, 1.0, 3.0])
     found["place"] = ((place - wanted).abs().sum(dim=1) * weight).sum()

@@ -43,7 +43,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from lavit.config import TrainConfig
+from lavit.config import Mixture, TrainConfig
 from lavit.presets import lavit_7b
 from lavit.train.run import open_run, train_stages
 
@@ -57,7 +57,7 @@ def settings() -> TrainConfig:
         training.language,
         stream=True,
         warmup=2_000 / training.language.steps,
-        mixture=(1.0, 1.0, 0.0, 0.0, 0.0),  # reading and writing
+        mixture=Mixture(reading=1.0, writing=1.0),
         accumulate=8,
         recompute=True,
     )

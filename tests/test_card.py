@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from conftest import toy_config, toy_training
 from lavit.cli import main
-from lavit.config import InputError, read_config, read_json
+from lavit.config import InputError, TrainConfig, from_json, read_config, read_json, to_json
 from lavit.model import LaVIT
-from lavit.storage import export_language
+from lavit.storage import WEIGHTS, export_language
 from lavit.train.card import record_figures, write_card
 from lavit.train.run import open_run, train_stages
 
@@ -149,3 +149,24 @@ def test_lora_over_a_random_model_is_refused(toy_data: Path, tmp_path: Path) -> 
     )
     with pytest.raises(InputError, match="random"):
         train_stages(run, ("tokenizer", "language"))
+
+
+def test_shipped_models_say_how_they_were_trained() -> None:
+    for path in WEIGHTS.glob("*/training.json"):
+        training = read_json(path)["training"]
+        assert to_json(from_json(TrainConfig, training)) == training
+        training["language"]["mixture"] = [1.0, 1.0, 0.0, 0.0, 0.0]
+        with pytest.raises(InputError, match="expected an object of reading, writing"):
+            from_json(TrainConfig, training)
+
+
+def test_settings_of_another_version_are_named_in_one_line(toy_run: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "training.json"):
+        shutil.copy(toy_run / name, tmp_path / name)
+    said = read_json(tmp_path / "training.json")
+    said["training"]["pixels"] |= {"autoencoder_steps": 0, "autoencoder_rate": 1e-3}
+    (tmp_path / "training.json").write_text(json.dumps(said))
+    with pytest.raises(InputError) as error:
+        write_card(tmp_path)
+    assert "autoencoder_rate, autoencoder_steps" in str(error.value)
+    assert "\n" not in str(error.value)

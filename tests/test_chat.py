@@ -149,7 +149,7 @@ STRICT = (
     [
         ([], {}, "a list of messages"),
         ({"role": "user", "content": "hi"}, {}, "a list of messages"),
-        (["hi"], {}, "message 0 is no message"),
+        (["hi"], {}, "message 0 is not a message"),
         (
             [{"role": "robot", "content": "hi"}],
             {},
@@ -327,7 +327,7 @@ def test_words_that_spell_control_tokens_are_words(toy_run: Path, template: str 
 
 
 def chat_job(pipeline: Pipeline) -> Job:
-    (job,) = pipeline._replies([user("hello")], "text").jobs
+    (job,) = pipeline.replies([user("hello")], "text").jobs
     return job
 
 

@@ -19,10 +19,10 @@ import published
 from lavit.config import InputError
 from lavit.convert import check_fixture, convert_published, convert_reverse, names
 from lavit.convert import published as layout
-from lavit.convert.tensors import read_pickle, write_safetensors
+from lavit.convert.tensors import read_pickle
+from lavit.files import load_tensors, save_tensors
 from lavit.model import LaVIT
 from lavit.presets import lavit_7b
-from lavit.storage import load_tensors
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
 DATA = Path(__file__).parent / "data"
@@ -305,7 +305,7 @@ def test_safetensors_are_written_and_read_bit_for_bit(tmp_path: Path):
         "none": torch.empty(0, 3),
         "turned": torch.randn(4, 6).T,
     }
-    write_safetensors(tmp_path / "x.safetensors", tensors)
+    save_tensors(tensors, tmp_path / "x.safetensors")
     for found in (
         load_file(tmp_path / "x.safetensors"),
         load_tensors(tmp_path / "x.safetensors"),
@@ -456,7 +456,7 @@ def test_the_converted_folder_is_a_model_and_agrees_with_the_oracle(folder: Path
         fine = LaVIT.from_pretrained(converted / "highres")
         assert torch.equal(fine.visual_tokenizer.encode(patches, keep=keep).codes, tokens.codes)
         features = fine.visual_tokenizer.decode(tokens.codes, tokens.lengths)
-        condition = fine.pixels.told(features, (8, 8))
+        condition = fine.pixels.condition_of(features, (8, 8))
     torch.testing.assert_close(condition.context, theirs["context_1024"], **close)
     torch.testing.assert_close(condition.pooled, theirs["pooled_1024"], **close)
     null = torch.load(folder / layout.NULL)[0].float()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from conftest import toy_picture, toy_training
-from lavit.config import InputError
+from lavit.config import InputError, Mixture
 from lavit.data.corpus import Corpus, Picture, load_corpus, parse_mixture
 from lavit.data.documents import Documents
 from lavit.data.sources import Record
@@ -89,7 +89,11 @@ def test_documents_come_by_the_weights_and_of_the_kinds_a_source_has(
     toy_data: Path, shapes: Path, prose: Path
 ) -> None:
     corpus = load_corpus(f"{toy_data},{shapes}:0.5,{prose}:0.5")
-    documents = documents_of(corpus, mixture=(1.0, 1.0, 1.0, 1.0, 0.0), unconditional_fraction=0.0)
+    documents = documents_of(
+        corpus,
+        mixture=Mixture(reading=1.0, writing=1.0, question=1.0, edit=1.0),
+        unconditional_fraction=0.0,
+    )
     rng = np.random.default_rng(0)
     counts: Counter[str] = Counter()
     for _ in range(4000):
@@ -100,7 +104,7 @@ def test_documents_come_by_the_weights_and_of_the_kinds_a_source_has(
     assert counts["prose"] / 4000 == pytest.approx(0.25, abs=0.02)
     # the toy data has no questions
     assert counts["question"] / 4000 == pytest.approx(0.25 / 3, abs=0.02)
-    only = documents_of(corpus, mixture=(1.0, 0.0, 0.0, 0.0, 0.0))
+    only = documents_of(corpus, mixture=Mixture(reading=1.0))
     captions = {
         only.tokenizer.decode(document[1].ids[:-1])
         for _ in range(300)
@@ -124,7 +128,7 @@ def test_a_picture_is_asked_several_questions_at_once(toy_data: Path, tmp_path: 
         json.dumps({**image, "question": question, "answer": answer}) for question, answer in asked
     ]
     (folder / "questions.jsonl").write_text("\n".join(lines))
-    documents = documents_of(load_corpus(folder), mixture=(0.0, 0.0, 1.0, 0.0, 0.0))
+    documents = documents_of(load_corpus(folder), mixture=Mixture(question=1.0))
     said = {question_text(question): answer_text(answer) for question, answer in asked}
     seen: set[str] = set()
     for seed in range(20):
@@ -155,7 +159,7 @@ def test_an_edit_shows_all_its_sources_as_codes_before_the_words(shapes_data: Pa
             assert " and ".join(names[number] for number in edit.sources) == names[edit.target]
         else:
             assert len(edit.sources) == 1 and edit.prompt.split()[-1] in names[edit.target]
-    documents = documents_of(corpus, mixture=(0.0, 0.0, 0.0, 1.0, 0.0))
+    documents = documents_of(corpus, mixture=Mixture(edit=1.0))
     seen: set[int] = set()
     for seed in range(60):
         *sources, words, target, end = documents.draw(np.random.default_rng(seed))
@@ -190,7 +194,7 @@ def test_prompts_of_a_source_take_the_place_of_its_captions(
 
 def test_a_source_that_gives_nothing_is_named(toy_data: Path) -> None:
     with pytest.raises(InputError, match="gives no document"):
-        documents_of(load_corpus(toy_data), mixture=(0.0, 0.0, 1.0, 0.0, 0.0))
+        documents_of(load_corpus(toy_data), mixture=Mixture(question=1.0))
 
 
 def test_a_text_ends_with_the_end_token_once_and_its_pieces_join_to_it() -> None:
@@ -268,7 +272,7 @@ def test_a_document_longer_than_a_row_is_left_out_and_named(
     path = tmp_path / "long" / "train" / "metadata.jsonl"
     path.write_text(path.read_text().replace("red bar.", "red bar " * 80))
     corpus = load_corpus(tmp_path / "long")
-    documents = documents_of(corpus, mixture=(1.0, 1.0, 0.0, 0.0, 0.25))
+    documents = documents_of(corpus, mixture=Mixture(reading=1.0, writing=1.0, text=0.25))
     said = ""
     for row in unpack(documents.batch(0), documents.vocabulary):
         for one in row:

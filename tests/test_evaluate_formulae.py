@@ -14,11 +14,11 @@ from PIL import Image
 from lavit.data.scenes.parse import parse
 from lavit.data.scenes.world import Box, Facts, Group
 from lavit.evaluate.allocation import PERMUTATIONS, dealt, gains, mean_length
-from lavit.evaluate.copies import distance, is_copy
+from lavit.evaluate.copies import is_copy, pixel_distance
 from lavit.evaluate.drawing import packed, turned, unpacked
 from lavit.evaluate.figures import bootstrapped, mean, nothing, ranks, ratio, share, spearman
 from lavit.evaluate.kept import Kept
-from lavit.evaluate.ladder import above, edge_energy, other_lengths, shuffled
+from lavit.evaluate.ladder import above, edge_energy, other_lengths, shuffled_patches
 from lavit.evaluate.own import covers
 from lavit.evaluate.probes import fit, found_names, patches_in
 
@@ -131,7 +131,7 @@ def test_a_copy_is_nearer_than_renders_are() -> None:
     def grey(level: int) -> Image.Image:
         return Image.new("RGB", (8, 8), (level,) * 3)
 
-    assert distance(grey(10), grey(13)) == 3
+    assert pixel_distance(grey(10), grey(13)) == 3
     training, renders = [grey(100)], [grey(100 + n) for n in range(10, 50)]
     assert is_copy(grey(101), training, renders)
     assert not is_copy(grey(130), training, renders)
@@ -154,7 +154,7 @@ def test_selections_that_know_nothing_keep_as_many_patches() -> None:
 def test_shuffling_moves_patches_and_loses_none() -> None:
     pixels = np.arange(48 * 48 * 3, dtype=np.int64).reshape(48, 48, 3) % 251
     picture = Image.fromarray(pixels.astype(np.uint8))
-    mixed = shuffled(picture, 4, np.random.default_rng(0))
+    mixed = shuffled_patches(picture, 4, np.random.default_rng(0))
     assert sorted(np.asarray(mixed).ravel()) == sorted(np.asarray(picture).ravel())
     assert mixed.tobytes() != picture.tobytes()
     again = unpacked(packed(picture))

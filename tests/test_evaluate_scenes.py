@@ -352,7 +352,7 @@ def written(name: str, colour: str | None) -> str:
             '{"kind": "draw", "prompt": "an owl", "facts": "something nice"}',
             "is no sentence about a scene",
         ),
-        ('{"kind": "draw", "prompt": 3, "facts": "an owl"}', "3 is no text"),
+        ('{"kind": "draw", "prompt": 3, "facts": "an owl"}', "3 is not a text"),
         ('{"kind": "read", "scene": {"background": "mauve"}}', "background is 'mauve'"),
         ('{"kind": "edit", "pictures": ["a.png"], "prompt": "remove it"}', "needs facts"),
         ('{"kind": "read", "scene": "blue"}', "a scene is an object"),
@@ -393,7 +393,7 @@ def test_all_replies_of_a_conversation_must_be_right(
     with pytest.raises(Missing, match="was not trained on conversations"):
         FIGURES["chat4_all"](one)
     (run / "finetune.json").write_text("{}")
-    talks = conversing.talks_of(one)
+    talks = conversing.chat_items(one)
     turn = {}
 
     def chat(messages: list[list[dict]], *, out: str, seed: list[int]) -> list[dict]:

@@ -12,9 +12,9 @@ import torch
 import lavit
 from conftest import NAMES
 from lavit.config import FinetuneTraining, InputError, read_config
+from lavit.language.lora import merge_lora
 from lavit.model import LaVIT
 from lavit.sequence import Text, lay_out, pack
-from lavit.storage import merge_lora
 from lavit.train.finetune import finetune, finetune_training, prepare_lora
 from lavit.train.loop import Report
 from test_conversations import drawn, read, write
@@ -122,7 +122,7 @@ def test_merged_lora_gives_the_logits_of_unmerged(toy_run: Path) -> None:
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
     unmerged = logits(language)
-    merge_lora(language)
+    merge_lora(language.lm)
     assert not any("lora_" in name for name, _ in language.lm.named_parameters())
     assert torch.allclose(logits(language), unmerged, atol=1e-5)
     assert not torch.allclose(plain, unmerged, atol=1e-3)

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from conftest import toy_config
 from lavit.config import TokenizerTraining
 from lavit.data.features import Features
-from lavit.storage import load_tensors
+from lavit.files import load_tensors
 from lavit.train.batches import PictureBatch, Shard
 from lavit.train.feeds import CorpusFeatures
 from lavit.train.health import (

@@ -109,7 +109,7 @@ def test_other_arrays_are_refused_in_one_line(source, line):
 
 
 def test_other_values_are_no_pictures():
-    with pytest.raises(InputError, match="of type int is no picture"):
+    with pytest.raises(InputError, match="of type int is not a picture"):
         open_image.__wrapped__(3)  # past the tests' type checker
 
 

@@ -156,7 +156,7 @@ def config(request: pytest.FixtureRequest) -> PixelsConfig:
 def test_saved_decoder_paints_the_same_bits_and_opens_in_diffusers(config, tmp_path):
     pixels = built(config)
     if pixels.vae is not None:
-        pixels.calibrate(torch.rand(4, 3, 16, 16) * 2 - 1)
+        pixels.vae.register_to_config(latents_mean=[0.5] * 4, latents_std=[2.0] * 4)
     before = pixels.sample(some_features(2), seeds=[3, 4])
     pixels.save(tmp_path)
     config = from_json(PixelsConfig, json.loads(json.dumps(to_json(config))))
@@ -222,7 +222,7 @@ def test_stochastic_scheduler_draws_per_picture():
 
 def test_batched_guidance_equals_two_passes(config):
     pixels, features, size = built(config), some_features(2), (8, 8)
-    told, null = pixels.told(features, size), pixels.condition.null(2, size)
+    told, null = pixels.condition_of(features, size), pixels.condition.null(2, size)
     latents, time = torch.randn(2, pixels.latent_channels, *size), torch.tensor(300)
     with torch.no_grad():
         one = pixels._guided(latents, time, told.followed_by(null), 3.0)
@@ -244,7 +244,7 @@ def test_guidance_of_one_runs_no_second_half():
 def test_padding_behind_the_null_text_is_masked(null_tokens):
     pixels = built(sd15_config(null_tokens=null_tokens))
     null = pixels.condition.null(1, (8, 8))
-    told = pixels.told(some_features(1), (8, 8))
+    told = pixels.condition_of(some_features(1), (8, 8))
     longest = max(null_tokens, PATCHES)
     assert null.context.shape == told.context.shape == (1, longest, 10)
     assert null.valid.sum() == null_tokens and told.valid.sum() == PATCHES
@@ -318,7 +318,10 @@ def test_folding_is_exactly_inverted_and_the_autoencoder_standardises():
     assert folded.encode(pictures).shape == (5, 12, 8, 8)
     assert torch.equal(folded.decode(folded.encode(pictures)), pictures)
     pixels = built(sd15_config())
-    pixels.calibrate(pictures)
+    with torch.no_grad():
+        raw = pixels.vae.encode(pictures).latent_dist.mode()
+    std, mean = (moment.tolist() for moment in torch.std_mean(raw, dim=(0, 2, 3)))
+    pixels.vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0)
     latents = pixels.encode(pictures)
     deviation, mean = torch.std_mean(latents, dim=(0, 2, 3))
     torch.testing.assert_close(mean, torch.zeros(4), atol=1e-4, rtol=0)
@@ -382,26 +385,9 @@ def test_dropped_conditions_hide_the_features(config):
     assert losses[0] != losses[1]
 
 
-def test_autoencoder_learns():
-    pixels = built(sd15_config()).train()
-    small = torch.rand(4, 3, 2, 2, generator=torch.Generator().manual_seed(2)) * 2 - 1
-    pictures = torch.nn.functional.interpolate(small, (16, 16))
-    optimizer = torch.optim.AdamW(pixels.vae.parameters(), lr=1e-2, weight_decay=0.0)
-    losses = []
-    for step in range(40):
-        loss = pixels.autoencoder_loss(pictures, generator=torch.Generator().manual_seed(step))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert min(losses[-5:]) < 0.7 * losses[0]
-    with pytest.raises(InputError, match="no autoencoder"):
-        built(grid_config()).autoencoder_loss(pictures)
-
-
 def test_direction_ignores_the_length_of_features():
     pixels, features = built(grid_config()), some_features(2)
-    one, two = (pixels.told(f, (8, 8)).grid for f in (features, features * 7))
+    one, two = (pixels.condition_of(f, (8, 8)).grid for f in (features, features * 7))
     torch.testing.assert_close(one, two)
 
 

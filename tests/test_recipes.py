@@ -6,22 +6,27 @@ import importlib
 import json
 import re
 import sys
+from dataclasses import replace
 from importlib.metadata import distribution
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from lavit.data.corpus import load_corpus
 from lavit.data.documents import Documents
+from lavit.presets import nano
 from lavit.sequence import Image, lay_out
 from lavit.train.language import train_text_tokenizer
+from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 from lavit.vocabulary import Vocabulary
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 sys.path.insert(0, str(RECIPES))
 import lavit_7b
 import prose
+import speedrun
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.py")))
@@ -86,3 +91,37 @@ def test_prose_is_split_by_package(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert len(lines) == counts[f"{split} texts"] > 0
         assert {line["package"] for line in lines} == set(packages[split])
     assert packages["train"]["peft"]["licence"].startswith("Apache")
+
+
+def test_speedrun_races_three_selections(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A few steps of toys: every arm keeps what it should, and the table has a row for each."""
+    preset = nano()
+    training = preset.training
+    tokenizer = replace(training.tokenizer, steps_a=2, steps_b=2, batch=8, k_means_vectors=200)
+    language = replace(training.language, rows=1, tokens=256)
+    model = replace(preset.model, visual_tokenizer=replace(preset.model.visual_tokenizer, codes=64))
+    stages = replace(training, tokenizer=tokenizer, language=language)
+    small = replace(preset, model=model, training=stages)
+    monkeypatch.setattr(speedrun, "nano", lambda: small)
+    speedrun.main(tmp_path, pictures=24, steps=4, every=4, count=1, seeds=1, rates=(1e-3,))
+    said = capsys.readouterr().out
+    assert all(f"seed 0 {arm} " in said for arm in speedrun.ARMS) and "not reached by 1" in said
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [len(found["curve"]) for found in results["racers"]] == [1, 1, 1]
+    speedrun.main(tmp_path, pictures=24, steps=4, every=4, count=1, seeds=1)
+    assert "seed 0" not in capsys.readouterr().out  # a finished seed is kept
+
+
+def test_untaught_tokenizers_keep_as_many_or_all() -> None:
+    torch.manual_seed(0)
+    config = nano().model.visual_tokenizer
+    learned = VisualTokenizer(config).eval()
+    patches = torch.randn(3, config.patches, config.dim)
+    random = speedrun.RandomTokenizer(config).eval()
+    random.load_state_dict(learned.state_dict())
+    whole = speedrun.WholeTokenizer(config).eval()
+    chosen, drawn = learned.select(patches), random.select(patches)
+    assert torch.equal(drawn.sum(1), chosen.sum(1)) and not torch.equal(drawn, chosen)
+    assert torch.equal(drawn[1:2], random.select(patches[1:2])) and whole.select(patches).all()

@@ -165,10 +165,10 @@ def test_documents_are_the_same_in_every_process() -> None:
         "import hashlib, numpy as np\n"
         "from lavit.data.scenes.dataset import unit_at\n"
         "from lavit.data.scenes.splits import Rules\n"
-        "from lavit.data.scenes.tasks import conversation\n"
+        "from lavit.data.scenes.tasks import scene_conversation\n"
         "said = [repr(unit_at('train', n)) for n in range(12)]\n"
         "rng = np.random.default_rng\n"
-        "said += [' '.join(conversation(rng(n), Rules(), 4).texts) for n in range(30)]\n"
+        "said += [' '.join(scene_conversation(rng(n), Rules(), 4).texts) for n in range(30)]\n"
         "print(hashlib.sha256(''.join(said).encode()).hexdigest())"
     )
     found = [

@@ -12,7 +12,7 @@ from lavit.data.scenes.parse import parse
 from lavit.data.scenes.questions import CONTENTS, KINDS, answers, normal, questions, right
 from lavit.data.scenes.sample import belongs, scene_at
 from lavit.data.scenes.splits import HELD_OUT_COLOURS, Rules, valid_world, violations
-from lavit.data.scenes.tasks import FULL, SEVERAL_KINDS, SHORT, conversation, several
+from lavit.data.scenes.tasks import FULL, SEVERAL_KINDS, SHORT, scene_conversation, several
 from lavit.data.scenes.world import STYLES, Scene, facts
 
 RULES = Rules()
@@ -187,7 +187,7 @@ def test_both_pictures_are_of_the_split_that_is_asked():
 def test_conversations_hold_together():
     rng = np.random.default_rng(5)
     for n in range(90):
-        talk = conversation(rng, RULES, 2 + n % 3)
+        talk = scene_conversation(rng, RULES, 2 + n % 3)
         assert [m.role for m in talk.messages] == ["user", "assistant"] * (2 + n % 3)
         assert not violations(talk.texts, talk.scenes, RULES)
         last = None
@@ -210,7 +210,7 @@ def test_the_same_randomness_gives_the_same_documents(scenes):
         rng = np.random.default_rng(6)
         return (
             questions(scenes[0], rng, RULES, 3), edit(scenes[1], rng, RULES),
-            several(rng, RULES), conversation(rng, RULES, 3),
+            several(rng, RULES), scene_conversation(rng, RULES, 3),
         )  # fmt: skip
 
     assert made() == made()

@@ -159,7 +159,7 @@ def test_bad_sources_are_one_clear_line(folder, tmp_path):
         (tmp_path / "empty.jsonl", "train", "empty"),
         (tmp_path / "text", "train", "holds no pictures"),
         (tmp_path / "notes.txt", "train", "holds no pictures"),
-        (tmp_path / "notes.md", "train", "no data file that is known"),
+        (tmp_path / "notes.md", "train", "not a known kind of data file"),
     ):
         with pytest.raises(InputError, match=words) as raised:
             load_records(source, split, cache=tmp_path / "cache")

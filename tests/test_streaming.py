@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from conftest import toy_config, toy_picture, toy_training
-from lavit.config import InputError, write_config
-from lavit.data.bulk import Job, corpus_codes, tokenize_corpus, tokenizer_hash
+from lavit.config import InputError, Mixture, write_config
+from lavit.data.bulk import CorpusJob, corpus_codes, tokenize_corpus, tokenizer_hash
 from lavit.data.corpus import Corpus, Picture, load_corpus
 from lavit.data.sources import Record
 from lavit.data.stream import Stream
@@ -132,7 +132,7 @@ def test_no_record_is_lost_or_told_twice(shards: Path) -> None:
 
 
 def test_pictures_that_are_read_bring_their_own_features(shards: Path) -> None:
-    documents = documents_of(str(shards), mixture=(1.0, 0.0, 0.0, 0.0, 0.0))
+    documents = documents_of(str(shards), mixture=Mixture(reading=1.0))
     batch = documents.batch(0)
     patches, keep = documents.pictures(batch.images)
     assert len(patches) == len(batch.images) == len(keep) > 0
@@ -249,7 +249,7 @@ def test_stage_two_on_a_stream_resumes_to_the_same_losses(
 
 
 def test_stage_two_on_tokens_made_beforehand(toy_data: Path, toy_run: Path, tmp_path: Path) -> None:
-    tokenize_corpus(Job(data=toy_data, out=tmp_path / "tokens", model=toy_run), workers=0)
+    tokenize_corpus(CorpusJob(data=toy_data, out=tmp_path / "tokens", model=toy_run), workers=0)
     lines = stage_two(
         toy_run, tmp_path / "run", str(toy_data), token_corpus=str(tmp_path / "tokens")
     )

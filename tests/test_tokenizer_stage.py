@@ -19,7 +19,7 @@ from conftest import toy_config, toy_training
 from lavit import presets
 from lavit.cli import main
 from lavit.config import InputError
-from lavit.storage import load_tensors
+from lavit.files import load_tensors
 from lavit.train.batches import Shard
 from lavit.train.tokenizer import TokenizerStage
 

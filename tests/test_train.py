@@ -15,16 +15,16 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
 from conftest import NAMES, toy_config, toy_picture, toy_training
-from lavit.config import InputError, LanguageConfig
-from lavit.data.bulk import Job, tokenize_corpus
+from lavit.config import InputError, LanguageConfig, Mixture
+from lavit.data.bulk import CorpusJob, tokenize_corpus
 from lavit.data.corpus import load_corpus
 from lavit.data.documents import Documents
 from lavit.data.features import compute_features, tokenize_features
 from lavit.data.sources import Record
+from lavit.files import load_tensors
 from lavit.images import pixels
 from lavit.model import LaVIT
 from lavit.presets import lavit_7b
-from lavit.storage import load_tensors
 from lavit.train.batches import draw_pictures
 from lavit.train.health import Alarm, CodeUse, check_codes, check_selector
 from lavit.train.language import train_text_tokenizer
@@ -118,7 +118,7 @@ def test_settings_of_a_stage_count_from_its_beginning(
 ) -> None:
     """Codes made by stage 1 are named at stage 2, for the first time, and no longer at stage 3."""
     folder, codes = begun_run(toy_run, tmp_path / "run"), str(tmp_path / "tokens")
-    tokenize_corpus(Job(data=toy_data, out=codes, model=folder), workers=0)
+    tokenize_corpus(CorpusJob(data=toy_data, out=codes, model=folder), workers=0)
     training, config = toy_training(), toy_config()
     fed = replace(training, language=replace(training.language, steps=1, token_corpus=codes))
     shape = config.language.architecture | {"num_hidden_layers": 1}
@@ -244,7 +244,10 @@ def test_stage_one_learns_and_its_codes_live(toy_data: Path, tmp_path: Path) -> 
 def test_stage_two_overfits_both_directions(toy_data: Path, tmp_path: Path) -> None:
     training = toy_training()
     stage = replace(
-        training.language, steps=150, unconditional_fraction=0.0, mixture=(1, 1, 0, 0, 0)
+        training.language,
+        steps=150,
+        unconditional_fraction=0.0,
+        mixture=Mixture(reading=1.0, writing=1.0),
     )
     run = open_run(tmp_path, toy_data, toy_config(), replace(training, language=stage))
     train_stages(run, ("tokenizer", "language"))

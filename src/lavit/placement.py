@@ -24,8 +24,8 @@ from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin as Quantizer
 
 from lavit.config import InputError
+from lavit.language.lora import merge_lora
 from lavit.language.model import Language
-from lavit.storage import merge_lora
 
 log = logging.getLogger(__name__)
 Places = str | Mapping[str, int | str]  # "auto", or a map of modules to devices
@@ -139,8 +139,7 @@ def quantized(
     device_map: Places,
 ) -> Language:
     """The same `Language` around a rounded LM; its own rows and reader are moved and stay exact."""
-    if any(hasattr(module, "get_base_layer") for module in language.lm.modules()):
-        merge_lora(language)
+    merge_lora(language.lm)
     lm = _apart(language, device, dtype)
     options = {"quantization_config": config, "device_map": device_map, "dtype": dtype}
     weights = lm.state_dict()
@@ -173,6 +172,6 @@ def dispatched(
 def _apart(language: Language, device: torch.device, dtype: torch.dtype) -> Any:
     """Move all but the LM, which is taken out and returned."""
     lm = language.lm
-    language.lm = nn.Identity()  # type: ignore[assignment]
+    language.lm = nn.Identity()  # type: ignore[assignment]  # for a while
     language.to(device, dtype)
     return lm

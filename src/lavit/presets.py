@@ -14,6 +14,7 @@ from lavit.config import (
     InputError,
     LanguageConfig,
     LanguageTraining,
+    Mixture,
     ModelConfig,
     PixelsConfig,
     PixelsTraining,
@@ -47,7 +48,7 @@ def efficientnet_lite0(*, image_size: int) -> VisionConfig:
 
 
 def folded_pixels(vision: VisionConfig, *, width: int, depth: int) -> PixelsConfig:
-    """8 px a patch, folded onto the grid of features beside them; the picture is predicted.
+    """8 px a patch, folded onto the grid of features; the picture is predicted.
 
     Predicting ε leaves its error as grain until training is long, and weighting as Eq. 5 does gives
     the noisiest levels, which alone need the features, next to no weight: here all count alike.
@@ -145,11 +146,10 @@ def nano() -> Preset:
             weight_decay=0.01,
             optimizer="muon",
             read_share=0.1,
-            mixture=(6.0, 1.0, 0.6, 0.4, 0.0),  # documents of questions are twice as long
+            # documents of questions are twice as long
+            mixture=Mixture(reading=6.0, writing=1.0, question=0.6, edit=0.4),
         ),
         pixels=PixelsTraining(
-            autoencoder_steps=0,
-            autoencoder_rate=1e-3,
             steps=1000,
             batch=16,
             learning_rate=2e-3,
@@ -174,7 +174,7 @@ def mini() -> Preset:
             learning_rate=1e-3,
             rows_rate=2e-3,
             reader_rate=5e-4,
-            mixture=(4.0, 1.0, 0.8, 0.9, 0.0),
+            mixture=Mixture(reading=4.0, writing=1.0, question=0.8, edit=0.9),
         ),
         pixels=replace(small.training.pixels, steps=6000, ema=0.998, code_noise=0.5),
     )
@@ -239,7 +239,7 @@ def lavit_7b() -> Preset:
             guidance=5.0,
         ),
     )
-    common = {"batch": 2048, "learning_rate": 1e-4}
+    common: dict[str, Any] = {"batch": 2048, "learning_rate": 1e-4}
     training = TrainConfig(
         tokenizer=TokenizerTraining(steps_a=25_000, steps_b=25_000, decay=0.995, **common),
         language=LanguageTraining(
@@ -250,7 +250,7 @@ def lavit_7b() -> Preset:
             rows_rate=1e-4,
             reader_rate=1e-4,
         ),
-        pixels=PixelsTraining(autoencoder_steps=0, autoencoder_rate=0.0, steps=20_000, **common),
+        pixels=PixelsTraining(steps=20_000, **common),
     )
     return Preset(model, training, minutes=float("inf"))
 
@@ -278,5 +278,5 @@ def scaled(training: TrainConfig, factor: float) -> TrainConfig:
         training,
         tokenizer=times(training.tokenizer, "steps_a", "steps_b"),
         language=times(training.language, "steps"),
-        pixels=times(training.pixels, "autoencoder_steps", "steps"),
+        pixels=times(training.pixels, "steps"),
     )

@@ -109,7 +109,7 @@ class LaVITProcessor:
     def batch_decode(self, ids: Ids) -> list[str]:
         """The text of each row, without pictures and special tokens."""
         texts = [[i for i in map(int, row) if i < self.vocabulary.text_size] for row in ids]
-        return [self.text_tokenizer.decode(row, skip_special_tokens=True) for row in texts]
+        return [str(self.text_tokenizer.decode(row, skip_special_tokens=True)) for row in texts]
 
     def batch_codes(self, ids: Ids) -> list[list[Int[Tensor, "kept"]]]:
         """The codes of the pictures of each row: each row is what `LaVIT.decode` takes."""

@@ -202,7 +202,9 @@ def fill_rows(lengths: Sequence_[int], rows: int, capacity: int) -> tuple[list[l
     tail = 4 * sorted(lengths)[len(lengths) // 2] if lengths else 0
     for _ in range(rows):
         waiting += islice(coming, WAITING - len(waiting))
-        row, later, room = [], [], capacity
+        row: list[int] = []
+        later: list[int] = []
+        room = capacity
         for number in waiting:
             if room - lengths[number] >= tail or not row:
                 row.append(number)
@@ -280,8 +282,8 @@ def unpack(batch: Batch, vocabulary: Vocabulary) -> list[list[Sequence]]:
             ids = batch.ids[r, at]
             slots = batch.slots[r, at]
             reads = int((slots[1:] & (ids[:-1] == vocabulary.image_start)).sum())
-            parts = (tuple(part.tolist()) for part in (ids, batch.labels[r, at], slots))
-            row.append(Sequence(*parts, tuple(islice(images, reads))))
+            labels, seen = tuple(batch.labels[r, at].tolist()), tuple(islice(images, reads))
+            row.append(Sequence(tuple(ids.tolist()), labels, tuple(slots.tolist()), seen))
         rows.append(row)
     return rows
 

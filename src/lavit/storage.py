@@ -12,20 +12,15 @@ pixels/            a diffusers folder
 from __future__ import annotations
 
 import logging
-import os
 import re
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -35,9 +30,10 @@ from transformers import (
 )
 
 from lavit.config import PARTS, InputError, LanguageConfig, ModelConfig, require
-from lavit.language.model import Language
+from lavit.files import load_strictly, load_tensors, pretrained, replacing, save_tensors, sha256
+from lavit.language.lora import inject_lora, merge_lora
+from lavit.language.model import Language, table_and_head
 from lavit.language.smollm2 import SMOLLM2, load_smollm2, load_smollm2_text, smollm2_file
-from lavit.vision.encoder import sha256
 from lavit.visual_tokenizer.merger import Merger
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 from lavit.vocabulary import MARKERS
@@ -76,10 +72,11 @@ def model_folder(
 
     left_out = [part for part in PARTS if part not in parts]
     left_out += ["reader"] * ("language" in left_out)
-    options = {"revision": revision, "cache_dir": cache_dir, "token": token}
+    options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
     try:
         ignored = [f"{part}/*" for part in left_out]
-        return Path(snapshot_download(model, ignore_patterns=ignored, **options))
+        found: str = snapshot_download(model, ignore_patterns=ignored, **options)
+        return Path(found)
     except (OSError, ValueError) as error:
         line = str(error).strip().splitlines()[0]
         raise InputError(f"{said}, and the hub does not give it: {line}") from error
@@ -88,58 +85,6 @@ def model_folder(
 def has_part(config: ModelConfig, folder: Path, part: str) -> bool:
     """Whether a model folder has a part; an encoder that is only referenced is always there."""
     return (folder / part).is_dir() or (part == "vision" and config.vision.source != "folder")
-
-
-@contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """An empty folder that takes the place of `folder` at the end, or vanishes on a failure."""
-    new, old = (folder.with_name(f".{folder.name}.{age}") for age in ("new", "old"))
-    try:
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror}") from error
-    try:
-        yield new
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(new, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-
-
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write tensors as safetensors, creating the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: one.detach().contiguous().cpu() for name, one in tensors.items()}, path)
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file; a missing or broken one raises `InputError`."""
-    try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        said = f"{path} is missing: this model folder is incomplete (did its training end?)"
-        raise InputError(said) from error
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is not a readable safetensors file: {error}") from error
-
-
-def load_strictly(module: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
-    """Load every tensor into the module; names or shapes that differ raise `InputError`."""
-    expected = module.state_dict()
-    missing, unknown = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
-    if missing or unknown:
-        said = f"missing {missing[:3]}, not expected {unknown[:3]}"
-        raise InputError(f"{where} does not fit this configuration: {said}")
-    for name, tensor in tensors.items():
-        wanted = list(expected[name].shape)
-        if list(tensor.shape) != wanted:
-            said = f"{name} is {list(tensor.shape)}, this configuration expects {wanted}"
-            raise InputError(f"{where}: {said}")
-    module.load_state_dict(tensors)
 
 
 def load_base(
@@ -155,15 +100,20 @@ def load_base(
         if folder is not None and (folder / "tokenizer.json").is_file():
             return lm, AutoTokenizer.from_pretrained(folder)
         return lm, load_smollm2_text(file)
-    where = folder if config.source == "folder" else config.source
-    if config.source == "folder" and not (folder and (folder / "config.json").is_file()):
-        raise InputError(f"{folder} holds no language model: has the language stage been trained?")
+    where: str | Path = config.source
+    if where == "folder":
+        if folder is None or not (folder / "config.json").is_file():
+            said = f"{folder} holds no language model"
+            raise InputError(f"{said}: has the language stage been trained?")
+        where = folder
     try:
-        return AutoModelForCausalLM.from_pretrained(where), AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError) as error:
+        return pretrained(AutoModelForCausalLM, where), AutoTokenizer.from_pretrained(where)
+    except Exception as error:  # configurations, weights and tokenizers fail in ways of their own
         if "tiktoken" in str(error):  # what transformers says where it cannot read SentencePiece
             require("sentencepiece", extra="published")
-        raise InputError(f"no language model at {where}: {str(error).splitlines()[0]}") from error
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        named = "" if where == folder or folder is None else f" (language.source, {folder.parent})"
+        raise InputError(f"no language model at {where}{named}: {why}") from error
 
 
 def build_language(
@@ -183,28 +133,8 @@ def build_language(
         read_as=config.language.read_as,
     )
     if config.language.lora_rank:
-        inject_lora(language, config.language)
+        inject_lora(language.lm, config.language)
     return language
-
-
-def inject_lora(language: Language, config: LanguageConfig) -> None:
-    """Put LoRA layers into the LM in place (peft); only they, rows and reader train then."""
-    peft = require("peft", extra="mini")
-    rank, targets = config.lora_rank, list(config.lora_targets)
-    lora = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
-    peft.inject_adapter_in_model(lora, language.lm)
-
-
-def merge_lora(language: Language) -> None:
-    """Add LoRA to the weights beside it and take it out: the same outputs; all weights train."""
-    lora = require("peft.tuners.lora", extra="mini")
-    for name, layer in list(language.lm.named_modules()):
-        if isinstance(layer, lora.LoraLayer):
-            layer.merge()
-            language.lm.set_submodule(name, layer.get_base_layer())
-    for trace in ("peft_config", "_hf_peft_config_loaded"):
-        language.lm.__dict__.pop(trace, None)
-    language.lm.requires_grad_(True)
 
 
 def export_language(config: ModelConfig, folder: Path, out: Path, *, merge: bool = False) -> None:
@@ -219,7 +149,7 @@ def export_language(config: ModelConfig, folder: Path, out: Path, *, merge: bool
         raise InputError(f"{said}: --merge joins the two")
     language, text = load_language(config, folder)
     if config.language.lora_rank:
-        merge_lora(language)
+        merge_lora(language.lm)
     with replacing(out) as new:
         export(language, text, new)
 
@@ -241,10 +171,10 @@ def save_language(
             return replace(config, source="folder", architecture={})
         adapter = require("peft", extra="mini").get_peft_model_state_dict(language.lm)
         save_tensors(adapter, new / "adapter_model.safetensors")
-        said = copy(language.lm.peft_config["default"])
+        said: Any = copy(language.lm.peft_config["default"])
         said.target_modules = sorted(said.target_modules)  # a set: in any order
         said.save_pretrained(new)
-        rows = {name: tensors[name] for name in ("rows", "head_rows") if name in tensors}
+        rows = {name: tensors[name] for name in tensors if name in ("rows", "head_rows")}
         save_tensors(rows, new / "rows.safetensors")
         text.save_pretrained(new)
     if config.source != SMOLLM2:
@@ -256,13 +186,13 @@ def save_language(
 def export(language: Language, text: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a plain transformers causal LM with the joint vocabulary and equal logits."""
     lm = language.lm
-    table, head = lm.get_input_embeddings().weight, lm.get_output_embeddings()
+    table, head = table_and_head(lm)
     joint = {id(table): torch.cat([table, language.rows.to(table.dtype)])}
-    if not language.tied:
-        rows = language.head_rows.to(head.weight.dtype)
-        joint[id(head.weight)] = torch.cat([head.weight, rows])
-    if head.bias is not None:
-        joint[id(head.bias)] = F.pad(head.bias, (0, language.vocabulary.visual_size))
+    if language.head_rows is not None:
+        joint[id(head)] = torch.cat([head, language.head_rows.to(head.dtype)])
+    bias = getattr(lm.get_output_embeddings(), "bias", None)
+    if bias is not None:
+        joint[id(bias)] = F.pad(bias, (0, language.vocabulary.visual_size))
     tensors = lm.state_dict()
     for name, parameter in lm.named_parameters(remove_duplicate=False):
         tensors[name] = joint.get(id(parameter), tensors[name])
@@ -291,11 +221,11 @@ def load_visual_tokenizer(config: ModelConfig, folder: Path) -> VisualTokenizer:
 def over_base(config: ModelConfig, source: str) -> ModelConfig:
     """The configuration with another language model (a path or hub id) under its adapter.
 
-    Raises `InputError` for a model whose language part is no adapter over a base.
+    Raises `InputError` for a model whose language part is not an adapter over a base.
     """
     language = config.language
     if not language.lora_rank:
-        raise InputError(f"{config.name} is no adapter over a base: leave the other base out")
+        raise InputError(f"{config.name} is not an adapter over a base: leave the other base out")
     said = "base weights: %s instead of %s, so the figures of this model do not apply"
     log.warning(said, source, language.source)
     return replace(config, language=replace(language, source=source, sha256=None))
@@ -307,12 +237,14 @@ def load_language(config: ModelConfig, folder: Path) -> tuple[Language, PreTrain
         said = f"{folder} has no reader for pictures (reader/ is missing)"
         raise InputError(f"{said}: copy it there, or train the language stage again")
     lm, text = load_base(config.language, folder / "language")
+    if text is None:
+        raise InputError(f"{folder} names no language model that was trained: train that stage")
     tokenizer = config.visual_tokenizer
     merger = Merger(tokenizer.dim, tokenizer.heads, tokenizer.merger_depth, tokenizer.mlp_ratio)
     tensors = load_tensors(folder / "reader" / "model.safetensors")
     if not config.language.lora_rank:
         visual = MARKERS + tokenizer.codes
-        table, head = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
+        table, head = table_and_head(lm)
         tensors["rows"] = table[-visual:].detach().clone()
         if head is not table:
             tensors["head_rows"] = head[-visual:].detach().clone()

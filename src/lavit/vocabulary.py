@@ -60,7 +60,7 @@ class Vocabulary:
         return codes + self.text_size + MARKERS
 
     def codes_of(self, ids: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-        """Codebook indices of joint ids; raises `InputError` where an id is no code."""
+        """Codebook indices of joint ids; raises `InputError` where an id is not a code."""
         strangers = ids[~self.is_code(ids)].tolist()
         if strangers:
             raise InputError(f"ids {strangers[:5]} are not codes of this vocabulary")

@@ -1,12 +1,16 @@
 """The command line: every verb of the package, one function each. The only room that prints.
 
-Bad input ends with one line on stderr and exit code 2, a failing training (`Alarm`) with code 1.
+Bad input ends with one line on stderr and exit code 2, a failing training (`Alarm`) and a full disk
+with code 1, SIGTERM with 143.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,8 +20,8 @@ import tyro
 from lavit.cli import convert as foreign
 from lavit.cli import data as sets
 from lavit.cli import eval as measure
-from lavit.cli import make, use
-from lavit.config import InputError
+from lavit.cli import make, serving, use
+from lavit.config import InputError, Terminated
 
 VERBS: dict[str, Callable[..., Any]] = {
     "caption": use.caption,
@@ -32,6 +36,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "inspect": use.inspect,
     "gallery": use.gallery,
     "demo": use.demo,
+    "serve": serving.serve,
     "train": make.train,
     "train-finetune": make.finetune,
     "eval": measure.evaluate,
@@ -54,7 +59,20 @@ def convert() -> None:
 
 
 def _group(name: str) -> None:
-    raise InputError("say which: " + ", ".join(f"lavit {name} {verb}" for verb in GROUPS[name]))
+    raise InputError(
+        "a verb is missing: " + ", ".join(f"lavit {name} {verb}" for verb in GROUPS[name])
+    )
+
+
+def _on_sigterm(*_: object) -> None:
+    raise Terminated("stopped by SIGTERM: the same command goes on where it was")
+
+
+def _is_full(error: BaseException) -> bool:
+    """Is this a disk without room, or a file larger than allowed? Rust says so in words alone."""
+    said = re.search(r"os error (\d+)", str(error))
+    number = getattr(error, "errno", None) or (said and int(said[1]))
+    return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -74,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if len(words) > 1 and words[0] in GROUPS:
         verbs, prog, words = GROUPS[words[0]], f"lavit {words[0]}", words[1:]
     about = "LaVIT: images as a foreign language."
+    before = signal.signal(signal.SIGTERM, _on_sigterm)
     try:
         try:
             tyro.extras.subcommand_cli_from_dict(verbs, prog=prog, description=about, args=words)
@@ -85,13 +104,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except InputError as error:
         print(f"lavit: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    except RuntimeError as error:
-        # not imported for this: it brings torch, and --help is to be quick
-        health = sys.modules.get("lavit.train.health")
-        if health is None or not isinstance(error, health.Alarm):
-            raise
-        print(f"lavit: {error}", file=sys.stderr)
-        raise SystemExit(1) from error
+    except Terminated as stop:
+        print(f"lavit: {stop}", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGTERM) from stop
     except KeyboardInterrupt as stop:
         print("lavit: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         raise SystemExit(130) from stop
+    except Exception as error:
+        # not imported for this: it brings torch, and --help is to be quick
+        health = sys.modules.get("lavit.train.health")
+        alarm = health is not None and isinstance(error, health.Alarm)
+        if not alarm and not _is_full(error):
+            raise
+        cure = "" if alarm else ": make room on the disk, then the same command goes on"
+        print(f"lavit: {' '.join(str(error).split())}{cure}", file=sys.stderr)
+        raise SystemExit(1) from error
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -29,11 +29,18 @@ def scenes(
     from lavit.data.scenes.splits import Rules
 
     rules = Rules(objects=objects, held_out_pairs=held_out_pairs)
-    counts = {"pictures": pictures, "conversations": conversations}
-    how = {"split": split, "seed": seed, "size": size, "processes": min(4, os.cpu_count() or 1)}
     with ProgressBar() as progress:
-        counted = partial(progress.count, "pictures")
-        written = write_pool(out, **counts, **how, rules=rules, progress=counted)
+        written = write_pool(
+            out,
+            pictures=pictures,
+            conversations=conversations,
+            split=split,
+            seed=seed,
+            size=size,
+            processes=min(4, os.cpu_count() or 1),
+            rules=rules,
+            progress=partial(progress.count, "pictures"),
+        )
     for name, count in written.items():
         print(f"{name:>16} {count}")
 

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 import tyro
 
 from lavit.cli.output import ProgressBar, Words
-from lavit.config import InputError
+from lavit.config import InputError, write_json
 
 arg = tyro.conf.arg
-Names = Annotated[str | None, arg(help="only these, with commas between them", metavar="NAME,…")]
+Names = Annotated[str | None, arg(help="names of figures, separated by commas", metavar="NAME,…")]
 Items = Annotated[
     Path | None,
     arg(help="items of your own, one JSON object a line, for the figures own_*"),
@@ -22,7 +22,7 @@ Pairs = Annotated[
 ]
 Objects = Annotated[
     int | None,
-    arg(help="so many of the list of objects (default: as trained, else 48)"),
+    arg(help="number of objects, from the front of the list (default: as trained, else 48)"),
 ]
 Data = Annotated[str | None, arg(help="a folder or file of your own in place of scenes")]
 
@@ -44,7 +44,7 @@ def evaluate(
     interval, floor and ceiling.
 
     --count items a figure (default 500); --json FILE writes the figures as they are named;
-    --valid asks about the splits to choose by (valid, valid_pairs) and not the test sets. A stopped
+    --valid measures on the validation splits (valid, valid_pairs), not the test sets. A stopped
     evaluation goes on with the same command; all figures of a run go into its card. On
     --data of your own, or of a model trained on such, the figures are those that any pictures have,
     on a share that training left out.
@@ -53,17 +53,18 @@ def evaluate(
     from lavit.evaluate.exam import Exam
     from lavit.evaluate.folder import own_data, training_data
     from lavit.evaluate.known import is_scenes, rules_of
+    from lavit.files import alone
     from lavit.storage import model_folder
     from lavit.train.card import record_figures
 
     folder = model_folder(model)
     names = [name.strip() for name in (figures or "").split(",") if name.strip()]
     if figures is not None and not names:
-        raise InputError("--figures names none: give names with commas between, or leave it out")
+        raise InputError("--figures names none: give names separated by commas, or leave it out")
     data = training_data(folder) if data is None else data
     rules = rules_of(folder, objects, held_out_pairs)
     kept = evaluation.predictions_path(folder, json)
-    with ProgressBar() as progress:
+    with alone(kept.parent), ProgressBar() as progress:
         exam = Exam(
             model, seed=seed, count=count, rules=rules, kept=kept, progress=progress.count,
             valid=valid,
@@ -75,7 +76,7 @@ def evaluate(
         else:
             raise InputError("--items are judged as scenes are: leave --data out")
     if json is not None:
-        evaluation.write_json(found, json)
+        write_json(json, found)
     if (
         not names
         and not valid
@@ -102,7 +103,7 @@ def _print(found: dict[str, Any]) -> None:
     if "held_out" in found:
         print(found["held_out"])
     elif found["valid"]:
-        print("on the splits to choose by: no figures to publish")
+        print("on the validation splits: no figures to publish")
     elif found["test_hash"] is None:
         print(f"config {found['config_hash']}  items of your own")
     else:

@@ -36,12 +36,12 @@ def train(
     The same command goes on after an interruption.
 
     --minutes scales the steps: about that long on two idle CPU cores. --lora R trains adapters of
-    rank R beside a frozen language model. --tracker tensorboard, wandb or trackio, beside
-    metrics.jsonl. --fsdp shards stage 2 over the processes of torchrun. --stream reads the
-    data as they come, shard by shard, in every stage, and keeps none of them; --tokens takes the
-    codes of stage 2 from a folder of `lavit tokenize-corpus`, and then nothing is read, only
-    written. --plan trains nothing: it computes the
-    memory of stage 2 on --gpus GPUs of --memory GiB each.
+    rank R on a frozen language model. --tracker tensorboard, wandb or trackio, in
+    addition to metrics.jsonl. --fsdp shards stage 2 over the processes of torchrun. --stream reads
+    the data as they come, shard by shard, in every stage, and keeps none of them; --tokens takes
+    the codes of stage 2 from a folder of `lavit tokenize-corpus`, and then nothing is read, only
+    written. --plan trains nothing: it computes the memory of stage 2 on --gpus GPUs of --memory
+    GiB each.
     """
     from dataclasses import replace
 
@@ -73,8 +73,16 @@ def train(
     if tokens is not None:
         training = replace(training, language=replace(training.language, token_corpus=str(tokens)))
     with ProgressBar() as progress:
-        watch = {"watch": progress.report, "prepare": progress.count}
-        run = open_run(out, ",".join(data), model, training, trackers=tracker, fsdp=fsdp, **watch)
+        run = open_run(
+            out,
+            ",".join(data),
+            model,
+            training,
+            trackers=tracker,
+            fsdp=fsdp,
+            watch=progress.report,
+            prepare=progress.count,
+        )
         train_stages(run, STAGES if stage == "all" else (stage,))
     print(f"trained: {out}")
 
@@ -101,8 +109,16 @@ def finetune(
 
     training = finetune_training(model, lora_rank=lora, steps=steps, seed=seed)
     with ProgressBar() as progress:
-        watch = {"watch": progress.report, "prepare": progress.count}
-        fine_tune(out, data, model, training, minutes=minutes, trackers=tracker, **watch)
+        fine_tune(
+            out,
+            data,
+            model,
+            training,
+            minutes=minutes,
+            trackers=tracker,
+            watch=progress.report,
+            prepare=progress.count,
+        )
     print(f"fine-tuned: {out}")
 
 

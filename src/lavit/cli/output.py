@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from lavit.generate.pipeline import Pipeline
     from lavit.train.loop import Report
 
-Words = tyro.conf.Positional
+T = TypeVar("T")
+Words = Annotated[T, tyro.conf.Positional]
 arg = tyro.conf.arg
 Model = Annotated[str, arg(help="a trained run or model folder, a hub's name, or nano")]
 RATIOS = "aspect ratio: 1:1, 4:3, 3:2, 16:9, 2:3, 3:4 (default: the model's)"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -28,6 +28,9 @@ from lavit.cli.output import (
     write_pictures,
 )
 from lavit.config import PARTS, TO_READ, TO_SEE, InputError
+
+if TYPE_CHECKING:  # pipelines take seconds to import
+    from lavit.generate.options import RankedOptions, ReconstructionOptions
 
 BATCH = 16  # pictures that are read in one run of the engine
 
@@ -56,7 +59,7 @@ def choose(
     image: Words[str],
     among: Words[tuple[str, ...]],
     /,
-    n: Annotated[int, tyro.conf.arg(help="so many of the likeliest, best first")] = 1,
+    n: Annotated[int, tyro.conf.arg(help="number of texts to print, most likely first")] = 1,
     model: Model = DEFAULT_MODEL,
     json: bool = False,
 ) -> None:
@@ -96,7 +99,7 @@ def chat(
     from lavit.images import open_image
 
     lavit = load_model(model)
-    messages: list[dict[str, Any]] = []
+    messages: list[Mapping[str, Any]] = []
     shown: list[dict[str, Any]] = []
     drawn = 0
     for line in map(str.strip, sys.stdin):
@@ -108,8 +111,10 @@ def chat(
                 continue
             words = {"type": "text", "text": rest if draws else line}
             talk = [*messages, {"role": "user", "content": [*shown, words]}]
-            how = {"out": "image", "steps": steps} if draws else {}
-            reply = lavit.chat(talk, seed=seed, **how)
+            if draws:
+                reply = lavit.chat(talk, out="image", seed=seed, steps=steps)
+            else:
+                reply = lavit.chat(talk, seed=seed)
         except InputError as error:
             print(f"lavit: {error}", file=sys.stderr)
             continue
@@ -149,13 +154,18 @@ class Drawing:
         parts = PARTS if reads else PARTS[1:]
         lavit = load_model(self.model, None if image is None else [image], parts=parts, **options)
         warn_of_unknown(lavit, prompts)
-        names = ("best_of", "seed", "guidance", "steps", "size")
-        how = {name: getattr(self, name) for name in names}
+        how: RankedOptions = {
+            "best_of": self.best_of,
+            "seed": self.seed,
+            "guidance": self.guidance,
+            "steps": self.steps,
+            "size": self.size,
+        }
         wanted = [prompt for prompt in prompts for _ in range(self.n)]
         if image is None:
-            write_drawn(partial(lavit.draw, wanted, **how), self.out)
+            write_drawn(lambda: lavit.draw(wanted, **how), self.out)
         else:
-            write_drawn(partial(lavit.edit, [image] * len(wanted), wanted, **how), self.out)
+            write_drawn(lambda: lavit.edit([image] * len(wanted), wanted, **how), self.out)
 
 
 Drawn = Annotated[Drawing, tyro.conf.arg(name="")]
@@ -191,8 +201,8 @@ def reconstruct(
     checked = None if safety else False  # None: as the model says
     parts = (*TO_SEE, "pixels")
     lavit = load_model(model, images, safety=checked, watermark=watermark, parts=parts)
-    how = {"keep": keep, "seed": seed, "steps": steps, "size": size}
-    write_drawn(partial(lavit.reconstruct, images, **how), out)
+    how: ReconstructionOptions = {"keep": keep, "seed": seed, "steps": steps, "size": size}
+    write_drawn(lambda: lavit.reconstruct(images, **how), out)
 
 
 def tokenize(
@@ -230,13 +240,21 @@ def tokenize_corpus(
     each; 0 works in this process, without Ray.
     """
     import lavit
-    from lavit.data.bulk import Job
+    from lavit.data.bulk import CorpusJob
     from lavit.data.bulk import tokenize_corpus as write
 
     device, dtype = lavit.place()
-    where = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
-    how = {"split": split, "keep": keep, "seed": seed, "shard_size": shard_size}
-    job = Job(data=data, out=out, model=model, **how, **where)
+    job = CorpusJob(
+        data=data,
+        out=out,
+        model=model,
+        split=split,
+        keep=keep,
+        seed=seed,
+        shard_size=shard_size,
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+    )
     with ProgressBar() as progress:
         done = write(job, workers=workers, progress=partial(progress.count, "pictures"))
     counts = f"{done['tokens']} tokens of {done['pictures']} pictures, {len(done['broken'])} broken"
@@ -281,10 +299,17 @@ def gallery(
     from lavit.visualize import write_gallery
 
     loaded = load_model(model, parts=TO_SEE).model
-    options = {"split": split, "codes": codes, "patches": patches, "limit": limit}
     with ProgressBar() as progress:
-        counted = partial(progress.count, "pictures")
-        figures = write_gallery(loaded, data, out, **options, progress=counted)
+        figures = write_gallery(
+            loaded,
+            data,
+            out,
+            split=split,
+            codes=codes,
+            patches=patches,
+            limit=limit,
+            progress=partial(progress.count, "pictures"),
+        )
     text = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
     answer_with(json, f"{out}: {text}", **figures)
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from lavit.config import InputError, PixelsConfig, TokenizerConfig
 from lavit.convert import names
 from lavit.convert.sizes import vision_config
+from lavit.files import load_strictly
 from lavit.pixels.condition import HEADS, Condition
-from lavit.storage import load_strictly
 from lavit.vision.encoder import load_vision
 from lavit.visual_tokenizer.layers import Ragged
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
@@ -54,8 +54,8 @@ class Result:
 def check_fixture(path: Path | str) -> list[Result]:
     """Hold our parts against a fixture, output by output.
 
-    Raises `InputError` for a file that is no fixture, or whose weights do not map one to one onto
-    our parts.
+    Raises `InputError` for a file that is not a fixture, or whose weights do not map one to one
+    onto our parts.
     """
     replay = Replay(Path(path))
     results = []
@@ -94,9 +94,11 @@ class Replay:
                 self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             self.sizes = sizes = SimpleNamespace(**{name: int(metadata[name]) for name in SIZES})
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{path} is no parity fixture: {error}") from error
+            raise InputError(f"{path} is not a parity fixture: {error}") from error
         except (KeyError, ValueError) as error:
-            raise InputError(f"{path} is no parity fixture: size in metadata: {error}") from error
+            raise InputError(
+                f"{path} is not a parity fixture: size in metadata: {error}"
+            ) from error
         if min(vars(sizes).values()) < 1 or sizes.dim % sizes.heads:
             raise InputError(f"{path}: {sizes} cannot be built (heads must divide dim)")
         if sizes.image_size // sizes.patch_size != sizes.grid:
@@ -108,9 +110,9 @@ class Replay:
             if kind == "weights" and part in PARTS:
                 self.weights.setdefault(part, {})[inner] = tensor.float()
             elif name not in known | {"in/pixels", "in/keep"}:
-                raise InputError(f"{path} is no parity fixture: unknown tensors such as {name}")
+                raise InputError(f"{path} is not a parity fixture: unknown tensors such as {name}")
         if not known & self.tensors.keys():
-            raise InputError(f"{path} is no parity fixture: no outputs")
+            raise InputError(f"{path} is not a parity fixture: no outputs")
 
     def part(self, name: str) -> dict[str, Tensor]:
         """Published weights of a part, fp32."""
@@ -202,12 +204,12 @@ class Replay:
         ids = codebook.index(F.normalize(self.given("code_input"), dim=-1))
         return ids, codebook.vector(ids)
 
-    def decoder(self) -> tuple[Tensor, Tensor]:
+    def decoder(self) -> tuple[Tensor, Tensor | None]:
         """The 512-px reconstructor's normed queries, and its context."""
         normed, condition = self._reconstruct("decoder", "cross", "unet_proj", "unet_proj")
         return normed, condition.context
 
-    def highres_decoder(self) -> tuple[Tensor, Tensor]:
+    def highres_decoder(self) -> tuple[Tensor | None, Tensor | None]:
         """The 1024-px decoder's context and pooled vector."""
         projections = "unet_proj_1", "unet_proj_2"
         _, condition = self._reconstruct("highres_decoder", "pooled", *projections)

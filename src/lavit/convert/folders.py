@@ -2,12 +2,11 @@
 
 The manifest (`published/manifest.json`) lists each published file: tensors with their shapes, in
 order, and where they went; plain files and where they lie. What feeds nothing in ours is kept
-beside it, so that the published folder can be written again to the bit.
+next to it, so that the published folder can be written again to the bit.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -17,9 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lavit.config import InputError, read_json
-from lavit.convert.tensors import read_pickle, write_safetensors
-from lavit.storage import load_tensors
+from lavit.config import InputError, read_json, write_json
+from lavit.convert.tensors import read_pickle
+from lavit.files import load_tensors, save_tensors
 
 KEPT = "published"
 # rotary tables of old LLaMA files, computed today; and the trainer's own pickle, never opened
@@ -44,7 +43,7 @@ class Manifest:
     def write(self) -> None:
         """Inverse of `read`."""
         noted = {"tensors": self.tensors, "files": self.files}
-        write_json(self.new / KEPT / "manifest.json", noted, indent=None)
+        write_json(self.new / KEPT / "manifest.json", noted)
 
     def unknown(self, published: Path, part: str = ".") -> Iterator[tuple[Path, str]]:
         """Published files below `part` that were not dealt with; not those in hidden folders."""
@@ -70,7 +69,7 @@ class Manifest:
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
         self.tensors[path] = {"shapes": shapes, "aside": sorted(aside), "ours": ours}
         if aside:
-            write_safetensors(self._aside(path), {name: tensors[name] for name in sorted(aside)})
+            save_tensors({name: tensors[name] for name in sorted(aside)}, self._aside(path))
 
     def aside(self, path: str) -> dict[str, Tensor]:
         """Tensors of a published file that were kept aside."""
@@ -101,10 +100,10 @@ def convert_folder(folder: Path, theirs: str, ours: str, manifest: Manifest) -> 
 
 
 def copy_rest(folder: Path, manifest: Manifest) -> None:
-    """Keep readme and licence aside; weights that nobody knows raise `InputError`."""
+    """Keep readme and licence aside; unknown weights raise `InputError`."""
     for path, relative in manifest.unknown(folder):
         if path.suffix in WEIGHT_SUFFIXES:
-            raise InputError(f"{relative} is a weight file that nobody knows: move it away")
+            raise InputError(f"{relative} is an unknown weight file: move it away")
         manifest.copy(path, relative, f"{KEPT}/{relative}")
 
 
@@ -128,19 +127,13 @@ def copy_file(source: Path, target: Path) -> None:
         raise InputError(f"cannot copy {source} to {target}: {error.strerror}") from error
 
 
-def write_json(path: Path, data: Any, *, indent: int | None = 1) -> None:
-    """Write JSON, making its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=indent) + "\n")
-
-
 def _convert_pickle(path: Path, relative: str, ours: str, manifest: Manifest) -> None:
     if path.with_name(safe_name(path)).exists():
-        raise InputError(f"{relative} lies beside {safe_name(path)}, the same weights: remove one")
+        raise InputError(f"{relative} and {safe_name(path)} hold the same weights: remove one")
     tensors = read_pickle(path)
     aside = {name for name in tensors if INVERSE_FREQUENCIES.fullmatch(name)}
     rest = {name: tensors[name] for name in tensors if name not in aside}
-    write_safetensors(manifest.new / ours, rest)
+    save_tensors(rest, manifest.new / ours)
     manifest.keep_tensors(relative, tensors, aside=aside, ours=ours)
 
 

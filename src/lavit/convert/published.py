@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lavit.config import InputError, ModelConfig, read_config, write_config
+from lavit.config import InputError, ModelConfig, read_config, write_config, write_json
 from lavit.convert import names, sizes
 from lavit.convert.folders import (
     Manifest,
@@ -33,10 +33,9 @@ from lavit.convert.folders import (
     copy_file,
     copy_rest,
     folder_tensors,
-    write_json,
 )
-from lavit.convert.tensors import read_pickle, write_pickle, write_safetensors
-from lavit.storage import load_tensors, replacing
+from lavit.convert.tensors import read_pickle, write_pickle
+from lavit.files import load_tensors, replacing, save_tensors
 from lavit.vocabulary import MARKERS
 
 EVA = "visual_tokenizer/eva_vitg_psz14.bin"
@@ -176,7 +175,7 @@ def configs(
 def convert_published(folder: Path | str, out: Path | str) -> Converted:
     """Write the published folder in our form; `out` must not exist or be empty.
 
-    Raises `InputError` for a missing file, a tensor that is missing or that nobody knows, or a
+    Raises `InputError` for a missing file, a tensor that is missing or unknown, or a
     pickle that holds code; `out` is then as it was.
     """
     folder, out = Path(folder), Path(out)
@@ -189,7 +188,7 @@ def convert_published(folder: Path | str, out: Path | str) -> Converted:
     with replacing(out) as new:
         manifest = Manifest(new)
         for path, tensors in ours.items():
-            write_safetensors(new / path, tensors)
+            save_tensors(tensors, new / path)
         for path, tensors in files.items():
             manifest.keep_tensors(path, tensors, aside=set(tensors) - used(path, files))
         for theirs, place in FOLDERS.items():

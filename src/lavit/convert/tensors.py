@@ -1,4 +1,4 @@
-"""Tensor files larger than memory: pickles read without running them, safetensors written.
+"""Tensor files larger than memory: pickles read without running them, and written.
 
 Tensors come mapped from disk (the kernel loads and drops their pages) and are written from there,
 so converting a 7B model needs memory for one tensor, not for one file.
@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lavit.config import InputError
@@ -57,10 +56,3 @@ def write_pickle(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Inverse of `read_pickle`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(tensors[BARE] if list(tensors) == [BARE] else dict(tensors), path)
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Inverse of `storage.load_tensors`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(plain, path, {"format": "pt"})

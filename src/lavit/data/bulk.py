@@ -31,13 +31,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lavit.config import TO_SEE, InputError, read_json, require, to_json, write_json
+from lavit.config import TO_SEE, InputError, read_json, require, to_json, write_json, write_whole
 from lavit.data.corpus import Broken, Corpus
-from lavit.data.sources import Pictures, below, load_records
+from lavit.data.sources import Records, below, load_records
+from lavit.files import alone, sha256
 from lavit.model import LaVIT
 from lavit.sequence import VisualTokens
 from lavit.storage import model_folder
-from lavit.vision.encoder import sha256
 from lavit.visual_tokenizer.selector import KeepPolicy
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class TokenCorpus:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class CorpusJob:
     """What is tokenised, by which model, into which folder; plain data, sent to the workers."""
 
     data: str | Path  # any source of data/sources.py
@@ -76,7 +76,7 @@ class Job:
             raise InputError(f"shard_size must be at least 1, not {self.shard_size}")
         KeepPolicy.parse(self.keep)
 
-    def absolute(self) -> Job:
+    def absolute(self) -> CorpusJob:
         """The same with absolute paths: workers stand in folders of their own."""
         data = Path(self.data).resolve() if Path(self.data).exists() else self.data
         out, model = Path(self.out).resolve(), model_folder(self.model, parts=TO_SEE).resolve()
@@ -107,21 +107,28 @@ def tokenizer_hash(model: LaVIT) -> str:
 
 
 def tokenize_corpus(
-    job: Job,
+    job: CorpusJob,
     *,
     workers: int = 2,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Tokenise a split of a source; returns the manifest. The same job goes on when interrupted.
 
-    `workers` are processes of Ray Data; 0 works in this one, without Ray. `progress` hears (records
-    done, of all). Raises `InputError` for a source that cannot be opened, a folder that holds
-    tokens of another tokenizer or job, and where every picture is broken.
+    `workers` are processes of Ray Data; 0 works in this one, without Ray. `progress` is called with
+    (records done, of all). Raises `InputError` for a source that cannot be opened, a folder that
+    holds tokens of another tokenizer or job, and where every picture is broken.
     """
     if workers < 0:
         raise InputError(f"workers must be at least 0, not {workers}")
     require("pyarrow", extra="ray")
     job = job.absolute()
+    with alone(Path(job.out)):
+        return _tokenized(job, workers, progress)
+
+
+def _tokenized(
+    job: CorpusJob, workers: int, progress: Callable[[int, int], None] | None
+) -> dict[str, Any]:
     records = load_records(job.data, job.split)
     settings = _settle(job, records, LaVIT.from_pretrained(job.model, parts=()))
     missing = [n for n in range(settings["shards"]) if not _shard(job.out, n).exists()]
@@ -136,7 +143,7 @@ def tokenize_corpus(
 class ShardWriter:
     """One worker: holds encoder and tokenizer, turns numbers of shards into files."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: CorpusJob) -> None:
         self.job = job
         self.records = load_records(job.data, job.split)
         where = {"device": job.device, "dtype": getattr(torch, job.dtype)}
@@ -174,6 +181,11 @@ def load_tokens(folder: str | Path, *, tokenizer: str | None = None) -> TokenCor
     """
     folder = Path(folder)
     manifest = read_json(folder / MANIFEST)
+    kinds = {"complete": bool, "tokenizer": str, "shards": int, "patches": int}
+    for name, kind in kinds.items():
+        if type(manifest.get(name)) is not kind:
+            lacks = f"{name} is {manifest.get(name)!r}, expected a {kind.__name__}"
+            raise InputError(f"{folder / MANIFEST}: {lacks}; tokenise again")
     if not manifest["complete"]:
         raise InputError(f"{folder} is not finished: run the same lavit tokenize-corpus again")
     if tokenizer is not None and tokenizer != manifest["tokenizer"]:
@@ -214,7 +226,7 @@ def corpus_codes(
     sources = [part.name for part in corpus.parts if len(part.pictures)]
     if len(sources) > 1:
         said = f"{folder} holds the codes of one source of pictures, and there are {len(sources)}"
-        raise InputError(f"{said}: give one of {', '.join(sources)}, beside sources of text")
+        raise InputError(f"{said}: give one of {', '.join(sources)}, and sources of text")
     data = sources[0]
     found = load_tokens(folder, tokenizer=tokenizer)
     codes = dict(zip(found.names, found.tokens.split(), strict=True))
@@ -227,7 +239,7 @@ def corpus_codes(
     return tuple(tuple(codes[name].tolist()) for name in names)
 
 
-def _settle(job: Job, records: Pictures, lavit: LaVIT) -> dict[str, Any]:
+def _settle(job: CorpusJob, records: Records, lavit: LaVIT) -> dict[str, Any]:
     """Write what this folder is to hold, or check that it holds the like."""
     path = Path(job.out) / MANIFEST
     edges = sorted({*range(0, len(records), job.shard_size), len(records) - 1})
@@ -277,7 +289,7 @@ def _finish(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return manifest
 
 
-def _on_ray(job: Job, shards: Sequence[int], workers: int) -> Iterator[int]:
+def _on_ray(job: CorpusJob, shards: Sequence[int], workers: int) -> Iterator[int]:
     """Numbers of shards as they are finished. A Ray that runs already is used and left running."""
     if not shards:
         return
@@ -325,7 +337,7 @@ def _on_ray(job: Job, shards: Sequence[int], workers: int) -> Iterator[int]:
 class _RayWorker:
     """A `ShardWriter` as Ray Data wants it: rows in, rows out; on one thread."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: CorpusJob) -> None:
         torch.set_num_threads(1)
         self.write = ShardWriter(job)
 
@@ -361,9 +373,9 @@ def _write(path: Path, rows: list[dict[str, Any]], broken: Broken, *, tokenizer:
         },
         metadata={KEY: json.dumps(said).encode()},
     )
-    part = path.with_name(f".{path.name}.part")
-    parquet.write_table(pa.Table.from_pylist(rows, schema=schema), part)
-    os.replace(part, path)
+    sink = pa.BufferOutputStream()
+    parquet.write_table(pa.Table.from_pylist(rows, schema=schema), sink)
+    write_whole(path, sink.getvalue().to_pybytes())
 
 
 def _read(path: Path, tokenizer: str, columns: list[str] | None = None) -> tuple[Any, Any]:
@@ -378,7 +390,7 @@ def _read(path: Path, tokenizer: str, columns: list[str] | None = None) -> tuple
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing: {again}") from error
     except (pa.ArrowInvalid, OSError, KeyError, TypeError) as error:
-        lacks = f"{path} is no readable shard of tokens ({str(error).splitlines()[0]})"
+        lacks = f"{path} is not a readable shard of tokens ({str(error).splitlines()[0]})"
         raise InputError(f"{lacks}: delete it and {again}") from error
     if said["tokenizer"] != tokenizer:
         other = f"{path} was made by another tokenizer than its folder says"

@@ -28,7 +28,7 @@ from lavit.config import InputError
 from lavit.data.corpus import Corpus
 from lavit.data.documents import Rows
 from lavit.data.sources import Record, readable
-from lavit.layout import replies
+from lavit.layout import check_messages, replies
 from lavit.sequence import IGNORE, Batch, Document, Sequence, fill_rows, lay_out
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def is_conversations(data: str | Path) -> bool:
     with path.open(encoding="utf-8", errors="replace") as file:
         try:
             first = json.loads(next((line for line in file if line.strip()), "{}"))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return False
     return isinstance(first, dict) and "messages" in first
 
@@ -88,9 +88,9 @@ def load_conversations(data: str | Path) -> Conversations:
     """Read a file of conversations and look at every picture; `InputError` if none can be used."""
     path = Path(data)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no readable file of conversations: {error}") from error
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise InputError(f"{path} is not a readable file of conversations: {error}") from error
     read: list[tuple[str, Any]] = []
     broken: list[tuple[str, str]] = []
     for number, line in enumerate(lines, 1):
@@ -98,7 +98,7 @@ def load_conversations(data: str | Path) -> Conversations:
             name = f"{path.name}:{number}"
             try:
                 read.append((name, _messages(json.loads(line))))
-            except (json.JSONDecodeError, InputError) as error:
+            except (ValueError, RecursionError) as error:  # an `InputError` is a ValueError
                 broken.append((name, str(error)))
     places = {str(part["image"]): None for _, messages in read for part in _images(messages)}
     good, bad = readable([Record(str(path.parent / place), (), place) for place in places])
@@ -136,6 +136,7 @@ def _messages(line: Any) -> list[dict[str, Any]]:
         raise InputError("no turn of the assistant: there is nothing to learn")
     if not all(isinstance(part.get("image"), str) for part in _images(messages)):
         raise InputError('a picture has no path: {"type": "image", "image": "a.png"}')
+    check_messages(messages)
     return messages
 
 

@@ -9,7 +9,6 @@ stands). Broken pictures are left out, counted and named; those without texts se
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from lavit.config import InputError, read_json
-from lavit.data.sources import Record, below, open_source, readable
+from lavit.data.lines import json_lines
+from lavit.data.sources import Record, below, open_source, readable, texts_of
 from lavit.data.text import Texts
 
 log = logging.getLogger(__name__)
@@ -79,8 +79,8 @@ class Corpus:
 
     def __post_init__(self) -> None:
         if not self.parts:
-            counts = (range(len(items)) for items in (self.pictures, self.questions, self.edits))
-            object.__setattr__(self, "parts", (CorpusPart("", 1.0, *counts),))
+            numbers = range(len(self.pictures)), range(len(self.questions)), range(len(self.edits))
+            object.__setattr__(self, "parts", (CorpusPart("", 1.0, *numbers),))
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -118,7 +118,7 @@ def parse_mixture(data: str | Path) -> list[tuple[str, float]]:
         if weight is None:
             name, weight = piece.strip(), 1.0
         if not name or not 0 < weight < float("inf"):
-            lacks = f"{piece!r} of {str(data)!r} is no source with a positive weight"
+            lacks = f"{piece!r} of {str(data)!r} is not a source with a positive weight"
             raise InputError(f"{lacks}: write SOURCE or SOURCE:0.5")
         found.append((name, weight))
     return found
@@ -152,18 +152,19 @@ def load_corpus(data: str | Path, splits: Sequence[str] = ("train",)) -> Corpus:
     lacking: list[InputError] = []
     for name, weight in mixture:
         try:
-            *found, bad, texts = _load_source(name, splits, first=len(pictures))
+            found = _load_source(name, splits, first=len(pictures))
         except InputError as error:
             if len(mixture) == 1 or "train" in splits:
                 raise
             lacking.append(error)
             continue
-        spans = []
-        for items, more in zip((pictures, questions, edits), found, strict=True):
-            spans.append(range(len(items), len(items) + len(more)))
-            items += more
-        broken += bad
-        parts.append(CorpusPart(name, weight, *spans, texts))
+        at, asked, changed = len(pictures), len(questions), len(edits)
+        pictures += found[0]
+        questions += found[1]
+        edits += found[2]
+        broken += found[3]
+        spans = range(at, len(pictures)), range(asked, len(questions)), range(changed, len(edits))
+        parts.append(CorpusPart(name, weight, *spans, found[4]))
     if not parts:
         raise lacking[0]
     for name, reason in broken:
@@ -177,10 +178,10 @@ def load_corpus(data: str | Path, splits: Sequence[str] = ("train",)) -> Corpus:
 
 
 Broken = list[tuple[str, str]]
-Found = tuple[list[Picture], list[Question], list[Edit], Broken, Sequence[str]]
+Loaded = tuple[list[Picture], list[Question], list[Edit], Broken, Sequence[str]]
 
 
-def _load_source(name: str, splits: Sequence[str], first: int) -> Found:
+def _load_source(name: str, splits: Sequence[str], first: int) -> Loaded:
     """Pictures of one source, numbered from `first`; questions, edits, what is broken, texts."""
     folder = Path(name)
     records: list[Record] = []
@@ -197,12 +198,17 @@ def _load_source(name: str, splits: Sequence[str], first: int) -> Found:
     places = {below(record.name, folder): place for place, record in enumerate(records, first)}
     questions = [
         Question(places[line["image"]], line["question"], line["answer"])
-        for line in _lines(folder / "questions.jsonl")
+        for line in _lines(folder / "questions.jsonl", image=str, question=str, answer=str)
         if line["image"] in places
     ]
     edits = [
-        Edit(tuple(map(places.get, sources)), line["prompt"], places[line["target"]], line["kind"])
-        for line in _lines(folder / "edits.jsonl")
+        Edit(
+            tuple(places[one] for one in sources),
+            line["prompt"],
+            places[line["target"]],
+            line["kind"],
+        )
+        for line in _lines(folder / "edits.jsonl", sources=list, prompt=str, target=str, kind=str)
         if places.keys() >= {*(sources := line["sources"]), line["target"]}
     ]
     silent = sum(not record.texts for record in records)
@@ -216,10 +222,17 @@ def _picture(record: Record) -> Picture:
     asking = record.columns.get("prompts")
     if asking is None:  # who asks for a picture ends with no full stop
         asking = [text.removesuffix(".") for text in record.texts]
-    return Picture(record, record.texts, tuple(asking))
+    return Picture(record, record.texts, texts_of(asking))
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def _lines(path: Path, **kinds: type) -> list[dict[str, Any]]:
+    """Objects of a file of JSON lines with these fields; none where there is no file."""
+    rows = list(json_lines(path)) if path.is_file() else []
+    for number, row in rows:
+        for name, kind in kinds.items():
+            value = row.get(name)
+            parts = value if isinstance(value, list) else [""]
+            if not isinstance(value, kind) or not all(isinstance(part, str) for part in parts):
+                lacks = f"{name} is {str(value)[:40]!r}, expected a {kind.__name__}"
+                raise InputError(f"{path}, line {number}: {lacks}")
+    return [row for _, row in rows]

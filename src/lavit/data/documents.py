@@ -1,7 +1,7 @@
 """Documents of stage 2, drawn from a corpus and packed into rows: a function of (seed, step).
 
-Their kinds are reading, writing, question, edit (of one picture or several) and text; layout.py
-says how each looks. A picture that has several questions is asked up to `ASKED` of them in one
+Their kinds are those of `Mixture` (edits are of one picture or several); layout.py says how each
+looks. A picture that has several questions is asked up to `ASKED` of them in one
 document, since reading it is most of the cost.
 
 Each document comes from one source of the corpus, chosen by the sources' weights, and is of a kind
@@ -19,12 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Sequence_
+from dataclasses import fields
 from typing import Any, TypeVar
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lavit.config import InputError, LanguageTraining
+from lavit.config import InputError, LanguageTraining, Mixture
 from lavit.data.corpus import Corpus, CorpusPart, LeftOut
 from lavit.data.text import TextPieces
 from lavit.layout import (
@@ -42,6 +43,7 @@ from lavit.sequence import (
     Document,
     Image,
     Sequence,
+    Text,
     fill_from_front,
     lay_out,
     pack,
@@ -50,9 +52,9 @@ from lavit.sequence import (
 from lavit.vocabulary import Vocabulary
 
 Rng = np.random.Generator
-Item = TypeVar("Item")
+T = TypeVar("T")
 Codes = Callable[[int], tuple[int, ...]]  # of a picture, by its number
-KINDS = ("reading", "writing", "question", "edit", "text")
+KINDS = tuple(field.name for field in fields(Mixture))
 ASKED = 4  # questions of one document
 WINDOW = 64  # rows that are filled together, at least
 MOST_LONG = 100  # documents longer than a row for each one that is not
@@ -61,18 +63,24 @@ MOST_LONG = 100  # documents longer than a row for each one that is not
 class Source:
     """One part of a corpus as a source of documents: its kinds and their shares."""
 
-    def __init__(self, part: CorpusPart, corpus: Corpus, mixture: tuple[float, ...]) -> None:
+    def __init__(self, part: CorpusPart, corpus: Corpus, mixture: Mixture) -> None:
         self.part = part
         self.read = [number for number in part.pictures if corpus.pictures[number].captions]
         self.written = [number for number in part.pictures if corpus.pictures[number].prompts]
-        have = (self.read, self.written, part.questions, part.edits, self.written)
-        weights = np.array(mixture) * [len(items) > 0 for items in have]
+        have = {
+            "reading": self.read,
+            "writing": self.written,
+            "question": part.questions,
+            "edit": part.edits,
+            "text": self.written,
+        }
+        weights = np.array([getattr(mixture, kind) * (len(have[kind]) > 0) for kind in KINDS])
         if len(part.texts):
             weights = np.eye(len(KINDS))[-1]
         if weights.sum() <= 0:
             has = f"pictures for {len(self.read)} readings and {len(part.questions)} questions"
             none = f"the source {part.name!r} gives no document"
-            raise InputError(f"{none}: it has {has}, the mixture of kinds is {mixture}")
+            raise InputError(f"{none}: it has {has}, the mixture is {vars(mixture)}")
         self.until = np.cumsum(weights / weights.sum())
 
 
@@ -161,7 +169,9 @@ class Documents(Rows):
         for segment in document:
             if isinstance(segment, Image):
                 return self.corpus.pictures[segment.index].record.name
-        return f"a text, {self.tokenizer.decode(document[0].ids[:16])!r}"
+        first = document[0]
+        assert isinstance(first, Text)
+        return f"a text, {self.tokenizer.decode(list(first.ids[:16]))!r}"
 
     def _reading(self, source: Source, rng: Rng) -> list[Part]:
         number = _one(source.read, rng)
@@ -218,7 +228,7 @@ class Documents(Rows):
         return self.pack(rows[first : first + self.config.rows])
 
 
-def _one(items: Sequence_[Item], rng: Rng) -> Item:
+def _one(items: Sequence_[T], rng: Rng) -> T:
     return items[int(rng.integers(len(items)))]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from lavit.sequence import VisualTokens
 from lavit.vision.encoder import BLOCK, Vision
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
+log = logging.getLogger(__name__)
 CHUNK = 512  # pictures that a process encodes between two marks, and that are read at a time
 HALF = (0.5, 0.5, 0.5)  # mean and deviation that bring a picture to -1..1
 
@@ -81,8 +83,9 @@ def compute_features(
     path, marks = folder / f"features-{key}.npy", folder / f"features-{key}.done.npy"
     shape = (len(records), vision.config.patches, vision.config.dim)
     chunks = [range(at, min(at + CHUNK, len(records))) for at in range(0, len(records), CHUNK)]
-    if rank == 0 and not (path.exists() and marks.exists()):
+    if rank == 0 and not _whole(path, marks, shape, len(chunks)):
         folder.mkdir(parents=True, exist_ok=True)
+        marks.unlink(missing_ok=True)
         np.lib.format.open_memmap(path, "w+", np.float16, shape)
         new = marks.with_name(f".{marks.name}")
         np.save(new, np.zeros(len(chunks), dtype=np.bool_))
@@ -91,20 +94,37 @@ def compute_features(
     done = np.load(marks, mmap_mode="r+")
     missing = np.flatnonzero(~done)
     wait()  # nobody marks a chunk before all have seen what is missing
-    array = np.load(path, mmap_mode="r+") if len(missing) else None
-    for number in missing[rank::ranks]:
-        for at in range(chunks[number].start, chunks[number].stop, BLOCK):
-            block = records[at : min(at + BLOCK, chunks[number].stop)]
-            images = [record.open() for record in block]
-            array[at : at + len(block)] = vision.encode(images).cpu().numpy()
-        array.flush()
-        done[number] = True
-        done.flush()
-        if progress:
-            counts = (len(chunk) for chunk, is_done in zip(chunks, done, strict=True) if is_done)
-            progress(sum(counts), len(records))
+    array = np.load(path, mmap_mode="r")
+    with path.open("r+b") as file:  # writing to the map would die of a full disk without a word
+        for number in missing[rank::ranks]:
+            chunk = chunks[number]
+            file.seek(array.offset + array[: chunk.start].nbytes)
+            for at in range(chunk.start, chunk.stop, BLOCK):
+                images = [record.open() for record in records[at : min(at + BLOCK, chunk.stop)]]
+                file.write(vision.encode(images).cpu().half().numpy().tobytes())
+            file.flush()
+            done[number] = True
+            done.flush()
+            if progress:
+                counts = (len(one) for one, is_done in zip(chunks, done, strict=True) if is_done)
+                progress(sum(counts), len(records))
     wait()
-    return Features(np.load(path, mmap_mode="r"))
+    return Features(array)
+
+
+def _whole(path: Path, marks: Path, shape: tuple[int, ...], chunks: int) -> bool:
+    """Whether the features and the marks of their chunks are there, and can be read."""
+    if not (path.exists() and marks.exists()):
+        return False
+    try:
+        found = np.load(path, mmap_mode="r").shape, np.load(marks).shape
+    except (ValueError, OSError, EOFError) as error:
+        log.warning("%s is damaged (%s): its features are computed anew", path, error)
+        return False
+    if found != (shape, (chunks,)):
+        log.warning("%s is damaged (%s): its features are computed anew", path, found)
+        return False
+    return True
 
 
 def tokenize_features(

@@ -19,7 +19,7 @@ STREAMED = (".tar", ".parquet")
 def inspect_data(data: str, split: str = "train", *, workers: int = 1) -> list[dict[str, Any]]:
     """A report for each source of `data`, read as a whole: counts, what is broken, texts, licences.
 
-    Beside them its share of a training's documents, and where its shards can be streamed whether
+    Also its share of a training's documents, and where its shards can be streamed whether
     they suffice for `workers` processes. A source that cannot be opened raises `InputError`.
     """
     mixture = parse_mixture(data)
@@ -58,7 +58,8 @@ def _texts(texts: Texts) -> dict[str, Any]:
 
 def _conversations(name: str) -> dict[str, Any]:
     found = load_conversations(name)
-    answers, asked = [], []
+    answers: list[int] = []
+    asked: list[int] = []
     for message in (message for item in found.items for message in item.messages):
         lengths = answers if message["role"] == "assistant" else asked
         lengths.append(len(_words(message["content"])))

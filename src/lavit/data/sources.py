@@ -1,4 +1,4 @@
-"""Pictures with texts from wherever they lie, read through Hugging Face `datasets`.
+"""Pictures with texts from files, folders and the hub, read through Hugging Face `datasets`.
 
 A source is a folder of pictures (`imagefolder`, splits by its README.md or sub-folders, columns by
 metadata.jsonl), a .jsonl/.json/.csv/.parquet file with an image column, WebDataset .tar shards (one
@@ -11,7 +11,8 @@ them, `check` reports on a whole source.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+import os
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from PIL import Image
 
 from lavit.config import InputError, require
 from lavit.data.held_out import HELD_OUT, divides, lists_splits, part_of
+from lavit.data.lines import json_lines
 from lavit.data.text import Texts, text_files
 from lavit.images import open_image
 
@@ -31,6 +33,7 @@ BUILDERS = {
     ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".tar": "webdataset",
 }  # fmt: skip
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+END_OF_TAR = 1024  # bytes, zeros
 LICENCE_WORDS = ("license", "licence", "attribution", "copying", "notice")
 
 
@@ -72,25 +75,26 @@ class Streamed:
     def record(self, row: Mapping[str, Any], place: object) -> Record:
         """A row as a record, of texts alone without a picture; `place` names what has no path."""
         cells = dict(row)
-        image, name = _encoded(cells.pop(self.image, None), self.folder, f"{self.name}[{place}]")
-        texts = _texts(cells.get(self.text)) if self.text else ()
+        found = None if self.image is None else cells.pop(self.image, None)
+        image, name = _encoded(found, self.folder, f"{self.name}[{place}]")
+        texts = texts_of(cells.get(self.text)) if self.text else ()
         return Record(image, texts, name, cells)
 
 
-class Pictures(Streamed, Sequence[Record]):
+class Records(Streamed, Sequence[Record]):
     """A map-style source: `len`, index, iterate; rows are read from disk when asked for."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: int) -> Record:  # type: ignore[override]  # no slices
         if not -len(self) <= index < len(self):  # iteration ends by IndexError
             raise IndexError(index)
         return self.record(self.rows[index], index)
 
 
 @dataclass(frozen=True)
-class Report:
+class SourceReport:
     """What `check` found in a source."""
 
     records: int
@@ -104,7 +108,7 @@ class Report:
     licence_files: tuple[str, ...]
 
 
-def load_records(data: str | Path, split: str = "train", **options: Any) -> Pictures:
+def load_records(data: str | Path, split: str = "train", **options: Any) -> Records:
     """Open one split of a source of pictures; keyword arguments as `open_source`.
 
     A missing or empty source, an unknown split and a source without pictures raise `InputError`.
@@ -123,7 +127,7 @@ def open_source(
     text_column: str | None = None,
     cache: Path | None = None,
     whole: bool = False,
-) -> Pictures | Texts:
+) -> Records | Texts:
     """Open one split of a source; where there are no pictures, its texts.
 
     Columns are found by name unless given; `cache` is where `datasets` writes. A source without
@@ -135,7 +139,7 @@ def open_source(
     rows, image, text = _open(data, split, cache=cache, given=given, whole=whole)
     if image is None:
         return Texts(rows, column=text, name=str(data))
-    return Pictures(rows, image, text, _folder(data), str(data))
+    return Records(rows, image, text, _folder(data), str(data))
 
 
 def stream_source(data: str | Path, split: str = "train") -> Streamed:
@@ -225,7 +229,7 @@ def readable(records: Iterable[Record]) -> tuple[list[Record], list[tuple[str, s
     return good, [(record.name, why) for record, why in tried if isinstance(why, str)]
 
 
-def check(data: str | Path, split: str = "train", **columns: Any) -> Report:
+def check(data: str | Path, split: str = "train", **columns: Any) -> SourceReport:
     """Read all of a split, held-out records too, and report; keyword arguments as `open_source`."""
     records = load_records(data, split, whole=split == "train", **columns)
     sizes: Counter[str] = Counter()
@@ -243,7 +247,7 @@ def check(data: str | Path, split: str = "train", **columns: Any) -> Report:
             if name.lower() in ("license", "licence"):
                 licences[str(value)] += 1
     count = max(len(lengths), 1)
-    return Report(
+    return SourceReport(
         records=len(records),
         broken=tuple(broken),
         without_text=without_text,
@@ -270,12 +274,14 @@ def _load(datasets: Any, data: str | Path, split: str, cache: Path | None, strea
     if cache is None and path.exists() and not streaming:
         cache = Path(datasets.config.HF_DATASETS_CACHE) / f"lavit-{_fingerprint(path)}"
     where = {"cache_dir": None if cache is None else str(cache), "streaming": streaming}
+    if not (cache and cache.exists()):
+        _look_at(path, streaming)
     try:
         if path.is_file():
             builder, files = BUILDERS.get(path.suffix.lower()), {split: str(path)}
             if builder is None:
                 kinds = ", ".join(BUILDERS)
-                raise InputError(f"{name!r} is no data file that is known here: {kinds}")
+                raise InputError(f"{name!r} is not a known kind of data file: {kinds}")
             return datasets.load_dataset(builder, data_files=files, split=split, **where)
         if path.is_dir():
             return _load_folder(datasets, path, split, where)
@@ -289,15 +295,28 @@ def _load(datasets: Any, data: str | Path, split: str, cache: Path | None, strea
         lines = str(error).splitlines() or [type(error).__name__]
         cause = error.__cause__ or error.__context__
         why = f"{lines[0]}{f' ({str(cause).splitlines()[0]})' if cause and str(cause) else ''}"
-        where = "" if path.exists() else " is no file or folder here, and as a name on the hub"
-        raise InputError(f"{name!r}{where}, split {split!r}, cannot be opened: {why}") from error
+        absent = "" if path.exists() else " is not a file or folder here, and as a name on the hub"
+        raise InputError(f"{name!r}{absent}, split {split!r}, cannot be opened: {why}") from error
+
+
+def _look_at(path: Path, streaming: bool) -> None:
+    """Name a line that is broken and a shard that is cut short, of which libraries say less."""
+    files = [path] if path.is_file() else [*path.rglob("metadata.jsonl"), *path.rglob("*.tar")]
+    for file in sorted(files):
+        if file.suffix.lower() == ".tar":
+            with file.open("rb") as tar:
+                tar.seek(-min(END_OF_TAR, file.stat().st_size), os.SEEK_END)
+                if tar.read() != bytes(END_OF_TAR):
+                    raise InputError(f"{file} is cut short, or no tar: its end is missing")
+        elif file.suffix.lower() == ".jsonl" and not streaming:
+            deque(json_lines(file), maxlen=0)
 
 
 def _fingerprint(path: Path) -> str:
-    """Of names, sizes and times of all files: data made anew never come from the old cache."""
+    """Of names, sizes and times of all files: changed data never comes from the old cache."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    files = [(str(file.resolve()), file.stat()) for file in files if file.is_file()]
-    stats = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
+    found = [(str(file.resolve()), file.stat()) for file in files if file.is_file()]
+    stats = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
     return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
 
 
@@ -336,13 +355,14 @@ def _encoded(value: Any, folder: Path, name: str) -> tuple[str | bytes, str]:
         value = value.get("path")
     if isinstance(value, bytes):
         return value, name
-    if not value:
+    if not value or not isinstance(value, str):
         return b"", name
     path = folder / str(value)  # an absolute path stays as it is
     return str(path), str(path)
 
 
-def _texts(value: Any) -> tuple[str, ...]:
+def texts_of(value: Any) -> tuple[str, ...]:
+    """Texts of a cell: a text, or a list of them; empty ones are none."""
     items = value if isinstance(value, list | tuple) else [value]
     return tuple(str(item).strip() for item in items if item is not None and str(item).strip())
 

@@ -17,7 +17,6 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -36,7 +35,7 @@ from lavit.vision.encoder import BLOCK
 BUFFER = 1024  # records that are shuffled together, with their encoded pictures
 FILES = 20_000  # the same of records that are paths: a folder is often sorted by its sub-folders
 UNUSABLE = 512  # records in a row that give nothing before a stream is given up
-Made = TypeVar("Made")
+T = TypeVar("T")
 Place = dict[str, Any]  # JSON data
 
 
@@ -76,15 +75,27 @@ class Stream:
         for _ in range(2):
             self._start, self._taken = self._place(), 0
             rng = np.random.default_rng([self.seed, 12, self.rank, self.epoch, self.read])
-            rows = islice(self._rows(), int(rng.integers(self.size // 2, self.size)) + 1)
-            places = enumerate(rows, self.read + 1)
-            found = [self.source.record(row, f"streamed {place}") for place, row in places]
-            self.read += len(found)
+            found = list(self._records(int(rng.integers(self.size // 2, self.size)) + 1))
             if found:
                 self._buffer = [found[number] for number in rng.permutation(len(found))]
                 return
             self.epoch, self.read, self._rest = self.epoch + 1, 0, None
         raise InputError(f"{self.name!r} has no records for this process")
+
+    def _records(self, count: int) -> Iterator[Record]:
+        """The next records of an epoch, as many as that if there are."""
+        rows = self._rows()
+        for _ in range(count):
+            try:
+                row = next(rows, None)
+            except Exception as error:  # whatever reads shards: a file of theirs is what is wrong
+                said = " ".join(str(error).split())[:200]
+                where = f"{self.name!r} is damaged behind record {self.read}"
+                raise InputError(f"{where}: {said or type(error).__name__}") from error
+            if row is None:
+                return
+            self.read += 1
+            yield self.source.record(row, f"streamed {self.read}")
 
     def _rows(self, place: Place | None = None) -> Iterator[Any]:
         """What is left of an epoch's rows; its number gives `datasets` an order of the shards."""
@@ -134,8 +145,10 @@ class Streams:
         pictures: bool = False,
     ) -> None:
         """`pictures`: sources of texts alone are no part of it."""
-        how = {"seed": seed, "rank": rank, "ranks": ranks}
-        found = [(Stream(name, **how), weight) for name, weight in parse_mixture(data)]
+        found = [
+            (Stream(name, seed=seed, rank=rank, ranks=ranks), weight)
+            for name, weight in parse_mixture(data)
+        ]
         if pictures:
             found = [pair for pair in found if pair[0].source.image is not None]
         if not found:
@@ -178,7 +191,7 @@ class Streams:
             stream.load_state(place)
 
 
-class Ahead(Generic[Made]):
+class Ahead(Generic[T]):
     """What `make` gives, each made on a thread while the one before it is in use.
 
     `place` says where making stands, as JSON data, and `go_to` goes there; both are called between
@@ -187,7 +200,7 @@ class Ahead(Generic[Made]):
 
     def __init__(
         self,
-        make: Callable[[], Made],
+        make: Callable[[], T],
         place: Callable[[], Place],
         go_to: Callable[[Place], None],
         *,
@@ -195,29 +208,29 @@ class Ahead(Generic[Made]):
         ranks: int = 1,
     ) -> None:
         self.make, self.place, self.go_to, self.rank, self.ranks = make, place, go_to, rank, ranks
-        self._next: Future[tuple[Made, Place]] | None = None
+        self._next: Future[tuple[T, Place]] | None = None
         self._behind = place()  # what was taken
 
-    def take(self) -> Made:
+    def take(self) -> T:
         """The next one."""
         made, self._behind = (self._next or self._begin()).result()
         self._next = self._begin()
         return made
 
-    def _begin(self) -> Future[tuple[Made, Place]]:
+    def _begin(self) -> Future[tuple[T, Place]]:
         thread = ThreadPoolExecutor(1, thread_name_prefix="stream")
         begun = thread.submit(self._work)
         thread.shutdown(wait=False)  # it ends with its work: none is left when a training is
         return begun
 
-    def _work(self) -> tuple[Made, Place]:
+    def _work(self) -> tuple[T, Place]:
         return self.make(), self.place()
 
     def state(self) -> UInt8[Tensor, "bytes"]:
         """Places of all processes, as JSON in bytes; every process must call."""
         places = [self._behind]
         if self.ranks > 1 and dist.is_initialized():
-            places = [None] * self.ranks
+            places = [{}] * self.ranks
             dist.all_gather_object(places, self._behind)
         return torch.tensor(list(json.dumps(places).encode()), dtype=torch.uint8)
 
@@ -233,7 +246,7 @@ class Ahead(Generic[Made]):
         self.go_to(self._behind)
 
 
-class StreamedPictures(Generic[Made]):
+class StreamedPictures(Generic[T]):
     """Batches of `count` pictures of this process, which need no texts.
 
     `make` gives what is kept of each picture of a block of them, so that few are open at a time.
@@ -242,7 +255,7 @@ class StreamedPictures(Generic[Made]):
     def __init__(
         self,
         data: str,
-        make: Callable[[list[Image]], Sequence[Made]],
+        make: Callable[[list[Image]], Sequence[T]],
         *,
         count: int,
         seed: int = 0,
@@ -255,11 +268,11 @@ class StreamedPictures(Generic[Made]):
         self._number = 0  # of the next batch
         self.ahead = Ahead(self.read, self._place, self._go_to, rank=rank, ranks=ranks)
 
-    def read(self) -> list[Made]:
+    def read(self) -> list[T]:
         """The next batch, made here and now; `ahead.take()` gives one that was made on a thread."""
         rng = np.random.default_rng([self.seed, 13, self.rank, self._number])
         self._number += 1
-        made: list[Made] = []
+        made: list[T] = []
         while len(made) < self.count:
             block = min(BLOCK, self.count - len(made))
             made += self.make([self._picture(rng) for _ in range(block)])

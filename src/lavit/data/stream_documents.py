@@ -69,8 +69,9 @@ class StreamingDocuments(Rows):
         self.left_out = self.streams.left_out
         self.encode, self.sizes, self.rank = encode, sizes, rank
         self.rows = config.rows // ranks
-        share = np.array(config.mixture[:2])
-        self.reading = float(share[0] / share.sum()) if share.sum() else 1.0
+        kinds = config.mixture
+        both = kinds.reading + kinds.writing
+        self.reading = kinds.reading / both if both else 1.0
         self._blocks: list[Block] = []  # read, and not all of it served
         self._skip = 0  # documents of the first block that earlier windows took
         self._read = 0  # number of the next block

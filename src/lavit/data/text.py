@@ -33,7 +33,7 @@ class Texts(Sequence[str]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]  # no slices
         if not -len(self) <= index < len(self):  # iteration ends by IndexError
             raise IndexError(index)
         found = self.rows[index]
@@ -52,7 +52,7 @@ def text_files(path: Path) -> Texts:
         texts = [file.read_text(encoding="utf-8") for file in files]
         return Texts(texts, column=None, name=str(path))
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no readable UTF-8 text: {error}") from error
+        raise InputError(f"{path} is not readable UTF-8 text: {error}") from error
 
 
 def cut(ids: Sequence[int], tokens: int, end: int) -> tuple[Text, ...]:

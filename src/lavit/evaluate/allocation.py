@@ -1,13 +1,13 @@
 """Allocation gain: is it worth something that a picture decides how many tokens it gets?
 
 d(i, L) is the distortion of picture i from its L best patches (by the selector's probability)
-through the codebook. The gain is how much worse pictures become when their lengths are dealt out
-anew among them, as a share of the distortion at the mean length:
+through the codebook. The gain is how much worse pictures become when their lengths are permuted
+among them, as a share of the distortion at the mean length:
 
     gain = mean over i and permutations of [d(i, L_perm(i)) - d(i, L_i)] / mean d(i, mean L)
 
 The same number of tokens is spent either way. It is 0 where all lengths are equal, and below 0
-where lengths are dealt out worse than by chance. Only a model trained on permuted lengths could say
+where lengths are assigned worse than by chance. Only a model trained on permuted lengths could say
 what allocation is worth in training.
 """
 
@@ -18,16 +18,17 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from lavit.evaluate.exam import BATCH, Exam, Features
+from lavit.evaluate.exam import BATCH, Exam
 from lavit.evaluate.figures import Figure, average, ratio
 from lavit.evaluate.tokens import distances
+from lavit.visual_tokenizer.layers import Patches
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
 PERMUTATIONS = 20
 
 
 def dealt(lengths: Sequence[int], groups: Sequence[int] | None = None) -> np.ndarray:
-    """The lengths in 20 other orders, [permutations, pictures]; with `groups` inside these."""
+    """The lengths in 20 random orders, [permutations, pictures]; with `groups` inside these."""
     rng = np.random.default_rng(0)
     given = np.asarray(lengths)
     found = np.empty((PERMUTATIONS, len(given)), dtype=np.int64)
@@ -82,7 +83,7 @@ def allocation_gain(exam: Exam) -> Figure:
     equal = ratio(*gains(distortion, lengths, inside))
     return ratio(
         *gains(distortion, lengths, orders),
-        floor=("lengths dealt out by chance", 0.0),
+        floor=("lengths assigned by chance", 0.0),
         details={
             "equal_things": equal.value,
             "equal_things_low": equal.low,
@@ -95,7 +96,7 @@ def allocation_gain(exam: Exam) -> Figure:
 @torch.no_grad()
 def distortions(
     tokenizer: VisualTokenizer,
-    features: Features,
+    features: Patches,
     pairs: Sequence[tuple[int, int]],
 ) -> list[float]:
     """d(i, L) of pairs: 1 - cos, mean over patches, in the tokenizer's own space."""

@@ -8,24 +8,25 @@ from typing import Any
 
 from lavit.data.scenes.parse import parse
 from lavit.data.scenes.questions import right, true_of
-from lavit.data.scenes.tasks import FULL, SHORT, Conversation, conversation
+from lavit.data.scenes.tasks import FULL, SHORT, SceneConversation, scene_conversation
 from lavit.data.scenes.world import Scene, facts
 from lavit.evaluate import judge
 from lavit.evaluate.drawing import packed, turned, unpacked
 from lavit.evaluate.exam import Exam, Missing
 from lavit.evaluate.figures import Figure, average, share
 from lavit.generate.options import ChatMessage
+from lavit.layout import Reply as Kind
 
 TURNS = 4
 TALKS = 8  # that go on together
-Reply = dict[str, str]  # its text, or its packed picture
+PlainReply = dict[str, str]  # its text, or its packed picture
 
 
-def talks_of(exam: Exam) -> list[Conversation]:
+def chat_items(exam: Exam) -> list[SceneConversation]:
     """The conversations."""
     split = exam.split("test")
     rngs = [exam.rng(n, 70) for n in range(exam.count)]
-    return [conversation(rng, exam.rules, TURNS, split=split) for rng in rngs]
+    return [scene_conversation(rng, exam.rules, TURNS, split=split) for rng in rngs]
 
 
 def chat_all(exam: Exam) -> Figure:
@@ -33,10 +34,10 @@ def chat_all(exam: Exam) -> Figure:
     if not (exam.folder / "finetune.json").is_file() and not exam.trained.get("conversations"):
         raise Missing("this model was not trained on conversations")
     exam.needs("language", "pixels")
-    talks = talks_of(exam)
+    talks = chat_items(exam)
 
-    def make(numbers: list[int]) -> list[list[Reply]]:
-        return replies(exam, [talks[number] for number in numbers], exam.seeds(numbers))
+    def make(numbers: list[int]) -> list[list[PlainReply]]:
+        return model_replies(exam, [talks[number] for number in numbers], exam.seeds(numbers))
 
     said = exam.made("chat", range(exam.count), make, together=TALKS)
     verdicts = [judged(exam, talk, found) for talk, found in zip(talks, said, strict=True)]
@@ -49,16 +50,18 @@ def chat_all(exam: Exam) -> Figure:
     )
 
 
-def replies(exam: Exam, talks: list[Conversation], seeds: list[int]) -> list[list[Reply]]:
+def model_replies(
+    exam: Exam, talks: list[SceneConversation], seeds: list[int]
+) -> list[list[PlainReply]]:
     """The model's replies, turn by turn; those of one kind are written together."""
     messages: list[list[Any]] = [[] for _ in talks]
-    found: list[list[Reply]] = [[] for _ in talks]
+    found: list[list[PlainReply]] = [[] for _ in talks]
     for turn in range(TURNS):
-        kinds: dict[str, list[int]] = {"text": [], "image": []}
+        kinds: dict[Kind, list[int]] = {"text": [], "image": []}
         for number, talk in enumerate(talks):
             user, wanted = talk.messages[2 * turn : 2 * turn + 2]
             shown = [exam.picture(part) if isinstance(part, Scene) else part for part in user.parts]
-            messages[number].append(message(shown))
+            messages[number].append(user_message(shown))
             kinds["image" if isinstance(wanted.parts[0], Scene) else "text"].append(number)
         for out, numbers in kinds.items():
             if not numbers:
@@ -67,11 +70,11 @@ def replies(exam: Exam, talks: list[Conversation], seeds: list[int]) -> list[lis
             given = exam.pipe.chat([messages[number] for number in numbers], out=out, seed=seed)
             for number, reply in zip(numbers, given, strict=True):
                 messages[number].append(reply)
-                found[number].append(plain(reply))
+                found[number].append(plain_reply(reply))
     return found
 
 
-def message(parts: list[Any]) -> dict[str, Any]:
+def user_message(parts: list[Any]) -> dict[str, Any]:
     """What a user says: words and pictures, as a message of a chat."""
     content = []
     for part in parts:
@@ -80,13 +83,13 @@ def message(parts: list[Any]) -> dict[str, Any]:
     return {"role": "user", "content": content}
 
 
-def plain(reply: ChatMessage) -> Reply:
+def plain_reply(reply: ChatMessage) -> PlainReply:
     """The model's message as plain data."""
     part = reply["content"][0]
     return {"text": part["text"]} if part["type"] == "text" else {"picture": packed(part["image"])}
 
 
-def judged(exam: Exam, talk: Conversation, said: list[Reply]) -> list[bool]:
+def judged(exam: Exam, talk: SceneConversation, said: list[PlainReply]) -> list[bool]:
     """Is each reply right?"""
     verdicts = []
     last: Scene | None = None

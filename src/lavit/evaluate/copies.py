@@ -28,7 +28,6 @@ from lavit.evaluate.known import scenes_of
 POOL = 2_000  # training pictures
 RENDERS = 40  # of each scene, to measure how near two of them are
 NEAR = 5.0  # percentile
-Pictures = Sequence[Image.Image]
 
 
 def draw_copies(exam: Exam) -> Figure:
@@ -36,7 +35,7 @@ def draw_copies(exam: Exam) -> Figure:
     exam.needs("language", "pixels")
     seed = int((scenes_of(exam.folder) or {}).get("seed", 0))
     units = (unit_at("train", number, seed=seed, rules=exam.rules) for number in range(POOL))
-    pool = list(islice((told.scene for unit in units for told in unit.pictures), POOL))
+    pool = list(islice((one.scene for unit in units for one in unit.pictures), POOL))
     items = [number for number, scene in enumerate(pool) if scene.things][: exam.count]
 
     def parts(item: int) -> list[str]:
@@ -67,16 +66,18 @@ def jittered(scene: Scene, number: int) -> Scene:
     return build(scene.background, scene.pattern, scene.style, wanted, rng) or scene
 
 
-def is_copy(picture: Image.Image, training: Pictures, renders: Pictures) -> bool:
+def is_copy(
+    picture: Image.Image, training: Sequence[Image.Image], renders: Sequence[Image.Image]
+) -> bool:
     """Is a picture nearer to one of training than 95 % of renders of the same facts are?"""
 
     def nearest(picture: Image.Image) -> float:
-        return min(distance(picture, one) for one in training)
+        return min(pixel_distance(picture, one) for one in training)
 
     return nearest(picture) < float(np.percentile([nearest(one) for one in renders], NEAR))
 
 
-def distance(a: Image.Image, b: Image.Image) -> float:
+def pixel_distance(a: Image.Image, b: Image.Image) -> float:
     """Root of the mean squared difference of pixels, in levels of 0..255."""
     difference = np.asarray(a, dtype=np.float32) - np.asarray(b, dtype=np.float32)
     return float(np.sqrt(np.mean(difference**2)))

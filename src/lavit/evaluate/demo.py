@@ -19,15 +19,15 @@ from lavit.data.scenes.edits import edit
 from lavit.data.scenes.language import describe, prompt
 from lavit.data.scenes.lexicon import unknown_words
 from lavit.data.scenes.parse import parse
-from lavit.data.scenes.questions import Question, questions, right
+from lavit.data.scenes.questions import SceneQuestion, questions, right
 from lavit.data.scenes.render import render
 from lavit.data.scenes.sample import LADDER, scene_at
 from lavit.data.scenes.splits import valid_world
 from lavit.data.scenes.tasks import several
 from lavit.data.scenes.world import Scene, facts
-from lavit.evaluate.demo_page import Item, Section, page, save_sheet, sheet
-from lavit.evaluate.exam import Progress
+from lavit.evaluate.demo_page import Item, Section, contact_sheet, page, save_sheet
 from lavit.evaluate.judge import Judge, all_right
+from lavit.evaluate.kept import Progress
 from lavit.evaluate.known import rules_of, scenes_of, strange_words
 from lavit.storage import model_folder
 from lavit.visualize import kept_over
@@ -68,7 +68,7 @@ def write_demo(
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "index.html").write_text(page(show.name, sections), encoding="utf-8")
-        save_sheet(sheet(show.name, sections), out / "sheet.png")
+        save_sheet(contact_sheet(show.name, sections), out / "sheet.png")
     except OSError as error:
         raise InputError(f"cannot write to {out}: {error.strerror or error}") from error
     return sections
@@ -144,7 +144,7 @@ class Show:
             items.append(Item((("picture", picture),), one.question, answer, truth, good))
         return Section(title, about, tuple(items))
 
-    def questions(self) -> list[tuple[Scene, Question]]:
+    def questions(self) -> list[tuple[Scene, SceneQuestion]]:
         """A picture and a question for each, of as many kinds as there are."""
         rng, found, kinds = self.rng(2), [], set()
         for scene in self.scenes(100):
@@ -214,7 +214,8 @@ class Show:
         if lacking := self.lacking("visual_tokenizer", "language", "pixels"):
             return Section(title, about, missing=lacking)
         sources = [[self.picture(scene) for scene in task.sources] for task in tasks]
-        prompts = [[*shown, task.words] for shown, task in zip(sources, tasks, strict=True)]
+        pairs = zip(sources, tasks, strict=True)
+        prompts: list[list[str | Image.Image]] = [[*shown, task.words] for shown, task in pairs]
         seeds = [self.seed * APART + number for number in range(len(tasks))]
         made = self.pipe.compose(prompts, seed=seeds)
         seen = Judge.load().look(made)

@@ -76,7 +76,8 @@ def _card(item: Item) -> str:
     if item.asked:
         lines.append(f'<p class="asked">{html.escape(item.asked)}</p>')
     if item.said or item.right is not None:
-        mark = {True: ("good", "right", "✓"), False: ("bad", "wrong", "✗")}.get(item.right)
+        marks = {True: ("good", "right", "✓"), False: ("bad", "wrong", "✗")}
+        mark = None if item.right is None else marks[item.right]
         sign = f'<b class="{mark[0]}" title="{mark[1]}">{mark[2]}</b> ' if mark else ""
         lines.append(f'<p class="said">{sign}{html.escape(item.said) or "(nothing)"}</p>')
     if item.truth:
@@ -130,8 +131,14 @@ class Sheet:
         self.top = MARGIN
 
     def words(
-        self, text: str, left: int, top: int, width: int, size: int = 14, fill: tuple = INK,
-    ) -> int:  # fmt: skip
+        self,
+        text: str,
+        left: int,
+        top: int,
+        width: int,
+        size: int = 14,
+        fill: tuple[int, int, int] = INK,
+    ) -> int:
         """Text broken to a width; returns where it ends."""
         font = ImageFont.load_default(size)
         lines = [""]
@@ -215,7 +222,7 @@ class Sheet:
         self.top += 6
 
 
-def sheet(name: str, sections: Sequence[Section]) -> Image.Image:
+def contact_sheet(name: str, sections: Sequence[Section]) -> Image.Image:
     """Everything on one picture."""
     made = Sheet()
     made.top = made.words(f"LaVIT {name}", MARGIN, made.top, WIDTH - 2 * MARGIN, 30) + 4

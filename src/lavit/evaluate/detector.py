@@ -41,7 +41,7 @@ class Maps:
 
 
 class Residual(nn.Module):
-    """Two convolutions beside a shortcut."""
+    """Two convolutions with a shortcut."""
 
     def __init__(self, width: int, *, norm: bool) -> None:
         super().__init__()
@@ -70,6 +70,7 @@ class Detector(nn.Module):
         self.head = conv(coarse, HEAD, 1, norm=norm)
         self.things = nn.Conv2d(HEAD, 1 + names + colours + styles + 3, 1)
         self.vote = nn.Conv2d(coarse, grounds + patterns + 1, 1)
+        assert self.things.bias is not None
         nn.init.constant_(self.things.bias[:1], -3.0)
 
     def forward(self, pictures: Float[Tensor, "pictures 3 height width"]) -> Maps:
@@ -78,11 +79,12 @@ class Detector(nn.Module):
         x = torch.relu(self.coarse(x))
         x = self.blocks(x)
         names, colours, styles, grounds, patterns = self.sizes
-        said = self.things(torch.relu(self.head(x))).split([1, names, colours, styles, 3], dim=1)
+        things = self.things(torch.relu(self.head(x)))
+        heat, name, colour, style, place = things.split([1, names, colours, styles, 3], dim=1)
         ground, pattern, weight = self.vote(x).flatten(2).split([grounds, patterns, 1], dim=1)
         share = weight.softmax(dim=-1)
         ground, pattern = ((votes * share).sum(dim=-1) for votes in (ground, pattern))
-        return Maps(said[0][:, 0], *said[1:], ground, pattern)
+        return Maps(heat[:, 0], name, colour, style, place, ground, pattern)
 
 
 def conv(
@@ -98,10 +100,13 @@ def fused(trained: Detector) -> Detector:
     """The same function without normalisation: it is worked into the convolutions."""
     shipped = Detector(trained.sizes)
     trained.eval()
-    state = {}
+    state: dict[str, Tensor] = {}
     for name, part in trained.named_modules():
-        if isinstance(part, nn.Sequential) and isinstance(part[-1], nn.BatchNorm2d):
-            one = fusion.fuse_conv_bn_eval(part[0], part[1])
+        if not isinstance(part, nn.Sequential):
+            continue
+        convolution, norm = part[0], part[-1]
+        if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            one = fusion.fuse_conv_bn_eval(convolution, norm)
             state |= {f"{name}.{key}": value for key, value in one.state_dict().items()}
     for name in ("things", "vote"):
         part = getattr(trained, name)

@@ -1,5 +1,6 @@
-"""Does the model draw what it is told? One sample a prompt, as the pipeline draws, nothing chosen
-among several.
+"""Does the model draw what the prompt says?
+
+One sample a prompt, as the pipeline draws, nothing chosen among several.
 
 Codes are written first (kept by item) and painted after, as `Pipeline.draw` does with the same
 seeds. Full prompts state every fact, so the judge's verdict is over all facts of the scene, and of
@@ -28,7 +29,7 @@ from lavit.layout import mixed
 
 T = TypeVar("T")
 APART = 4  # prompts of 1, 2, 3 and 4 things come in turn: another prompt of as many things
-Parts = Callable[[int], list[Any]]  # the pictures and words that an item is written after
+PartsOf = Callable[[int], list[Any]]  # the pictures and words that an item is written after
 
 
 def prompt_of(exam: Exam, split: str, item: int) -> str:
@@ -36,7 +37,7 @@ def prompt_of(exam: Exam, split: str, item: int) -> str:
     return prompt(exam.scene(split, item), exam.rng(item), full=True)
 
 
-def written(exam: Exam, task: str, items: Sequence[int], parts: Parts) -> list[list[int]]:
+def written(exam: Exam, task: str, items: Sequence[int], parts: PartsOf) -> list[list[int]]:
     """Codes of one image for each item, as `Pipeline.compose` samples them, kept by item."""
     exam.needs("language")
 
@@ -75,7 +76,7 @@ def unpacked(text: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB")
 
 
-def drawn(exam: Exam, task: str, items: Sequence[int], parts: Parts) -> list[Image.Image]:
+def drawn(exam: Exam, task: str, items: Sequence[int], parts: PartsOf) -> list[Image.Image]:
     """One drawing for each item, kept by item."""
     exam.needs("language", "pixels")
     return painted(exam, f"draw {task}", items, written(exam, task, items, parts))

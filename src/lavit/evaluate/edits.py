@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lavit.data.scenes.edits import EDIT_KINDS, Edit, edit
+from lavit.data.scenes.edits import EDIT_KINDS, SceneEdit, edit
 from lavit.data.scenes.sample import belongs
 from lavit.data.scenes.tasks import several
 from lavit.data.scenes.world import STYLES, Facts, Scene, facts
@@ -49,7 +49,7 @@ def edits(exam: Exam) -> list[Asked]:
     return exam.cache["edits"]
 
 
-def edit_of(exam: Exam, item: int, kind: str) -> Edit | None:
+def edit_of(exam: Exam, item: int, kind: str) -> SceneEdit | None:
     """An edit of one kind of a test scene, if there is one."""
     scene, rules = exam.scene("test", item), exam.rules
 
@@ -66,7 +66,7 @@ def edit_of(exam: Exam, item: int, kind: str) -> Edit | None:
     return None
 
 
-def compositions(exam: Exam) -> list[Asked]:
+def compose_items(exam: Exam) -> list[Asked]:
     """Prompts with several pictures."""
     found = []
     for item in range(exam.count):
@@ -75,7 +75,7 @@ def compositions(exam: Exam) -> list[Asked]:
     return found
 
 
-def seen_drawn(exam: Exam, task: str, asked: list[Asked]) -> list[Seen]:
+def seen_edited(exam: Exam, task: str, asked: list[Asked]) -> list[Seen]:
     """What is seen in what the model draws."""
     of = {one.item: one for one in asked}
 
@@ -111,7 +111,7 @@ def done(asked: list[Asked], looks: Sequence[Seen]) -> list[bool]:
 def edit_all(exam: Exam) -> Figure:
     """Share of edits after which the change is made and everything else is as before."""
     asked = edits(exam)
-    looks = seen_drawn(exam, "edit", asked)
+    looks = seen_edited(exam, "edit", asked)
     hits = done(asked, looks)
     unchanged = seen(exam, "edit sources", [exam.small(one.sources[0]) for one in asked])
     best = done(asked, seen_oracle(exam, "edit", asked))
@@ -132,7 +132,7 @@ def edit_blind(exam: Exam) -> Figure:
     asked = edits(exam)
     pairs = zip(asked, turned(asked), strict=True)
     blind = [replace(one, sources=other.sources) for one, other in pairs]
-    return share(done(asked, seen_drawn(exam, f"edit blind {exam.count}", blind)))
+    return share(done(asked, seen_edited(exam, f"edit blind {exam.count}", blind)))
 
 
 def edit_oracle(exam: Exam) -> Figure:
@@ -147,15 +147,15 @@ def source_copies(exam: Exam) -> Figure:
     """Share of edits that give the source again: all its facts, and nothing of the change."""
     asked = edits(exam)
     before = [replace(one, target=one.sources[0]) for one in asked]
-    hits = done(before, seen_drawn(exam, "edit", asked))
+    hits = done(before, seen_edited(exam, "edit", asked))
     best = done(before, seen_oracle(exam, "edit", asked))
     return share(hits, floor=("true tokens of the target", average(best)))
 
 
 def compose_all(exam: Exam) -> Figure:
     """Share of prompts with several pictures whose drawing has every fact right."""
-    asked = compositions(exam)
-    looks = seen_drawn(exam, "compose", asked)
+    asked = compose_items(exam)
+    looks = seen_edited(exam, "compose", asked)
     hits = done(asked, looks)
     best = done(asked, seen_oracle(exam, "compose", asked))
     return share(

@@ -154,7 +154,7 @@ def _split_hash(split: str, rules: Rules) -> str:
 
 
 def predictions_path(folder: Path, out: Path | None) -> Path:
-    """Where predictions are kept: beside the JSON file, or in the model's folder."""
+    """Where predictions are kept: next to the JSON file, or in the model's folder."""
     if out is None:
         return folder / "evaluation" / "predictions.jsonl"
     if out.is_dir():
@@ -173,12 +173,3 @@ def card_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
         for name, figure in found["figures"].items()
         if figure["value"] is not None
     ]
-
-
-def write_json(found: Mapping[str, Any], out: Path) -> None:
-    """The figures as a file."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{out} cannot be written: {error.strerror}") from error

@@ -15,9 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from PIL.Image import Image
-from torch import Tensor
 
 import lavit
 from lavit.config import PARTS, TO_READ, InputError
@@ -30,6 +28,7 @@ from lavit.evaluate.known import training_of
 from lavit.model import LaVIT
 from lavit.sequence import VisualTokens
 from lavit.storage import has_part, model_folder
+from lavit.visual_tokenizer.layers import Patches
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
 COUNT = 500  # items of a figure, where a user does not say
@@ -37,7 +36,6 @@ BATCH = 16  # pictures that are encoded together
 WORDS = 0x5CE7E6  # moves wording and questions, and nothing else
 TO_CHOOSE_BY = {"test": "valid", "pairs": "valid_pairs", "ladder": "valid_ladder"}  # in place of
 SEED_STEP = 1_000_003  # between the user's seeds, so that no two items of two seeds share one
-Features = Float[Tensor, "images patches dim"]
 
 _scene = lru_cache(maxsize=8192)(scene_at)
 
@@ -48,7 +46,7 @@ class Missing(InputError):
 
 class Exam:
     """One model, examined on scenes under `rules`; `count` items a figure, sampling moved by
-    `seed`. With `valid`, on the scenes that are there to choose by.
+    `seed`. With `valid`, on the validation splits.
     """
 
     def __init__(
@@ -83,7 +81,7 @@ class Exam:
         self.items: list[Any] | None = None  # a user's own (evaluate/own.py)
 
     def scaled(self, default: int) -> int:
-        """`default` items, or as many fewer or more as the user asks beside 500."""
+        """`default` items, scaled by the user's count over the default of 500."""
         return max(1, round(default * self.count / COUNT))
 
     @cached_property
@@ -123,7 +121,7 @@ class Exam:
         return np.random.default_rng([WORDS, what, item])
 
     def split(self, split: str) -> str:
-        """The split that is asked about in a split's place: itself, or the one to choose by."""
+        """The split that is measured for a split: itself, or its validation split."""
         if self.valid and split not in TO_CHOOSE_BY:
             raise Missing(f"nothing is chosen by {split}")
         return TO_CHOOSE_BY[split] if self.valid else split
@@ -148,11 +146,11 @@ class Exam:
         """A scene at the decoder's size."""
         return render(scene, self.drawn_size)
 
-    def features(self, pictures: Sequence[Image]) -> Features:
+    def features(self, pictures: Sequence[Image]) -> Patches:
         """Encoder features of pictures."""
         return self.model.patches(pictures)
 
-    def encoded(self, split: str, count: int) -> tuple[Features, VisualTokens]:
+    def encoded(self, split: str, count: int) -> tuple[Patches, VisualTokens]:
         """Encoder features and visual tokens of the first pictures of a split, kept in memory."""
         if ("encoded", split, count) not in self.cache:
             parts = []
@@ -166,7 +164,7 @@ class Exam:
 
 
 @torch.no_grad()
-def rebuilt(tokenizer: VisualTokenizer, features: Features) -> Features:
+def rebuilt(tokenizer: VisualTokenizer, features: Patches) -> Patches:
     """Features through their own codes, in the tokenizer's own space."""
     parts = []
     for part in features.split(BATCH):

@@ -1,7 +1,7 @@
 """A judged figure: its value with count and 95 % interval, between what a trivial answer and the
 best possible one get.
 
-Shares have Wilson's interval, means a normal one; what is no mean (ratios, rank correlations) is
+Shares have Wilson's interval, means a normal one; what is not a mean (ratios, rank correlations) is
 bootstrapped over items, with draws that are always the same. A figure that a model cannot have has
 no value, and says why.
 """
@@ -33,10 +33,10 @@ class Figure:
     floor: Level | None = None
     ceiling: Level | None = None
     note: str = ""
-    details: Mapping[str, Any] = field(default_factory=dict)  # figures beside it
+    details: Mapping[str, Any] = field(default_factory=dict)  # further numbers
 
     def entry(self) -> dict[str, Any]:
-        """Plain data as `lavit eval --json` writes it: numbers, and beside them what they are."""
+        """Plain data as `lavit eval --json` writes it: numbers, and what they are."""
         found: dict[str, Any] = {
             "value": _short(self.value),
             "low": _short(self.low),
@@ -57,7 +57,7 @@ class Figure:
 
 
 def _short(value: Any) -> Any:
-    """Seven digits of a number: more would hang on how a machine adds up."""
+    """Seven digits of a number: more would depend on the order of sums."""
     return float(f"{value:.7g}") if isinstance(value, float) else value
 
 

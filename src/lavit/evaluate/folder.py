@@ -31,7 +31,7 @@ from lavit.generate.score import likelihood
 SPLITS = (HELD_OUT, "test", "validation", "valid")
 
 
-class Material:
+class OwnPictures:
     """Pictures of a user's own, with what figures need of them."""
 
     def __init__(self, exam: Exam, corpus: Corpus) -> None:
@@ -44,7 +44,7 @@ class Material:
         names = repr([one.record.name for one in self.pictures])
         self.name = hashlib.sha256(names.encode()).hexdigest()[:12]
 
-    def told(self) -> list[int]:
+    def captioned(self) -> list[int]:
         """Numbers of the pictures that have texts; none raises `Missing`."""
         found = [number for number, one in enumerate(self.pictures) if one.captions]
         if not found:
@@ -81,14 +81,14 @@ def held_out(data: str) -> tuple[Corpus, str]:
     return corpus, f"{said}, which training may have seen ({reasons[0]})"
 
 
-def distance(material: Material) -> Figure:
+def distance(material: OwnPictures) -> Figure:
     """Mean 1 - cos between features and those rebuilt from codes."""
     features = material.features
     half = features[: max(1, len(features) // 2)]
     return distance_figure(material.exam.tokenizer, features, material.tokens.keep, half)
 
 
-def codes_used(material: Material) -> Figure:
+def codes_used(material: OwnPictures) -> Figure:
     """Share of the codebook that these pictures use at least once."""
     size, total = material.exam.tokenizer.config.codes, len(material.tokens.codes)
     used = len(material.tokens.codes.unique())
@@ -96,7 +96,7 @@ def codes_used(material: Material) -> Figure:
     return plain(used / size, len(material.pictures), note=note)
 
 
-def token_rank(material: Material) -> Figure:
+def token_rank(material: OwnPictures) -> Figure:
     """Rank correlation of tokens with the bytes of the picture as a JPEG of the encoder's size."""
     side = material.exam.model.config.vision.image_size
     sizes = np.array([jpeg_bytes(image.resize((side, side))) for image in material.images])
@@ -105,9 +105,9 @@ def token_rank(material: Material) -> Figure:
     return bootstrapped(lambda at: spearman(lengths[at], sizes[at]), len(lengths), floor=floor)
 
 
-def caption_loss(material: Material) -> Figure:
-    """Mean loss of a token of texts, and of their end; the floor is beside another picture."""
-    exam, numbers = material.exam, material.told()
+def caption_loss(material: OwnPictures) -> Figure:
+    """Mean loss of a token of texts, and of their end; the floor is with another picture."""
+    exam, numbers = material.exam, material.captioned()
 
     def losses(task: str, shown: list[int]) -> list[float]:
         def make(chosen: list[int]) -> list[float]:
@@ -123,9 +123,9 @@ def caption_loss(material: Material) -> Figure:
     return mean(losses("loss", numbers), floor=("another picture", average(blind)))
 
 
-def caption_exact(material: Material) -> Figure:
+def caption_exact(material: OwnPictures) -> Figure:
     """Share of captions that are one of the picture's texts, but for case and marks at the end."""
-    numbers = material.told()
+    numbers = material.captioned()
     said = captions(
         material.exam,
         f"caption {material.name}",
@@ -148,7 +148,7 @@ def _spread(lengths: np.ndarray) -> float:
     return float(lengths.std() / lengths.mean())
 
 
-FIGURES: Mapping[str, Callable[[Material], Figure]] = {
+FIGURES: Mapping[str, Callable[[OwnPictures], Figure]] = {
     "tokenizer_distance": distance,
     "live_codes": codes_used,
     "kept_share": lambda of: mean(of.lengths / of.tokens.keep.shape[1]),
@@ -165,7 +165,7 @@ def own_data(exam: Exam, data: str, names: Sequence[str]) -> dict[str, Any]:
     chosen(names, FIGURES)  # a wrong name is said before pictures are opened
     corpus, said = held_out(data)
     return {
-        "figures": measured(FIGURES, names, Material(exam, corpus)),
+        "figures": measured(FIGURES, names, OwnPictures(exam, corpus)),
         "config_hash": config_hash(exam.folder),
         "weights_hash": exam.weights,
         "held_out": said,

@@ -15,7 +15,6 @@ measured, not known.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
@@ -27,12 +26,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from lavit.config import InputError
 from lavit.data.scenes import world
 from lavit.data.scenes.world import Box, Facts, Group, Relation, Size, extent, gap
 from lavit.evaluate.detector import SIDE, Detector, Found, find
+from lavit.files import load_strictly, load_tensors, sha256
 
 FOLDER = Path(__file__).with_name("judge")
 UNKNOWN = "unknown"
@@ -83,7 +82,7 @@ class Seen:
         """Groups of like things, and how they stand. Things of one name that differ in size or
         colour make several groups, and unknown ones groups of that name, as no scene has them."""
         kinds = Counter((thing.name, thing.size, thing.colour) for thing in self.things)
-        groups = [Group(name, count, *how) for (name, *how), count in kinds.items()]
+        groups = [Group(name, count, size, colour) for (name, size, colour), count in kinds.items()]
         related = world.relations(self.boxes(), clear=LOOSE)
         return Facts(self.background, self.pattern, frozenset(groups), related)
 
@@ -102,16 +101,16 @@ class Judge:
         """The shipped judge. Raises `InputError` if its weights are not those it names."""
         said = json.loads((folder / "judge.json").read_text("utf-8"))
         weights = folder / "judge.safetensors"
-        if hashlib.sha256(weights.read_bytes()).hexdigest() != said["sha256"]:
+        if sha256(weights) != said["sha256"]:
             raise InputError(f"{weights} is not the file that {folder / 'judge.json'} names")
         detector = Detector(sizes(said["names"]))
-        detector.load_state_dict(load_file(weights))  # half precision: copied into fp32
+        load_strictly(detector, load_tensors(weights), weights)  # fp16, copied into fp32
         return cls(detector, said["names"], said["heat"], said["sure"])
 
     @torch.inference_mode()
     def found(self, pictures: Sequence[Image.Image]) -> list[tuple[str, str, list[Found]]]:
         """Background, pattern and everything the detector finds, before the thresholds."""
-        found = []
+        found: list[tuple[str, str, list[Found]]] = []
         for start in range(0, len(pictures), BATCH):
             batch = [_pixels(one) for one in pictures[start : start + BATCH]]
             maps = self.detector(torch.stack(batch))

@@ -1,7 +1,7 @@
 """How far the judge itself can be trusted, at the size that the model paints: it bounds every
 figure that it gives.
 
-Published beside every figure of the judge: on true renders the share that is seen right, and of
+Published with every figure of the judge: on true renders the share that is seen right, and of
 renders in which one thing was spoiled the share that passes for the scene as it was.
 """
 
@@ -13,8 +13,7 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from lavit.data.scenes.render import render, sprite, stands_out
-from lavit.data.scenes.render import turned as rotated
+from lavit.data.scenes.render import render, rotated, sprite, stands_out
 from lavit.data.scenes.world import BACKGROUNDS, SHAPES, Box, Scene, Thing, facts, objects
 from lavit.evaluate import spoil
 from lavit.evaluate.drawing import all_of, seen_true, turned, wanted
@@ -76,24 +75,24 @@ def spoiled(scene: Scene, kind: str, size: int, rng: np.random.Generator) -> Ima
         other = replace(thing, name=_other(thing, scene, rng))
         return render(replace(scene, things=(*before, other, *after)), size)
     picture = render(replace(scene, things=(*before, *after)), size)
-    drawing = drawn(thing, scene.style, size)
+    drawing = drawn_thing(thing, scene.style, size)
     if kind == "half":
         return pasted(picture, spoil.half(drawing, rng), thing.box)
     spoiling = spoil.joined if kind == "joined" else spoil.blob
     while True:  # until it shows
         other = replace(thing, colour=None)
         other = replace(other, name=_other(other, scene, rng))
-        changed = spoiling(drawing, drawn(other, scene.style, size), rng)
+        changed = spoiling(drawing, drawn_thing(other, scene.style, size), rng)
         if changed is not None:
             return pasted(picture, changed, thing.box)
 
 
-def drawn(thing: Thing, style: str, size: int) -> Image.Image:
+def drawn_thing(thing: Thing, style: str, size: int) -> Image.Image:
     """A thing alone (RGBA), as it stands in a picture of this size."""
     drawing = rotated(sprite(thing.name, thing.colour, style), thing.turn)
     scale = thing.box.side * size / max(drawing.size)
-    small = tuple(max(1, round(side * scale)) for side in drawing.size)
-    return drawing.resize(small, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    width, height = (max(1, round(side * scale)) for side in drawing.size)
+    return drawing.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 
 def pasted(picture: Image.Image, drawing: Image.Image, box: Box) -> Image.Image:

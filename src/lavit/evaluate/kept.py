@@ -3,8 +3,9 @@ it was.
 
 A line is one item: {"key", "task", "item", "chunk", "made", "check"}. The key is a hash of the
 weights, the configuration, the seed and the world; lines of another key are left alone. `check` is
-a hash of the rest: a line that was changed is made anew. Items are made in chunks of fixed borders,
-so that an item is always computed beside the same others, stopped or not.
+a hash of the rest: a line that was changed is made again. Items are made in chunks of fixed
+borders, so that an item is always computed in a batch with the same others, stopped or not; of a
+chunk that was being written when its evaluation stopped, the lines are cut off.
 """
 
 from __future__ import annotations
@@ -28,6 +29,22 @@ def checked(row: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(row).encode()).hexdigest()[:12]
 
 
+def _unfinished(lines: Sequence[bytes]) -> int:
+    """How many lines at the end are of a chunk that was being written."""
+    torn = int(bool(lines) and not lines[-1].endswith(b"\n"))
+    chunks = []
+    for line in reversed(lines[: len(lines) - torn]):
+        try:
+            row = json.loads(line)
+            chunks.append((row["key"], row["task"], row["chunk"]))
+        except (ValueError, KeyError, TypeError):
+            break
+        if chunks[-1] != chunks[0]:
+            break
+    same = chunks.count(chunks[0]) if chunks else 0
+    return torn + (same % int(chunks[0][2].rpartition(":")[2]) if same else 0)
+
+
 class Kept:
     """Predictions under a key, in a file of JSON lines or (no path) in memory alone."""
 
@@ -37,9 +54,11 @@ class Kept:
         self.path, self.key, self.progress = path, key, progress
         self.found: dict[tuple[str, int, str], Any] = {}
         data = path.read_bytes() if path is not None and path.exists() else b""
-        self.torn = data[-1:] not in (b"", b"\n")  # the last line was cut off
+        lines = data.splitlines(keepends=True)
+        self.unfinished = sum(map(len, lines[len(lines) - _unfinished(lines) :]))  # bytes
+        self.whole = len(data) - self.unfinished
         changed = 0
-        for line in data.splitlines():
+        for line in lines:
             try:
                 row = json.loads(line)
                 if row["key"] != self.key:
@@ -51,7 +70,7 @@ class Kept:
             except (ValueError, KeyError, TypeError):
                 continue  # cut off when an evaluation was stopped
         if changed:
-            log.warning("%d predictions of %s were changed: they are made anew", changed, path)
+            log.warning("%d predictions of %s were changed: they are made again", changed, path)
 
     def made(
         self,
@@ -85,8 +104,10 @@ class Kept:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write("\n" * self.torn + lines)
-            self.torn = False
+                if self.unfinished:
+                    file.truncate(self.whole)
+                file.write(lines)
+            self.unfinished = 0
         except OSError as error:
             said = f"{self.path} cannot be written ({error.strerror})"
             raise InputError(f"{said}: give --json FILE where predictions may be kept") from error

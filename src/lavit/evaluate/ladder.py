@@ -1,8 +1,8 @@
 """Are tokens where the content is? 500 pictures with 0 to 9 things, and pictures without any.
 
 Beside the model's selection stand four that know nothing of the tokenizer, at the same mean number
-of tokens: random patches, every so-manieth patch, and the patches with long features or many edges
-that exceed one threshold for all pictures.
+of tokens: random patches, patches at even distances, and the patches with long features or many
+edges that exceed one threshold for all pictures.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def ladder_blank(exam: Exam) -> Figure:
         "dotted": [background(colour, "dotted", size) for colour in BACKGROUNDS],
         "noise": [Image.fromarray(pixels) for pixels in noise],
         "five_things": whole,
-        "five_things_shuffled": [shuffled(picture, grid, rng) for picture in whole],
+        "five_things_shuffled": [shuffled_patches(picture, grid, rng) for picture in whole],
     }
     shares = {}
     for name, pictures in kinds.items():
@@ -116,7 +116,7 @@ def edge_energy(picture: Image.Image, grid: int) -> np.ndarray:
     return energy.reshape(grid, 16, grid, 16).sum((1, 3)).ravel()
 
 
-def shuffled(picture: Image.Image, grid: int, rng: np.random.Generator) -> Image.Image:
+def shuffled_patches(picture: Image.Image, grid: int, rng: np.random.Generator) -> Image.Image:
     """The picture with its patches in another order."""
     side = picture.width // grid
     pixels = np.asarray(picture)[: side * grid, : side * grid]

@@ -7,7 +7,7 @@
     {"kind": "chat", "turns": [{"text": "what is it?", "pictures": ["a.png"], "answers": ["owl"]},
                                {"text": "draw it twice", "facts": "two owls"}]}
 
-Pictures are paths beside the file. In place of pictures a "scene" may stand: {"background",
+Pictures are paths below the file's folder. In place of pictures a "scene" may stand: {"background",
 "pattern", "style", "things": [{"name", "size", "cell", "colour"}]}, which is rendered; of a scene
 that is read, the facts are its own unless given. "facts" are a sentence in the language of scenes;
 what it does not say is free. "answers" are all right answers. A turn of a chat that has facts is
@@ -32,19 +32,20 @@ from lavit.data.scenes.parse import parse
 from lavit.data.scenes.questions import normal, true_of
 from lavit.data.scenes.sample import nominal
 from lavit.data.scenes.world import Facts, Scene, Thing, facts
-from lavit.evaluate.conversing import Reply, message, plain
+from lavit.evaluate.conversing import PlainReply, plain_reply, user_message
 from lavit.evaluate.drawing import atoms_of, drawn, unpacked
 from lavit.evaluate.exam import Exam, Missing
 from lavit.evaluate.figures import Figure, mean, share
-from lavit.evaluate.reading import answers, captions
+from lavit.evaluate.reading import captions, model_answers
+from lavit.files import sha256
 from lavit.images import open_image
-from lavit.vision.encoder import sha256
+from lavit.layout import Reply as Kind
 
 KINDS = ("read", "draw", "ask", "edit", "chat")
 
 
 @dataclass(frozen=True)
-class Turn:
+class OwnTurn:
     """One request: words and pictures, and what is right."""
 
     text: str
@@ -54,20 +55,19 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Item:
-    """One line of the file; what is no chat has one turn."""
+class OwnItem:
+    """One line of the file; all but chats have one turn."""
 
     kind: str
-    turns: tuple[Turn, ...]
+    turns: tuple[OwnTurn, ...]
 
 
-def load_items(path: Path) -> list[Item]:
+def load_items(path: Path) -> list[OwnItem]:
     """All items of a file; a line that cannot be used raises `InputError` with its number."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        said = getattr(error, "strerror", None) or error
-        raise InputError(f"{path} cannot be read: {said}") from error
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
     items = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -76,7 +76,7 @@ def load_items(path: Path) -> list[Item]:
             items.append(_item(json.loads(line), path.parent))
         except RecursionError as error:
             raise InputError(f"{path}, line {number}: it is nested too deeply") from error
-        except (InputError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             said = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
             raise InputError(f"{path}, line {number}: {said}") from error
     if not items:
@@ -84,7 +84,7 @@ def load_items(path: Path) -> list[Item]:
     return items
 
 
-def _item(row: Any, folder: Path) -> Item:
+def _item(row: Any, folder: Path) -> OwnItem:
     if not isinstance(row, Mapping):
         raise InputError("an item is an object with kind, and what it needs")
     kind = row.get("kind")
@@ -94,7 +94,7 @@ def _item(row: Any, folder: Path) -> Item:
         turns = row["turns"]
         if not isinstance(turns, list) or not turns or not all(isinstance(t, dict) for t in turns):
             raise InputError('turns is a list of {"text": …} with pictures, answers or facts')
-        return Item(kind, tuple(_turn(turn, turn["text"], folder) for turn in row["turns"]))
+        return OwnItem(kind, tuple(_turn(turn, turn["text"], folder) for turn in row["turns"]))
     words = {"read": "", "ask": "question"}.get(kind, "prompt")
     turn = _turn(row, row[words] if words else "", folder)
     if kind != "draw" and not turn.pictures:
@@ -105,12 +105,12 @@ def _item(row: Any, folder: Path) -> Item:
         raise InputError(f"an item of kind {kind!r} needs facts")
     if kind == "edit" and "facts" not in row:
         raise InputError("an edit needs the facts of what it should give")
-    return Item(kind, (turn,))
+    return OwnItem(kind, (turn,))
 
 
-def _turn(row: Mapping[str, Any], text: Any, folder: Path) -> Turn:
+def _turn(row: Mapping[str, Any], text: Any, folder: Path) -> OwnTurn:
     if not isinstance(text, str):
-        raise InputError(f"{text!r} is no text")
+        raise InputError(f"{text!r} is not a text")
     pictures: list[str | Scene] = []
     given = row.get("pictures", [])
     for name in [given] if isinstance(given, str) else given:
@@ -123,10 +123,10 @@ def _turn(row: Mapping[str, Any], text: Any, folder: Path) -> Turn:
     if "facts" in row:
         said = parse(row["facts"]) if isinstance(row["facts"], str) else None
         if said is None:
-            raise InputError(f"facts {row['facts']!r} is no sentence about a scene")
+            raise InputError(f"facts {row['facts']!r} is not a sentence about a scene")
     right = row.get("answers", ())
     right = (right,) if isinstance(right, str) else tuple(str(one) for one in right)
-    return Turn(text, tuple(pictures), None if right else said, right)
+    return OwnTurn(text, tuple(pictures), None if right else said, right)
 
 
 def scene_of(row: Any) -> Scene:
@@ -152,22 +152,22 @@ def scene_of(row: Any) -> Scene:
     return Scene(row["background"], row["pattern"], row["style"], tuple(things))
 
 
-def _shown(exam: Exam, turn: Turn) -> list[Image]:
+def _shown(exam: Exam, turn: OwnTurn) -> list[Image]:
     opened = []
     for one in turn.pictures:
         opened.append(exam.picture(one) if isinstance(one, Scene) else open_image(one))
     return opened
 
 
-def _task(items: Sequence[Item | Turn], name: str) -> str:
+def _task(items: Sequence[OwnItem | OwnTurn], name: str) -> str:
     """The name under which answers are kept; other items, or other pictures, have another."""
-    turns = chain(*(one.turns if isinstance(one, Item) else (one,) for one in items))
+    turns = chain(*(one.turns if isinstance(one, OwnItem) else (one,) for one in items))
     shown = (one for turn in turns for one in turn.pictures if isinstance(one, str))
-    told = [repr(items), *(sha256(Path(path)) for path in shown)]
-    return f"own {name} {hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]}"
+    parts = [repr(items), *(sha256(Path(path)) for path in shown)]
+    return f"own {name} {hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]}"
 
 
-def _chosen(exam: Exam, *kinds: str) -> tuple[list[Turn], list[Turn], list[Reply]]:
+def _chosen(exam: Exam, *kinds: str) -> tuple[list[OwnTurn], list[OwnTurn], list[PlainReply]]:
     """The requests of items of these kinds; and those of chats, with the model's replies."""
     if exam.items is None:
         raise Missing("no items were given (--items FILE.jsonl)")
@@ -178,25 +178,25 @@ def _chosen(exam: Exam, *kinds: str) -> tuple[list[Turn], list[Turn], list[Reply
     alone = [item.turns[0] for item in found if item.kind != "chat"]
     talks = [item for item in found if item.kind == "chat"]
 
-    def make(numbers: list[int]) -> list[list[Reply]]:
+    def make(numbers: list[int]) -> list[list[PlainReply]]:
         return [_talk(exam, talks[number], number) for number in numbers]
 
     replies = exam.made(_task(talks, "chat"), range(len(talks)), make, together=1)
     return alone, [turn for item in talks for turn in item.turns], list(chain(*replies))
 
 
-def _talk(exam: Exam, item: Item, number: int) -> list[Reply]:
+def _talk(exam: Exam, item: OwnItem, number: int) -> list[PlainReply]:
     """The model's replies, turn by turn, which stand in the talk."""
     messages: list[Mapping[str, Any]] = []
     replies = []
     for turn in item.turns:
-        messages.append(message([*_shown(exam, turn), turn.text]))
+        messages.append(user_message([*_shown(exam, turn), turn.text]))
         if turn.facts is not None:
             exam.needs("pixels")
-        out = "text" if turn.facts is None else "image"
+        out: Kind = "text" if turn.facts is None else "image"
         reply = exam.pipe.chat(messages, out=out, seed=exam.seeds([number]))
         messages.append(reply)
-        replies.append(plain(reply))
+        replies.append(plain_reply(reply))
     return replies
 
 
@@ -205,7 +205,8 @@ def own_read(exam: Exam) -> Figure:
     asked, _, _ = _chosen(exam, "read")
     task, items = _task(asked, "read"), range(len(asked))
     texts = captions(exam, task, items, lambda n: _shown(exam, asked[n])[0])
-    return share([covers(text, one.facts) for text, one in zip(texts, asked, strict=True)])
+    said = [one.facts for one in asked if one.facts is not None]  # of all
+    return share([covers(text, wanted) for text, wanted in zip(texts, said, strict=True)])
 
 
 def covers(text: str, wanted: Facts) -> bool:
@@ -219,7 +220,7 @@ def covers(text: str, wanted: Facts) -> bool:
 def own_answer(exam: Exam) -> Figure:
     """Share of the items' questions, chats included, that are answered right."""
     asked, turns, replies = _chosen(exam, "ask", "chat")
-    said = answers(
+    said = model_answers(
         exam,
         _task(asked, "ask"),
         range(len(asked)),
@@ -247,7 +248,7 @@ def own_draw(exam: Exam) -> Figure:
         return [*_shown(exam, asked[n]), asked[n].text]
 
     pictures = drawn(exam, _task(asked, "draw"), range(len(asked)), parts)
-    said = [turn.facts for turn in asked]
+    said = [turn.facts for turn in asked if turn.facts is not None]
     for turn, reply in zip(turns, replies, strict=True):
         if turn.facts is not None:
             pictures.append(unpacked(reply["picture"]))

@@ -6,8 +6,8 @@ whose centres lie in its box, and asked about test scenes. Encoder features have
 own and features rebuilt from codes another: a figure is the ratio of their accuracies.
 
 `write_identity` asks about features rebuilt from codes that were written freely from a prompt. As
-nobody knows where its things stand, the probe (fitted also on boxes that hold nothing) looks at all
-cells of the grid in the sizes that the prompt names; a name's score is its highest probability
+the places of its things are unknown, the probe (fitted also on boxes that hold nothing) looks at
+all cells of the grid in the sizes that the prompt names; a name's score is its highest probability
 anywhere. The figure is the share of the prompt's names among as many likeliest ones, over the same
 for encoder features of the true pictures.
 """
@@ -27,9 +27,10 @@ from torch import Tensor
 from lavit.data.scenes.sample import nominal, scene_at
 from lavit.data.scenes.world import BACKGROUNDS, CELLS, PATTERNS, SHAPES, Box, Facts, Scene
 from lavit.evaluate.drawing import prompt_of, turned, wanted, written
-from lavit.evaluate.exam import BATCH, Exam, Features, rebuilt
+from lavit.evaluate.exam import BATCH, Exam, rebuilt
 from lavit.evaluate.figures import Figure, average, ratio
 from lavit.evaluate.tokens import OTHER_SEED
+from lavit.visual_tokenizer.layers import Patches
 
 THINGS = 6_000  # that a probe is fitted on
 DECAY = 1e-4  # of a probe's weights
@@ -85,7 +86,7 @@ def patches_in(box: Box, grid: int) -> list[int]:
 
 
 @dataclass
-class Rows:
+class LabelledRows:
     """Mean features of boxes, "seen" by the encoder and "rebuilt" from codes; what is in them."""
 
     classes: int
@@ -117,16 +118,16 @@ class Rows:
         return [average(of) for _, of in sorted(found.items())]
 
 
-class Material:
-    """Rows of things, of grounds, and of things beside empty boxes ("cells"), of many scenes."""
+class SceneRows:
+    """Rows of things, of grounds, and of things with empty boxes ("cells"), of many scenes."""
 
     def __init__(self, exam: Exam) -> None:
         self.exam, self.names = exam, (*exam.rules.objects_named, *SHAPES)
-        self.things, self.grounds = Rows(len(self.names)), Rows(len(GROUNDS))
-        self.cells = Rows(len(self.names) + 1)
+        self.things, self.grounds = LabelledRows(len(self.names)), LabelledRows(len(GROUNDS))
+        self.cells = LabelledRows(len(self.names) + 1)
         self.count = 0  # pictures
 
-    def add(self, scenes: Sequence[Scene], features: Features) -> None:
+    def add(self, scenes: Sequence[Scene], features: Patches) -> None:
         """The rows of pictures with these encoder features."""
         tokenizer, grid = self.exam.tokenizer, self.exam.model.config.vision.grid
         seen, again = tokenizer.standard(features), rebuilt(tokenizer, features)
@@ -157,10 +158,10 @@ def empty(scene: Scene) -> list[Box]:
     return [box for box in boxes if not any(touches(box, thing.box) for thing in scene.things)]
 
 
-def fitted(exam: Exam) -> Material:
+def fitted_rows(exam: Exam) -> SceneRows:
     """Rows of scenes like training's, until there are 6,000 things."""
     if "fitted" not in exam.cache:
-        goal, into = exam.scaled(THINGS), Material(exam)
+        goal, into = exam.scaled(THINGS), SceneRows(exam)
         while (count := len(into.things.labels)) < goal:
             exam.progress("things of probes", count, goal)
             numbers = range(into.count, into.count + BATCH)
@@ -171,18 +172,18 @@ def fitted(exam: Exam) -> Material:
     return exam.cache["fitted"]
 
 
-def asked(exam: Exam) -> Material:
+def asked(exam: Exam) -> SceneRows:
     """Rows of test scenes."""
     if "asked" not in exam.cache:
         features, _ = exam.encoded("test", exam.count)
-        scenes, into = [exam.scene("test", n) for n in range(exam.count)], Material(exam)
+        scenes, into = [exam.scene("test", n) for n in range(exam.count)], SceneRows(exam)
         for at in range(0, exam.count, BATCH):
             into.add(scenes[at : at + BATCH], features[at : at + BATCH])
         exam.cache["asked"] = into
     return exam.cache["asked"]
 
 
-def _kept(known: Rows, test: Rows) -> Figure:
+def _kept(known: LabelledRows, test: LabelledRows) -> Figure:
     """Accuracy on rebuilt features over that on the encoder's."""
     seen, again = (test.right(known.probe(kind), kind) for kind in ("seen", "rebuilt"))
     best = average(seen)
@@ -198,13 +199,13 @@ def _kept(known: Rows, test: Rows) -> Figure:
 
 
 def identity_kept(exam: Exam) -> Figure:
-    """How well things are named in features rebuilt from true codes, beside the encoder's."""
-    return _kept(fitted(exam).things, asked(exam).things)
+    """How well things are named in features rebuilt from true codes, relative to the encoder's."""
+    return _kept(fitted_rows(exam).things, asked(exam).things)
 
 
 def background_kept(exam: Exam) -> Figure:
     """How well colour and pattern of the background are named there."""
-    return _kept(fitted(exam).grounds, asked(exam).grounds)
+    return _kept(fitted_rows(exam).grounds, asked(exam).grounds)
 
 
 def found_names(
@@ -229,7 +230,7 @@ def write_identity(exam: Exam) -> Figure:
     items, grid = range(exam.count), exam.model.config.vision.grid
     codes = written(exam, "test", items, lambda item: [prompt_of(exam, "test", item)])
     features, _ = exam.encoded("test", exam.count)
-    known, said = fitted(exam), wanted(exam, "test")
+    known, said = fitted_rows(exam), wanted(exam, "test")
     sees, rebuilds = known.cells.probe("seen"), known.cells.probe("rebuilt")
     scores: dict[str, list[float]] = {"written": [], "another": [], "true": [], "seen": []}
     for at in range(0, exam.count, BATCH):

@@ -14,7 +14,7 @@ from PIL.Image import Image
 
 from lavit.data.scenes.language import describe
 from lavit.data.scenes.parse import parse
-from lavit.data.scenes.questions import Question, normal, questions, right
+from lavit.data.scenes.questions import SceneQuestion, normal, questions, right
 from lavit.data.scenes.sample import scene_at
 from lavit.data.scenes.world import Facts, facts
 from lavit.evaluate.drawing import by_number, drawings, turned, wanted
@@ -24,7 +24,7 @@ from lavit.evaluate.tokens import OTHER_SEED
 
 KNOWN = 3_000  # scenes like training's, whose questions a text-only answer is learnt from
 SPLITS = ("test", "pairs", "binding", "number", "style", "noto")
-Shown = Callable[[int], Image]  # the picture of an item
+PictureOf = Callable[[int], Image]  # the picture of an item
 
 
 def exact(texts: Sequence[str], said: Sequence[Facts]) -> list[bool]:
@@ -36,7 +36,8 @@ def items_of(exam: Exam, split: str) -> list[int]:
     """Scenes that are read: of `test` those with two things or more."""
     if split != "test":
         return list(range(exam.count))
-    found, item = [], 0
+    found: list[int] = []
+    item = 0
     while len(found) < exam.count:
         if item % 4 and len(exam.scene(split, item).things) > 1:  # 1, 2, 3, 4 things in turn
             found.append(item)
@@ -44,7 +45,7 @@ def items_of(exam: Exam, split: str) -> list[int]:
     return found
 
 
-def captions(exam: Exam, task: str, items: Sequence[int], shown: Shown) -> list[str]:
+def captions(exam: Exam, task: str, items: Sequence[int], shown: PictureOf) -> list[str]:
     """Captions of pictures, kept by item."""
     exam.needs("language")
 
@@ -86,13 +87,14 @@ def mistakes(texts: Sequence[str], said: Sequence[Facts]) -> dict[str, float]:
 
 def skills(said: Facts) -> dict[str, Any]:
     """What facts say, skill by skill."""
-    found = {"background": said.background, "pattern": said.pattern, "relations": said.relations}
+    found: dict[str, Any] = {"background": said.background, "pattern": said.pattern}
+    found["relations"] = said.relations
     for name in ("name", "number", "size", "colour"):
         found[name] = sorted((group.name, str(getattr(group, name))) for group in said.groups)
     return found
 
 
-def question_of(exam: Exam, item: int) -> Question:
+def question_of(exam: Exam, item: int) -> SceneQuestion:
     """One question about a test scene."""
     for again in range(20):
         found = questions(exam.scene("test", item), exam.rng(item, 1 + again), exam.rules, 1)
@@ -101,8 +103,8 @@ def question_of(exam: Exam, item: int) -> Question:
     raise ValueError(f"no question about test scene {item}")
 
 
-def answers(
-    exam: Exam, task: str, items: Sequence[int], shown: Shown, question: Callable[[int], str],
+def model_answers(
+    exam: Exam, task: str, items: Sequence[int], shown: PictureOf, question: Callable[[int], str],
 ) -> list[str]:  # fmt: skip
     """The model's answers to questions about pictures, kept by item."""
     exam.needs("language")
@@ -123,13 +125,13 @@ def _right(exam: Exam, said: Sequence[str]) -> list[bool]:
     return hits
 
 
-def _answered(exam: Exam, task: str, shown: Shown) -> list[bool]:
+def _answered(exam: Exam, task: str, shown: PictureOf) -> list[bool]:
     """Are the model's answers right, when these pictures are shown?"""
 
     def question(item: int) -> str:
         return question_of(exam, item).question
 
-    return _right(exam, answers(exam, task, range(exam.count), shown, question))
+    return _right(exam, model_answers(exam, task, range(exam.count), shown, question))
 
 
 def text_only(exam: Exam) -> tuple[str, float]:

@@ -1,5 +1,5 @@
-"""Does the language model keep its language? Perplexity on text that nobody trained on, beside the
-base language model's.
+"""Does the language model keep its language? Perplexity on text outside the training data, compared
+with the base language model's.
 
 A text alone, as stage 2 sees it (paper Sec. 3.2 mixes text in for this): cut into documents of a
 row, each token predicted from those before it in its document. Ours spends probability on codes as
@@ -14,12 +14,13 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lavit.config import LanguageConfig, from_json
-from lavit.evaluate.exam import Exam, Missing, Progress
+from lavit.evaluate.exam import Exam, Missing
 from lavit.evaluate.figures import Figure, mean
+from lavit.evaluate.kept import Progress
 from lavit.language.model import Language
 from lavit.layout import ids_of
 from lavit.storage import load_base
@@ -27,7 +28,7 @@ from lavit.storage import load_base
 WINDOW = 512  # tokens of a document
 PASSAGES = 40  # of prose, for the ratio
 
-Logits = Callable[[Int[Tensor, "1 tokens"]], Float[Tensor, "1 tokens ids"]]
+LogitsOf = Callable[[Int[Tensor, "1 tokens"]], Float[Tensor, "1 tokens ids"]]
 
 
 def perplexity(
@@ -51,9 +52,10 @@ def perplexity(
         return torch.cat([language.text_logits(hidden), language.visual_logits(hidden)], -1)
 
     device = language.rows.device
-    models: list[Logits] = [joint]
+    models: list[LogitsOf] = [joint]
     if base is not None:
-        models.append(lambda ids: base.to(device)(input_ids=ids).logits)
+        lm: nn.Module = base
+        models.append(lambda ids: lm.to(device)(input_ids=ids).logits)
     scores: list[list[tuple[float, int]]] = [[] for _ in models]
     for number, passage in enumerate(texts):
         ids = torch.tensor([ids_of(text, passage)], device=device)
@@ -66,13 +68,14 @@ def perplexity(
     sums = [[sum(column) for column in zip(*found, strict=True)] for found in scores]
     ours, *others = [math.exp(-total / count) for total, count in sums]
     spread = mean([total / count for total, count in scores[0]])
+    assert spread.low is not None and spread.high is not None
     factor = math.exp((spread.high - spread.low) / 2)
     floor = ("base language model", others[0]) if others else None
     return Figure(ours, ours / factor, ours * factor, len(scores[0]), floor)
 
 
 @torch.no_grad()
-def _log_likelihood(ids: Int[Tensor, "1 tokens"], logits: Logits) -> tuple[float, int]:
+def _log_likelihood(ids: Int[Tensor, "1 tokens"], logits: LogitsOf) -> tuple[float, int]:
     """Sum of log-probabilities of a text, document by document, and how many tokens it predicts."""
     total, count = 0.0, 0
     for document in ids.split(WINDOW, dim=1):
@@ -101,6 +104,8 @@ def text_ratio(exam: Exam) -> Figure:
     texts = [topics[name] for name in sorted(topics)][: min(PASSAGES, exam.count)]
     text, where = exam.model.text_tokenizer, "Python's manual"
     found = perplexity(texts, text, exam.model.language, base, where=where, progress=exam.progress)
+    assert found.value is not None and found.low is not None and found.high is not None
+    assert found.floor is not None  # the base's perplexity
     under = found.floor[1]
     return Figure(
         found.value / under,

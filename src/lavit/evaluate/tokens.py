@@ -9,8 +9,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lavit.data.scenes.sample import scene_at
-from lavit.evaluate.exam import BATCH, Exam, Features
+from lavit.evaluate.exam import BATCH, Exam
 from lavit.evaluate.figures import Figure, average, mean, plain
+from lavit.visual_tokenizer.layers import Patches
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer, cosine_distance
 
 PICTURES = 20_000  # in which a live code is used at least once
@@ -21,7 +22,7 @@ OTHER_SEED = 7_700_017  # of scenes like training's that no training is likely t
 @torch.no_grad()
 def distances(
     tokenizer: VisualTokenizer,
-    features: Features,
+    features: Patches,
     keep: Bool[Tensor, "images patches"],
     *,
     quantise: bool = True,
@@ -38,7 +39,7 @@ def distances(
 
 def constant_distance(
     tokenizer: VisualTokenizer,
-    features: Features,
+    features: Patches,
     others: Float[Tensor, "others patches dim"],
 ) -> float:
     """The same for an answer that is always the mean of other pictures, place by place."""
@@ -49,7 +50,7 @@ def constant_distance(
 
 def distance_figure(
     tokenizer: VisualTokenizer,
-    features: Features,
+    features: Patches,
     keep: Bool[Tensor, "images patches"],
     others: Float[Tensor, "others patches dim"],
     **beside: Any,

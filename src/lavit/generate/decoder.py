@@ -32,7 +32,7 @@ class LaneCache(Cache):
     hidden by the mask (x may be attended by the next token):
 
         lane 0, length 4   x x x x x . .
-        lane 1, length 1   x x . . . . .        just opened beside lane 0: an unconditional stream
+        lane 1, length 1   x x . . . . .        just opened: an unconditional stream
         lane 2, length 6   x x x x x x x
 
     `buffers` `[lanes, heads, columns, dim]` are keys, then values of each layer, made at first use.
@@ -173,7 +173,7 @@ class Decoder:
         memory.advance([1] * len(ids))
         return hidden[:, 0]
 
-    def _forward(self, body: Callable, embeddings: Tensor, memory: LaneCache) -> Tensor:
+    def _forward(self, body: Callable[..., Any], embeddings: Tensor, memory: LaneCache) -> Tensor:
         positions, mask = memory.begin(embeddings.shape[1], embeddings.dtype)
         out = body(
             inputs_embeds=embeddings,

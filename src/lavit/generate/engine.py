@@ -25,12 +25,12 @@ from lavit.generate.writer import Beams, Writer
 from lavit.language.model import Language
 
 LANES = 32  # rows of one forward at most, unless a single request needs more
-Logits = dict[int, Float[Tensor, "rows allowed"]]  # of each stream, by its place
+StreamLogits = dict[int, Float[Tensor, "rows allowed"]]  # of each stream, by its place
 STATIC_COLUMNS = 256  # static caches are multiples of this
 
 
 class Engine:
-    """Generation with one language model. Reads the weights when built: build anew after training.
+    """Generation with one language model. Built anew after training: it reads the weights once.
 
     `compile` is that of `decoder_for`; `decoder` overrides its choice.
     """
@@ -93,6 +93,11 @@ class Session:
         """True while anything waits or runs."""
         return bool(self.waiting or self.streams)
 
+    @property
+    def lanes(self) -> int:
+        """Lanes that are taken."""
+        return sum(stream.most_lanes for stream in self.streams)
+
     def add(self, request: Request) -> int:
         """Queue a request, or raise `InputError`; returns its number, which its events carry."""
         self.engine.check(request)
@@ -138,7 +143,7 @@ class Session:
 
     def _admit(self, hidden: Hidden | None) -> tuple[Tensor | None, list[Event]]:
         """Read the prompts that there is room for, each once, and give them lanes."""
-        used = sum(stream.most_lanes for stream in self.streams)
+        used = self.lanes
         admitted: list[tuple[int, Request]] = []
         while self.waiting and (not used or used + self.waiting[0][1].lanes <= self.engine.lanes):
             used += self.waiting[0][1].lanes
@@ -185,13 +190,15 @@ class Session:
             features=torch.cat(features).to(device) if features else None,
         )
         columns = longest + 1
-        if self.decoder.static:  # room for all that may come, in few sizes: each is compiled anew
+        if (
+            self.decoder.static
+        ):  # room for all that may come, in few sizes: each is compiled by itself
             most = max(map(_most, requests))
             columns = -(-(longest + most) // STATIC_COLUMNS) * STATIC_COLUMNS
             columns = min(columns, max(self.decoder.context, longest))
         return self.decoder.prefill(embeddings, lengths, columns)
 
-    def _logits(self, hidden: Hidden) -> Logits:
+    def _logits(self, hidden: Hidden) -> StreamLogits:
         """Logits of each stream, by place: of text ids, or of image end and the (guided) codes."""
         found: dict[int, Tensor] = {}
         lanes = torch.arange(len(hidden), device=hidden.device).split(self._layout)
@@ -211,10 +218,10 @@ class Session:
                 found[place] = own
         return found
 
-    def _draw(self, logits: Logits) -> dict[int, int]:
+    def _draw(self, logits: StreamLogits) -> dict[int, int]:
         """The next joint id of each writer, by place; those that draw alike are drawn together."""
         chosen: dict[int, int] = {}
-        groups: dict[tuple, list[int]] = defaultdict(list)
+        groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
         writers: dict[int, Writer] = {}
         for place, stream in enumerate(self.streams):
             if isinstance(stream, Beams):

@@ -30,9 +30,9 @@ Messages = Sequence[Mapping[str, Any]]  # a conversation, in the form of Hugging
 MessagesList = Sequence[Messages]
 Written = list[str | Image.Image]  # words and pictures, in order
 
-Keep = str | int | float | KeepPolicy
+KeepLike = str | int | float | KeepPolicy
 Seed = int | Sequence[int]
-Size = tuple[int, int] | str
+PictureSize = tuple[int, int] | str
 Scorer = Callable[[str, Image.Image], float]
 
 
@@ -46,7 +46,7 @@ class TextOptions(TypedDict, total=False):
 class ReadingOptions(TextOptions, total=False):
     """How text about a picture is written."""
 
-    keep: Keep  # patches that are looked at: "auto", "all", 64 of them, 0.25 of them, …
+    keep: KeepLike  # patches that are looked at: "auto", "all", 64 of them, 0.25 of them, …
 
 
 class AskingOptions(ReadingOptions, total=False):
@@ -67,7 +67,7 @@ class DrawingOptions(CodesOptions, total=False):
     """How a picture is written and painted."""
 
     steps: int | None  # of the pixel decoder
-    size: Size | None  # (height, width) in pixels, or an aspect ratio such as "4:3"
+    size: PictureSize | None  # (height, width) in pixels, or an aspect ratio such as "4:3"
 
 
 class RankedOptions(DrawingOptions, total=False):
@@ -87,10 +87,10 @@ class ReconstructionOptions(TypedDict, total=False):
     """How a picture is turned into tokens, and painted from them."""
 
     seed: Seed  # as in `DrawingOptions`
-    keep: Keep  # as in `ReadingOptions`
+    keep: KeepLike  # as in `ReadingOptions`
     guidance: float | None  # of the pixel decoder
     steps: int | None
-    size: Size | None
+    size: PictureSize | None
 
 
 class TextContent(TypedDict):

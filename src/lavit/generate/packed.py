@@ -18,12 +18,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lavit.generate.decoder import Decoder, Hidden, LaneCache
+from lavit.language.lora import is_lora, merged_weight
 from lavit.language.model import Language
 
 log = logging.getLogger(__name__)
 
 LLAMA_SHAPED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
-# Rows that the packing is told to expect. Any number is computed right (`packing_works` tries it);
+# Rows that the packing is made for. Any number is computed right (`packing_works` tries it);
 # up to this many are fast: packed for 8, sixteen rows take 1.4 times what they take packed for 64,
 # which costs fewer rows nothing.
 PACK_ROWS = 64
@@ -43,13 +44,8 @@ class Packed:
         """Linear layers of one input as one; LoRA is merged."""
         weights, biases = [], []
         for linear in linears:
-            base = linear.get_base_layer() if hasattr(linear, "get_base_layer") else linear
-            weight = base.weight.detach()
-            if base is not linear and not linear.merged and not linear.disable_adapters:
-                for name in linear.active_adapters:
-                    weight = weight + linear.get_delta_weight(name).detach()
-            weights.append(weight)
-            biases.append(base.bias)
+            weights.append(merged_weight(linear).detach())
+            biases.append((linear.get_base_layer() if is_lora(linear) else linear).bias)
         return cls(torch.cat(weights), None if biases[0] is None else torch.cat(biases))
 
     def __call__(self, x: Float[Tensor, "rows in"]) -> Float[Tensor, "rows out"]:
@@ -134,7 +130,7 @@ def obstacle(language: Language) -> str | None:
     lm, config = language.lm, language.lm.config
     name, device = type(lm).__name__, language.rows.device.type
     modules = language.body.modules()
-    linears = [m for m in modules if isinstance(m, nn.Linear) or hasattr(m, "get_base_layer")]
+    linears = [m for m in modules if isinstance(m, nn.Linear) or is_lora(m)]
     for holds, why in (
         (name in LLAMA_SHAPED, f"{name} is not Llama-shaped"),
         (device == "cpu", f"it is on {device}"),
@@ -155,7 +151,7 @@ def _known(module: Any) -> bool:
     """True for a plain linear layer, alone or under LoRA."""
     if type(module) is nn.Linear:
         return True
-    plain = hasattr(module, "get_delta_weight") and type(module.get_base_layer()) is nn.Linear
+    plain = is_lora(module) and type(module.get_base_layer()) is nn.Linear
     return plain and not any(getattr(module, "use_dora", {}).values())
 
 

@@ -26,17 +26,17 @@ from lavit.generate.options import (
     ChatMessage,
     DrawingOptions,
     ImageList,
-    Keep,
+    KeepLike,
     Messages,
     MessagesList,
     OpenOptions,
+    PictureSize,
     Pieces,
     PiecesList,
     RankedOptions,
     ReadingOptions,
     ReconstructionOptions,
     Seed,
-    Size,
     TextOptions,
     Written,
 )
@@ -51,7 +51,7 @@ from lavit.generate.prompts import (
     seeds_of,
 )
 from lavit.generate.protocols import UNANSWERABLE, answerable, refuses
-from lavit.generate.runner import Runner, Work, message, shaped, written
+from lavit.generate.runner import Runner, Work, message, shaped, words_and_pictures
 from lavit.generate.score import ranked
 from lavit.generate.stream import Update
 from lavit.images import ImageInput, open_image
@@ -90,7 +90,7 @@ class Pipeline(Runner):
         self,
         images: ImageInput | ImageList,
         *,
-        keep: Keep = "auto",
+        keep: KeepLike = "auto",
         **how: Unpack[TextOptions],
     ) -> Work:
         inputs, protocol = captions_of(images, keep), self.protocol
@@ -138,24 +138,26 @@ class Pipeline(Runner):
         images: ImageInput | ImageList,
         questions: str | Sequence[str],
         *,
-        keep: Keep = "auto",
+        keep: KeepLike = "auto",
         **how: Unpack[TextOptions],
     ) -> Work:
         inputs, protocol = answers_of(images, questions, keep), self.protocol
         return self._words(inputs, protocol.answer, protocol.answer_ends, **how)
 
     @overload
-    def rank(self, images: ImageInput, among: Sequence[str], *, keep: Keep = ...) -> list[str]: ...
+    def rank(
+        self, images: ImageInput, among: Sequence[str], *, keep: KeepLike = ...
+    ) -> list[str]: ...
     @overload
     def rank(
-        self, images: ImageList, among: Sequence[str], *, keep: Keep = ...
+        self, images: ImageList, among: Sequence[str], *, keep: KeepLike = ...
     ) -> list[list[str]]: ...  # fmt: skip
     def rank(
         self,
         images: ImageInput | ImageList,
         among: Sequence[str],
         *,
-        keep: Keep = "auto",
+        keep: KeepLike = "auto",
     ) -> list[str] | list[list[str]]:
         """The texts `among` as captions of each picture, the likeliest first.
 
@@ -172,15 +174,17 @@ class Pipeline(Runner):
         return shaped(found, inputs.one)
 
     @overload
-    def choose(self, images: ImageInput, among: Sequence[str], *, keep: Keep = ...) -> str: ...
+    def choose(self, images: ImageInput, among: Sequence[str], *, keep: KeepLike = ...) -> str: ...
     @overload
-    def choose(self, images: ImageList, among: Sequence[str], *, keep: Keep = ...) -> list[str]: ...
+    def choose(
+        self, images: ImageList, among: Sequence[str], *, keep: KeepLike = ...
+    ) -> list[str]: ...
     def choose(
         self,
         images: ImageInput | ImageList,
         among: Sequence[str],
         *,
-        keep: Keep = "auto",
+        keep: KeepLike = "auto",
     ) -> str | list[str]:
         """The likeliest of the texts `among` as the caption of each picture, as in `rank`."""
         found = self.rank(pictures_of(images), among, keep=keep)
@@ -215,7 +219,7 @@ class Pipeline(Runner):
         **how: Unpack[DrawingOptions],
     ) -> Iterator[Update]:
         """`draw`, as it is written; `previews` adds pictures as they come out of the noise."""
-        return self._stream(self._picture(drawings_of(prompts), **how), previews)
+        return self._stream(self.drawings(drawings_of(prompts), **how), previews)
 
     @overload
     def edit(
@@ -243,7 +247,7 @@ class Pipeline(Runner):
         **how: Unpack[DrawingOptions],
     ) -> Iterator[Update]:
         """`edit`, as it is written; `previews` as in `stream_draw`."""
-        return self._stream(self._picture(edits_of(images, instructions), **how), previews)
+        return self._stream(self.drawings(edits_of(images, instructions), **how), previews)
 
     @overload
     def compose(self, parts: Pieces, **how: Unpack[RankedOptions]) -> Image: ...
@@ -263,7 +267,7 @@ class Pipeline(Runner):
         **how: Unpack[DrawingOptions],
     ) -> Iterator[Update]:
         """`compose`, as it is written; `previews` as in `stream_draw`."""
-        return self._stream(self._picture(mixtures_of(parts, read=False), **how), previews)
+        return self._stream(self.drawings(mixtures_of(parts, read=False), **how), previews)
 
     @overload
     def generate(self, parts: Pieces, **how: Unpack[OpenOptions]) -> Written: ...
@@ -277,7 +281,7 @@ class Pipeline(Runner):
         The model opens pictures by itself.
         """
         work = self._mixture(mixtures_of(parts, read=False), **how)
-        found: list[Written] = [written(made) for made in self._run(work)]
+        found: list[Written] = [words_and_pictures(made) for made in self._run(work)]
         return shaped(found, work.one)
 
     @overload
@@ -301,7 +305,7 @@ class Pipeline(Runner):
         "image", or "auto", where the model opens pictures by itself. The options are those of
         `TextOptions`, `DrawingOptions` or `OpenOptions`; others raise `InputError`.
         """
-        work = self._replies(messages, out, **how)
+        work = self.replies(messages, out, **how)
         return shaped([message(made) for made in self._run(work)], work.one)
 
     def stream_chat(
@@ -313,13 +317,13 @@ class Pipeline(Runner):
         **how: Unpack[OpenOptions],
     ) -> Iterator[Update]:
         """`chat`, as it is written; `previews` as in `stream_draw`."""
-        return self._stream(self._replies(messages, out, **how), previews)
+        return self._stream(self.replies(messages, out, **how), previews)
 
     def tokenize(
         self,
         images: ImageInput | ImageList,
         *,
-        keep: Keep = "auto",
+        keep: KeepLike = "auto",
         seed: int = 0,
     ) -> VisualTokens:
         """Visual tokens of all pictures; `seed` is that of the policies that draw patches."""
@@ -338,10 +342,10 @@ class Pipeline(Runner):
         images: ImageInput | ImageList,
         *,
         seed: Seed = 0,
-        keep: Keep = "auto",
+        keep: KeepLike = "auto",
         guidance: float | None = None,
         steps: int | None = None,
-        size: Size | None = None,
+        size: PictureSize | None = None,
     ) -> Image | list[Image]:
         """Each picture through its visual tokens and back, without the language model."""
         self._ready(size)

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lavit.config import InputError
-from lavit.generate.options import Keep, Messages, Pieces, Seed
+from lavit.generate.options import KeepLike, Messages, Pieces, Seed
 from lavit.generate.protocols import Protocol, fitted
 from lavit.generate.request import Request
 from lavit.generate.sampling import Sampling
@@ -87,7 +87,7 @@ def lay_prompt(model: LaVIT, parts: Parts) -> Prompt:
 
 
 def _codes(model: LaVIT, part: ImagePart) -> Tensor:
-    """Codes of a picture: those it came with, else those of a look at it."""
+    """Codes of a picture: those it came with, else those of encoding it."""
     if part.codes is None:
         policy = KeepPolicy.parse(part.keep)
         return model.encode_images([open_image(part.image)], policy).codes
@@ -97,7 +97,7 @@ def _codes(model: LaVIT, part: ImagePart) -> Tensor:
         among = f", among them {wrong[0]}" if wrong else ""
         raise InputError(
             f"a picture came with {len(part.codes)} codes{among}: this model's pictures have 1 to "
-            f"{config.patches} codes of 0..{config.codes - 1}; leave 'codes' out to look at it anew"
+            f"{config.patches} codes of 0..{config.codes - 1}; leave 'codes' out to encode it again"
         )
     return torch.tensor(part.codes)
 
@@ -136,7 +136,7 @@ def pairs_of(
     return list(zip(pictures, words, strict=True))
 
 
-def captions_of(images: ImageInput | Sequence[ImageInput], keep: Keep) -> Inputs:
+def captions_of(images: ImageInput | Sequence[ImageInput], keep: KeepLike) -> Inputs:
     """Pictures that are to be described."""
     parts = [reading(picture, keep=keep) for picture in pictures_of(images)]
     return Inputs(parts, isinstance(images, ImageInput))
@@ -145,7 +145,7 @@ def captions_of(images: ImageInput | Sequence[ImageInput], keep: Keep) -> Inputs
 def answers_of(
     images: ImageInput | Sequence[ImageInput],
     questions: str | Sequence[str],
-    keep: Keep,
+    keep: KeepLike,
 ) -> Inputs:
     """Pictures, and a question about each; raises `InputError` for one without words."""
     pairs = pairs_of(images, questions, "question")
@@ -182,7 +182,7 @@ def mixtures_of(pieces: Pieces | Sequence[Pieces], *, read: bool) -> Inputs:
     return Inputs([mixed(item, read=read) for item in items], not several)
 
 
-def talks_of(
+def conversations_of(
     messages: Messages | Sequence[Messages],
     text: PreTrainedTokenizerBase,
     reply: Reply,
@@ -197,13 +197,13 @@ def talks_of(
 def seeds_of(seed: Seed, count: int) -> list[int]:
     """A seed for each of `count` inputs: seed + i, or entry i of a list.
 
-    Raises `InputError` for what is no seed, and for a list of another length.
+    Raises `InputError` for an invalid seed, and for a list of another length.
     """
     given = list(seed) if isinstance(seed, Sequence) else [seed]
     for one in given:
         if isinstance(one, bool) or not isinstance(one, int) or not -(2**63) <= one < 2**63:
             usable = "give a whole number below 2**63, or a list of one for each input"
-            raise InputError(f"seed {one!r} is no seed: {usable}")
+            raise InputError(f"seed {one!r} is not a seed: {usable}")
     if isinstance(seed, int):
         return [seed + number for number in range(count)]
     if len(given) != count:

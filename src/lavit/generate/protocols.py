@@ -1,19 +1,16 @@
-"""Named ways to ask and draw: lengths, cuts and how answers are compared (method, Sec. 5).
+"""Named ways to ask and draw: lengths and cuts (method, Sec. 5).
 
 CAPTION     the paper's captions: no prompt, beam 2, 8-36 new tokens, cut at the first full stop
 QUESTION    its answers: "Question: … Answer:", beam 5, 2-10 new tokens, no length penalty
 DRAW        its pictures: top-k 200, T = 1, guidance 2, the best of four (by CLIP-L; here a scorer)
 PUBLISHED   its authors' code: top-k 50, guidance 4 (5 with pictures in the prompt), 20-200 codes
 
-A `Protocol` is one of each. The paper lemmatises nouns and verbs of answers before they are
-compared; we have no word lists, so `answer_words` takes a function for it. VizWiz's question of
-whether a question can be answered is in words of our own: the paper's are not known.
+A `Protocol` is one of each. VizWiz's question of whether a question can be answered is in words of
+our own: the paper's are not known.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from lavit.config import InputError
@@ -36,8 +33,6 @@ CHAT = Sampling(temperature=0.0, max_tokens=200)
 CAPTION_ENDS = (".", "\n")
 ANSWER_ENDS = ("\n", "question:", "Question:", "Long answer:", ",", ".")
 UNANSWERABLE = "unanswerable"  # VizWiz's answer where there is none
-
-ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,17 +90,7 @@ def refuses(answer: str) -> bool:
     return answer.strip().lower().split(" ")[0].strip(",.") in ("no", "not", UNANSWERABLE)
 
 
-def answer_words(answer: str, *, lemmatise: Callable[[str], str] | None = None) -> str:
-    """An answer as it is compared: lower case, no punctuation, no articles, single spaces.
-
-    `lemmatise` turns one word into its base form (the paper: nouns and verbs). None: words stay.
-    """
-    text = re.sub(r"[^\w\s']", " ", answer.lower())
-    words = ARTICLES.sub(" ", text).split()
-    return " ".join(words if lemmatise is None else map(lemmatise, words))
-
-
-def cut(text: str, ends: tuple[str, ...]) -> tuple[str, bool]:
+def cut_before(text: str, ends: tuple[str, ...]) -> tuple[str, bool]:
     """The text before the first of `ends`, and whether there was one."""
     found = [place for end in ends if (place := text.find(end)) >= 0]
     return (text[: min(found)], True) if found else (text, False)

@@ -25,7 +25,7 @@ from lavit.sequence import Document, Image, Segment, Text
 from lavit.vocabulary import Vocabulary
 
 Mode = Literal["text", "image", "mixed"]
-Kind = Literal["text", "code", "image_start", "image_end", "finished"]
+EventKind = Literal["text", "code", "image_start", "image_end", "finished"]
 # "end": an end id, or image end; "length": max_tokens; "context": the LM's context is full
 Reason = Literal["end", "length", "context"]
 
@@ -98,7 +98,7 @@ class Event:
     """One thing that happened to request number `request` (its place in the list)."""
 
     request: int
-    kind: Kind
+    kind: EventKind
     id: int | None = None  # joint id; None where kind is "finished"
     reason: Reason | None = None  # where kind is "finished"
     score: float | None = None  # of a finished beam: log-probability / length ** penalty
@@ -123,25 +123,37 @@ class Completion:
         return tuple(part.codes for part in self.segments if isinstance(part, Image))
 
 
+class Collector:
+    """What one request has written so far: text and images in order, the last of them open."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+        self.segments: list[Segment] = []
+
+    def take(self, event: Event) -> None:
+        """Add what an event brings."""
+        last = self.segments[-1] if self.segments else None
+        if event.kind == "image_start":
+            self.segments.append(Image((), read=False))
+        elif event.kind == "code" and isinstance(last, Image):
+            code = int(self.vocabulary.codes_of(torch.tensor(event.id)))
+            self.segments[-1] = replace(last, codes=(*last.codes, code))
+        elif event.kind == "text" and event.id is not None:
+            if isinstance(last, Text):
+                self.segments[-1] = Text((*last.ids, event.id))
+            else:
+                self.segments.append(Text((event.id,)))
+
+
 def collect(events: Iterable[Event], vocabulary: Vocabulary) -> dict[int, Completion]:
     """Completions of all requests that finish in `events`, by number."""
-    written: dict[int, list[Segment]] = defaultdict(list)
+    written: dict[int, Collector] = defaultdict(lambda: Collector(vocabulary))
     done: dict[int, Completion] = {}
     for event in events:
-        parts = written[event.request]
-        last = parts[-1] if parts else None
+        collector = written[event.request]
+        collector.take(event)
         if event.kind == "finished":
             assert event.reason is not None
-            done[event.request] = Completion(tuple(parts), event.reason, event.score)
-            continue
-        assert event.id is not None
-        if event.kind == "image_start":
-            parts.append(Image((), read=False))
-        elif event.kind == "code" and isinstance(last, Image):
-            code = int(vocabulary.codes_of(torch.tensor(event.id)))
-            parts[-1] = replace(last, codes=(*last.codes, code))
-        elif event.kind == "text" and isinstance(last, Text):
-            parts[-1] = Text((*last.ids, event.id))
-        elif event.kind == "text":
-            parts.append(Text((event.id,)))
+            segments = tuple(collector.segments)
+            done[event.request] = Completion(segments, event.reason, event.score)
     return done

@@ -25,19 +25,19 @@ from lavit.generate.options import (
     Messages,
     MessagesList,
     OpenOptions,
+    PictureSize,
     Scorer,
     Seed,
-    Size,
     TextContent,
     TextOptions,
     Written,
 )
 from lavit.generate.prompts import (
     Inputs,
+    conversations_of,
     image_jobs,
     jobs_of,
     sampling_of_codes,
-    talks_of,
     turn_ends,
 )
 from lavit.generate.protocols import Protocol, protocol_of
@@ -98,7 +98,7 @@ class Runner:
         seeds: Sequence[int],
         steps: int | None = None,
         guidance: float | None = None,
-        size: Size | None = None,
+        size: PictureSize | None = None,
         watch: Callable[[int, Tensor], None] | None = None,
     ) -> list[Image.Image]:
         """Pictures of codes through reconstructor and pixel decoder, released (or `Refused`).
@@ -121,7 +121,7 @@ class Runner:
             done += [to_image(picture) for picture in pictures]
         return self.release(done, seeds)
 
-    def _ready(self, size: Size | None, jobs: Sequence[Job] = ()) -> None:
+    def _ready(self, size: PictureSize | None, jobs: Sequence[Job] = ()) -> None:
         """Raise what would stop the picture at the end before work begins.
 
         What the language model cannot serve is refused first.
@@ -147,15 +147,15 @@ class Runner:
         jobs = jobs_of(self.model, inputs.parts, how, seed=seed, ends=ends, stop=stop)
         return Work(jobs, inputs.one)
 
-    def _picture(
+    def drawings(
         self,
         inputs: Inputs,
         *,
         steps: int | None = None,
-        size: Size | None = None,
+        size: PictureSize | None = None,
         **how: Unpack[CodesOptions],
     ) -> Work:
-        """A picture behind each input."""
+        """Work that writes a picture behind each input."""
         jobs = image_jobs(self.model, self.protocol, inputs.parts, **how)
         self._ready(size, jobs)
         return Work(jobs, inputs.one, partial(self.paint, steps=steps, size=size))
@@ -171,7 +171,7 @@ class Runner:
         image_sampling: Sampling | None = None,
         guidance: float | None = None,
         steps: int | None = None,
-        size: Size | None = None,
+        size: PictureSize | None = None,
     ) -> Work:
         """Text behind each input, in which the model opens pictures by itself."""
         # a reply that may hold pictures need not hold text
@@ -182,14 +182,14 @@ class Runner:
         self._ready(size, jobs)
         return Work(jobs, inputs.one, partial(self.paint, steps=steps, size=size))
 
-    def _replies(self, messages: Messages | MessagesList, out: Reply, **how: Any) -> Work:
-        """The assistant's turn behind each conversation; its text ends where the turn does."""
+    def replies(self, messages: Messages | MessagesList, out: Reply, **how: Any) -> Work:
+        """Work: the assistant's turn behind each conversation, whose text ends where it does."""
         self.model.needs("language")
-        inputs = talks_of(messages, self.model.text_tokenizer, out)
+        inputs = conversations_of(messages, self.model.text_tokenizer, out)
         if unused := sorted(how.keys() - REPLIES[out].__optional_keys__):
             raise InputError(f"a reply of kind {out!r} takes no {', '.join(unused)}: leave it out")
         if out == "image":
-            return self._picture(inputs, **how)
+            return self.drawings(inputs, **how)
         ends, stop = turn_ends(self.model)
         if out == "auto":
             return self._mixture(inputs, ends, stop=stop, **how)
@@ -221,7 +221,7 @@ class Runner:
             raise InputError("a scorer chooses among candidates: give best_of=2 or more")
         if count > 1 and scorer is None:  # the model reads its own drawings
             self.model.needs("vision", "visual_tokenizer")
-        work = self._picture(inputs, **how)
+        work = self.drawings(inputs, **how)
         jobs = [reseeded(job, APART * n) for job in work.jobs for n in range(count)]
         made = self._run(replace(work, jobs=jobs))
         pictures = [part.picture for parts in made for part in parts if isinstance(part, Painted)]
@@ -239,12 +239,13 @@ class Runner:
         if previews and self.release.checker is not None:
             remedy = "leave previews out, or load with safety=False"
             raise InputError(f"previews would pass the safety checker unseen: {remedy}")
-        show = self._preview if previews else None
+        show = self.preview if previews else None
         run = partial(updates, self.engine, self.model.text_tokenizer, work.jobs)
         return run(paint=work.paint, show=show)
 
     @torch.inference_mode()
-    def _preview(self, latents: Tensor) -> list[Image.Image]:
+    def preview(self, latents: Tensor) -> list[Image.Image]:
+        """Pictures of the latents of a solver's step."""
         pixels = self.model.pixels
         dtype = next(pixels.parameters()).dtype
         return [to_image(picture) for picture in pixels.decode(latents.to(dtype))]
@@ -265,7 +266,7 @@ def spoken(parts: Sequence[Part]) -> str:
     return " ".join(part.text for part in parts if isinstance(part, TextPart))
 
 
-def written(made: Made) -> Written:
+def words_and_pictures(made: Made) -> Written:
     """Words and pictures of what one job wrote."""
     return [part if isinstance(part, str) else part.picture for part in made]
 

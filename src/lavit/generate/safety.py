@@ -11,15 +11,15 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from safetensors import SafetensorError
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from lavit.config import InputError, require
+from lavit.files import load_whole
 from lavit.images import pixels
 from lavit.model import LaVIT
 
@@ -62,17 +62,10 @@ class SafetyChecker:
                 f"{folder} is missing, and pictures of published weights are checked: get it with "
                 f"`hf download {SOURCE} {files} --local-dir {folder.parent}`, or {off}"
             )
-        options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
-        read = safety_checker.StableDiffusionSafetyChecker.from_pretrained
         try:
-            model, info = cast(Any, read(folder, output_loading_info=True, **options))
-        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-            line = str(error).splitlines()[0]
-            raise InputError(f"{folder} cannot be read: {line}; mend it, or {off}") from error
-        kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if wrong := sorted(str(key) for kind in kinds for key in info[kind]):
-            some = ", ".join(wrong[:3])
-            raise InputError(f"{folder} is no safety checker: {some}; replace it, or {off}")
+            model = load_whole(safety_checker.StableDiffusionSafetyChecker, folder)
+        except InputError as error:
+            raise InputError(f"{error}; replace it, or {off}") from error
         return cls(model.to(device))
 
     @torch.inference_mode()

@@ -30,7 +30,7 @@ def likelihood(model: LaVIT, prompt: str, picture: Image.Image) -> float:
 def ranked(model: LaVIT, seen: Prompt, texts: Sequence[str]) -> list[str]:
     """Whole texts by their log-likelihood behind a prompt, likeliest first; of equals the earlier.
 
-    A text counts as the likelier of itself with and without a full stop.
+    A text counts as the more likely of itself with and without a full stop.
     """
 
     def score(text: str) -> float:

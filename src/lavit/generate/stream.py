@@ -23,8 +23,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lavit.generate.engine import Engine
-from lavit.generate.protocols import cut
-from lavit.generate.request import Event, Reason, Request
+from lavit.generate.protocols import cut_before
+from lavit.generate.request import Collector, Event, Reason, Request
+from lavit.sequence import Image as ImageSegment
+from lavit.sequence import Text
 from lavit.vocabulary import Vocabulary
 
 # takes codes, seeds=… and maybe watch=…, which is called with each solver step and its latents
@@ -39,7 +41,8 @@ class Update:
 
     text: the next piece in `text`; image_start; code: all `codes` of the open image so far;
     preview: a `picture` from noise after solver `step` (0, 1, …); image: finished `picture` and
-    its `codes`; finished: the `reason`. `image` numbers the images of the input.
+    its `codes`; finished: the `reason`, and the number of text `tokens` that were written. `image`
+    numbers the images of the input.
     """
 
     input: int
@@ -50,6 +53,7 @@ class Update:
     image: int = 0
     step: int | None = None
     reason: Reason | None = None
+    tokens: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +75,49 @@ class Painted:
 Made = list[str | Painted]  # what one job wrote, in order
 
 
+class Running:
+    """The jobs of one session of the engine. `add` and `cancel` may come between any two steps."""
+
+    def __init__(self, engine: Engine, text: PreTrainedTokenizerBase) -> None:
+        self.session = engine.session()
+        self.vocabulary = engine.vocabulary
+        self.text = text
+        self._replies: dict[int, _Reply] = {}
+
+    @property
+    def busy(self) -> bool:
+        """True while anything waits or runs."""
+        return self.session.busy
+
+    def add(self, job: Job) -> int:
+        """Queue a job, or raise `InputError`; returns the `input` of its updates: 0, 1, …"""
+        number = self.session.add(job.request)
+        pieces = partial(StreamedText, self._decode, job.ends)
+        self._replies[number] = _Reply(number, pieces, self.vocabulary)
+        return number
+
+    def cancel(self, number: int) -> None:
+        """Drop a job; its updates end, and its lanes are free from the next step on."""
+        self.session.cancel(number)
+        self._replies.pop(number, None)
+
+    def step(self) -> list[Update]:
+        """One step of the engine; returns what happened, images unpainted."""
+        found: list[Update] = []
+        for event in self.session.step():
+            reply = self._replies.get(event.request)
+            if reply is None:  # its text was cut in this very step
+                continue
+            found += reply.take(event)
+            if reply.done:
+                self.cancel(event.request)
+        return found
+
+    def _decode(self, ids: list[int]) -> str:
+        plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return str(self.text.decode(ids, **plain))
+
+
 def updates(
     engine: Engine,
     text: PreTrainedTokenizerBase,
@@ -84,29 +131,17 @@ def updates(
     Without `paint`, images come unpainted; with `show`, previews of each solver step come before
     them. Raises `InputError` at once for a request that the LM cannot serve.
     """
-    session = engine.session()
-    replies: dict[int, _Reply] = {}
-
-    def decode(ids: list[int]) -> str:
-        plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        return str(text.decode(ids, **plain))
-
+    running = Running(engine, text)
     for job in jobs:
-        number, pieces = session.add(job.request), partial(TextPieces, decode, job.ends)
-        replies[number] = _Reply(number, pieces, engine.vocabulary)
+        running.add(job)
 
     def happening() -> Iterator[Update]:
-        while session.busy:
-            for event in session.step():
-                reply = replies[event.request]
-                for update in reply.take(event):
-                    if update.kind == "image" and paint is not None:
-                        seed = jobs[update.input].request.seed
-                        yield from _painted(update, seed, paint, show)
-                    else:
-                        yield update
-                if reply.done and event.kind != "finished":
-                    session.cancel(event.request)
+        while running.busy:
+            for update in running.step():
+                if update.kind == "image" and paint is not None:
+                    yield from _painted(update, jobs[update.input].request.seed, paint, show)
+                else:
+                    yield update
 
     return happening()
 
@@ -157,7 +192,7 @@ def _watched(work: Painter) -> Iterator[tuple[int | None, Tensor | list[Image.Im
 
     def watch(step: int, latents: Tensor) -> None:
         if stop.is_set():
-            raise RuntimeError("nobody watches any more")
+            raise RuntimeError("the stream was closed")
         found.put((step, latents))
 
     def run() -> None:
@@ -186,27 +221,27 @@ class _Reply:
     def __init__(
         self,
         number: int,
-        pieces: Callable[[], TextPieces],
+        pieces: Callable[[], StreamedText],
         vocabulary: Vocabulary,
     ) -> None:
-        self.number, self.pieces, self.vocabulary = number, pieces, vocabulary
-        self.text = pieces()
-        self.codes: tuple[int, ...] = ()
-        self.images = 0
+        self.number, self.pieces = number, pieces
+        self.text, self.written = pieces(), Collector(vocabulary)
+        self.images = self.tokens = 0
         self.done = False
 
     def take(self, event: Event) -> list[Update]:
         """What an event of the engine comes to; nothing once all is done."""
         if self.done:
             return []
-        if event.kind == "text":
-            assert event.id is not None
-            return self._texts(self.text.add(event.id))
-        if event.kind == "code":
-            self.codes += (int(self.vocabulary.codes_of(torch.tensor(event.id))),)
-            return [self._update("code", codes=self.codes)]
-        if event.kind == "image_end":
-            written = self._update("image", codes=self.codes)
+        self.written.take(event)
+        last = self.written.segments[-1] if self.written.segments else None
+        if event.kind == "text" and isinstance(last, Text):
+            self.tokens += 1
+            return self._texts(self.text.add(last.ids))
+        if event.kind == "code" and isinstance(last, ImageSegment):
+            return [self._update("code", codes=last.codes)]
+        if event.kind == "image_end" and isinstance(last, ImageSegment):
+            written = self._update("image", codes=last.codes)
             self.images += 1
             self.text = self.pieces()
             return [written]
@@ -215,7 +250,6 @@ class _Reply:
             return rest
         if event.kind == "finished":
             return [*rest, self._finish(event.reason)]
-        self.codes = ()
         return [*rest, self._update("image_start")]
 
     def _texts(self, piece: str) -> list[Update]:
@@ -224,30 +258,29 @@ class _Reply:
 
     def _finish(self, reason: Reason | None) -> Update:
         self.done = True
-        return self._update("finished", reason=reason)
+        return replace(self._update("finished"), reason=reason, tokens=self.tokens)
 
     def _update(
         self,
         kind: UpdateKind,
         text: str = "",
         codes: tuple[int, ...] = (),
-        reason: Reason | None = None,
     ) -> Update:
-        return Update(self.number, kind, text, codes, image=self.images, reason=reason)
+        return Update(self.number, kind, text, codes, image=self.images)
 
 
-class TextPieces:
+class StreamedText:
     """Ids of a text in, pieces that join to it out: stripped, cut before the first of `ends`."""
 
     def __init__(self, decode: Callable[[list[int]], str], ends: tuple[str, ...] = ()) -> None:
         self.decode, self.ends = decode, ends
-        self.ids: list[int] = []
+        self.ids: tuple[int, ...] = ()
         self.shown = 0  # characters
         self.cut = False
 
-    def add(self, id: int) -> str:
-        """Take the next id; returns what is certain by now, often nothing."""
-        self.ids.append(id)
+    def add(self, ids: tuple[int, ...]) -> str:
+        """Take all ids so far; returns what has become certain, often nothing."""
+        self.ids = ids
         return self._next(last=False)
 
     def close(self) -> str:
@@ -255,7 +288,7 @@ class TextPieces:
         return "" if self.cut else self._next(last=True)
 
     def _next(self, *, last: bool) -> str:
-        text, self.cut = cut(self.decode(self.ids), self.ends)
+        text, self.cut = cut_before(self.decode(list(self.ids)), self.ends)
         if not (last or self.cut):
             text = text.rstrip("\ufffd")  # half a character
             # what may become one of `ends`

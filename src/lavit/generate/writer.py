@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lavit.generate.request import Event, Kind, Reason, Request
+from lavit.generate.request import Event, EventKind, Reason, Request
 from lavit.generate.sampling import Sampling
 from lavit.vocabulary import Vocabulary
 
@@ -66,7 +66,7 @@ class Writer:
         """Go on with joint id `id`: set `moves` and return what happened."""
         self.moves = []
         start, end = self.vocabulary.image_start, self.vocabulary.image_end
-        kind: Kind = "code" if self.inside else "text"
+        kind: EventKind = "code" if self.inside else "text"
         if kind == "text" and id in self.stops:
             return [self._event("finished", reason="end")]
         if id == start:
@@ -88,7 +88,7 @@ class Writer:
             events.append(self._event("image_end", end))
         return [*events, self._event("finished", reason=reason)]
 
-    def _reason(self, kind: Kind) -> Reason | None:
+    def _reason(self, kind: EventKind) -> Reason | None:
         """Why all is done after an id of this kind; None where it goes on."""
         alone = self.request.mode == "image"
         if alone and kind == "image_end":
@@ -98,7 +98,7 @@ class Writer:
             return "length"
         return "context" if self.room <= 0 else None
 
-    def _event(self, kind: Kind, id: int | None = None, reason: Reason | None = None) -> Event:
+    def _event(self, kind: EventKind, id: int | None = None, reason: Reason | None = None) -> Event:
         return Event(self.number, kind, id, reason)
 
 

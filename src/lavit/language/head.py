@@ -5,7 +5,7 @@
 
 The gradient of a cross-entropy is known as soon as its logits are, so each chunk's logits turn into
 gradients in place and are gone before the next: nothing is computed twice and the full logits never
-exist (the idea of Liger's fused linear cross-entropy, arXiv 2410.10989, written anew in plain
+exist (the idea of Liger's fused linear cross-entropy, arXiv 2410.10989, written in plain
 torch).
 """
 
@@ -40,7 +40,7 @@ class HeadLoss(torch.autograd.Function):
         wanted = [train and needed for needed in ctx.needs_input_grad]
         d_hidden = torch.empty_like(hidden) if wanted[0] else None
         d_text, d_bias, d_visual = (
-            torch.zeros_like(weight, dtype=torch.float32) if need else None
+            torch.zeros_like(weight, dtype=torch.float32) if need and weight is not None else None
             for weight, need in zip((text, bias, visual), wanted[2:5], strict=True)
         )
         losses = hidden.new_empty(len(hidden), dtype=torch.float32)

@@ -4,10 +4,10 @@
     visual ids ── rows of our own ──────────┼─ LM ─ hidden ─┬─ the LM's own head ─ text logits
     slots ─────── merger copy ─ Linear ─────┘               └─ visual head ────── visual logits
 
-The LM is left as it is: the new rows live beside it, so nothing of it is resized, the visual logits
-are a product with those rows alone, and LoRA (peft, injected in place) leaves the base weights
-untouched. `export` joins the rows to a plain transformers checkpoint. Read images enter as
-continuous features of a *second* merger, initialised from stage 1.
+The LM is left as it is: the new rows are parameters of their own, so nothing of it is resized, the
+visual logits are a product with those rows alone, and LoRA (peft, injected in place) leaves the
+base weights untouched. `export` joins the rows to a plain transformers checkpoint. Read images
+enter as continuous features of a *second* merger, initialised from stage 1.
 
 Packed rows attend document by document (attention.py), and the loss makes its gradients on its way
 through the head in chunks (head.py): no mask over whole rows and no full logits ever exist.
@@ -16,9 +16,10 @@ through the head in chunks (head.py): no mask over whole rows and no full logits
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,7 @@ CHUNK = 1024  # positions whose logits exist at one time
 class LanguageLoss:
     """Sums over the target tokens of a batch; divide by the (global) counts.
 
-    `total` goes backward; beside it figures without gradient, text and visual targets apart.
+    `total` goes backward; the rest are figures without gradient, text and visual targets apart.
     """
 
     total: Float[Tensor, ""]
@@ -77,7 +78,7 @@ class Language(nn.Module):
         super().__init__()
         self.lm, self.read_as = lm, read_as
         self.by_document = attend_by_document(lm)
-        table, head = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
+        table, head = table_and_head(lm)
         text_size, self.width = table.shape
         self.vocabulary = Vocabulary(text_size=text_size, codes=codes, end=end)
         self.tied = head is table
@@ -115,6 +116,7 @@ class Language(nn.Module):
         if on and not self.lm.supports_gradient_checkpointing:
             kind = type(self.lm).__name__
             raise InputError(f"{kind} cannot recompute its activations: set recompute to False")
+        module: Any
         for module in self.lm.modules():
             if hasattr(module, "gradient_checkpointing"):  # the switch of transformers' blocks
                 module.gradient_checkpointing = on
@@ -123,7 +125,7 @@ class Language(nn.Module):
     def check_head(self) -> None:
         """Raise `InputError` unless the LM embeds by its table, and its head makes its logits."""
         ids = torch.arange(4, device=self.rows.device)[None] % self.vocabulary.text_size
-        embedding = self.lm.get_input_embeddings()
+        embedding: Any = self.lm.get_input_embeddings()
         with torch.no_grad():
             same = torch.allclose(embedding(ids), embedding.weight[ids] * self.scale, rtol=1e-3)
             expected = self.lm(input_ids=ids).logits
@@ -201,6 +203,8 @@ class Language(nn.Module):
             patches = None
         features = None
         if patches is not None and len(patches):
+            if keep is None:
+                raise InputError("patches of pictures were given without `keep`: give both")
             check_slots(batch.slots, keep.sum(1))
             features = self.read(patches, keep)
         embeddings = self.embed(batch.ids, slots=batch.slots, features=features)
@@ -223,7 +227,8 @@ class Language(nn.Module):
         if not isinstance(head, nn.Linear):
             raise InputError(f"the LM's head is a {type(head).__name__}, expected a plain Linear")
         weights, train = (head.weight, head.bias, self.visual_head), torch.is_grad_enabled()
-        total, losses, correct = HeadLoss.apply(hidden, labels, *weights, CHUNK, train)
+        apply: Callable[..., tuple[Tensor, Tensor, Tensor]] = HeadLoss.apply
+        total, losses, correct = apply(hidden, labels, *weights, CHUNK, train)
         visual = self.vocabulary.is_visual(labels)
         return LanguageLoss(
             total,
@@ -234,6 +239,13 @@ class Language(nn.Module):
             (correct & ~visual).sum(),
             (correct & visual).sum(),
         )
+
+
+def table_and_head(lm: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """Weights of an LM's embedding and of its head [rows width]; one tensor where it ties them."""
+    embedding: Any = lm.get_input_embeddings()
+    head: Any = lm.get_output_embeddings()
+    return embedding.weight, head.weight
 
 
 @torch.no_grad()

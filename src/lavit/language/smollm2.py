@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lavit.config import InputError, require
-from lavit.vision.encoder import sha256
+from lavit.files import sha256
 
 log = logging.getLogger(__name__)
 SMOLLM2 = "smollm2-135m"
@@ -56,7 +56,8 @@ def smollm2_file(expected: str | None = None) -> Path:
         from huggingface_hub import hf_hub_download
 
         try:
-            file, source = Path(hf_hub_download(**HUB)), HUB["repo_id"]
+            source = HUB["repo_id"]
+            file = Path(hf_hub_download(source, HUB["filename"], revision=HUB["revision"]))
         except OSError as error:  # no network, no such file, or the hub is switched off
             raise InputError(f"the SmolLM2-135M weights are missing: {INSTALL}") from error
     log.info("base weights: %s from %s", file.name, source)

@@ -1,15 +1,16 @@
-"""Condition heads of the pixel decoder: what the denoiser is told of the features (paper Eq. 5).
+"""Condition heads of the pixel decoder: from features to its conditioning (paper Eq. 5).
 
 CrossCondition    Linear D → C: a context of N tokens (512-px decoder). Null: learned, zeros, or the
                   stored null-text embedding, zero-padded to the context's length and masked
 PooledCondition   two Linears side by side make SDXL's wide context; an attention pool makes its
                   pooled vector. Null: zeros or learned
-GridCondition     Linear D → C, laid out as a map and resized to the latents, beside the noise. Not
+GridCondition     Linear D → C, laid out as a map and resized to the latents, concatenated. Not
                   in the paper: place comes for free. Null: learned or zeros
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ from lavit.visual_tokenizer.layers import Patches, attend
 
 @dataclass(frozen=True)
 class Condition:
-    """What the denoiser is told about each picture; parts that a head does not make are None."""
+    """What the denoiser is conditioned on; parts that a head does not make are None."""
 
     context: Float[Tensor, "images tokens width"] | None = None
     valid: Bool[Tensor, "images tokens"] | None = None  # which tokens of the context are real
@@ -67,7 +68,7 @@ class AttentionPool(nn.Module):
         return self.out(attend(*parts, self.heads)[:, 0])
 
 
-class Head(nn.Module):
+class Head(nn.Module, ABC):
     """What every head has; it makes a `Condition` of features for latents of (height, width)."""
 
     def __init__(self, config: PixelsConfig) -> None:
@@ -77,15 +78,9 @@ class Head(nn.Module):
             raise InputError(f'a "{kind}" condition has no null text: use "learned" or "zeros"')
         self.learned = null == "learned"
 
-    @property
-    def device(self) -> torch.device:
-        """Device of the weights, which diffusers' pipelines ask for."""
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the weights, which diffusers' pipelines ask for."""
-        return next(self.parameters()).dtype
+    @abstractmethod
+    def null(self, images: int, size: tuple[int, int]) -> Condition:
+        """The null condition of `images` pictures, for latents of `size`."""
 
 
 class CrossCondition(Head):
@@ -181,4 +176,8 @@ class GridCondition(Head):
         return Condition(grid=vector[:, None, None].expand(images, -1, *size))
 
 
-HEADS = {"cross": CrossCondition, "pooled": PooledCondition, "grid": GridCondition}
+HEADS: dict[str, Callable[[PixelsConfig], Head]] = {
+    "cross": CrossCondition,
+    "pooled": PooledCondition,
+    "grid": GridCondition,
+}

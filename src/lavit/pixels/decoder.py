@@ -20,13 +20,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DModel
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lavit.config import InputError, PixelsConfig, read_json
+from lavit.files import load_strictly, load_tensors, save_tensors
 from lavit.images import ASPECT_SIZES, aspect_size
-from lavit.pixels.condition import HEADS, Condition, Head
+from lavit.pixels.condition import HEADS, Condition, CrossCondition, Head
 from lavit.pixels.diffusion import (
     STABLE_DIFFUSION_NOISE,
     Generators,
@@ -36,7 +35,6 @@ from lavit.pixels.diffusion import (
     level_weights,
     linear_guess,
     noise_schedule,
-    normal_noise,
     null_text,
     random_weights,
     solver_of,
@@ -46,9 +44,8 @@ from lavit.pixels.perceptual import Perceptual
 from lavit.visual_tokenizer.layers import Patches
 
 Loss = Float[Tensor, ""]
-Pictures = Float[Tensor, "images 3 height width"]
+PictureTensor = Float[Tensor, "images 3 height width"]
 Latents = Float[Tensor, "images channels rows columns"]
-KL_WEIGHT = 1e-6  # as Stable Diffusion's autoencoder
 
 
 class Pixels(nn.Module):
@@ -64,13 +61,12 @@ class Pixels(nn.Module):
         unet: UNet,
         scheduler: SchedulerMixin,
         vae: AutoencoderKL | None = None,
-        condition: Head | None = None,
     ) -> None:
         super().__init__()
         if (vae is None) != (not config.vae):
             raise InputError("pixels: an autoencoder goes with a configuration that names one")
         self.config, self.scheduler = config, scheduler
-        self.condition = HEADS[config.condition](config) if condition is None else condition
+        self.condition: Head = HEADS[config.condition](config)
         self.unet, self.vae = unet, vae
         check_widths(config, unet, self.latent_channels)
 
@@ -81,6 +77,7 @@ class Pixels(nn.Module):
         unet, vae = stored_weights(config, folder) if folder else random_weights(config)
         pixels = cls(config, unet, noise_schedule(config.scheduler or STABLE_DIFFUSION_NOISE), vae)
         if folder and config.unconditional == "text":
+            assert isinstance(pixels.condition, CrossCondition)
             pixels.condition.take_null(null_text(folder))
         return pixels
 
@@ -132,7 +129,7 @@ class Pixels(nn.Module):
         return self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     @torch.no_grad()
-    def encode(self, pictures: Pictures) -> Latents:
+    def encode(self, pictures: PictureTensor) -> Latents:
         """Latents of pictures in -1..1, the autoencoder's most likely ones. Inverse of `decode`."""
         if self.vae is None:
             return F.pixel_unshuffle(pictures, self.config.patch)
@@ -141,33 +138,13 @@ class Pixels(nn.Module):
         mean, deviation = self._latent_moments(latents)
         return ((latents - mean) / deviation).to(pictures.dtype)
 
-    def decode(self, latents: Latents) -> Pictures:
+    def decode(self, latents: Latents) -> PictureTensor:
         """Pictures of latents, not clamped."""
         if self.vae is None:
             return F.pixel_shuffle(latents, self.config.patch)
         vae = self._steady_vae()
         mean, deviation = self._latent_moments(latents)
         return vae.decode((latents * deviation + mean).to(vae.dtype)).sample.to(latents.dtype)
-
-    def autoencoder_loss(self, pictures: Pictures, *, generator: Generators | None = None) -> Loss:
-        """L1 of the reconstruction and a trace of KL to the unit normal: trains `vae`."""
-        if self.vae is None:
-            raise InputError("pixels: this decoder has no autoencoder to train, it folds pixels")
-        posterior = self.vae.encode(pictures).latent_dist
-        noise = normal_noise(posterior.mean, generator).to(pictures)
-        found = self.vae.decode(posterior.mean + posterior.std * noise).sample
-        return F.l1_loss(found, pictures) + KL_WEIGHT * posterior.kl().mean()
-
-    @torch.no_grad()
-    def calibrate(self, pictures: Pictures) -> None:
-        """Measure mean and deviation of the latents, by which `encode` standardises them."""
-        if self.vae is None:
-            raise InputError("pixels: folded pixels need no calibration")
-        parts = [part.to(self.vae.device) for part in pictures.split(8)]
-        parts = [self.vae.encode(part).latent_dist.mode() for part in parts]
-        deviation, mean = torch.std_mean(torch.cat(parts), dim=(0, 2, 3))
-        moments = {"latents_mean": mean.tolist(), "latents_std": deviation.tolist()}
-        self.vae.register_to_config(**moments, scaling_factor=1.0)
 
     def forward(
         self,
@@ -186,8 +163,10 @@ class Pixels(nn.Module):
         images = len(latents)
         drawn = self._draw(latents, generator)
         noise, times, dropped = (part.to(latents.device) for part in drawn)
-        size = tuple(latents.shape[2:])
-        condition = self.told(features, size).replaced(dropped, self.condition.null(images, size))
+        size = (latents.shape[2], latents.shape[3])
+        condition = self.condition_of(features, size).replaced(
+            dropped, self.condition.null(images, size)
+        )
         noisy = self.scheduler.add_noise(latents, noise, times)
         target = {"epsilon": noise, "sample": latents}.get(self.scheduler.config.prediction_type)
         if target is None:
@@ -205,10 +184,11 @@ class Pixels(nn.Module):
         if not isinstance(generator, torch.Generator):
             pairs = zip(latents.split(1), generator, strict=True)
             drawn = zip(*(self._draw(one, own) for one, own in pairs), strict=True)
-            return tuple(torch.cat(part) for part in drawn)
+            noise, times, dropped = (torch.cat(part) for part in drawn)
+            return noise, times, dropped
         images, levels = len(latents), self.scheduler.config.num_train_timesteps
-        where = {"generator": generator, "device": generator.device}
-        noise = normal_noise(latents, generator).to(latents)
+        where: dict[str, Any] = {"generator": generator, "device": generator.device}
+        noise = torch.randn(latents.shape, **where).to(latents)
         times = torch.randint(levels, (images,), **where)
         return noise, times, torch.rand(images, **where) < self.config.condition_dropout
 
@@ -223,7 +203,7 @@ class Pixels(nn.Module):
         sampler: str | SchedulerMixin | None = None,
         size: tuple[int, int] | str | None = None,
         callback: Callable[[int, Tensor], Tensor | None] | None = None,
-    ) -> Pictures:
+    ) -> PictureTensor:
         """Paint one picture per row of features, -1..1; what is None comes from the configuration.
 
         seeds: one per picture, its noise whatever the batch. sampler: "dpm", "ddim" or any
@@ -242,7 +222,7 @@ class Pixels(nn.Module):
         solver = self.solver(sampler, steps, features.device)
         shape = (self.latent_channels, height // self.factor, width // self.factor)
         weight = self.unet.dtype
-        condition = self.told(features.to(weight), shape[1:])
+        condition = self.condition_of(features.to(weight), shape[1:])
         if guidance != 1:
             condition = condition.followed_by(self.condition.null(len(features), shape[1:]))
         generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
@@ -274,7 +254,7 @@ class Pixels(nn.Module):
         solver.set_timesteps(steps, device=device)
         return solver
 
-    def told(self, features: Patches, size: tuple[int, int]) -> Condition:
+    def condition_of(self, features: Patches, size: tuple[int, int]) -> Condition:
         """The condition that features make, for latents of `size` (height, width)."""
         patches, dim = self.config.patches, self.config.features_dim
         if features.dim() != 3 or features.shape[1:] != (patches, dim):
@@ -291,30 +271,37 @@ class Pixels(nn.Module):
         self.scheduler.save_pretrained(folder / "scheduler")
         if self.vae is not None:
             self.vae.save_pretrained(folder / "vae")
-        (folder / "condition").mkdir(parents=True, exist_ok=True)
-        tensors = self.condition.state_dict()
-        tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-        save_file(tensors, folder / "condition" / "model.safetensors")
+        save_tensors(self.condition.state_dict(), folder / "condition" / "model.safetensors")
 
     @classmethod
     def load(cls, folder: Path, config: PixelsConfig) -> Pixels:
         """Inverse of `save`; a part that is missing or of other sizes raises `InputError`."""
-        folder = Path(folder)
-        unet, vae = stored_weights(config, folder)
-        scheduler = noise_schedule(read_json(folder / "scheduler" / "scheduler_config.json"))
-        pixels = cls(config, unet, scheduler, vae)
-        where = folder / "condition" / "model.safetensors"
+        where = folder = Path(folder)
         try:
-            pixels.condition.load_state_dict(load_file(where))
-        except (OSError, SafetensorError, RuntimeError) as error:  # missing, broken, other sizes
-            reason = " ".join(str(error).split())
+            unet, vae = stored_weights(config, folder)
+            where = folder / "scheduler" / "scheduler_config.json"
+            found = read_json(where)
+            for name, value in config.scheduler.items():
+                if found.get(name) != value:
+                    raise InputError(f"{name} is {found.get(name)!r}, config.json says {value!r}")
+            scheduler, where = noise_schedule(found), folder
+            pixels = cls(config, unet, scheduler, vae)
+        except InputError as error:
+            said = str(error)
+            raise error if str(folder) in said else InputError(f"{where}: {said}") from error
+        except Exception as error:  # broken configurations: diffusers fails in many ways
+            reason = " ".join(str(error).split())[:300]
             raise InputError(f"{where} cannot be read for this configuration: {reason}") from error
+        where = folder / "condition" / "model.safetensors"
+        load_strictly(pixels.condition, load_tensors(where), where)
         return pixels
 
-    def _guided(self, latents: Tensor, time: Tensor, told: Condition, guidance: float) -> Tensor:
+    def _guided(
+        self, latents: Tensor, time: Tensor, condition: Condition, guidance: float
+    ) -> Tensor:
         if guidance == 1:
-            return self._predict(latents, time, told)
-        with_features, without = self._predict(latents.repeat(2, 1, 1, 1), time, told).chunk(2)
+            return self._predict(latents, time, condition)
+        with_features, without = self._predict(latents.repeat(2, 1, 1, 1), time, condition).chunk(2)
         return without + guidance * (with_features - without)
 
     def _predict(self, latents: Tensor, times: Tensor, condition: Condition) -> Tensor:
@@ -334,13 +321,15 @@ class Pixels(nn.Module):
 
     def _steady_vae(self) -> AutoencoderKL:
         """The autoencoder, in fp32 where it would overflow in fp16 (SDXL's `force_upcast`)."""
-        if self.vae.dtype == torch.float16 and self.vae.config.force_upcast:
-            self.vae.to(torch.float32)
-        return self.vae
+        vae: AutoencoderKL = self.vae
+        if vae.dtype == torch.float16 and vae.config.force_upcast:
+            vae.to(torch.float32)
+        return vae
 
     def _latent_moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the autoencoder's latents, [channels, 1, 1]."""
-        config = self.vae.config
+        vae: AutoencoderKL = self.vae
+        config = vae.config
         mean, deviation = config.latents_mean, config.latents_std
         mean = [config.shift_factor or 0.0] if mean is None else mean
         deviation = [1.0] if deviation is None else deviation

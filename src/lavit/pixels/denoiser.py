@@ -1,7 +1,7 @@
 """A small denoiser for decoders trained from scratch: residual convolutions on the features' grid.
 
 A picture of g·p x g·p pixels is folded p x p to one, so that it lies on the g x g grid of features
-that stands beside it: what is painted at a place hangs on the features of that place and around.
+that are concatenated to it: a place is painted from the features of that place and around it.
 At the size of a laptop it learns in a step what diffusers' UNet of 2.6 times the weights learns,
 in two thirds of the time (LOG.md).
 """
@@ -25,7 +25,7 @@ TIME_CHANNELS = 32, 64  # of the sinusoids, and of what is made of them
 
 
 class GridBlock(nn.Module):
-    """Two 3x3 convolutions beside an identity; the noise level scales and shifts what they see."""
+    """Two 3x3 convolutions with a shortcut; the noise level scales and shifts what they see."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -34,8 +34,8 @@ class GridBlock(nn.Module):
         self.conv_out = nn.Conv2d(width, width, 3, padding=1)
         self.level = nn.Linear(TIME_CHANNELS[1], 2 * width)
         for part in (self.conv_out, self.level):  # each block begins as the identity
-            nn.init.zeros_(part.weight)
-            nn.init.zeros_(part.bias)
+            for parameter in part.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(
         self,
@@ -48,8 +48,8 @@ class GridBlock(nn.Module):
         return x + self.conv_out(F.silu(self.norm_out(inner)))
 
 
-class GridDenoiser(ModelMixin, ConfigMixin):
-    """Noisy latents with a map of features beside them, to the denoiser's answer.
+class GridDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is Any
+    """Noisy latents and a map of features, concatenated, to the denoiser's answer.
 
     Fully convolutional: any number of rows and columns. Saved and opened as diffusers' models are.
     """
@@ -57,7 +57,7 @@ class GridDenoiser(ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     gradient_checkpointing = False
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]  # diffusers is Any
     def __init__(self, in_channels: int, out_channels: int, width: int, depth: int) -> None:
         """in_channels: latents and map together; `depth` blocks of `width` channels."""
         super().__init__()

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import diffusers
 import torch
 from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin, UNet2DConditionModel, UNet2DModel
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
 from torch import Tensor
 
 from lavit.config import InputError, PixelsConfig, read_json
+from lavit.files import load_whole
 from lavit.pixels.denoiser import GridDenoiser
 
 # Stable Diffusion's noise: what SD 1.5 and SDXL were trained with
@@ -28,7 +28,7 @@ STABLE_DIFFUSION_NOISE = {
 }
 MIN_SNR_GAMMA = 5.0
 LATENT_VARIANCE = 0.5  # of folded pixels in -1..1
-UNet = UNet2DModel | UNet2DConditionModel | GridDenoiser
+UNet: TypeAlias = UNet2DModel | UNet2DConditionModel | GridDenoiser
 Generators = torch.Generator | Sequence[torch.Generator]  # one, or one for each picture
 
 
@@ -55,27 +55,17 @@ def noise_schedule(config: dict[str, Any]) -> SchedulerMixin:
     return class_of(config, "scheduler", SchedulerMixin).from_config(options(config))
 
 
-def load_strictly(kind: type[ModelMixin], folder: Path, expected: dict[str, Any]) -> ModelMixin:
+def stored_part(kind: type[ModelMixin], folder: Path, expected: dict[str, Any]) -> ModelMixin:
     """A diffusers model with every weight from the folder, of the sizes `expected` names."""
     found = read_json(folder / "config.json")
     for name, value in options(expected).items():
-        moments = name in ("latents_mean", "latents_std", "scaling_factor")  # measured in training
-        if not moments and found.get(name) != (list(value) if isinstance(value, tuple) else value):
+        if found.get(name) != (list(value) if isinstance(value, tuple) else value):
             given = f"{name} is {found.get(name)}"
             raise InputError(f"{folder}: {given}, this configuration expects {value}")
-    how = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
-    try:
-        model, info = kind.from_pretrained(folder, **how)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{folder} cannot be read: {reason}") from error
-    wrong = [*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])]
-    if wrong:
-        raise InputError(f"{folder} does not fit its own configuration: {', '.join(wrong[:3])}")
-    return model
+    return load_whole(kind, folder)
 
 
-class DPMSolver(diffusers.DPMSolverMultistepScheduler):
+class DPMSolver(diffusers.DPMSolverMultistepScheduler):  # type: ignore[misc]  # Any
     """DPM-Solver++ that clips its guess of the clean latents as DDIM does, if `thresholding` is on.
 
     diffusers' own sorts every latent for a quantile first: some percent of a small denoiser's time.
@@ -95,8 +85,8 @@ def random_weights(config: PixelsConfig) -> tuple[ModelMixin, AutoencoderKL | No
 def stored_weights(config: PixelsConfig, folder: Path) -> tuple[ModelMixin, AutoencoderKL | None]:
     """UNet and autoencoder of a diffusers folder, read strictly."""
     kind = class_of(read_json(folder / "unet" / "config.json"), "unet", UNet)
-    unet = load_strictly(kind, folder / "unet", config.unet)
-    vae = load_strictly(AutoencoderKL, folder / "vae", config.vae) if config.vae else None
+    unet = stored_part(kind, folder / "unet", config.unet)
+    vae = stored_part(AutoencoderKL, folder / "vae", config.vae) if config.vae else None
     return unet, vae
 
 
@@ -104,11 +94,10 @@ def null_text(folder: Path) -> Float[Tensor, "tokens width"]:
     """What a diffusers folder's text encoder makes of no words: SD 1.5's unconditional context."""
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    local = {"local_files_only": True}
     try:
-        text = CLIPTokenizer.from_pretrained(folder / "tokenizer", **local)
+        text = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         where = folder / "text_encoder"
-        encoder = CLIPTextModel.from_pretrained(where, use_safetensors=True, **local)
+        encoder = CLIPTextModel.from_pretrained(where, use_safetensors=True, local_files_only=True)
     except (OSError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{folder} has no tokenizer/ and text_encoder/: {reason}") from error
@@ -188,12 +177,3 @@ def level_weights(
     scales = {"epsilon": ratio, "sample": torch.ones_like(ratio)}
     scale = scales.get(schedule.config.prediction_type, ratio + 1)
     return ratio.clamp(max=MIN_SNR_GAMMA) / scale
-
-
-def normal_noise(like: Tensor, generator: Generators | None) -> Tensor:
-    """Normal noise of the shape of `like`, on the device of its generators."""
-    if generator is None or isinstance(generator, torch.Generator):
-        home = like.device if generator is None else generator.device
-        return torch.randn(like.shape, generator=generator, device=home)
-    pairs = zip(like.split(1), generator, strict=True)
-    return torch.cat([normal_noise(one, own) for one, own in pairs])

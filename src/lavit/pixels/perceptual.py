@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lavit.config import InputError
 from lavit.vision.encoder import EFFICIENTNET, Vision
 
-BLOCKS = (0, 2, 4, 8)  # of EfficientNet-Lite0, beside its stem: strides 2, 4, 8 and 16
+BLOCKS = (0, 2, 4, 8)  # of EfficientNet-Lite0, after its stem: strides 2, 4, 8 and 16
 
 
 class Perceptual(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import lru_cache
 
 import numpy as np
@@ -37,9 +38,20 @@ class PictureBatch:
     places: Int[Tensor, "images"]
 
 
-def seeded(*numbers: int) -> torch.Generator:
-    """A generator whose stream depends on all the numbers."""
-    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
+class Randomness(IntEnum):
+    """What is drawn at random in training: each has a stream of its own."""
+
+    ORDER = 1  # of the pictures of an epoch
+    SELECTOR = 3  # Gumbel noise of the keep masks
+    K_MEANS = 4  # first centres
+    REVIVAL = 5  # vectors that dead codes take
+    DIFFUSION = 6  # noise, its level, and dropped conditions
+    CODE_NOISE = 11  # codes of stage 3 that are another picture's
+
+
+def seeded(seed: int, of: Randomness, *numbers: int) -> torch.Generator:
+    """A generator whose stream depends on the seed, on what it is for, and on all the numbers."""
+    state = np.random.SeedSequence((seed, of, *numbers)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
@@ -52,7 +64,7 @@ def draw_pictures(count: int, batch: int, *, seed: int, step: int) -> Int[Tensor
 @lru_cache(maxsize=2)  # a step may end one epoch and begin the next
 def _order(count: int, seed: int, epoch: int) -> Int[Tensor, "pictures"]:
     """All pictures in the order of an epoch."""
-    return torch.randperm(count, generator=seeded(seed, 1, epoch))
+    return torch.randperm(count, generator=seeded(seed, Randomness.ORDER, epoch))
 
 
 def draw_batch(count: int, batch: int, shard: Shard, *, seed: int, step: int) -> PictureBatch:

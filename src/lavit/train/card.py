@@ -32,15 +32,15 @@ tags: [lavit, multimodal, visual-tokenizer]
 
 
 def write_card(folder: Path) -> Path:
-    """Write `folder/README.md` from the run's files beside it; returns its path.
+    """Write `folder/README.md` from the run's files; returns its path.
 
     Who gives a model away says more in its training.json: "license" of the weights,
-    "license_of_data", "limits", and a "note" on the training. A README.md that is no card of ours
-    is left as it is, which is logged.
+    "license_of_data", "limits", and a "note" on the training. A README.md that is not such a
+    card is left as it is, which is logged.
     """
     path = folder / "README.md"
     if path.exists() and "library_name: lavit" not in path.read_text():
-        log.warning("%s is no model card of ours and was left as it is", path)
+        log.warning("%s is not a model card of lavit and was left as it is", path)
         return path
     said = read_json(folder / "training.json")
     model = read_config(folder)
@@ -64,7 +64,7 @@ def write_card(folder: Path) -> Path:
 
 
 def record_figures(folder: Path, figures: Sequence[dict[str, Any]]) -> None:
-    """Keep the figures of an evaluation in `folder/eval.jsonl` and write the card anew."""
+    """Keep the figures of an evaluation in `folder/eval.jsonl` and write the card again."""
     write_whole(folder / "eval.jsonl", "".join(json.dumps(figure) + "\n" for figure in figures))
     write_card(folder)
 
@@ -95,10 +95,9 @@ def _stages(folder: Path, training: TrainConfig) -> list[tuple[str, ...]]:
     wanted = {
         "tokenizer": training.tokenizer.steps,
         "language": training.language.steps,
-        "autoencoder": training.pixels.autoencoder_steps,
         "pixels": training.pixels.steps,
     }
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for stage, line in last.items():
         values = {k: v for k, v in line.items() if isinstance(v, float) and "/" not in k}
         figures = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
@@ -125,7 +124,7 @@ def _licence_of_data(data: str) -> str:
 
 def _figures(folder: Path) -> str:
     """What an evaluation left in the folder."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for line in read_lines(folder / "eval.jsonl"):
         value = f"{line['value']:.3f} [{line['low']:.3f}, {line['high']:.3f}]"
         floor = line["floor"] and f"{line['floor'][1]:.3f} ({line['floor'][0]})"

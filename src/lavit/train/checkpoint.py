@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from lavit.config import InputError, read_json, write_json
-from lavit.storage import load_tensors, replacing, save_tensors
+from lavit.files import load_tensors, replacing, save_tensors
 from lavit.train.spread import assign, whole
 
 if TYPE_CHECKING:
@@ -61,7 +61,13 @@ def save_checkpoint(
         save_tensors(state, new / "state.safetensors")
         save_tensors(random, new / "random.safetensors")
         write_json(new / "step.json", {"step": step, "stage": stage.name})
-    for path in sorted(_complete(folder), key=lambda path: int(path.name))[:-keep]:
+    drop_all_but(folder, keep)
+
+
+def drop_all_but(folder: Path, keep: int) -> None:
+    """Remove what is not among the newest complete checkpoints, parts that a crash left too."""
+    newest = sorted(_complete(folder), key=lambda path: int(path.name))[-keep:]
+    for path in set(folder.iterdir()).difference(newest):
         shutil.rmtree(path)
 
 
@@ -74,22 +80,38 @@ def load_checkpoint(
     accelerator: Accelerator,
 ) -> int:
     """Read a checkpoint back; returns the step to go on with."""
-    load_weights(path, module)
-    _load_moments(module, optimizer, load_tensors(path / "optimizer.safetensors"))
-    stage.load_state(load_tensors(path / "state.safetensors"))
-    _set_random_states(load_tensors(path / "random.safetensors"), accelerator)
-    return int(read_json(path / "step.json")["step"])
+    names = ("module", "optimizer", "state", "random")
+    found = {name: load_tensors(path / f"{name}.safetensors") for name in names}
+    try:
+        load_weights(path, module)
+        _load_moments(module, optimizer, found["optimizer"])
+        stage.load_state(found["state"])
+        _set_random_states(found["random"], accelerator)
+        return int(read_json(path / "step.json")["step"])
+    except InputError:
+        raise
+    except (KeyError, ValueError, RuntimeError, AssertionError) as error:
+        raise _unlike(path, " ".join(str(error).split())[:200]) from error
 
 
 def load_weights(path: Path, module: nn.Module) -> None:
     """The weights of a checkpoint alone, into a module under any layout."""
     trained, tensors = _trained(module), load_tensors(path / "module.safetensors")
-    shapes = {name: tensor.shape for name, tensor in trained.items()}
-    if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
-        said = f"{path} is of a training with another configuration"
-        raise InputError(f"{said}: give another --out, or delete it")
+    for name in sorted(trained.keys() | tensors.keys()):
+        wanted, found = (
+            list(one[name].shape) if name in one else "none" for one in (trained, tensors)
+        )
+        if found != wanted:
+            raise _unlike(path, f"{name} is {found}, expected {wanted}")
     for name, tensor in tensors.items():
         assign(trained[name], tensor)
+
+
+def _unlike(path: Path, why: str) -> InputError:
+    said = f"{path} is of another configuration, or damaged ({why})"
+    return InputError(
+        f"{said}: delete it to go on from the checkpoint before, or give another --out"
+    )
 
 
 def _trained(module: nn.Module) -> dict[str, Tensor]:
@@ -121,6 +143,9 @@ def _load_moments(module: nn.Module, optimizer: Any, tensors: dict[str, Tensor])
     for key_name, tensor in tensors.items():
         key, name = key_name.split("/", 1)
         parameter = parameters[name]
+        if tensor.shape not in (parameter.shape, ()):
+            shapes = f"{list(tensor.shape)}, expected {list(parameter.shape)}"
+            raise ValueError(f"the moment {key_name} is {shapes}")
         if tensor.shape == parameter.shape:
             moment = torch.zeros_like(parameter, dtype=tensor.dtype)
             assign(moment, tensor)

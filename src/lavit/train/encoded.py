@@ -11,7 +11,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
@@ -20,6 +20,7 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as TextTokenizer
 
+from lavit.config import TrainConfig
 from lavit.data.bulk import corpus_codes, tokenizer_hash
 from lavit.data.corpus import Corpus, load_corpus
 from lavit.data.documents import Documents
@@ -58,7 +59,7 @@ log = logging.getLogger(__name__)
 class Encoded:
     """A run's corpus and what encoder and tokenizer make of it, each made once, when asked for."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run[TrainConfig]) -> None:
         self.run = run
 
     @cached_property
@@ -101,14 +102,14 @@ class Encoded:
         self.tokenizer.cpu()
 
 
-def features_of(run: Run, records: Sequence[Record], vision: Vision) -> Features:
+def features_of(run: Run[Any], records: Sequence[Record], vision: Vision) -> Features:
     """Encoder features, computed once; each process makes a share of them."""
     progress = partial(run.prepare, "encoder features") if run.prepare and run.main else None
     shared = {"wait": run.accelerator.wait_for_everyone, **run.sharing}
     return compute_features(records, vision, run.folder / "cache", progress=progress, **shared)
 
 
-def tokens_of(run: Run, tokenizer: VisualTokenizer, features: Features) -> VisualTokens:
+def tokens_of(run: Run[Any], tokenizer: VisualTokenizer, features: Features) -> VisualTokens:
     """Visual tokens of cached features; each process makes a share of them."""
     rank, ranks = run.sharing["rank"], run.sharing["ranks"]
     share = torch.arange(len(features)).tensor_split(ranks)[rank]
@@ -118,7 +119,7 @@ def tokens_of(run: Run, tokenizer: VisualTokenizer, features: Features) -> Visua
     return VisualTokens.joined(gather_object([mine]))
 
 
-def feature_feed(run: Run, encoded: Encoded) -> FeatureFeed:
+def feature_feed(run: Run[TrainConfig], encoded: Encoded) -> FeatureFeed:
     """Features for stage 1."""
     config, vision = run.training.tokenizer, encoded.vision
     how = {"batch": config.batch, "seed": run.training.seed}
@@ -131,31 +132,28 @@ def feature_feed(run: Run, encoded: Encoded) -> FeatureFeed:
     return StreamedFeatures(run.data, encode, **how, **run.sharing)
 
 
-def pixel_feed(run: Run, encoded: Encoded, *, codes: bool = True) -> PixelFeed:
-    """Pictures for stage 3; the autoencoder needs no codes."""
+def pixel_feed(run: Run[TrainConfig], encoded: Encoded) -> PixelFeed:
+    """Pictures and their codes for stage 3."""
     config, size = run.training.pixels, run.config.pixels.size
     how = {"batch": config.batch, "seed": run.training.seed}
     if not config.stream:
         openers = [picture.record.open for picture in encoded.corpus.pictures]
-        found = encoded.tokens.split() if codes else ()
-        return CorpusPixels(Pictures(openers, size), found, **how)
-    none = torch.zeros(0, dtype=torch.long)
+        return CorpusPixels(Pictures(openers, size), encoded.tokens.split(), **how)
 
     def make(images: list[Image]) -> list[tuple[UInt8[Tensor, "3 size size"], Tensor]]:
-        found = [none] * len(images)
-        if codes:
-            found = [part.cpu() for part in encoded.encode(images)[1].split()]
+        found = [part.cpu() for part in encoded.encode(images)[1].split()]
         return list(zip(levels(images, size), found, strict=True))
 
     return StreamedPixels(run.data, make, **how, **run.sharing)
 
 
 def language_stage(
-    run: Run, encoded: Encoded, language: Language, text: TextTokenizer
+    run: Run[TrainConfig], encoded: Encoded, language: Language, text: TextTokenizer
 ) -> LanguageStage:
     """Stage 2 on the corpus; on codes made beforehand; or on a stream."""
     config, vision = run.training.language, run.config.vision
-    make = {"text": text, "vocabulary": language.vocabulary, "seed": run.training.seed}
+    make: dict[str, Any] = {"text": text, "vocabulary": language.vocabulary}
+    make["seed"] = run.training.seed
     if config.stream:
         make |= {"sizes": (vision.patches, vision.dim), **run.sharing}
         encoded.tokenizer.to(run.accelerator.device)
@@ -166,7 +164,7 @@ def language_stage(
         hashed = tokenizer_hash(LaVIT(run.config, folder=run.folder))
         codes = corpus_codes(config.token_corpus, encoded.corpus, tokenizer=hashed)
         features, tokens = nothing_read(vision)
-        mixture = (0.0, mixture[1], 0.0, *mixture[3:])
+        mixture = replace(mixture, reading=0.0, question=0.0)
     else:
         codes = tuple(tuple(part.tolist()) for part in encoded.tokens.split())
         features, tokens = encoded.features, encoded.tokens

@@ -22,7 +22,7 @@ from lavit.data.stream import StreamedPictures
 from lavit.images import scaled
 from lavit.train.batches import Shard, draw_batch, draw_pictures
 
-Made = TypeVar("Made")
+T = TypeVar("T")
 State = dict[str, Tensor]
 
 
@@ -76,12 +76,12 @@ class CorpusFeatures(_Corpus):
 
 
 class CorpusPixels(_Corpus):
-    """Pictures of a corpus, opened when their step comes, and their codes, if they are wanted."""
+    """Pictures of a corpus, opened when their step comes, and their codes."""
 
     def __init__(
         self,
         pictures: Pictures,
-        codes: Sequence[Tensor] = (),
+        codes: Sequence[Tensor],
         *,
         batch: int,
         seed: int,
@@ -91,21 +91,17 @@ class CorpusPixels(_Corpus):
     def batch(self, step: int, shard: Shard) -> PixelBatch:
         """Pictures of a step: epoch after epoch in new orders."""
         drawn = draw_batch(len(self.pictures), self.size, shard, seed=self.seed, step=step)
-        codes = [self.codes[number] for number in drawn.pictures.tolist()] if self.codes else ()
+        codes = [self.codes[number] for number in drawn.pictures.tolist()]
         return PixelBatch(self.pictures.rows(drawn.pictures), codes, self.codes, drawn.places)
 
-    def some(self, count: int) -> Float[Tensor, "images 3 size size"]:
-        """The first pictures."""
-        return self.pictures.rows(torch.arange(min(count, len(self.pictures))))
 
-
-class _Streamed(Generic[Made]):
+class _Streamed(Generic[T]):
     """Pictures of a stream; a step's, of this rank, are kept until the next step."""
 
     def __init__(
         self,
         data: str,
-        make: Callable[[list[Image]], Sequence[Made]],
+        make: Callable[[list[Image]], Sequence[T]],
         *,
         batch: int,
         seed: int,
@@ -118,9 +114,10 @@ class _Streamed(Generic[Made]):
         self.data, self.make, self.size, self.seed, self.ranks = data, make, batch, seed, ranks
         how = {"seed": seed, "rank": rank, "ranks": ranks}
         self.stream = StreamedPictures(data, make, count=batch // ranks, **how)
-        self._step, self._kept = -1, []
+        self._step = -1
+        self._kept: list[T] = []
 
-    def _part(self, step: int, shard: Shard) -> tuple[list[Made], Int[Tensor, "images"]]:
+    def _part(self, step: int, shard: Shard) -> tuple[list[T], Int[Tensor, "images"]]:
         """What a part of a step holds, and its places in the global batch."""
         if self.size % shard.ranks:
             said = f"a batch of {self.size} pictures cannot be shared by {shard.ranks} ranks"
@@ -130,10 +127,6 @@ class _Streamed(Generic[Made]):
         parts = shard.ranks // self.ranks
         mine = Shard(shard.rank % parts, parts).of(torch.arange(len(self._kept)))
         return [self._kept[number] for number in mine], shard.of(torch.arange(self.size))
-
-    def _some(self, count: int) -> list[Made]:
-        """Of the first pictures of the whole stream, whatever the rank."""
-        return StreamedPictures(self.data, self.make, count=count, seed=self.seed).read()
 
     def state(self) -> State:
         """Places of all processes."""
@@ -157,8 +150,9 @@ class StreamedFeatures(_Streamed[Tensor]):
         return FeatureBatch(torch.stack(found).float(), places)
 
     def some(self, count: int) -> Float[Tensor, "images patches dim"]:
-        """Features of the first pictures."""
-        return torch.stack(self._some(count)).float()
+        """Features of the first pictures of the whole stream, whatever the rank."""
+        first = StreamedPictures(self.data, self.make, count=count, seed=self.seed).read()
+        return torch.stack(first).float()
 
 
 class StreamedPixels(_Streamed[tuple[Tensor, Tensor]]):
@@ -170,10 +164,6 @@ class StreamedPixels(_Streamed[tuple[Tensor, Tensor]]):
         pictures, codes = zip(*found, strict=True)
         others = [codes for _, codes in self._kept]
         return PixelBatch(scaled(torch.stack(pictures), HALF, HALF), codes, others, places)
-
-    def some(self, count: int) -> Float[Tensor, "images 3 size size"]:
-        """The first pictures."""
-        return scaled(torch.stack([picture for picture, _ in self._some(count)]), HALF, HALF)
 
 
 FeatureFeed = CorpusFeatures | StreamedFeatures

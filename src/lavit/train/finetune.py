@@ -13,10 +13,13 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lavit.config import (
@@ -38,9 +41,11 @@ from lavit.data.conversations import (
     load_conversations,
 )
 from lavit.data.features import nothing_read
+from lavit.files import alone, naming
+from lavit.language.lora import inject_lora, merge_lora
 from lavit.language.model import Language
 from lavit.model import LaVIT
-from lavit.storage import inject_lora, merge_lora, model_folder
+from lavit.storage import model_folder
 from lavit.train.encoded import features_of, tokens_of
 from lavit.train.language import LanguageStage
 from lavit.train.loop import Report
@@ -63,9 +68,11 @@ def finetune_training(
     tokens, and 2e-5 / 5e-5 (LoRA 2e-4).
     """
     model = model_folder(model)
+    rates: dict[str, Any]
     if (model / "training.json").exists():
-        trained = read_json(model / "training.json")["training"]
-        language = from_json(TrainConfig, trained).language
+        trained = read_json(model / "training.json").get("training", {})
+        with naming(model / "training.json"):
+            language = from_json(TrainConfig, trained).language
         rates = {"learning_rate": (1.0 if lora_rank else 0.1) * language.learning_rate}
         rates |= {"rows_rate": 0.1 * language.rows_rate, "reader_rate": 0.1 * language.reader_rate}
     else:
@@ -88,7 +95,7 @@ def finetune(
     watch: Callable[[Report], None] | None = None,
     prepare: Callable[[str, int, int], None] | None = None,
     trackers: Sequence[str] = ("tensorboard",),
-) -> Run:
+) -> Run[FinetuneTraining]:
     """Fine-tune a model folder into another one; what is finished is not touched again.
 
     `minutes` replaces the steps by as many as take that long. Raises `InputError` where the folder
@@ -97,16 +104,22 @@ def finetune(
     run, source = _open(Path(folder), data, model, training, minutes)
     run.watch, run.prepare, run.trackers = watch, prepare, tuple(trackers)
     check_trackers(run.trackers)
-    if run.has_done("language"):
-        log.info("%s is fine-tuned already", folder)
-        return run
-    torch.manual_seed(training.seed)
-    conversations = load_conversations(Path(data))
+    with alone(run.folder) if run.main else nullcontext():
+        if run.has_done("language"):
+            log.info("%s is fine-tuned already", folder)
+        else:
+            _train(run, source, minutes)
+    return run
+
+
+def _train(run: Run[FinetuneTraining], source: Path, minutes: float | None) -> None:
+    torch.manual_seed(run.training.seed)
+    conversations = load_conversations(Path(run.data))
     parts = TO_READ if conversations.pictures else TO_READ[1:]
     lavit = LaVIT.from_pretrained(source, device=run.accelerator.device, parts=parts)
     lavit.needs(*parts)
     language, text = lavit.language, lavit.text_tokenizer
-    adapted = prepare_lora(language, run.config, training.lora_rank)
+    adapted = prepare_lora(language, run.config, run.training.lora_rank)
     stage = _stage(run, lavit, conversations)
     path = run.folder / FILE
     if minutes is not None and not path.exists():
@@ -119,7 +132,6 @@ def finetune(
     run.accelerator.wait_for_everyone()
     if run.main:
         _save_all(run, source, language, text, adapted)
-    return run
 
 
 def _open(
@@ -128,7 +140,7 @@ def _open(
     model: str | Path,
     training: FinetuneTraining,
     minutes: float | None,
-) -> tuple[Run, Path]:
+) -> tuple[Run[FinetuneTraining], Path]:
     """The fine-tuning in a folder, and the model's folder; steps that were measured stay."""
     source = model_folder(model)
     said = {"data": str(Path(data)), "model": str(source), "minutes": minutes}
@@ -144,7 +156,8 @@ def _open(
     accelerator.wait_for_everyone()
     if (folder / FILE).exists():
         saved = read_json(folder / FILE)
-        settled = from_json(FinetuneTraining, saved.pop("training"))
+        with naming(folder / FILE):
+            settled = from_json(FinetuneTraining, saved.pop("training", {}))
         if minutes is not None:
             _take_steps(run, settled.language.steps)
         if saved != said or settled != run.training:
@@ -153,7 +166,7 @@ def _open(
     return run, source
 
 
-def _stage(run: Run, model: LaVIT, conversations: Conversations) -> LanguageStage:
+def _stage(run: Run[FinetuneTraining], model: LaVIT, conversations: Conversations) -> LanguageStage:
     """Stage 2 on conversations."""
     features, tokens = nothing_read(run.config.vision)
     if conversations.pictures:
@@ -169,12 +182,12 @@ def _stage(run: Run, model: LaVIT, conversations: Conversations) -> LanguageStag
     return stage
 
 
-def _take_steps(run: Run, steps: int) -> None:
+def _take_steps(run: Run[FinetuneTraining], steps: int) -> None:
     language = replace(run.training.language, steps=steps)
     run.training = replace(run.training, language=language)
 
 
-def _measure(run: Run, stage: LanguageStage, minutes: float) -> None:
+def _measure(run: Run[FinetuneTraining], stage: LanguageStage, minutes: float) -> None:
     """Settle the steps: time some forward and backward, and agree on rank 0's answer."""
     accelerator = run.accelerator
     device, module = accelerator.device, stage.module.to(accelerator.device)
@@ -183,7 +196,9 @@ def _measure(run: Run, stage: LanguageStage, minutes: float) -> None:
         if step == 1:
             started = time.perf_counter()
         batch = stage.batch(step, stage.shard)
-        stage.losses(module, batch, step)["loss"].backward()
+        loss = stage.losses(module, batch, step)["loss"]
+        assert isinstance(loss, Tensor)
+        loss.backward()
     module.zero_grad(set_to_none=True)
     seconds = (time.perf_counter() - started) / MEASURED
     found = torch.tensor([max(1, round(60 * minutes / seconds))], device=device)
@@ -194,9 +209,13 @@ def _measure(run: Run, stage: LanguageStage, minutes: float) -> None:
 
 
 def _save_all(
-    run: Run, source: Path, language: Language, text: PreTrainedTokenizerBase, adapted: bool
+    run: Run[FinetuneTraining],
+    source: Path,
+    language: Language,
+    text: PreTrainedTokenizerBase,
+    adapted: bool,
 ) -> None:
-    """The whole model folder: language and reader anew, everything else copied."""
+    """The whole model folder: language and reader of this training, everything else copied."""
     for part in COPIED:
         if (source / part).is_dir():
             shutil.copytree(source / part, run.folder / part, dirs_exist_ok=True)
@@ -204,7 +223,7 @@ def _save_all(
         shutil.copy(source / "training.json", run.folder / "training.json")
     config = run.config
     if not adapted:
-        merge_lora(language)
+        merge_lora(language.lm)
         config = replace(config, language=replace(config.language, lora_rank=0))
     LaVIT(config, language=language, text_tokenizer=text).save_pretrained(run.folder)
     (run.folder / "language" / "done").touch()
@@ -215,7 +234,7 @@ def prepare_lora(language: Language, config: ModelConfig, rank: int | None) -> b
     has = config.language.lora_rank
     if has and rank in (None, has):
         return True
-    merge_lora(language)
+    merge_lora(language.lm)
     if rank:
-        inject_lora(language, replace(config.language, lora_rank=rank))
+        inject_lora(language.lm, replace(config.language, lora_rank=rank))
     return False

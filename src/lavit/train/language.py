@@ -21,11 +21,11 @@ from lavit.data.corpus import Corpus
 from lavit.data.documents import Documents
 from lavit.data.features import Features
 from lavit.data.stream_documents import StreamingDocuments
-from lavit.language.model import Language, LanguageLoss
+from lavit.language.model import Language, LanguageLoss, table_and_head
 from lavit.layout import answer_text, question_text
 from lavit.sequence import IGNORE, Batch, VisualTokens, slot_lengths
 from lavit.train.batches import Shard
-from lavit.train.loop import Figure, Stage
+from lavit.train.loop import Metric, Stage
 from lavit.train.muon import matrices_apart
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
@@ -47,6 +47,8 @@ class LanguageStage(Stage):
 
     name = "language"
     shards = True  # under FSDP2
+    module: Language
+    config: LanguageTraining
 
     def __init__(
         self,
@@ -80,8 +82,8 @@ class LanguageStage(Stage):
         ]
         if config.optimizer == "adamw":
             return groups
-        head = self.module.lm.get_output_embeddings()
-        return matrices_apart(groups, self.module, but=(head.weight,))
+        _, head = table_and_head(self.module.lm)
+        return matrices_apart(groups, self.module, but=(head,))
 
     def batch(self, step: int, shard: Shard) -> LanguageBatch:
         """This rank's rows of a step."""
@@ -96,14 +98,16 @@ class LanguageStage(Stage):
             raise InputError(f"{said} (or parts of a step): start fewer, or give more rows")
         mine = shard.of(torch.arange(len(batch.ids)))
         fields = (batch.ids, batch.labels, batch.positions, batch.documents, batch.slots)
-        fields = [field[mine] for field in fields]
+        ids, labels, positions, documents, slots = (field[mine] for field in fields)
         before = len(slot_lengths(batch.slots[: int(mine[0])]))  # images read in earlier rows
-        images = batch.images[before : before + len(slot_lengths(batch.slots[mine]))]
+        images = batch.images[before : before + len(slot_lengths(slots))]
+        rows = Batch(ids, labels, positions, documents, slots, images)
         if self.streams is not None:
             patches, keep = self.streams.pictures(images)
         else:
+            assert self.features is not None and self.tokens is not None  # documents do not stream
             patches, keep = self.features.rows(images), self.tokens.keep[images]
-        return LanguageBatch(Batch(*fields, images), patches, keep, targets)
+        return LanguageBatch(rows, patches, keep, targets)
 
     def _targets(self, batch: Batch) -> int:
         """Target tokens of all processes; a stream gives the rows of this one alone."""
@@ -113,7 +117,7 @@ class LanguageStage(Stage):
             dist.all_reduce(count)
         return int(count)
 
-    def losses(self, module: nn.Module, batch: LanguageBatch, step: int) -> dict[str, Figure]:
+    def losses(self, module: nn.Module, batch: LanguageBatch, step: int) -> dict[str, Metric]:
         """Cross-entropy over all target tokens of a step; loss and accuracy of text and codes."""
         device = self.accelerator.device
         rows = batch.rows.to(device)
@@ -153,6 +157,8 @@ def train_text_tokenizer(corpus: Corpus, size: int) -> PreTrainedTokenizerBase:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    options = {"special_tokens": [END], "initial_alphabet": alphabet, "show_progress": False}
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, **options))
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)

@@ -1,8 +1,8 @@
 """One training loop for every stage, on Accelerate: a stage gives losses for a batch.
 
 A batch is a function of (seed, step), so a killed run that starts again with the same command reads
-the last checkpoint and goes on to the same losses. One step is `_step`; what happens now and then
-stands around it.
+the last checkpoint and goes on to the same losses. One step is `step_once`; what happens now and
+then stands around it.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import signal
+import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,17 +23,22 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from lavit.config import InputError
+from lavit.config import InputError, Terminated
 from lavit.train.batches import Shard
-from lavit.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from lavit.train.checkpoint import (
+    drop_all_but,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from lavit.train.health import Alarm
 from lavit.train.metrics import Metrics, peak_gib
 from lavit.train.muon import Muon
 from lavit.train.spread import whole
 
 log = logging.getLogger(__name__)
-Pair = tuple[Tensor, Tensor | float]  # a sum, and the count to divide it by
-Figure = Tensor | Pair  # a mean over processes, or such a pair
+SumAndCount = tuple[Tensor, Tensor | float]  # a sum, and the count to divide it by
+Metric = Tensor | SumAndCount  # a mean over processes, or such a pair
 
 
 class Stage(ABC):
@@ -61,7 +68,7 @@ class Stage(ABC):
         """This rank's batch of a step: a function of the step and the seed alone."""
 
     @abstractmethod
-    def losses(self, module: nn.Module, batch: Any, step: int) -> dict[str, Figure]:
+    def losses(self, module: nn.Module, batch: Any, step: int) -> dict[str, Metric]:
         """`loss` to go backward (its sum over the parts of a step counts), and figures to log."""
 
     def after_step(self, step: int) -> dict[str, float]:
@@ -117,6 +124,7 @@ def train(
 
     Figures go to `run/metrics.jsonl` and the trackers, what `sample` gives every `sample_every`
     steps to `run/samples.jsonl`. Raises `Alarm` when a run is failing; the last checkpoint stays.
+    SIGTERM ends the step, saves it and raises `Terminated`.
     """
     if accelerator.is_fsdp2 and not stage.shards:
         said = "FSDP2 shards the language stage only"
@@ -126,17 +134,20 @@ def train(
     base = [group["lr"] for group in optimizer.param_groups]
     module, optimizer = accelerator.prepare(stage.module, optimizer)
     plain, start = accelerator.unwrap_model(module), 0
+    if accelerator.is_main_process and folder.exists():
+        drop_all_but(folder, keep_last)
     if found := latest_checkpoint(folder):
         start = load_checkpoint(found, plain, optimizer, stage, accelerator=accelerator)
         said = "%s resumes at step %d: all that trains is loaded from %s"
         log.info(said, stage.name, start, found)
     main = accelerator.is_main_process
-    with Metrics(run, stage.name, start, trackers=trackers, enabled=main) as metrics:
+    opened = Metrics(run, stage.name, start, trackers=trackers, enabled=main)
+    with opened as metrics, _sigterms() as came:
         started = time.perf_counter()
         for step in range(start, stage.steps):
             for group, rate in zip(optimizer.param_groups, base, strict=True):
                 group["lr"] = rate * schedule(step, stage.steps, warmup)
-            parts, after = _step(stage, module, optimizer, step, clip=clip)
+            parts, after = step_once(stage, module, optimizer, step, clip=clip)
             done, last = step + 1, step + 1 == stage.steps
             if done % log_every == 0 or last:
                 values = pool(parts, accelerator) | {name: float(after[name]) for name in after}
@@ -151,21 +162,47 @@ def train(
             if main and sample and sample_every and (done % sample_every == 0 or last):
                 for line in sample(done):
                     metrics.append("samples.jsonl", done, line)
-            if done % checkpoint_every == 0 or last:
+            ending = _by_any(came, accelerator)
+            if done % checkpoint_every == 0 or last or ending:
                 state = {"accelerator": accelerator, "keep": keep_last}
                 save_checkpoint(folder, done, plain, optimizer, stage, **state)
                 accelerator.wait_for_everyone()
+            if ending:
+                said = f"stopped by SIGTERM, {stage.name} is saved at step {done}"
+                raise Terminated(f"{said}: the same command goes on from there")
     accelerator.free_memory()
 
 
-def _step(
+@contextlib.contextmanager
+def _sigterms() -> Iterator[list[int]]:
+    """The SIGTERMs that have come; they do nothing else. Threads get none."""
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _by_any(came: list[int], accelerator: Accelerator) -> bool:
+    """Whether a signal came to any process; all must end at one step."""
+    if accelerator.num_processes == 1:
+        return len(came) > 0
+    counted = torch.tensor([float(len(came))], device=accelerator.device)
+    return float(accelerator.reduce(counted, "sum")) > 0
+
+
+def step_once(
     stage: Stage,
     module: nn.Module,
     optimizer: Any,
     step: int,
     *,
     clip: float,
-) -> tuple[list[dict[str, Pair]], dict[str, Tensor | float]]:
+) -> tuple[list[dict[str, SumAndCount]], dict[str, Tensor | float]]:
     """Forward and backward of every part, clip, step: figures of the parts, and those after it."""
     optimizer.zero_grad(set_to_none=True)
     accelerator, parts, figures = stage.accelerator, stage.accumulate, []
@@ -181,12 +218,12 @@ def _step(
     return figures, {"gradient_norm": whole(norm), **stage.after_step(step)}
 
 
-def _as_pair(figure: Figure) -> Pair:
+def _as_pair(figure: Metric) -> SumAndCount:
     total, count = figure if isinstance(figure, tuple) else (figure, 1.0)
     return total.detach(), count
 
 
-def pool(parts: Sequence[dict[str, Pair]], accelerator: Accelerator) -> dict[str, float]:
+def pool(parts: Sequence[dict[str, SumAndCount]], accelerator: Accelerator) -> dict[str, float]:
     """Figures of a step over its parts and all processes: sum by count, `loss` a sum."""
     names = list(parts[0])
     sums = [sum(float(part[name][0]) for part in parts) for name in names]

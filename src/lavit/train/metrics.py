@@ -44,7 +44,7 @@ class Metrics:
         for path in filter(Path.exists, (run / "metrics.jsonl", run / "samples.jsonl")):
             lines = list(read_lines(path))
             kept = [line for line in lines if line["stage"] != stage or line["step"] <= start]
-            write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+            write_whole(path, "".join(map(_line, kept)))
         self.opened = [_open(name, run, stage, start) for name in trackers]
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -57,13 +57,13 @@ class Metrics:
         """One more line of a file."""
         if self.enabled:
             line = {"stage": self.stage, "step": step, **values}
-            with (self.run / name).open("a") as file:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            with (self.run / name).open("a", encoding="utf-8") as file:
+                file.write(_line(line))
 
     def __enter__(self) -> Metrics:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *raised: object) -> None:
         for _, close in self.opened:
             close()
 
@@ -87,11 +87,15 @@ def peak_gib() -> float:
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Objects of a file of JSON lines, none if there is no file; a line cut off is dropped."""
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
             yield json.loads(line)
-        except json.JSONDecodeError:
+        except ValueError:
             log.warning("%s: dropped an unfinished line", path)
+
+
+def _line(values: dict[str, Any]) -> str:
+    return json.dumps(values, ensure_ascii=False) + "\n"
 
 
 def _open(name: str, run: Path, stage: str, start: int) -> tuple[Write, Callable[[], None]]:

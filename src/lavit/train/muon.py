@@ -35,7 +35,7 @@ class Muon(torch.optim.AdamW):
         super().__init__([{"muon": False, **group} for group in params], **options)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # torch overloads it
         """One step; gradients of matrices are consumed."""
         moving = [
             (parameter, group["lr"], group["weight_decay"])
@@ -54,12 +54,13 @@ class Muon(torch.optim.AdamW):
 
     def _ahead(self, parameter: nn.Parameter) -> Tensor:
         """Nesterov's look ahead, whole; a kernel as a matrix with a row for each output."""
-        state = self.state[parameter]
+        state, gradient = self.state[parameter], parameter.grad
+        assert gradient is not None
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
             state["step"] = torch.zeros(())  # AdamW looks for one in each state
-        momentum = state["momentum"].lerp_(parameter.grad, 1 - MOMENTUM)
-        return whole(parameter.grad.lerp(momentum, MOMENTUM)).flatten(1)
+        momentum = state["momentum"].lerp_(gradient, 1 - MOMENTUM)
+        return whole(gradient.lerp(momentum, MOMENTUM)).flatten(1)
 
 
 def _shared(matrices: list[Tensor]) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Stage 3: ε-prediction on reconstructed features (paper Eq. 5); first the autoencoder, if any.
+"""Stage 3: ε-prediction on reconstructed features (paper Eq. 5); an autoencoder stays frozen.
 
 Noise is a function of (seed, step, place in the global batch): one rank and two see the same.
 """
@@ -9,15 +9,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lavit.config import PixelsTraining
 from lavit.pixels.decoder import Pixels
 from lavit.pixels.perceptual import Perceptual
-from lavit.train.batches import Shard, seeded
+from lavit.train.batches import Randomness, Shard, seeded
 from lavit.train.feeds import PixelBatch, PixelFeed
-from lavit.train.loop import Stage
+from lavit.train.loop import Metric, Stage
 from lavit.train.muon import matrices_apart
 from lavit.vision.encoder import Vision
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
@@ -27,6 +28,8 @@ class PixelsStage(Stage):
     """Stage 3: the denoiser, on features reconstructed from the codes of each picture."""
 
     name = "pixels"
+    module: Pixels
+    config: PixelsTraining
 
     def __init__(
         self,
@@ -60,7 +63,7 @@ class PixelsStage(Stage):
         """Pictures of a step."""
         return self.feed.batch(step, shard)
 
-    def losses(self, module: nn.Module, batch: PixelBatch, step: int) -> dict[str, Tensor]:
+    def losses(self, module: nn.Module, batch: PixelBatch, step: int) -> dict[str, Metric]:
         """Mean squared error of the predicted noise."""
         device, places = self.accelerator.device, batch.places.tolist()
         drawn = zip(places, batch.codes, strict=True)
@@ -69,20 +72,23 @@ class PixelsStage(Stage):
             lengths = torch.tensor([len(c) for c in codes], device=device)
             features = self.tokenizer.decode(torch.cat(codes), lengths)
             latents = self.module.encode(batch.pictures.to(device))
+        kind = Randomness.DIFFUSION
         loss = module(
             latents,
             features,
-            generator=[seeded(self.seed, 6, step, place) for place in places],
+            generator=[seeded(self.seed, kind, step, place) for place in places],
             perceptual=self.perceptual,
             perceptual_weight=self.config.perceptual_weight,
         )
         return {"loss": loss / self.accumulate}
 
-    def _erring(self, place: int, codes: Codes, others: Sequence[Codes], step: int) -> Codes:
+    def _erring(
+        self, place: int, codes: Int[Tensor, "kept"], others: Sequence[Tensor], step: int
+    ) -> Int[Tensor, "kept"]:
         """Codes of a picture, a random share of them from another one, as a LM errs."""
         if not self.config.code_noise:
             return codes
-        generator = seeded(self.seed, 11, step, place)
+        generator = seeded(self.seed, Randomness.CODE_NOISE, step, place)
         other = others[int(torch.randint(len(others), (), generator=generator))]
         drawn = other[torch.randint(len(other), codes.shape, generator=generator)]
         share = self.config.code_noise * torch.rand((), generator=generator)
@@ -102,57 +108,3 @@ class PixelsStage(Stage):
         own = self.averaged.state_dict().keys()
         self.averaged.load_state_dict({name: state[name] for name in own})
         self.feed.load_state({name: state[name] for name in state.keys() - own})
-
-
-class AutoencoderLoss(nn.Module):
-    """The autoencoder's loss as a module: DDP sees its forward and adds up its gradients."""
-
-    def __init__(self, pixels: Pixels) -> None:
-        super().__init__()
-        self.vae, self._loss = pixels.vae, pixels.autoencoder_loss
-
-    def forward(self, pictures: Tensor, generators: list[torch.Generator]) -> Tensor:
-        """Pictures [images 3 size size] in -1..1 to a scalar."""
-        return self._loss(pictures, generator=generators)
-
-
-class AutoencoderStage(Stage):
-    """The small autoencoder whose latents stage 3 denoises."""
-
-    name = "autoencoder"
-
-    def __init__(
-        self,
-        pixels: Pixels,
-        feed: PixelFeed,
-        config: PixelsTraining,
-        *,
-        seed: int,
-    ) -> None:
-        self.module, self.feed = AutoencoderLoss(pixels), feed
-        self.config, self.seed = config, seed
-        self.steps, self.accumulate = config.autoencoder_steps, config.accumulate
-        pixels.recompute(config.recompute)
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """One group."""
-        params = list(self.module.parameters())
-        return [{"params": params, "lr": self.config.autoencoder_rate, "weight_decay": 0.0}]
-
-    def batch(self, step: int, shard: Shard) -> PixelBatch:
-        """Pictures of a step."""
-        return self.feed.batch(step, shard)
-
-    def losses(self, module: nn.Module, batch: PixelBatch, step: int) -> dict[str, Tensor]:
-        """Reconstruction plus a little KL."""
-        generators = [seeded(self.seed, 7, step, place) for place in batch.places.tolist()]
-        loss = module(batch.pictures.to(self.accelerator.device), generators)
-        return {"loss": loss / self.accumulate}
-
-    def state(self) -> dict[str, Tensor]:
-        """The place of the feed."""
-        return self.feed.state()
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take it back."""
-        self.feed.load_state(state)

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lavit.config import InputError, ModelConfig, TrainConfig
+from lavit.language.lora import inject_lora
 from lavit.language.model import CHUNK, Language
 from lavit.language.smollm2 import SMOLLM2, smollm2_config, smollm2_file
-from lavit.storage import inject_lora
 from lavit.visual_tokenizer.merger import Merger
 
 GIB = 2**30
@@ -34,7 +34,7 @@ PARTS = {
     "merger": "reader: merger copy",
     "to_language": "reader: projection",
 }
-Layout = Literal["single", "ddp", "fsdp2"]
+Parallelism = Literal["single", "ddp", "fsdp2"]
 TEXT = 32  # tokens of text that go with an image, where only their order of size matters
 SHORT = 16  # tokens of a document in counts: meta attention keeps squares, real kernels do not
 CONTEXT = 1.0  # GiB of a GPU that its driver, kernels and library take; the one figure assumed here
@@ -53,7 +53,7 @@ class PartCount:
 class Plan:
     """What one GPU (or this machine) must hold during a step, in GiB by kind, and if it does."""
 
-    layout: Layout
+    layout: Parallelism
     gpus: int
     precision: Literal["fp32", "bf16"]
     rows: int  # packed rows in one pass of one GPU
@@ -94,7 +94,7 @@ def plan_language(
     training: TrainConfig,
     *,
     gpus: int = 1,
-    layout: Layout | None = None,
+    layout: Parallelism | None = None,
     memory: float | None = None,
     lora: int | None = None,
     precision: Literal["fp32", "bf16"] = "bf16",
@@ -194,7 +194,8 @@ class _Counter:
         inputs *= self._kept_patches
         reader = rest + (depth * inputs + block if recompute else depth * block)
         mixture = self.training.language.mixture
-        images = tokens / (self._kept_patches + 2 + TEXT) * (mixture[0] + mixture[2]) / sum(mixture)
+        read = (mixture.reading + mixture.question) / sum(vars(mixture).values())
+        images = tokens / (self._kept_patches + 2 + TEXT) * read
         return tokens * lm + images * reader
 
     @property
@@ -211,7 +212,8 @@ class _Counter:
         for layers in (1, 2):
             language = _build(self.model, self.lm_config, layers)
             dtype = torch.bfloat16 if self.size == 2 else torch.float32
-            language.lm.to(dtype)
+            lm: nn.Module = language.lm
+            lm.to(dtype)
             entered = torch.empty(rows, tokens, language.width, device="meta", dtype=dtype)
             packed = {"documents": documents, "positions": positions}
             forward = partial(language.hidden, entered.requires_grad_(), **packed)
@@ -264,17 +266,17 @@ def _architecture(model: ModelConfig, training: TrainConfig) -> Any:
 
 def _build(model: ModelConfig, config: Any, layers: int) -> Language:
     """The model of stage 2 on the meta device, with so many blocks in its LM."""
-    told = {**config.to_dict(), "num_hidden_layers": layers}
-    if told.get("layer_types"):
-        told["layer_types"] = told["layer_types"][:layers]
-    config = type(config).from_dict(told)
+    fields = {**config.to_dict(), "num_hidden_layers": layers}
+    if fields.get("layer_types"):
+        fields["layer_types"] = fields["layer_types"][:layers]
+    config = type(config).from_dict(fields)
     tokenizer = model.visual_tokenizer
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config)
         merger = Merger(tokenizer.dim, tokenizer.heads, tokenizer.merger_depth, tokenizer.mlp_ratio)
         language = Language(lm, merger, dim=tokenizer.dim, codes=tokenizer.codes, end=0)
         if model.language.lora_rank:
-            inject_lora(language, model.language)
+            inject_lora(language.lm, model.language)
     return language
 
 

@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -30,6 +31,7 @@ from lavit.config import (
     InputError,
     LoopConfig,
     ModelConfig,
+    TrainConfig,
     read_config,
     read_json,
     to_json,
@@ -37,6 +39,8 @@ from lavit.config import (
     write_json,
 )
 from lavit.data.corpus import origin_of
+from lavit.data.documents import Documents
+from lavit.files import alone
 from lavit.model import LaVIT
 from lavit.pixels.decoder import Pixels
 from lavit.storage import model_folder
@@ -49,7 +53,7 @@ from lavit.train.health import parameter_lines
 from lavit.train.language import LanguageStage
 from lavit.train.loop import Report, Stage, train
 from lavit.train.metrics import check_trackers
-from lavit.train.pixels import AutoencoderStage, PixelsStage
+from lavit.train.pixels import PixelsStage
 from lavit.train.samples import Samples
 from lavit.train.settings import PART_OF, STAGES, Settings, same_run, with_stage
 from lavit.train.spread import halve_frozen, make_accelerator
@@ -58,11 +62,11 @@ from lavit.vision.encoder import Vision
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
 log = logging.getLogger(__name__)
-SOME = 512  # pictures that the autoencoder's latents are measured on
+T = TypeVar("T", bound=LoopConfig)  # the settings: of all stages, or of a fine-tuning
 
 
 @dataclass
-class Run:
+class Run(Generic[T]):
     """A training's folder and settings, and where it runs.
 
     `watch` is called with the loop's `Report`s, `prepare` with (what, done, of all) while features
@@ -71,7 +75,7 @@ class Run:
 
     folder: Path
     data: str
-    training: LoopConfig
+    training: T
     config: ModelConfig  # of the folder; parts that are saved change it
     accelerator: Accelerator
     trackers: tuple[str, ...] = ("tensorboard",)
@@ -97,23 +101,21 @@ class Run:
 
     def has_begun(self, stage: str) -> bool:
         """Has a stage left a checkpoint, or more?"""
-        checkpoints = [stage, "autoencoder"] if stage == "pixels" else [stage]
-        begun = any((self.folder / "checkpoints" / name).exists() for name in checkpoints)
-        return begun or self.has_done(stage)
+        return (self.folder / "checkpoints" / stage).exists() or self.has_done(stage)
 
 
 def open_run(
     folder: Path,
     data: str | Path,
     model: ModelConfig,
-    training: LoopConfig,
+    training: TrainConfig,
     *,
     watch: Callable[[Report], None] | None = None,
     prepare: Callable[[str, int, int], None] | None = None,
     trackers: Sequence[str] = ("tensorboard",),
     fsdp: bool = False,
     start: str | Path | None = None,
-) -> Run:
+) -> Run[TrainConfig]:
     """Begin a run in a folder, or take up the one that is there.
 
     `fsdp` spreads stage 2 over processes by FSDP2; `trackers` are written beside the JSON lines.
@@ -129,24 +131,28 @@ def open_run(
     if origin := origin_of(str(data)):  # how the data were made: no setting of the run
         mine["origin"] = origin
     accelerator = make_accelerator(training.precision, fsdp=fsdp)
-    how = {"watch": watch, "prepare": prepare, "trackers": tuple(trackers), "start": start}
-    run = Run(folder, str(data), training, model, accelerator, **how, settings=mine)
+    run = Run(
+        folder,
+        str(data),
+        training,
+        model,
+        accelerator,
+        trackers=tuple(trackers),
+        watch=watch,
+        prepare=prepare,
+        start=start,
+        settings=mine,
+    )
     accelerator.wait_for_everyone()
     known = (folder / "training.json").exists() and (folder / "config.json").exists()
     found = read_config(folder) if known else model
     _agree(run, ())
     coming = [PART_OF[stage] for stage in STAGES if not run.has_done(stage)]
     run.config = replace(found, **{part: getattr(model, part) for part in coming})
-    taken = run.has_done("tokenizer")
-    accelerator.wait_for_everyone()
-    if start and not taken:  # stage 1 of the other model, under this run's own configuration
-        other = LaVIT.from_pretrained(start, parts=TO_SEE)
-        other.config = run.config
-        save_parts(run, other, *TO_SEE)
     return run
 
 
-def _agree(run: Run, stages: Sequence[str]) -> None:
+def _agree(run: Run[TrainConfig], stages: Sequence[str]) -> None:
     """Write what this run is, or check that the folder is of the same one.
 
     Compared are the settings of those of `stages` that have begun, and what is of no stage.
@@ -166,7 +172,17 @@ def _agree(run: Run, stages: Sequence[str]) -> None:
         write_json(path, saved)
 
 
-def train_stages(run: Run, stages: Sequence[str] = STAGES) -> Encoded:
+def _take_tokenizer(run: Run[TrainConfig], start: Path) -> None:
+    """Copy stage 1 of another model, once, under this run's own configuration."""
+    done = run.has_done("tokenizer")
+    run.accelerator.wait_for_everyone()
+    if not done:
+        model = LaVIT.from_pretrained(start, parts=TO_SEE)
+        model.config = run.config
+        save_parts(run, model, *TO_SEE)
+
+
+def train_stages(run: Run[TrainConfig], stages: Sequence[str] = STAGES) -> Encoded:
     """Train stages in order; one that is finished is not touched again. What was encoded for them
     is returned.
     """
@@ -174,30 +190,31 @@ def train_stages(run: Run, stages: Sequence[str] = STAGES) -> Encoded:
         if stage not in STAGES:
             known = ", ".join(STAGES)
             raise InputError(f"there is no stage {stage!r}: choose from {known}, all")
-    _agree(run, stages)
     encoded = Encoded(run)
-    for stage in stages:
-        if run.has_done(stage):
-            log.info("%s is trained already", stage)
-            continue
-        torch.manual_seed(run.training.seed)
-        if stage == "tokenizer":
-            tokenizer = VisualTokenizer(run.config.visual_tokenizer)
-            train_tokenizer(run, tokenizer, feature_feed(run, encoded), encoded.vision)
-        elif stage == "language":
-            language, text = first_language(run, encoded)
-            train_language(run, language_stage(run, encoded, language, text), text)
-        else:
-            pixels, config = first_pixels(run), run.training.pixels
-            if config.autoencoder_steps:
-                train_autoencoder(run, pixels, pixel_feed(run, encoded, codes=False))
-            vision = encoded.vision if config.perceptual_weight else None
-            train_pixels(run, pixels, encoded.tokenizer, pixel_feed(run, encoded), vision)
+    with alone(run.folder) if run.main else nullcontext():
+        _agree(run, stages)
+        if run.start:
+            _take_tokenizer(run, run.start)
+        for stage in stages:
+            if run.has_done(stage):
+                log.info("%s is trained already", stage)
+                continue
+            torch.manual_seed(run.training.seed)
+            if stage == "tokenizer":
+                tokenizer = VisualTokenizer(run.config.visual_tokenizer)
+                train_tokenizer(run, tokenizer, feature_feed(run, encoded), encoded.vision)
+            elif stage == "language":
+                language, text = first_language(run, encoded)
+                train_language(run, language_stage(run, encoded, language, text), text)
+            else:
+                pixels, feed = first_pixels(run), pixel_feed(run, encoded)
+                vision = encoded.vision if run.training.pixels.perceptual_weight else None
+                train_pixels(run, pixels, encoded.tokenizer, feed, vision)
     return encoded
 
 
 def train_tokenizer(
-    run: Run, tokenizer: VisualTokenizer, feed: FeatureFeed, vision: Vision
+    run: Run[TrainConfig], tokenizer: VisualTokenizer, feed: FeatureFeed, vision: Vision
 ) -> None:
     """Stage 1; the encoder is saved beside what was trained on its features."""
     config = run.training.tokenizer
@@ -206,7 +223,7 @@ def train_tokenizer(
     save_parts(run, LaVIT(run.config, vision=vision, visual_tokenizer=tokenizer), *TO_SEE)
 
 
-def train_language(run: Run, stage: LanguageStage, text: TextTokenizer) -> None:
+def train_language(run: Run[TrainConfig], stage: LanguageStage, text: TextTokenizer) -> None:
     """Stage 2, whose documents know the text tokenizer."""
     language = stage.module
     config, base = run.training.language, run.config.language
@@ -218,29 +235,24 @@ def train_language(run: Run, stage: LanguageStage, text: TextTokenizer) -> None:
         origins["lm."] = f"loaded from {base.source}"
     if run.start:
         origins = {"": f"loaded from {run.start.name}"}
-    options = {"warmup": config.warmup, "betas": (0.9, 0.95)}
-    if not sharded and not config.stream and not config.token_corpus:
-        options["sample"] = Samples(stage, stage.documents.corpus, text)
+    options: dict[str, Any] = {"warmup": config.warmup, "betas": (0.9, 0.95)}
+    documents = stage.documents
+    if isinstance(documents, Documents) and not sharded and not config.token_corpus:
+        options["sample"] = Samples(stage, documents.corpus, text)
         options["sample_every"] = run.training.sample_every
     elif run.training.sample_every:
         log.info("no samples are written: they need encoded pictures and whole weights")
     train_loop(run, stage, origins, **options)
     if sharded and run.main:
         language, _ = begun_language(run, Encoded(run), text)  # a shard cannot be saved
-        load_weights(latest_checkpoint(run.folder / "checkpoints" / "language"), language)
+        last = latest_checkpoint(run.folder / "checkpoints" / "language")
+        assert last is not None  # the loop ends with one
+        load_weights(last, language)
     save_parts(run, LaVIT(run.config, language=language, text_tokenizer=text), "language")
 
 
-def train_autoencoder(run: Run, pixels: Pixels, feed: PixelFeed) -> None:
-    """What comes before stage 3 where a decoder has an autoencoder to train."""
-    config = run.training.pixels
-    stage = AutoencoderStage(pixels, feed, config, seed=run.training.seed)
-    train_loop(run, stage, warmup=config.warmup)
-    pixels.calibrate(feed.some(SOME))
-
-
 def train_pixels(
-    run: Run,
+    run: Run[TrainConfig],
     pixels: Pixels,
     tokenizer: VisualTokenizer,
     feed: PixelFeed,
@@ -249,15 +261,15 @@ def train_pixels(
     """Stage 3; `vision` is for the loss's perceptual part."""
     config, device = run.training.pixels, run.accelerator.device
     pixels.to(device)  # the averaged weights are a copy, and belong where the others are
-    how = {"seed": run.training.seed, "vision": vision}
-    stage = PixelsStage(pixels, tokenizer.to(device), feed, config, **how)
+    seed, tokenizer = run.training.seed, tokenizer.to(device)
+    stage = PixelsStage(pixels, tokenizer, feed, config, seed=seed, vision=vision)
     train_loop(run, stage, warmup=config.warmup)
     pixels.load_state_dict(stage.averaged.module.state_dict())
     save_parts(run, LaVIT(run.config, pixels=pixels), "pixels")
 
 
 def train_loop(
-    run: Run, stage: Stage, origins: dict[str, str] | None = None, **options: Any
+    run: Run[Any], stage: Stage, origins: dict[str, str] | None = None, **options: Any
 ) -> None:
     """Train a stage; `options` are the loop's, `origins` those of `parameter_lines`."""
     training = run.training
@@ -277,13 +289,13 @@ def train_loop(
     )
 
 
-def save_parts(run: Run, model: LaVIT, *parts: str) -> None:
+def save_parts(run: Run[TrainConfig], model: LaVIT, *parts: str) -> None:
     """Write parts of the run, and mark the last one as finished."""
     run.accelerator.wait_for_everyone()
     if run.main:
         write_config(run.folder, run.config)  # parts to come may have other settings by now
         model.save_pretrained(run.folder, parts=parts)
-        (run.folder / parts[-1] / "done").touch()
         write_card(run.folder)
+        (run.folder / parts[-1] / "done").touch()
     run.accelerator.wait_for_everyone()
     run.config = read_config(run.folder)

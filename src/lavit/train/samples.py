@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lavit.data.corpus import Corpus
+from lavit.data.stream_documents import StreamingDocuments
 from lavit.generate.engine import Engine
 from lavit.generate.request import Request
 from lavit.generate.sampling import Sampling
@@ -28,8 +29,8 @@ class Samples:
 
     def __init__(self, stage: LanguageStage, corpus: Corpus, text: PreTrainedTokenizerBase) -> None:
         self.stage, self.text = stage, text
-        told = [(n, one) for n, one in enumerate(corpus.pictures) if one.captions and one.prompts]
-        self.pictures = told[:PICTURES]
+        texts = [(n, one) for n, one in enumerate(corpus.pictures) if one.captions and one.prompts]
+        self.pictures = texts[:PICTURES]
 
     @torch.no_grad()
     def __call__(self, step: int) -> list[dict[str, Any]]:
@@ -48,7 +49,7 @@ class Samples:
             {
                 "picture": picture.record.name,
                 "wanted": picture.captions[0],
-                "caption": self.text.decode(list(said.text), skip_special_tokens=True).strip(),
+                "caption": str(self.text.decode(list(said.text), skip_special_tokens=True)).strip(),
                 "prompt": picture.prompts[0],
                 "codes": list(drawn.images[0]),
             }
@@ -60,6 +61,7 @@ class Samples:
         stage, at = self.stage, torch.tensor([number])
         language = stage.module
         device = language.rows.device
+        assert stage.features is not None and stage.tokens is not None  # none without pictures
         patches, keep = stage.features.rows(at), stage.tokens.keep[at].to(device)
         seen, asked = self._laid(reading(number)), self._laid(drawing(picture.prompts[0]))
         said = Sampling(temperature=0.0, max_tokens=WORDS)
@@ -67,11 +69,12 @@ class Samples:
         if language.read_as == "features":
             features = language.read(stage.tokenizer.prepare(patches).to(device), keep)
             caption = replace(caption, slots=seen.slots, features=features)
-        length = {"min_tokens": 1, "max_tokens": keep.shape[1]}
-        drawn = Sampling(temperature=1.0, top_k=50, guidance=2.0, **length)
+        most = keep.shape[1]
+        drawn = Sampling(temperature=1.0, top_k=50, guidance=2.0, min_tokens=1, max_tokens=most)
         return caption, Request(ids=asked.ids, mode="image", sampling=drawn)
 
     def _laid(self, parts: list[Part]) -> Sequence:
         documents = self.stage.documents
+        assert not isinstance(documents, StreamingDocuments)
         segments = documents.segments(parts, documents.codes.__getitem__)
         return lay_out(segments, documents.vocabulary)

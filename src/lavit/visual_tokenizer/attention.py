@@ -7,11 +7,12 @@ Documents of like length form a padded batch of their own; a causal batch needs 
 what pads a document stands behind it. Work grows with the sum of squared document lengths, where a
 block-diagonal mask costs rows · tokens²: 13 % of a training step of 512-token rows of short
 documents. Any transformers LM whose attention goes through the library's interface takes it;
-padding of a row is a document of its own, seen by nobody.
+padding of a row is a document of its own, which no other attends to.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,8 +65,9 @@ def group_documents(documents: Int[Tensor, "rows tokens"]) -> DocumentGroups:
         places.append(place.flatten())
         shapes.append((len(start), longest))
         filled += place.numel()
-    tensors = (part.to(device) for part in (torch.cat(places), torch.cat(pads), back))
-    return DocumentGroups(*tensors, tuple(shapes))
+    parts = torch.cat(places), torch.cat(pads), back
+    placed, padding, backward = (part.to(device) for part in parts)
+    return DocumentGroups(placed, padding, backward, tuple(shapes))
 
 
 class _Reorder(torch.autograd.Function):
@@ -106,27 +108,30 @@ def document_attention(
     """
     if groups is None:
         options = {**options, "scaling": scaling, "sliding_window": sliding_window}
-        parts = module, query, key, value, attention_mask
-        return sdpa_attention_forward(*parts, dropout=dropout, **options)
+        parts = query, key, value, attention_mask
+        return sdpa_attention_forward(module, *parts, dropout=dropout, **options)
     for name in ("softcap", "position_bias", "s_aux"):
         if options.get(name) is not None:
             kind = type(module).__name__
             raise InputError(f"{kind} attends with {name}, which packed rows do not support yet")
+    reorder: Callable[..., Tensor] = _Reorder.apply
     padded = [
-        _Reorder.apply(x.transpose(1, 2).flatten(0, 1), groups.places, groups.back, groups.pads[:0])
+        reorder(x.transpose(1, 2).flatten(0, 1), groups.places, groups.back, groups.pads[:0])
         for x in (query, key, value)
     ]
     sizes = [documents * longest for documents, longest in groups.shapes]
     grouped = query.shape[1] != key.shape[1]
-    how = {"dropout_p": dropout, "scale": scaling, "enable_gqa": grouped}
     mixed = []
-    for shape, *parts in zip(groups.shapes, *(x.split(sizes) for x in padded), strict=True):
-        q, k, v = (part.unflatten(0, shape).transpose(1, 2) for part in parts)
+    batches = zip(*(x.split(sizes) for x in padded), strict=True)
+    for shape, batch in zip(groups.shapes, batches, strict=True):
+        q, k, v = (part.unflatten(0, shape).transpose(1, 2) for part in batch)
         band = _band(shape[1], sliding_window, q.device)
-        causal = {"attn_mask": band, "is_causal": band is None}
-        out = F.scaled_dot_product_attention(q, k, v, **causal, **how)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=band, is_causal=band is None,
+            dropout_p=dropout, scale=scaling, enable_gqa=grouped,
+        )  # fmt: skip
         mixed.append(out.transpose(1, 2).flatten(0, 1))
-    out = _Reorder.apply(torch.cat(mixed), groups.back, groups.places, groups.pads)
+    out = reorder(torch.cat(mixed), groups.back, groups.places, groups.pads)
     return out.unflatten(0, (len(query), -1)), None
 
 

@@ -59,6 +59,11 @@ def _nearest(
 class Codebook(nn.Module):
     """K unit vectors of `code_dim`, and the projection that leads to them."""
 
+    vectors: Tensor
+    mass: Tensor
+    sums: Tensor
+    idle: Tensor
+
     def __init__(self, dim: int, codes: int, code_dim: int) -> None:
         super().__init__()
         self.to_code = nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, code_dim))

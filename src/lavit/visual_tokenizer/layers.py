@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 Patches = Float[Tensor, "images patches dim"]  # features of the encoder, in raster order
 Keep = Bool[Tensor, "images patches"]  # which of them get a token
-Rows = Float[Tensor, "images rows dim"]
+RowTensor = Float[Tensor, "images rows dim"]
 Keys = Float[Tensor, "images keys dim"]
 
 
@@ -55,7 +55,7 @@ class Ragged:
 
 
 def attend(
-    query: Rows,
+    query: RowTensor,
     key: Keys,
     value: Keys,
     heads: int,
@@ -63,7 +63,7 @@ def attend(
     *,
     causal: bool = False,
     smoothing: float = 0.0,
-) -> Rows:
+) -> RowTensor:
     """Attention in `heads` heads; `weight` is a boolean mask, or a float weight with a gradient."""
     query, key, value = (_split(part, heads) for part in (query, key, value))
     if weight is not None and weight.dtype != torch.bool:
@@ -75,7 +75,7 @@ def attend(
 
 
 def attention_shares(
-    query: Rows,
+    query: RowTensor,
     key: Keys,
     heads: int,
     weight: Float[Tensor, "images #rows keys"],
@@ -124,9 +124,10 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, x: Rows, weight: Tensor | None = None, **how: Any) -> Rows:
+    def forward(self, x: RowTensor, weight: Tensor | None = None, **how: Any) -> RowTensor:
         """Options are those of `attend`; a weight holds the causal mask too."""
-        return self.out(attend(*self.qkv(x).chunk(3, -1), self.heads, weight, **how))
+        query, key, value = self.qkv(x).chunk(3, -1)
+        return self.out(attend(query, key, value, self.heads, weight, **how))
 
 
 class CrossAttention(nn.Module):
@@ -140,7 +141,7 @@ class CrossAttention(nn.Module):
         self.value = nn.Linear(dim, dim)
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, x: Rows, context: Keys, weight: Tensor, **how: Any) -> Rows:
+    def forward(self, x: RowTensor, context: Keys, weight: Tensor, **how: Any) -> RowTensor:
         """Rows attend to the context of their image; options are those of `attend`."""
         parts = self.query(x), self.key(context), self.value(context)
         return self.out(attend(*parts, self.heads, weight, **how))
@@ -160,12 +161,12 @@ class CrossBlock(nn.Module):
 
     def padded(
         self,
-        x: Rows,
+        x: RowTensor,
         context: Keys,
         weight: Shaped[Tensor, "images 1 keys"],
         self_weight: Shaped[Tensor, "images rows rows"] | None = None,
         smoothing: float = 0.0,
-    ) -> Rows:
+    ) -> RowTensor:
         """The block on padded rows; weights as in `attend`."""
         x = x + self.self_attention(self.norm_self(x), self_weight, smoothing=smoothing)
         x = x + self.cross_attention(self.norm_cross(x), context, weight, smoothing=smoothing)

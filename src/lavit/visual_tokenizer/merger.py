@@ -15,7 +15,9 @@ published softmax becomes uniform over all patches, and so does ours.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -82,6 +84,10 @@ class Merger(nn.Module):
         self.recompute = False  # activation checkpointing of the blocks
         initialise(self)
 
+    @property
+    def _blocks(self) -> Iterable[MergerBlock]:
+        return cast("Iterable[MergerBlock]", self.blocks)
+
     def forward(self, patches: Patches, keep: Keep) -> Float[Tensor, "kept dim"]:
         """Merged rows of the kept patches, packed image after image; each keeps at least one."""
         attends = ~keep.all(1)
@@ -116,7 +122,7 @@ class Merger(nn.Module):
         self_weight = self._self_weight(weight)
         context = self.norm_patches(patches)
         again = self.recompute and torch.is_grad_enabled()
-        for block in self.blocks:
+        for block in self._blocks:
             run = partial(checkpoint, block.padded, use_reentrant=False) if again else block.padded
             x = run(x, context, (1 - mask)[:, None], self_weight, smoothing)
         return self.norm(x), weight
@@ -131,7 +137,7 @@ class Merger(nn.Module):
         x, mask = patches, keep.to(patches.dtype)
         inputs = self.norm_patches(patches), (1 - mask)[:, None], self._self_weight(mask)
         taken = torch.zeros_like(inputs[-1])
-        for block in self.blocks:
+        for block in self._blocks:
             taken += block.attention(x, *inputs)
             x = block.padded(x, *inputs)
         return taken / len(self.blocks) * mask[..., None]

@@ -3,14 +3,16 @@
     codes ─ Linear + position in the kept sequence ─┐ keys, values
     N learned queries ─ [self-, cross-attention, MLP] × depth ─ LayerNorm ─ Linear ─ tanh ─ Linear
 
-The position is the *index* of a code among the kept ones, as published: at generation time nobody
-knows its place in the picture. `places` (config `spatial_positions`) adds the 2-D place where it is
+The position is the *index* of a code among the kept ones, as published: at generation time
+its place in the picture. `places` (config `spatial_positions`) adds the 2-D place where it is
 known: ours, to be measured.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -45,7 +47,9 @@ class Reconstructor(nn.Module):
     @torch.no_grad()
     def start_from(self, mean: Float[Tensor, "dim"]) -> None:
         """Begin with the data's mean feature: the first hundreds of steps would learn just that."""
-        self.to_features[-1].bias.copy_(mean)
+        last = self.to_features[-1]
+        assert isinstance(last, nn.Linear)
+        last.bias.copy_(mean)
 
     def forward(
         self,
@@ -61,15 +65,16 @@ class Reconstructor(nn.Module):
         gradient); index: place of each code in the kept sequence (default 0, 1, 2 …); places:
         raster number of each code's patch, exactly where built with `spatial_positions`.
         """
-        if (places is None) != (self.places is None):
+        table = self.places
+        if (places is None) != (table is None):
             raise ValueError("places are needed exactly where spatial_positions is set")
         rows = self.from_code(codes)
         rows = rows + (self.positions[: rows.shape[1]] if index is None else self.positions[index])
-        if places is not None:
-            rows = rows + self.places[places]
+        if places is not None and table is not None:
+            rows = rows + table[places]
         x = self.queries.expand(len(codes), -1, -1)
         again = self.recompute and torch.is_grad_enabled()
-        for block in self.blocks:
+        for block in cast("Iterable[CrossBlock]", self.blocks):
             run = partial(checkpoint, block.padded, use_reentrant=False) if again else block.padded
             x = run(x, rows, valid[:, None])
         return self.to_features(self.norm(x))

@@ -66,7 +66,7 @@ class KeepPolicy:
         try:
             if not value and kind.replace(".", "", 1).isdigit():
                 return cls.parse(float(kind) if "." in kind else int(kind))
-            return cls(kind, float(value) if value else 0.0)  # type: ignore[arg-type]
+            return cls(kind, float(value) if value else 0.0)  # type: ignore[arg-type]  # checked
         except (ValueError, TypeError) as error:
             hint = "try auto, all, 64, 0.25 or top_k:64"
             raise InputError(f"keep={keep!r} is not understood ({error}): {hint}") from error
@@ -136,8 +136,6 @@ def select(
     images, total = probability.shape
     rate = torch.full((images,), policy.value * total, device=probability.device)
     score, count = probability, rate
-    if policy.kind in ("sample", "random") and generator is None:
-        raise InputError(f"keep={policy.kind!r} is random: give a generator (or a seed)")
     if policy.kind == "auto":
         count = probability.double().sum(1)
     elif policy.kind == "threshold":
@@ -146,7 +144,9 @@ def select(
         count = torch.full_like(rate, policy.value)
     elif policy.kind == "all":
         count = torch.full_like(rate, total)
-    elif policy.kind == "sample":
+    elif policy.kind in ("sample", "random") and generator is None:
+        raise InputError(f"keep={policy.kind!r} is random: give a generator (or a seed)")
+    elif policy.kind == "sample" and generator is not None:
         noisy = log_probs + gumbel(tuple(log_probs.shape), generator).to(log_probs.device)
         score = noisy[..., 0] - noisy[..., 1]
         count = (score > 0).sum(1)

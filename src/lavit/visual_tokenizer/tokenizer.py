@@ -39,6 +39,10 @@ class TokenizerOutput:
 class VisualTokenizer(nn.Module):
     """Selector, merger, codebook and reconstructor over the features of a frozen encoder."""
 
+    place_code: Tensor
+    mean: Tensor
+    deviation: Tensor
+
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         self.config = config

@@ -8,10 +8,10 @@ from typing import TypeVar
 import numpy as np
 
 Rng = np.random.Generator
-Item = TypeVar("Item")
+T = TypeVar("T")
 
 
-def pick(rng: Rng, items: Sequence[Item]) -> Item:
+def pick(rng: Rng, items: Sequence[T]) -> T:
     """One of some items."""
     return items[int(rng.integers(len(items)))]
 
@@ -22,6 +22,6 @@ def weighted(rng: Rng, shares: Mapping[str, float]) -> str:
     return tuple(shares)[int(rng.choice(len(share), p=share / share.sum()))]
 
 
-def shuffled(rng: Rng, items: Sequence[Item], most: int | None = None) -> list[Item]:
+def shuffled(rng: Rng, items: Sequence[T], most: int | None = None) -> list[T]:
     """Items in any order; the first `most` of them."""
     return [items[n] for n in rng.permutation(len(items))[:most]]

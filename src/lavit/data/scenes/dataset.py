@@ -29,42 +29,45 @@ from typing import Any
 
 import numpy as np
 
-from lavit.config import InputError, read_json, require
-from lavit.data.scenes.edits import Edit, edit
+from lavit.config import InputError, read_json, require, write_json
+from lavit.data.scenes.edits import SceneEdit, edit
 from lavit.data.scenes.frozen import versions
 from lavit.data.scenes.language import describe, plainly, prompt
-from lavit.data.scenes.questions import Question, questions
+from lavit.data.scenes.questions import SceneQuestion, questions
 from lavit.data.scenes.render import render
 from lavit.data.scenes.sample import scene_at
 from lavit.data.scenes.splits import SPLITS, Rules
-from lavit.data.scenes.tasks import conversation, several
+from lavit.data.scenes.tasks import scene_conversation, several
 from lavit.data.scenes.world import Scene
-from lavit.storage import replacing
+from lavit.files import replacing
 
 SIZE = 160  # pixels: what nano's encoder takes
 UNITS = (0.4, 0.45, 0.15)  # shares of units of one, two and three pictures in training
 VARIED = 0.4  # of the pictures have a second description, in another wording
 PROMPTED, ASKED = 3, 3  # prompts and questions a picture
 CHUNK = 64  # units a process draws at a time
-STRETCH, STRETCHES = 512, 1 << 14  # units of a shard of the stream, and shards: nobody sees the end
+STRETCH, STRETCHES = (
+    512,
+    1 << 14,
+)  # units of a shard of the stream, and shards: practically without end
 
 
 @dataclass(frozen=True)
-class Told:
+class DescribedScene:
     """A picture with everything that may be said and asked of it."""
 
     scene: Scene
     texts: tuple[str, ...]
     prompts: tuple[str, ...]
-    questions: tuple[Question, ...]
+    questions: tuple[SceneQuestion, ...]
 
 
 @dataclass(frozen=True)
 class Unit:
     """Pictures that belong together; of several, the last is made of the others by `change`."""
 
-    pictures: tuple[Told, ...]
-    change: Edit | None = None
+    pictures: tuple[DescribedScene, ...]
+    change: SceneEdit | None = None
 
 
 Drawn = tuple[Unit, list[bytes]]  # a unit and its pictures as PNG files
@@ -82,10 +85,10 @@ def unit_at(split: str, index: int, *, seed: int = 0, rules: Rules | None = None
     elif split == "train" and luck >= UNITS[0]:
         change = edit(scene, rng, rules)
     scenes = (*change.sources, change.target) if change else (scene,)
-    return Unit(tuple(told(one, rng, rules) for one in scenes), change)
+    return Unit(tuple(described(one, rng, rules) for one in scenes), change)
 
 
-def told(scene: Scene, rng: np.random.Generator, rules: Rules) -> Told:
+def described(scene: Scene, rng: np.random.Generator, rules: Rules) -> DescribedScene:
     """A scene in several wordings: the first description is plain, a second is not, the first
     prompt says everything, the others may leave out.
     """
@@ -93,7 +96,7 @@ def told(scene: Scene, rng: np.random.Generator, rules: Rules) -> Told:
     texts = dict.fromkeys((plainly(scene), *varied))
     prompts = [prompt(scene, rng, full=True), *(prompt(scene, rng) for _ in range(PROMPTED - 1))]
     asked = questions(scene, rng, rules, ASKED)
-    return Told(scene, tuple(texts), tuple(dict.fromkeys(prompts)), tuple(asked))
+    return DescribedScene(scene, tuple(texts), tuple(dict.fromkeys(prompts)), tuple(asked))
 
 
 def stream_rows(seed: int = 0, *, split: str = "train") -> Any:
@@ -158,7 +161,9 @@ def write_pool(
         raise InputError(f"{out} is a file or a folder that is not empty: give another --out")
     with replacing(out) as new:
         (new / split).mkdir()
-        rows, asked, changes = [], [], []
+        rows: list[dict[str, Any]] = []
+        asked: list[dict[str, Any]] = []
+        changes: list[dict[str, Any]] = []
         draw = partial(_chunk, split=split, seed=seed, rules=rules, size=size)
         for unit, encoded in _drawn(draw, pictures, processes):
             names = []
@@ -188,8 +193,8 @@ def write_pool(
             "several pictures": len(changes) - edits,
             "conversations": conversations,
         }
-        (new / "counts.json").write_text(json.dumps(counts, indent=1) + "\n")
-        (new / "origin.json").write_text(json.dumps(origin, indent=1) + "\n")
+        write_json(new / "counts.json", counts)
+        write_json(new / "origin.json", origin)
         (new / "README.md").write_text(CARD.format(split=split))
         (new / "ATTRIBUTION.md").write_text(ATTRIBUTION)
     return counts
@@ -199,7 +204,7 @@ def _drawn(draw: Callable[[int], list[Drawn]], pictures: int, processes: int) ->
     """Units of so many pictures in all."""
     chunks = range(-(-pictures // CHUNK))  # a unit has one picture at least
     with contextlib.ExitStack() as stack:
-        run = map
+        run: Callable[..., Iterable[list[Drawn]]] = map
         if processes > 1:
             spawn = multiprocessing.get_context("spawn")
             run = stack.enter_context(spawn.Pool(processes)).imap
@@ -227,11 +232,11 @@ def png(scene: Scene, size: int) -> bytes:
 
 
 def _talks(folder: Path, count: int, seed: int, rules: Rules, size: int) -> Iterator[Any]:
-    """Conversations of 2 to 4 turns as messages; their pictures are written beside them."""
+    """Conversations of 2 to 4 turns as messages; their pictures are written to files."""
     (folder / "conversations").mkdir()
     for number in range(count):
         rng = np.random.default_rng([3, seed, number])
-        talk = conversation(rng, rules, 2 + number % 3)
+        talk = scene_conversation(rng, rules, 2 + number % 3)
         messages = []
         for at, message in enumerate(talk.messages):
             content = []

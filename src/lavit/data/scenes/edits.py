@@ -10,11 +10,21 @@ import numpy as np
 
 from lavit.data.scenes import world
 from lavit.data.scenes.chance import Rng, pick, shuffled
-from lavit.data.scenes.language import around, group_words, listed, place, the
+from lavit.data.scenes.language import around, group_words, listed, place_words, the
 from lavit.data.scenes.lexicon import NUMBERS, article, noun
-from lavit.data.scenes.sample import JITTER, SHAPE_SHARE, TURN, nominal
-from lavit.data.scenes.splits import MOST_IN_TRAINING, Document, Rules, valid_world
-from lavit.data.scenes.world import Box, Cell, Group, Relation, Scene, Thing, boxes_of, facts
+from lavit.data.scenes.sample import SHAPE_SHARE, TURN, nominal
+from lavit.data.scenes.splits import MOST_IN_TRAINING, DocumentRules, Rules, valid_world
+from lavit.data.scenes.world import (
+    JITTER,
+    Box,
+    Cell,
+    Group,
+    Relation,
+    Scene,
+    Thing,
+    boxes_of,
+    facts,
+)
 
 TRIES = 8  # at an edit of one kind; more if few scenes are allowed
 PATIENCE = 60
@@ -47,7 +57,7 @@ TEXTS = {
 
 
 @dataclass(frozen=True)
-class Edit:
+class SceneEdit:
     """What is asked for, of which kind, the scenes that are shown, and the one that is right."""
 
     kind: str
@@ -71,15 +81,15 @@ def edit(
     kind: str | None = None,
     *,
     allowed: Callable[[Scene], bool] | None = None,
-    document: Document | None = None,
-) -> Edit | None:
+    document: DocumentRules | None = None,
+) -> SceneEdit | None:
     """An edit of a scene, of some kind or of any; None if the scene allows none.
 
     Without `allowed`, the edit is one of training: the target obeys the rules, and so do both
     scenes and the words together. With it, only targets that it lets through are made.
     """
     if document is None:
-        document = Document(rules, training=allowed is None)
+        document = DocumentRules(rules, training=allowed is None)
         if (document.training and rules.forbids(scene)) or not document.admits(scenes=[scene]):
             return None
     kinds = tuple(EDIT_KINDS) if kind is None else (kind,)
@@ -93,7 +103,7 @@ def edit(
             text, target = change
             fine = rules.forbids(target) is None if allowed is None else allowed(target)
             if fine and document.admits([text], [target]):
-                return Edit(kinds[which], text, (scene,), target)
+                return SceneEdit(kinds[which], text, (scene,), target)
     return None
 
 
@@ -162,11 +172,12 @@ def _set(thing: Thing, cell: Cell, rng: Rng) -> Thing:
 
 def _new(group: Group, cells: tuple[Cell, ...], rng: Rng) -> list[Thing]:
     """New things of a group."""
-    things = []
+    things, size = [], group.size
+    assert size is not None  # groups of a scene have one
     for cell in cells:
-        side = float(rng.uniform(*world.EXTENTS[group.size]))
+        side = float(rng.uniform(*world.EXTENTS[size]))
         turn = float(rng.uniform(-1, 1)) * TURN
-        thing = Thing(group.name, group.colour, group.size, cell, Box(0, 0, side), turn)
+        thing = Thing(group.name, group.colour, size, cell, Box(0, 0, side), turn)
         things.append(_set(thing, cell, rng))
     return things
 
@@ -188,7 +199,7 @@ def _fresh(scene: Scene, rng: Rng, rules: Rules) -> tuple[str, str | None]:
 def _places(scene: Scene, name: str, rng: Rng) -> str:
     """Every relation of a group: " to the right of the owl and above the star"."""
     said = facts(scene)
-    there = ((place(kind, rng, 0.6), said.group(other)) for kind, other in around(said, name))
+    there = ((place_words(kind, rng, 0.6), said.named(other)) for kind, other in around(said, name))
     words = shuffled(rng, [f"{where} {the(group)}" for where, group in there])
     return f" {listed(words)}" if words else ""
 
@@ -199,7 +210,7 @@ def _add(scene: Scene, rng: Rng, rules: Rules) -> Change:
     number = 2 if len(scene.things) <= 2 and rng.random() < 0.25 else 1
     name, colour = _fresh(scene, rng, rules)
     may_be_big = len(scene.things) + number <= world.MOST_BIG
-    size = "big" if may_be_big and rng.random() < 0.5 else "small"
+    size: world.Size = "big" if may_be_big and rng.random() < 0.5 else "small"
     group = Group(name, number, size, colour)
     old = list(scene.things)
     cells = _spots(old, rng, group, lambda found: not old or bool(_of(name, found)))
@@ -307,7 +318,8 @@ def _recolour(scene: Scene, group: Group, rng: Rng, rules: Rules) -> Change:
 def _resize(scene: Scene, group: Group, rng: Rng, rules: Rules) -> Change:
     if len(scene.things) > world.MOST_BIG:
         return None
-    size, comparative = ("small", "smaller") if group.size == "big" else ("big", "bigger")
+    size: world.Size = "small" if group.size == "big" else "big"
+    comparative = {"small": "smaller", "big": "bigger"}[size]
     things = _others(scene, group.name)
     for thing in _members(scene, group.name):
         box = nominal(thing.cell, size, float(rng.uniform(*world.EXTENTS[size])))

@@ -70,9 +70,8 @@ def plainly(scene: Scene) -> str:
     relations = sorted(in_order(relation, scene.names) for relation in said.relations)
     relations.sort(key=lambda one: (scene.names.index(one[0]), scene.names.index(one[2])))
     for first, kind, second in relations:
-        words.append(
-            f"{the(said.group(first))} {are(said.group(first))} {kind} {the(said.group(second))}"
-        )
+        one, other = said.named(first), said.named(second)
+        words.append(f"{the(one)} {are(one)} {kind} {the(other)}")
     return ". ".join(words) + "."
 
 
@@ -129,7 +128,7 @@ def say(said: Facts, rng: Rng, *, synonyms: float = 0.0, order: Sequence[str] | 
     words = {group.name: group_words(group, names[group.name]) for group in groups}
     if len(groups) == 2 and relations and rng.random() < 0.5:
         first, kind, second = relations.pop()
-        things = f"{words[first]} {place(kind, rng)} {words[second]}"
+        things = f"{words[first]} {place_words(kind, rng)} {words[second]}"
     else:
         things = listed(list(words.values()))
     more = _clauses(relations, names, said, rng)
@@ -147,14 +146,14 @@ def _clauses(relations: list[Triple], names: dict[str, str], said: Facts, rng: R
     for at, (first, kind, second) in enumerate(relations):
         link = " and " if joined and at == 1 else ", " if aside else ". "
         if link == " and " and first == subject:
-            text += f" and {place(kind, rng)} the {names[second]}"
+            text += f" and {place_words(kind, rng)} the {names[second]}"
         elif not aside and rng.random() < 0.3:
-            where = place(OPPOSITE[kind], rng, 0.5)
-            verb = are(said.group(second))
+            where = place_words(OPPOSITE[kind], rng, 0.5)
+            verb = are(said.named(second))
             text += f"{link}{where} the {names[first]} {verb} the {names[second]}"
         else:
-            verb = "" if aside else are(said.group(first)) + " "
-            text += f"{link}the {names[first]} {verb}{place(kind, rng)} the {names[second]}"
+            verb = "" if aside else are(said.named(first)) + " "
+            text += f"{link}the {names[first]} {verb}{place_words(kind, rng)} the {names[second]}"
             subject = first
     return text
 
@@ -190,7 +189,7 @@ def in_order(relation: Relation, order: Sequence[str]) -> Triple:
     return relation.second, OPPOSITE[relation.kind], relation.first
 
 
-def place(kind: str, rng: Rng, longer: float = 0.3) -> str:
+def place_words(kind: str, rng: Rng, longer: float = 0.3) -> str:
     """A relation's words: left of, or as often as `longer` says, others like to the left of."""
     return pick(rng, WAYS[kind]) if rng.random() < longer else kind
 

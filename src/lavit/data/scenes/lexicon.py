@@ -6,10 +6,19 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
-from lavit.data.scenes.world import BACKGROUNDS, COLOURS, PATTERNS, SHAPES, Group, kind_of, objects
+from lavit.data.scenes.world import (
+    BACKGROUNDS,
+    COLOURS,
+    PATTERNS,
+    SHAPES,
+    Group,
+    Size,
+    kind_of,
+    objects,
+)
 
 NUMBERS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-SIZES = {
+SIZES: dict[str, Size] = {
     "small": "small", "little": "small", "tiny": "small",
     "big": "big", "large": "big", "huge": "big",
 }  # fmt: skip
@@ -122,7 +131,7 @@ def names_in(text: str) -> tuple[frozenset[str], frozenset[tuple[str, str]]]:
 
     Texts outside the language are read too: what is not a name is passed over.
     """
-    found = tokens(split(text, strictly=False))
+    found = tokens(split(text, strictly=False) or [])
     names = frozenset(token.name for token in found if isinstance(token, Noun))
     coloured = set()
     for place, token in enumerate(found):

@@ -26,7 +26,6 @@ from typing import TypeVar
 
 from lavit.data.scenes.lexicon import (
     NUMBERS,
-    OPPOSITE,
     PATTERN_WORDS,
     PLACES,
     SIZES,
@@ -37,7 +36,7 @@ from lavit.data.scenes.lexicon import (
     split,
     tokens,
 )
-from lavit.data.scenes.world import BACKGROUNDS, COLOURS, SHAPES, Facts, Group, Relation
+from lavit.data.scenes.world import BACKGROUNDS, COLOURS, SHAPES, Facts, Group, Relation, Side
 
 TRIMMED = {word: pattern for pattern, word in TRIMMINGS.items()}
 COUNTS = {"a": 1, "an": 1}
@@ -97,13 +96,15 @@ class _Reader:
 
     def look_up(self, table: Mapping[str, Value]) -> Value | None:
         """What a table has for the word that stands here; it is passed over if there is one."""
-        found = table.get(self.peek())
+        word = self.peek()
+        found = table.get(word) if isinstance(word, str) else None
         self.at += found is not None
         return found
 
     def noun(self) -> Noun:
         one = self.peek()
-        _must(isinstance(one, Noun))
+        if not isinstance(one, Noun):
+            raise Unreadable
         self.at += 1
         return one
 
@@ -142,7 +143,7 @@ class _Reader:
 
     def clauses(self, *, verbs: bool = True) -> None:
         """the owl is left of the star and above the key and below the key is the heart"""
-        subject = None
+        subject: Group | None = None
         more = True
         while more:
             named = self.peek() == "the"
@@ -150,9 +151,10 @@ class _Reader:
                 subject = self.called()
                 _must(not verbs or self.take(are(subject)))
             kind, other = self.relation(), self.called()
-            verb = verbs and not named and self.look_up(VERBS)
+            verb = self.look_up(VERBS) if verbs and not named else None
             first = self.called() if verb else subject
-            _must(kind and first and (not verb or verb == are(first)))
+            if kind is None or first is None or (verb and verb != are(first)):
+                raise Unreadable
             self.relate(kind, first.name, other.name)
             more = self.take("and", ", and")
 
@@ -161,7 +163,8 @@ class _Reader:
         _must(self.take("the"))
         one = self.noun()
         group = self.groups.get(one.name)
-        _must(group and (one.one if group.number == 1 else one.many))
+        if group is None or not (one.one if group.number == 1 else one.many):
+            raise Unreadable
         return group
 
     def relation(self) -> str | None:
@@ -173,8 +176,9 @@ class _Reader:
     def relate(self, kind: str, first: str, second: str) -> None:
         """A relation in words as a fact: right of and below are turned round."""
         if kind in ("right of", "below"):
-            kind, first, second = OPPOSITE[kind], second, first
-        self.relations += (Relation(kind, first, second),)
+            first, second = second, first
+        side: Side = "above" if kind in ("above", "below") else "left of"
+        self.relations += (Relation(side, first, second),)
 
     def painted(self) -> None:
         """the background is striped and blue"""
@@ -201,7 +205,8 @@ class _Reader:
 
     def trimmings(self) -> bool:
         """with stripes"""
-        found = self.peek() == "with" and TRIMMED.get(self.peek(1))
+        word = self.peek(1) if self.peek() == "with" else None
+        found = TRIMMED.get(word) if isinstance(word, str) else None
         if found:
             self.pattern_is(found)
             self.at += 2
@@ -284,9 +289,10 @@ class _Reader:
 
     def group(self) -> str:
         """two small red stars"""
-        number, size, colour = map(self.look_up, (COUNTS, SIZES, PAINTS))
-        one = self.noun()
-        _must(number and (one.one if number == 1 else one.many))
+        number, size = self.look_up(COUNTS), self.look_up(SIZES)
+        colour, one = self.look_up(PAINTS), self.noun()
+        if number is None or not (one.one if number == 1 else one.many):
+            raise Unreadable
         _must(one.name not in self.groups and (colour is None or one.name in SHAPES))
         self.groups = {**self.groups, one.name: Group(one.name, number, size, colour)}
         return one.name

@@ -19,7 +19,7 @@ from lavit.data.scenes.language import around, mention, the
 from lavit.data.scenes.lexicon import NUMBERS, Noun, are, article, noun, split, tokens
 from lavit.data.scenes.parse import parse
 from lavit.data.scenes.render import stands_out
-from lavit.data.scenes.splits import HELD_OUT_COLOURS, Document, Rules
+from lavit.data.scenes.splits import HELD_OUT_COLOURS, DocumentRules, Rules
 from lavit.data.scenes.world import BACKGROUNDS, COLOURS, SHAPES, STYLES, Facts, Group, Scene, facts
 
 KINDS = {  # how often each is tried
@@ -33,7 +33,7 @@ PATTERN_ASKED = ("what pattern is the background?", "is the background plain, st
 
 
 @dataclass(frozen=True)
-class Question:
+class SceneQuestion:
     """A question, of which kind, and one right answer."""
 
     kind: str
@@ -47,18 +47,18 @@ def questions(
     rules: Rules,
     count: int,
     *,
-    document: Document | None = None,
-) -> list[Question]:
+    document: DocumentRules | None = None,
+) -> list[SceneQuestion]:
     """Up to `count` questions about a scene, no two alike.
 
     They ask for nothing that the rules keep away from the scene in training, unless the scene is
     itself held out. A `document` is what else stands beside them.
     """
     if document is None:
-        document = Document(rules, training=rules.forbids(scene) is None)
+        document = DocumentRules(rules, training=rules.forbids(scene) is None)
         document.admits(scenes=[scene])
     said = facts(scene)
-    found: dict[str, Question] = {}
+    found: dict[str, SceneQuestion] = {}
     for _ in range(6 * count + 6):
         if len(found) >= count:
             break
@@ -70,14 +70,14 @@ def questions(
         else:
             pair = pick(rng, CONTENTS), mention(scene, rng).removesuffix(".")
         if pair and pair[0] not in found and document.admits(pair):
-            found[pair[0]] = Question(kind, *pair)
+            found[pair[0]] = SceneQuestion(kind, *pair)
     return list(found.values())
 
 
 Pair = tuple[str, str] | None
 
 
-def _exists(said: Facts, rng: Rng, document: Document) -> Pair:
+def _exists(said: Facts, rng: Rng, document: DocumentRules) -> Pair:
     if not said.groups:
         return None
     here = pick(rng, sorted(said.groups))
@@ -95,9 +95,10 @@ def _exists(said: Facts, rng: Rng, document: Document) -> Pair:
         if not document.admits_name(name, colour):
             return None
     elif not yes:
-        name = _stranger(said, here, rng, document)
-        if name is None:
+        stranger = _stranger(said, here, rng, document)
+        if stranger is None:
             return None
+        name = stranger
     adjective = f"{colour} " if colour else ""
     text = f"is there {article(adjective + name)}?"
     if rng.random() < 0.3:
@@ -105,47 +106,49 @@ def _exists(said: Facts, rng: Rng, document: Document) -> Pair:
     return text, "yes" if yes else "no"
 
 
-def _how_many(said: Facts, rng: Rng, document: Document) -> Pair:
+def _how_many(said: Facts, rng: Rng, document: DocumentRules) -> Pair:
     if not said.groups:
         return None
     group = pick(rng, sorted(said.groups))
     name, answer = group.name, NUMBERS[group.number]
     if rng.random() < ABSENT:
-        name, answer = _stranger(said, group, rng, document), "none"
-        if name is None:
+        stranger = _stranger(said, group, rng, document)
+        if stranger is None:
             return None
+        name, answer = stranger, "none"
     elif rng.random() > ASKED.get(group.number, 1.0):
         return None
     verb = "are there" if rng.random() < 0.7 else "do you see"
     return f"how many {noun(name, 2)} {verb}?", answer
 
 
-def _colour(said: Facts, rng: Rng, document: Document) -> Pair:
-    shapes = sorted(group for group in said.groups if group.colour)
+def _colour(said: Facts, rng: Rng, document: DocumentRules) -> Pair:
+    shapes = [(group, group.colour) for group in sorted(said.groups) if group.colour]
     if not shapes:
         return None
-    group = pick(rng, shapes)
-    return f"what colour {are(group)} {the(group)}?", group.colour
+    group, colour = pick(rng, shapes)
+    return f"what colour {are(group)} {the(group)}?", colour
 
 
-def _background(said: Facts, rng: Rng, document: Document) -> Pair:
-    return "what colour is the background?", said.background
+def _background(said: Facts, rng: Rng, document: DocumentRules) -> Pair:
+    return ("what colour is the background?", said.background) if said.background else None
 
 
-def _pattern(said: Facts, rng: Rng, document: Document) -> Pair:
-    return PATTERN_ASKED[rng.random() >= 0.5], said.pattern
+def _pattern(said: Facts, rng: Rng, document: DocumentRules) -> Pair:
+    question = PATTERN_ASKED[rng.random() >= 0.5]
+    return (question, said.pattern) if said.pattern else None
 
 
-def _where(said: Facts, rng: Rng, document: Document) -> Pair:
+def _where(said: Facts, rng: Rng, document: DocumentRules) -> Pair:
     single = [group for group in sorted(said.groups) if len(around(said, group.name)) == 1]
     if not single:
         return None
     group = pick(rng, single)
     ((kind, other),) = around(said, group.name)
-    return f"where {are(group)} {the(group)}?", f"{kind} {the(said.group(other))}"
+    return f"where {are(group)} {the(group)}?", f"{kind} {the(said.named(other))}"
 
 
-def _bigger(said: Facts, rng: Rng, document: Document) -> Pair:
+def _bigger(said: Facts, rng: Rng, document: DocumentRules) -> Pair:
     pair = sorted(said.groups)
     if len(pair) != 2 or pair[0].size == pair[1].size or said.number > 2:
         return None
@@ -153,7 +156,7 @@ def _bigger(said: Facts, rng: Rng, document: Document) -> Pair:
     return f"which is bigger, {the(a)} or {the(b)}?", the(a if a.size == "big" else b)
 
 
-def _compare(said: Facts, rng: Rng, document: Document) -> Pair:
+def _compare(said: Facts, rng: Rng, document: DocumentRules) -> Pair:
     if len(said.groups) < 2:
         return None
     a, b = shuffled(rng, sorted(said.groups), 2)
@@ -163,13 +166,13 @@ def _compare(said: Facts, rng: Rng, document: Document) -> Pair:
     return text, "yes" if a.number > b.number else "no"
 
 
-ASKING: dict[str, Callable[[Facts, Rng, Document], Pair]] = {
+ASKING: dict[str, Callable[[Facts, Rng, DocumentRules], Pair]] = {
     "exists": _exists, "how many": _how_many, "colour": _colour, "background": _background,
     "pattern": _pattern, "where": _where, "bigger": _bigger, "compare": _compare,
 }  # fmt: skip
 
 
-def _stranger(said: Facts, like: Group, rng: Rng, document: Document) -> str | None:
+def _stranger(said: Facts, like: Group, rng: Rng, document: DocumentRules) -> str | None:
     """A name that is not here but could be, as often as it stands in pictures.
 
     It is a shape if `like` is one, so that shapes are asked for in vain as often as not.
@@ -227,9 +230,9 @@ def answers(scene: Scene | Facts, question: str) -> frozenset[str]:
     if re.fullmatch(r"how many # (are there|do you see) \?", text):
         return frozenset({NUMBERS[first.number if first else 0]})
     if text == "what colour is the background ?":
-        return frozenset({said.background})
-    if text in tuple(" ".join(split(one)) for one in PATTERN_ASKED):
-        return frozenset({said.pattern})
+        return frozenset(filter(None, (said.background,)))
+    if text in tuple(" ".join(split(one) or ()) for one in PATTERN_ASKED):
+        return frozenset(filter(None, (said.pattern,)))
     if re.fullmatch(r"what colour (is|are) the # \?", text) and first and first.colour:
         return frozenset({first.colour})
     if re.fullmatch(r"where (is|are) the # \?", text) and first:

@@ -39,7 +39,7 @@ def render(scene: Scene, size: int, *, noto: Path = NOTO) -> Image.Image:
     """
     picture = background(scene.background, scene.pattern, size).convert("RGBA")
     for thing in scene.things:
-        drawing = turned(sprite(thing.name, thing.colour, scene.style, noto), thing.turn)
+        drawing = rotated(sprite(thing.name, thing.colour, scene.style, noto), thing.turn)
         scale = thing.box.side * size / max(drawing.size)
         width, height = (max(1, round(side * scale)) for side in drawing.size)
         small = drawing.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
@@ -70,7 +70,7 @@ def sprite(name: str, colour: str | None, style: str, noto: Path = NOTO) -> Imag
     """A drawing on nothing (RGBA), cut to what is drawn."""
     if style not in READ_STYLES:
         raise InputError(f"there is no style {style!r}: choose from {', '.join(READ_STYLES)}")
-    if name in SHAPES:
+    if name in SHAPES and colour is not None:
         drawing = shape(name, COLOURS[colour], outlined=style == "openmoji")
     elif style == "noto":
         drawing = from_font(kind_of(name).codepoint, noto)
@@ -79,7 +79,7 @@ def sprite(name: str, colour: str | None, style: str, noto: Path = NOTO) -> Imag
     return _cut(drawing)
 
 
-def turned(drawing: Image.Image, degrees: float) -> Image.Image:
+def rotated(drawing: Image.Image, degrees: float) -> Image.Image:
     """Turned about its centre and cut to what is drawn."""
     return _cut(drawing.rotate(degrees, Image.Resampling.BICUBIC, expand=True))
 

@@ -78,20 +78,23 @@ def _try(split: str, index: int, rng: Rng, rules: Rules) -> Scene | None:
         counts = pick(rng, [way for way in compositions(number) if len(way) >= least])
     kinds = _kinds(rng, rules, len(counts), shapes_only=split == "binding")
     may_be_big = number <= world.MOST_BIG
-    sizes = tuple("big" if may_be_big and rng.random() < 0.5 else "small" for _ in counts)
+    sizes: tuple[Size, ...] = tuple(
+        "big" if may_be_big and rng.random() < 0.5 else "small" for _ in counts
+    )
     layouts = placements(counts, sizes)
     if not layouts:
         return None
     cells = pick(rng, layouts)
     background, pattern = pick(rng, tuple(world.BACKGROUNDS)), pick(rng, world.PATTERNS)
-    groups = [(*kind, *rest) for kind, *rest in zip(kinds.items(), sizes, cells, strict=True)]
+    each = zip(kinds.items(), sizes, cells, strict=True)
+    groups = [(name, colour, size, own) for (name, colour), size, own in each]
     return build(background, pattern, style, groups, rng)
 
 
 @cache
 def compositions(number: int) -> tuple[tuple[int, ...], ...]:
     """All ways to split a number into at most three groups of at most four, in order."""
-    found = [()] if number == 0 else []
+    found: list[tuple[int, ...]] = [()] if number == 0 else []
     for groups in range(1, 4):
         for way in itertools.product(range(1, world.MOST_ALIKE + 1), repeat=groups):
             found += [way] * (sum(way) == number)
@@ -179,7 +182,7 @@ def _ladder(rng: Rng, rules: Rules, number: int, style: str) -> Scene | None:
     """`number` small things in any cells, of any names, on a plain or patterned background."""
     cells = [world.CELLS[n] for n in sorted(rng.permutation(len(world.CELLS))[:number])]
     background, pattern = pick(rng, tuple(world.BACKGROUNDS)), pick(rng, world.PATTERNS)
-    kinds = []
+    kinds: list[tuple[str, str | None]] = []
     for _ in cells:
         kinds += _kinds(rng, rules, 1).items()
         if kinds[-1][1] == background:

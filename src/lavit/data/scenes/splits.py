@@ -6,8 +6,8 @@ scenes together and every word of its texts. Picture i of a split is a function 
 the splits that measure have seeds of their own, which no user's seed reaches.
 
     train         what is left
-    valid         scenes whose facts are held out to choose by
-    valid_pairs   two things that training never shows together, to choose by
+    valid         scenes whose facts are held out, for validation
+    valid_pairs   two things that training never shows together, for validation
     test          scenes whose facts are held out
     pairs         two things that training never shows together
     binding       two shapes; of one at least, training never shows the colour
@@ -15,7 +15,7 @@ the splits that measure have seeds of their own, which no user's seed reaches.
     style         an object in a style in which training never shows it
     noto          scenes of test in a third style
     ladder        0 to 9 things in turn
-    valid_ladder  the same, to choose by
+    valid_ladder  the same, for validation
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Rules:
 
 
 @dataclass
-class Document:
+class DocumentRules:
     """What a document holds up to now. With `training` off, everything is let in."""
 
     rules: Rules
@@ -147,7 +147,7 @@ class Document:
 def violations(texts: Iterable[str], scenes: Iterable[Scene], rules: Rules) -> list[str]:
     """Every reason why a document of these texts and scenes is not one of training."""
     scenes = list(scenes)
-    whole = Document(rules, training=False)
+    whole = DocumentRules(rules, training=False)
     whole.admits(texts, scenes)
     reasons = (rules.held_out(whole.names, whole.coloured), *map(rules.forbids, scenes))
     return [reason for reason in reasons if reason]

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from lavit.data.scenes.chance import Rng, pick, shuffled, weighted
-from lavit.data.scenes.edits import Edit, edit, sound
+from lavit.data.scenes.edits import SceneEdit, edit, sound
 from lavit.data.scenes.language import describe, mention, prompt, the
 from lavit.data.scenes.questions import questions
 from lavit.data.scenes.sample import scene_at
-from lavit.data.scenes.splits import Document, Rules, valid_world
+from lavit.data.scenes.splits import DocumentRules, Rules, valid_world
 from lavit.data.scenes.world import BACKGROUNDS, PATTERNS, Scene, facts
 
 FULL = ("describe the picture.", "describe everything in the picture.")  # ask for `describe`
@@ -37,7 +37,7 @@ class Message:
 
 
 @dataclass(frozen=True)
-class Conversation:
+class SceneConversation:
     """Messages in turn, the user's first."""
 
     messages: tuple[Message, ...]
@@ -58,7 +58,7 @@ def some_scene(rng: Rng, rules: Rules, split: str = "train") -> Scene:
     return scene_at(split, int(rng.integers(STREAM)), seed=STREAM, rules=rules)
 
 
-def several(rng: Rng, rules: Rules, kind: str | None = None, *, split: str = "train") -> Edit:
+def several(rng: Rng, rules: Rules, kind: str | None = None, *, split: str = "train") -> SceneEdit:
     """Two pictures to make one of, drawn from a split.
 
     "together": the groups of both, each where it stands, on the background of the first.
@@ -78,15 +78,19 @@ def several(rng: Rng, rules: Rules, kind: str | None = None, *, split: str = "tr
             b = replace(_other_ground(target, rng), things=others)
         else:
             a = _other_ground(target, rng)
-            ground = {"background": target.background, "pattern": target.pattern}
-            b = replace(some_scene(rng, rules, split), style=target.style, **ground)
+            b = replace(
+                some_scene(rng, rules, split),
+                style=target.style,
+                background=target.background,
+                pattern=target.pattern,
+            )
         if set(a.names) & set(b.names) or not (sound(a) and sound(b)):
             continue
         if training and (rules.forbids(a) or rules.forbids(b)):
             continue
         text = pick(rng, TOGETHER) if kind == "together" else _onto(target, rng)
-        if Document(rules, training).admits([text], [a, b, target]):
-            return Edit(kind, text, (a, b), target)
+        if DocumentRules(rules, training).admits([text], [a, b, target]):
+            return SceneEdit(kind, text, (a, b), target)
 
 
 def _onto(target: Scene, rng: Rng) -> str:
@@ -105,13 +109,15 @@ def _other_ground(scene: Scene, rng: Rng) -> Scene:
     return replace(scene, background=colour, pattern=pick(rng, PATTERNS))
 
 
-def conversation(rng: Rng, rules: Rules, turns: int, *, split: str = "train") -> Conversation:
+def scene_conversation(
+    rng: Rng, rules: Rules, turns: int, *, split: str = "train"
+) -> SceneConversation:
     """So many turns about pictures: questions, captions, drawings, and edits of the last picture.
 
     It begins with a picture that the user shows or asks for. Scenes that are not edits belong to
     the split; in training, so does everything.
     """
-    document = Document(rules, split == "train")
+    document = DocumentRules(rules, split == "train")
     messages: list[Message] = []
     last: Scene | None = None
     while len(messages) < 2 * turns:
@@ -126,32 +132,33 @@ def conversation(rng: Rng, rules: Rules, turns: int, *, split: str = "train") ->
             messages += [Message("user", (*shown, asked)), Message("assistant", (given,))]
             last = given if isinstance(given, Scene) else seen
         elif shown:
-            document = Document(rules, split == "train")
-    return Conversation(tuple(messages))
+            document = DocumentRules(rules, split == "train")
+    return SceneConversation(tuple(messages))
 
 
 def _turn(
     kind: str,
     last: Scene | None,
     rng: Rng,
-    document: Document,
+    document: DocumentRules,
     split: str,
 ) -> tuple[str, str | Scene] | None:
     """One request and its answer; None if this kind is not possible here."""
     rules = document.rules
+    if kind == "drawing":
+        for _ in range(TRIES):
+            scene = some_scene(rng, rules, split)
+            text = prompt(scene, rng)
+            if document.admits([text], [scene]):
+                return text, scene
+        return None
+    assert last is not None  # all else is about a picture
     if kind == "question":
         found = questions(last, rng, rules, 1, document=document)
         return (found[0].question, found[0].answer) if found else None
     if kind == "caption":
         ask, answer = (FULL, describe) if rng.random() < 0.5 else (SHORT, mention)
         return pick(rng, ask), answer(last, rng)
-    if kind == "edit":
-        allowed = None if document.training else (lambda scene: valid_world(scene) is None)
-        one = edit(last, rng, rules, allowed=allowed, document=document)
-        return (one.prompt, one.target) if one else None
-    for _ in range(TRIES):
-        scene = some_scene(rng, rules, split)
-        text = prompt(scene, rng)
-        if document.admits([text], [scene]):
-            return text, scene
-    return None
+    allowed = None if document.training else (lambda scene: valid_world(scene) is None)
+    one = edit(last, rng, rules, allowed=allowed, document=document)
+    return (one.prompt, one.target) if one else None

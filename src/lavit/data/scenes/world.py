@@ -21,6 +21,7 @@ from typing import Literal
 Size = Literal["small", "big"]
 RGB = tuple[int, int, int]
 Cell = tuple[int, int]  # row and column
+Side = Literal["left of", "above"]
 
 STYLES = {"twemoji": "flat", "openmoji": "outlined"}  # the word for each style of training
 READ_STYLES = (*STYLES, "noto")  # noto is read only
@@ -47,6 +48,7 @@ COLOURS: dict[str, RGB] = {
     "black": (34, 34, 38),
 }
 
+SIDES: tuple[Side, Side] = ("left of", "above")  # of a relation along x, along y
 CELLS = tuple(itertools.product(range(3), range(3)))  # (row, column), in reading order
 PITCH = 0.305  # between the centres of neighbouring cells
 EXTENTS: dict[Size, tuple[float, float]] = {"small": (0.19, 0.206), "big": (0.33, 0.345)}
@@ -120,7 +122,7 @@ class Group:
 
     name: str
     number: int
-    size: str | None = None
+    size: Size | None = None
     colour: str | None = None
 
 
@@ -128,7 +130,7 @@ class Group:
 class Relation:
     """Group `first` is left of, or above, group `second`."""
 
-    kind: Literal["left of", "above"]
+    kind: Side
     first: str
     second: str
 
@@ -153,6 +155,10 @@ class Facts:
     def group(self, name: str) -> Group | None:
         """The group of a name, if there is one."""
         return next((group for group in self.groups if group.name == name), None)
+
+    def named(self, name: str) -> Group:
+        """The group of a name that is known to be there."""
+        return next(group for group in self.groups if group.name == name)
 
 
 @cache
@@ -203,7 +209,7 @@ def _beside(boxes: Mapping[str, Sequence[Box]]) -> Iterator[tuple[float, Relatio
     """Pairs of groups that stand beside each other, and how far apart."""
     extents = {name: extent(members) for name, members in boxes.items()}
     for (a, first), (b, second) in itertools.permutations(extents.items(), 2):
-        for axis, kind in enumerate(("left of", "above")):
+        for axis, kind in enumerate(SIDES):
             far = gap(first, second, axis)
             if far > 0 and overlap(first, second, axis):
                 yield far, Relation(kind, a, b)

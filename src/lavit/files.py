@@ -1,0 +1,154 @@
+"""Files of a model: folders whole or not at all, tensors as safetensors, strict loading.
+
+Text and JSON, whole or not at all too, are written by config.py.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lavit.config import InputError
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put a path in front of what an `InputError` says."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """An empty folder that takes the place of `folder` at the end, if anything lies in it then."""
+    new, old = (folder.with_name(f".{folder.name}.{age}") for age in ("new", "old"))
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}") from error
+    try:
+        yield new
+        if not any(new.iterdir()):
+            return
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(new, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Be the only process that writes into a folder; the lock dies with the process.
+
+    Raises `InputError` if another one is at it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("a")
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            said = f"another process is writing to {folder}"
+            raise InputError(f"{said}: wait for its end, or give another folder") from error
+        yield
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors as safetensors, creating the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    save_file(plain, path, {"format": "pt"})  # transformers looks for it
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file, mapped; a missing or broken one raises `InputError`."""
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        said = f"{path} is missing: this model folder is incomplete (did its training end?)"
+        raise InputError(said) from error
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def load_strictly(module: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
+    """Load every tensor into the module; names or shapes that differ raise `InputError`."""
+    expected = module.state_dict()
+    missing, unknown = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+    if missing or unknown:
+        said = f"missing {missing[:3]}, not expected {unknown[:3]}"
+        raise InputError(f"{where} does not fit this configuration: {said}")
+    for name, tensor in tensors.items():
+        wanted = list(expected[name].shape)
+        if list(tensor.shape) != wanted:
+            said = f"{name} is {list(tensor.shape)}, this configuration expects {wanted}"
+            raise InputError(f"{where}: {said}")
+        if tensor.is_floating_point() != expected[name].is_floating_point():
+            raise InputError(f"{where}: {name} is of {tensor.dtype}, not {expected[name].dtype}")
+    module.load_state_dict(tensors)
+
+
+def pretrained(kind: Any, where: str | Path, *, whole: bool = True, **options: Any) -> Any:
+    """A model of a transformers folder or hub id.
+
+    Raises ValueError for weights that are of other sizes or, if it is to be `whole`, missing, which
+    transformers draws at random and reports in a table; other errors are its own.
+    """
+    log = logging.getLogger("transformers.modeling_utils")
+    log.addFilter(_is_error)
+    try:
+        model, info = kind.from_pretrained(where, output_loading_info=True, **options)
+    finally:
+        log.removeFilter(_is_error)
+    wrong = [*map(str, info["missing_keys"] if whole else ()), *map(str, info["mismatched_keys"])]
+    if wrong:
+        raise ValueError(f"weights are missing or of another size: {', '.join(wrong[:3])}")
+    return model
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
+
+
+def load_whole(kind: Any, folder: Path, **options: Any) -> Any:
+    """A transformers or diffusers model of a class `kind`, with every weight from its folder.
+
+    `options` are those of its `from_pretrained`. Raises `InputError` where the folder cannot be
+    read, or its weights are not exactly those of its configuration.
+    """
+    options |= {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+    try:
+        model, info = kind.from_pretrained(folder, **options)
+    except Exception as error:  # configurations and weights fail in ways of their own
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{folder} cannot be read: {reason}") from error
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    if wrong := sorted(str(key) for kind in kinds for key in info[kind]):
+        raise InputError(f"{folder} does not fit its own configuration: {', '.join(wrong[:3])}")
+    return model
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

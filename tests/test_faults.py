@@ -1,0 +1,232 @@
+"""What must not be lost or taken silently: signals, full disks, second processes, broken files."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import toy_config, toy_training
+from lavit.cli import VERBS, main
+from lavit.config import InputError, Terminated, from_json, read_config, to_json
+from lavit.data.corpus import load_corpus
+from lavit.data.features import compute_features
+from lavit.data.sources import open_source
+from lavit.data.stream import Stream
+from lavit.evaluate.kept import Kept
+from lavit.files import alone
+from lavit.model import LaVIT
+from lavit.train.loop import Report
+from lavit.train.metrics import Metrics, read_lines
+from lavit.train.run import open_run, train_stages
+from test_train import begun_run, losses
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+sys.path.insert(0, str(RECIPES))
+import fuzz
+
+
+def test_kills_and_full_disks_change_nothing() -> None:
+    command = [sys.executable, str(RECIPES / "faults.py"), "--kills", "2", "--only", "language"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 lines, 3 of them end in yes" in done.stdout
+
+
+def test_broken_inputs_are_named(toy_run: Path, tmp_path: Path) -> None:
+    table, wrong = fuzz.fuzz(tmp_path / "inputs", toy_run, 60, seed=0)
+    assert table.row_count == 13 and not wrong, "\n".join(wrong)
+
+
+def test_sigterm_ends_a_training_with_its_step_saved(
+    toy_run: Path, toy_data: Path, tmp_path: Path
+) -> None:
+    folder, before = begun_run(toy_run, tmp_path / "run"), signal.getsignal(signal.SIGTERM)
+
+    def end(report: Report) -> None:
+        if report.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    run = open_run(folder, toy_data, toy_config(), toy_training(), watch=end)
+    with pytest.raises(Terminated, match="language is saved at step 2"):
+        train_stages(run, ("language",))
+    assert signal.getsignal(signal.SIGTERM) is before
+    train_stages(open_run(folder, toy_data, toy_config(), toy_training()), ("language",))
+    wanted = [line for line in losses(toy_run) if line[0] == "language"]
+    assert losses(folder) == wanted
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (Terminated("stopped by SIGTERM, pixels is saved at step 3"), 143, "saved at step 3"),
+        (OSError(28, "No space left on device"), 1, "make room on the disk"),
+        (RuntimeError("I/O error: File too large (os error 27)"), 1, "make room on the disk"),
+    ],
+)
+def test_what_ends_a_command_is_one_line(
+    error: BaseException,
+    code: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def verb() -> None:
+        raise error
+
+    monkeypatch.setitem(VERBS, "demo", verb)
+    with pytest.raises(SystemExit) as end:
+        main(["demo"])
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == code and len(lines) == 1 and said in lines[0]
+
+
+def test_a_second_process_is_refused(toy_run: Path, toy_data: Path, tmp_path: Path) -> None:
+    folder = begun_run(toy_run, tmp_path / "run")
+    with alone(folder), pytest.raises(InputError, match="another process is writing"):
+        train_stages(open_run(folder, toy_data, toy_config(), toy_training()), ("language",))
+    with alone(folder):  # free again
+        assert not (folder / "checkpoints").exists()
+
+
+def test_checkpoints_with_other_moments_are_refused(
+    toy_run: Path, toy_data: Path, tmp_path: Path
+) -> None:
+    """A tensor renamed or resized; without that checkpoint the training goes on from the last."""
+    for number, change in enumerate((lambda t: t[:-1].clone(), None)):
+        folder = begun_run(toy_run, tmp_path / str(number))
+        shutil.copytree(toy_run / "checkpoints" / "language", folder / "checkpoints" / "language")
+        file = folder / "checkpoints" / "language" / "6" / "optimizer.safetensors"
+        tensors = load_file(file)
+        name = max(tensors, key=lambda one: tensors[one].numel())
+        tensor = tensors.pop(name)
+        tensors[name if change else f"{name}_"] = change(tensor) if change else tensor
+        save_file(tensors, file)
+        run = open_run(folder, toy_data, toy_config(), toy_training())
+        with pytest.raises(InputError, match="language/6 is of another configuration, or damaged"):
+            train_stages(run, ("language",))
+        shutil.rmtree(file.parent)
+    train_stages(run, ("language",))
+    assert losses(folder)[-1] in losses(toy_run)
+
+
+def test_features_that_were_cut_short_are_computed_anew(
+    toy_run: Path, toy_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    vision = LaVIT.from_pretrained(toy_run, parts=("vision",)).vision
+    records = [picture.record for picture in load_corpus(toy_data).pictures]
+    first = compute_features(records, vision, tmp_path)
+    rows, file = first.rows(torch.arange(8)), Path(first.array.filename)
+    os.truncate(file, file.stat().st_size // 2)
+    assert compute_features(records, vision, tmp_path).rows(torch.arange(8)).equal(rows)
+    assert "computed anew" in caplog.text
+
+
+def test_a_stopped_evaluation_ends_in_the_same_file(tmp_path: Path) -> None:
+    """Whole and torn lines of a chunk that was being written are cut off."""
+    path = tmp_path / "predictions.jsonl"
+
+    def make(items: list[int]) -> list[int]:
+        return [item**2 for item in items]
+
+    def all_made() -> bytes:
+        Kept(path, "key").made("task", range(7), make, together=3)
+        return path.read_bytes()
+
+    whole = all_made()
+    for at in range(0, len(whole), 97):
+        path.write_bytes(whole[:at])
+        assert all_made() == whole, at
+
+
+def test_lines_with_unusual_line_breaks_are_kept(tmp_path: Path) -> None:
+    """U+2028 is a line's end to Python's `splitlines`, and a letter to JSON."""
+    with Metrics(tmp_path, "language", 0, trackers=(), enabled=True) as metrics:
+        metrics.append("samples.jsonl", 2, {"caption": "a\u2028b\x85c"})
+    before = (tmp_path / "samples.jsonl").read_bytes()
+    Metrics(tmp_path, "pixels", 0, trackers=(), enabled=True)
+    assert (tmp_path / "samples.jsonl").read_bytes() == before
+    assert next(read_lines(tmp_path / "samples.jsonl"))["caption"] == "a\u2028b\x85c"
+
+
+def test_a_shard_cut_between_members_is_named(tmp_path: Path) -> None:
+    """It reads as a shorter one: only its end is missing."""
+    path = tmp_path / "0.tar"
+    with tarfile.open(path, "w") as tar:
+        for number in range(4):
+            info = tarfile.TarInfo(f"{number}.txt")
+            info.size = 512
+            tar.addfile(info, io.BytesIO(b"owl " * 128))
+    assert len(open_source(path)) == 4
+    os.truncate(path, 2 * 1024)
+    for open_it in (open_source, Stream):
+        with pytest.raises(InputError, match=r"0\.tar is cut short"):
+            open_it(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "said"),
+    [
+        ("train/metadata.jsonl", "{", "metadata.jsonl, line 9 is not valid JSON"),
+        ("questions.jsonl", "[1]", "questions.jsonl, line 1 is no JSON object"),
+        ("questions.jsonl", '{"image": "train/0.png"}', "line 1: question is 'None'"),
+        ("edits.jsonl", '{"sources": [[]]}', r"line 1: sources is '\[\[\]\]', expected a list"),
+    ],
+)
+def test_broken_lines_beside_pictures_are_named(
+    toy_data: Path, tmp_path: Path, name: str, line: str, said: str
+) -> None:
+    shutil.copytree(toy_data, tmp_path / "data")
+    with (tmp_path / "data" / name).open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(InputError, match=said):
+        load_corpus(tmp_path / "data")
+
+
+def test_weights_that_are_missing_are_not_drawn_at_random(toy_run: Path, tmp_path: Path) -> None:
+    for part in ("vision", "language"):
+        folder = tmp_path / part
+        shutil.copytree(toy_run, folder, ignore=shutil.ignore_patterns("checkpoints", "cache"))
+        file = folder / part / "model.safetensors"
+        tensors = load_file(file)
+        tensors.pop(next(name for name in tensors if name.endswith("weight")))
+        save_file(tensors, file, {"format": "pt"})
+        with pytest.raises(InputError, match="weights are missing or of another size"):
+            LaVIT.from_pretrained(folder, parts=(part,))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("codes", 10**30, "TokenizerConfig.codes"),
+        ("merger_depth", 10**6, "visual_tokenizer.merger_depth is 1000000, expected 1 to 1000"),
+        ("dim", "32", "TokenizerConfig.dim is '32', expected int"),
+        ("position_code", 1, "TokenizerConfig.position_code is '1', expected bool"),
+        ("mlp_ratio", [2.0], "TokenizerConfig.mlp_ratio"),
+    ],
+)
+def test_settings_of_another_kind_are_refused(
+    toy_run: Path, tmp_path: Path, name: str, value: object, said: str
+) -> None:
+    data = json.loads((toy_run / "config.json").read_text())
+    data["visual_tokenizer"][name] = value
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    with pytest.raises(InputError, match=said) as error:
+        read_config(tmp_path)
+    assert "config.json: " in str(error.value)
+
+
+def test_settings_come_back_from_json() -> None:
+    training = replace(toy_training(), sample_every=0)
+    assert from_json(type(training), to_json(training)) == training
