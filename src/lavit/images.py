@@ -90,7 +90,7 @@ def pixels(
 
     With mean = std = (0.5, 0.5, 0.5) the values lie in -1..1 and `to_image` is the inverse.
     """
-    return scaled(levels(images, size), mean, std)
+    return scale_levels(levels(images, size), mean, std)
 
 
 def levels(images: Sequence[Image.Image], size: int) -> UInt8[Tensor, "images 3 size size"]:
@@ -102,7 +102,7 @@ def levels(images: Sequence[Image.Image], size: int) -> UInt8[Tensor, "images 3 
     return torch.from_numpy(batch).permute(0, 3, 1, 2)
 
 
-def scaled(
+def scale_levels(
     levels: UInt8[Tensor, "images 3 size size"], mean: Sequence[float], std: Sequence[float]
 ) -> Float[Tensor, "images 3 size size"]:
     """Levels scaled to 0..1 and normalised per channel."""

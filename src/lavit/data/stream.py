@@ -34,9 +34,10 @@ from lavit.vision.encoder import BLOCK
 
 BUFFER = 1024  # records that are shuffled together, with their encoded pictures
 FILES = 20_000  # the same of records that are paths: a folder is often sorted by its sub-folders
+RECORDS_DRAW, SOURCES_DRAW, SHARDS_DRAW = 12, 13, 14  # kinds of random numbers, as `Randomness`
 UNUSABLE = 512  # records in a row that give nothing before a stream is given up
 T = TypeVar("T")
-Place = dict[str, Any]  # JSON data
+StreamPlace = dict[str, Any]  # JSON data
 
 
 class Stream:
@@ -60,7 +61,7 @@ class Stream:
         self.epoch, self.read = 0, 0  # records of this epoch that were read
         self._rest: Iterator[Any] | None = None  # of this epoch
         self._buffer: list[Record] = []  # read, shuffled and not taken
-        self._start: Place = self._place()  # where the buffer began
+        self._start: StreamPlace = self._place()  # where the buffer began
         self._taken = 0  # of the buffer
 
     def take(self) -> Record:
@@ -74,7 +75,7 @@ class Stream:
         """Read and shuffle the next buffer, whose size varies so that epochs divide differently."""
         for _ in range(2):
             self._start, self._taken = self._place(), 0
-            rng = np.random.default_rng([self.seed, 12, self.rank, self.epoch, self.read])
+            rng = np.random.default_rng([self.seed, RECORDS_DRAW, self.rank, self.epoch, self.read])
             found = list(self._records(int(rng.integers(self.size // 2, self.size)) + 1))
             if found:
                 self._buffer = [found[number] for number in rng.permutation(len(found))]
@@ -97,24 +98,24 @@ class Stream:
             self.read += 1
             yield self.source.record(row, f"streamed {self.read}")
 
-    def _rows(self, place: Place | None = None) -> Iterator[Any]:
+    def _rows(self, place: StreamPlace | None = None) -> Iterator[Any]:
         """What is left of an epoch's rows; its number gives `datasets` an order of the shards."""
         if self._rest is None:
-            order = np.random.default_rng([self.seed, 14, self.epoch]).integers(1, 2**31)
+            order = np.random.default_rng([self.seed, SHARDS_DRAW, self.epoch]).integers(1, 2**31)
             self.rows.set_epoch(int(order))
             self.rows.load_state_dict(place)
             self._rest = iter(self.rows)
         return self._rest
 
-    def _place(self) -> Place:
+    def _place(self) -> StreamPlace:
         rows = None if self._rest is None else self.rows.state_dict()
         return {"epoch": self.epoch, "read": self.read, "rows": rows}
 
-    def state(self) -> Place:
+    def state(self) -> StreamPlace:
         """The place in the stream, as JSON data."""
         return {**self._start, "taken": self._taken} if self._buffer else self._place()
 
-    def load_state(self, state: Place) -> None:
+    def load_state(self, state: StreamPlace) -> None:
         """Go to a place."""
         self.epoch, self.read, self._rest, self._buffer = state["epoch"], state["read"], None, []
         if state["rows"] is not None:
@@ -181,11 +182,11 @@ class Streams:
         why = next(reversed(self.left_out.values()), "they hold nothing")
         return InputError(f"{records} records in a row give nothing to train on: {why}")
 
-    def state(self) -> list[Place]:
+    def state(self) -> list[StreamPlace]:
         """The place in every stream."""
         return [stream.state() for stream in self.streams]
 
-    def load_state(self, state: list[Place]) -> None:
+    def load_state(self, state: list[StreamPlace]) -> None:
         """Go to a place in every stream."""
         for stream, place in zip(self.streams, state, strict=True):
             stream.load_state(place)
@@ -201,14 +202,14 @@ class Ahead(Generic[T]):
     def __init__(
         self,
         make: Callable[[], T],
-        place: Callable[[], Place],
-        go_to: Callable[[Place], None],
+        place: Callable[[], StreamPlace],
+        go_to: Callable[[StreamPlace], None],
         *,
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
         self.make, self.place, self.go_to, self.rank, self.ranks = make, place, go_to, rank, ranks
-        self._next: Future[tuple[T, Place]] | None = None
+        self._next: Future[tuple[T, StreamPlace]] | None = None
         self._behind = place()  # what was taken
 
     def take(self) -> T:
@@ -217,13 +218,13 @@ class Ahead(Generic[T]):
         self._next = self._begin()
         return made
 
-    def _begin(self) -> Future[tuple[T, Place]]:
+    def _begin(self) -> Future[tuple[T, StreamPlace]]:
         thread = ThreadPoolExecutor(1, thread_name_prefix="stream")
         begun = thread.submit(self._work)
         thread.shutdown(wait=False)  # it ends with its work: none is left when a training is
         return begun
 
-    def _work(self) -> tuple[T, Place]:
+    def _work(self) -> tuple[T, StreamPlace]:
         return self.make(), self.place()
 
     def state(self) -> UInt8[Tensor, "bytes"]:
@@ -270,7 +271,7 @@ class StreamedPictures(Generic[T]):
 
     def read(self) -> list[T]:
         """The next batch, made here and now; `ahead.take()` gives one that was made on a thread."""
-        rng = np.random.default_rng([self.seed, 13, self.rank, self._number])
+        rng = np.random.default_rng([self.seed, SOURCES_DRAW, self.rank, self._number])
         self._number += 1
         made: list[T] = []
         while len(made) < self.count:
@@ -285,10 +286,10 @@ class StreamedPictures(Generic[T]):
                 return image
         raise self.streams.nothing(UNUSABLE)
 
-    def _place(self) -> Place:
+    def _place(self) -> StreamPlace:
         return {"streams": self.streams.state(), "number": self._number}
 
-    def _go_to(self, place: Place) -> None:
+    def _go_to(self, place: StreamPlace) -> None:
         self._number = place["number"]
         self.streams.load_state(place["streams"])
 

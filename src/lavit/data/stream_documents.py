@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lavit.config import InputError
 from lavit.data.documents import WINDOW, Rng, Rows
-from lavit.data.stream import UNUSABLE, Ahead, Place, Streams, Taken
+from lavit.data.stream import UNUSABLE, Ahead, StreamPlace, Streams, Taken
 from lavit.data.text import cut
 from lavit.layout import drawing, reading
 from lavit.sequence import Batch, VisualTokens, lay_out
@@ -37,7 +37,7 @@ class Block:
     Read pictures are numbered within the block; `patches` (fp16) and `keep` are theirs alone.
     """
 
-    start: Place
+    start: StreamPlace
     documents: tuple[Document, ...]
     patches: dict[int, Tensor]
     keep: dict[int, Tensor]
@@ -135,7 +135,7 @@ class StreamingDocuments(Rows):
         """Documents that are read and not served."""
         return [(block, one) for block in self._blocks for one in block.documents][self._skip :]
 
-    def _here(self) -> Place:
+    def _here(self) -> StreamPlace:
         return {"streams": self.streams.state(), "block": self._read, "skip": 0}
 
     def _next_block(self) -> Block:
@@ -179,10 +179,10 @@ class StreamingDocuments(Rows):
         parts = reading(number, text) if read else drawing(None if unasked else text, number)
         return self.lay_out(self.segments(parts, lambda _: codes), rng)
 
-    def _place(self) -> Place:
+    def _place(self) -> StreamPlace:
         return {"start": self._start, "served": self._served}
 
-    def _go_to(self, place: Place) -> None:
+    def _go_to(self, place: StreamPlace) -> None:
         start = place["start"]
         self.streams.load_state(start["streams"])
         self._blocks, self._skip, self._read = [], start["skip"], start["block"]

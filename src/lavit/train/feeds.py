@@ -19,7 +19,7 @@ from torch import Tensor
 from lavit.config import InputError
 from lavit.data.features import HALF, Features, Pictures
 from lavit.data.stream import StreamedPictures
-from lavit.images import scaled
+from lavit.images import scale_levels
 from lavit.train.batches import Shard, draw_batch, draw_pictures
 
 T = TypeVar("T")
@@ -163,7 +163,7 @@ class StreamedPixels(_Streamed[tuple[Tensor, Tensor]]):
         found, places = self._part(step, shard)
         pictures, codes = zip(*found, strict=True)
         others = [codes for _, codes in self._kept]
-        return PixelBatch(scaled(torch.stack(pictures), HALF, HALF), codes, others, places)
+        return PixelBatch(scale_levels(torch.stack(pictures), HALF, HALF), codes, others, places)
 
 
 FeatureFeed = CorpusFeatures | StreamedFeatures
