@@ -307,11 +307,13 @@ def to_json(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def from_json(kind: type[T], data: dict[str, Any]) -> T:
+def from_json(kind: type[T], data: Any) -> T:
     """A `kind` of configuration from JSON data; unknown and missing keys raise `InputError`."""
     hints = typing.get_type_hints(kind)
     if not isinstance(data, dict):
-        raise InputError(f"{kind.__name__} is {str(data)[:40]!r}, expected an object")
+        raise InputError(
+            f"{kind.__name__} is {str(data)[:40]!r}, expected an object of {', '.join(hints)}"
+        )
     unknown = sorted(set(data) - set(hints))
     if unknown:
         said = f"{kind.__name__} does not know {', '.join(unknown)}"
@@ -381,8 +383,7 @@ def read_config(folder: Path) -> ModelConfig:
 
     Raises `InputError` where config.json is missing or broken, or is of another format.
     """
-    path = folder / "config.json"
-    data = read_json(path)
+    data = read_json(path := folder / "config.json")
     found = data.pop("format", None)
     if found != FORMAT:
         said = f"{path} is of format {found}" if found else f"{path} names no format"
