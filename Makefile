@@ -26,7 +26,8 @@ check: .venv/installed
 	$(BIN)/mypy
 
 bench: .venv/installed
-	for name in merger pixels tokenizer generate; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in merger pixels tokenizer generate serve; do \
+	    $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 runs/nano/pixels/done: .venv/installed
 	$(BIN)/lavit data scenes --out data/scenes --pictures $(PICTURES)

@@ -577,7 +577,7 @@ class Evil:
         ),
         (
             lambda f: torch.save({}, f / "visual_tokenizer" / "more.bin"),
-            "more.bin is a weight file",
+            "more.bin is an unknown weight file",
         ),
         (lambda f: shutil.rmtree(f / "pixel_decoding" / "unet"), "unet"),
     ],

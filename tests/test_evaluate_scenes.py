@@ -350,7 +350,7 @@ def written(name: str, colour: str | None) -> str:
         ('{"kind": "read", "pictures": ["b.png"], "facts": "an owl"}', "b.png.* does not exist"),
         (
             '{"kind": "draw", "prompt": "an owl", "facts": "something nice"}',
-            "is no sentence about a scene",
+            "is not a sentence about a scene",
         ),
         ('{"kind": "draw", "prompt": 3, "facts": "an owl"}', "3 is not a text"),
         ('{"kind": "read", "scene": {"background": "mauve"}}', "background is 'mauve'"),

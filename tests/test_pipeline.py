@@ -386,8 +386,9 @@ def test_pieces_of_text_are_never_taken_back(text: str) -> None:
     # characters come in several pieces
     pieces = StreamedText(lambda ids: bytes(ids).decode(errors="replace"), ends)
     found = []
-    for id in text.encode():
-        found.append(pieces.add(id))
+    ids = tuple(text.encode())
+    for count in range(1, len(ids) + 1):
+        found.append(pieces.add(ids[:count]))
         if pieces.cut:
             break
     found.append(pieces.close())

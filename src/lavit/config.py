@@ -382,8 +382,7 @@ def read_config(folder: Path) -> ModelConfig:
 
     Raises `InputError` where config.json is missing or broken, or is of another format.
     """
-    path = folder / "config.json"
-    data = read_json(path)
+    data = read_json(path := folder / "config.json")
     found = data.pop("format", None)
     if found != FORMAT:
         said = f"{path} is of format {found}" if found else f"{path} names no format"

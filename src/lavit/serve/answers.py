@@ -19,7 +19,7 @@ from lavit.serve.ticket import Prompt, Ticket
 
 
 @dataclass(eq=False)
-class Drawn:
+class WrittenPicture:
     """A picture of a choice, and its codes."""
 
     codes: tuple[int, ...]
@@ -30,7 +30,7 @@ class Drawn:
 class Choice:
     """What one choice holds: words and pictures in order."""
 
-    parts: list[str | Drawn] = field(default_factory=list)
+    parts: list[str | WrittenPicture] = field(default_factory=list)
     reason: Reason = "end"
     tokens: int = 0  # of its text
 
@@ -40,9 +40,9 @@ class Choice:
         return "".join(part for part in self.parts if isinstance(part, str))
 
     @property
-    def pictures(self) -> list[Drawn]:
+    def pictures(self) -> list[WrittenPicture]:
         """All pictures."""
-        return [part for part in self.parts if isinstance(part, Drawn)]
+        return [part for part in self.parts if isinstance(part, WrittenPicture)]
 
     @property
     def codes(self) -> int:
@@ -58,7 +58,7 @@ async def gathered(ticket: Ticket) -> list[Choice]:
         if update.kind == "text":
             choice.parts.append(update.text)
         elif update.kind == "image" and update.picture is None:
-            choice.parts.append(Drawn(update.codes))
+            choice.parts.append(WrittenPicture(update.codes))
         elif update.kind == "image":
             choice.pictures[update.image].picture = update.picture
         elif update.kind == "finished":

@@ -22,7 +22,7 @@ from lavit.generate.protocols import fitted
 from lavit.generate.runner import Work
 from lavit.generate.sampling import Sampling
 from lavit.layout import Reply
-from lavit.serve.answers import Choice, Drawn, EventStream, chat_usage, gathered, sse
+from lavit.serve.answers import Choice, EventStream, WrittenPicture, chat_usage, gathered, sse
 from lavit.serve.errors import ApiError
 from lavit.serve.pictures import data_url
 from lavit.serve.service import Service, seed_or_new, until_gone
@@ -39,7 +39,7 @@ NOT_DONE = {
     "response_format": ({"type": "text"},), "web_search_options": (),
 }  # fmt: skip
 COLDEST = 0.01  # below, logits overflow, and the likeliest token is what is meant
-Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+RequestSeed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Temperature = Annotated[
     float, Field(ge=0, le=2), AfterValidator(lambda value: value if value >= COLDEST else 0.0)
 ]
@@ -110,7 +110,7 @@ class ChatRequest(Asked):
     messages: Annotated[list[Message], Field(min_length=1)]
     modalities: list[Literal["text", "image"]] | None = None
     n: int | None = 1
-    seed: Seed | None = None
+    seed: RequestSeed | None = None
     temperature: Temperature | None = None
     top_p: TopP | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -224,7 +224,7 @@ def chat_router(service: Service) -> APIRouter:
     return router
 
 
-async def _shown(service: Service, drawn: Drawn, index: int) -> dict[str, Any]:
+async def _shown(service: Service, drawn: WrittenPicture, index: int) -> dict[str, Any]:
     """A picture of a reply."""
     assert drawn.picture is not None
     url = data_url(await service.pictures.encoded(drawn.picture))
@@ -291,7 +291,7 @@ async def _chunks(
             yield chunk(update.input, {"content": update.text})
         elif update.kind == "image" and update.picture is not None:
             codes += len(update.codes)
-            drawn = Drawn(update.codes, update.picture)
+            drawn = WrittenPicture(update.codes, update.picture)
             shown = await _shown(service, drawn, update.image)
             name = "content" if body.picture_format == "content" else "images"
             yield chunk(update.input, {name: [shown]})

@@ -23,7 +23,7 @@ from lavit.generate.prompts import Inputs, drawings_of, words_of
 from lavit.generate.runner import Work
 from lavit.layout import editing
 from lavit.serve.answers import EventStream, gathered, image_usage, sse
-from lavit.serve.chat import Asked, Seed
+from lavit.serve.chat import Asked, RequestSeed
 from lavit.serve.errors import ApiError
 from lavit.serve.pictures import data_url
 from lavit.serve.service import Service, seed_or_new, until_gone
@@ -47,7 +47,7 @@ class DrawingRequest(Asked):
     response_format: Literal["b64_json", "url"] | None = None
     stream: bool | None = False
     partial_images: Annotated[int, Field(ge=0, le=3)] | None = 0
-    seed: Seed | None = None
+    seed: RequestSeed | None = None
 
 
 class ImageReference(BaseModel):

@@ -23,7 +23,7 @@ from lavit.serve.chat import (
     ImageItem,
     ImageURL,
     Message,
-    Seed,
+    RequestSeed,
     Temperature,
     TextItem,
     TopP,
@@ -90,7 +90,7 @@ class ResponseRequest(Asked):
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Temperature | None = None
     top_p: TopP | None = None
-    seed: Seed | None = None
+    seed: RequestSeed | None = None
     stream: bool | None = False
     previous_response_id: None = None  # nothing is stored
     background: Literal[False] | None = None

@@ -143,10 +143,11 @@ class Worker:
             try:
                 self._turn(left, calls)
             except Exception as error:  # of the engine: nothing that runs can go on
-                for ticket in {entry[0] for entry in self._entries.values()}:
-                    ticket.post(ticket.fail, error)
+                tickets = {entry[0] for entry in self._entries.values()}
                 self._entries.clear()
-                self.running = self._session()
+                self.running = self._session()  # before anybody hears of it
+                for ticket in tickets:
+                    ticket.post(ticket.fail, error)
 
     def _turn(self, left: list[Ticket], calls: list[Callable[[], None]]) -> None:
         """Drop who left, take who came, and one step."""
