@@ -162,7 +162,7 @@ def test_nothing_usable_is_refused(tmp_path: Path, text: PreTrainedTokenizerBase
     text.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(InputError, match="every label is masked"):
         documents_of(write(tmp_path, [silent]), text)
-    with pytest.raises(InputError, match="no readable file"):
+    with pytest.raises(InputError, match="not a readable file"):
         load_conversations(tmp_path / "missing.jsonl")
 
 

@@ -170,7 +170,7 @@ def test_a_missing_file_is_never_taken_for_a_hub_name() -> None:
     with pytest.raises(InputError, match="does not exist"):
         load_records("pictures/gone.jsonl")
     with pytest.raises(
-        InputError, match="'pictures/gone' is no file or folder here, and as a name"
+        InputError, match="'pictures/gone' is not a file or folder here, and as a name"
     ):
         load_records("pictures/gone")
 
