@@ -305,11 +305,11 @@ def test_a_kill_while_features_are_marked_loses_no_run(
     records = [picture.record for picture in load_corpus(toy_data).pictures]
 
     def killed(path: Path, *_: object, **__: object) -> None:
-        path.write_bytes(b"")  # between truncating and writing
+        path.open("wb").close()  # between truncating and writing
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", killed)
+        patch.setattr(Path, "write_bytes", killed)
         with pytest.raises(KeyboardInterrupt):
             compute_features(records, vision, tmp_path)
     assert len(compute_features(records, vision, tmp_path)) == len(records)
