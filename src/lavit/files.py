@@ -54,22 +54,22 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Be the only process that writes into a folder; the lock dies with the process.
+def alone(folder: Path, file: str = "") -> Iterator[None]:
+    """Be the only process that writes into a folder, or a file of it; the lock dies with it.
 
     Raises `InputError` if another one is at it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a")
+        lock = (folder / f".{file}.lock" if file else folder / ".lock").open("a")
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror}") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            said = f"another process is writing to {folder}"
-            raise InputError(f"{said}: wait for its end, or give another folder") from error
+            said = f"another process is writing to {folder / file}"
+            raise InputError(f"{said}: wait for its end, or name another place") from error
         yield
 
 
