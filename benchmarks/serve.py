@@ -96,6 +96,7 @@ def apart(pipeline: Pipeline, clients: int, each: int) -> tuple[float, float]:
 
 
 def main() -> None:
+    """Measure, print a table, and write --json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="nano")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])

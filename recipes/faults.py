@@ -48,8 +48,8 @@ PICTURES = 48
 MANY = 1200  # pictures of the feature cache, which is marked every 512
 STEPS = 12
 OTHER = "first stage of a stream"  # what the second starts from
-LOCKS = shutil.ignore_patterns(".lock")
-UNLIKE = ("tensorboard", ".lock")  # names with the time in them, and what is empty
+LOCKS = shutil.ignore_patterns("*.lock")
+UNLIKE = ("tensorboard", ".lock", ".eval.predictions.jsonl.lock")  # times in them, or empty
 SOONEST = 0.002  # seconds
 
 

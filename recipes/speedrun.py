@@ -58,18 +58,18 @@ from lavit.train.loop import Stage, schedule, step_once
 from lavit.train.muon import Muon
 from lavit.train.tokenizer import TokenizerStage
 from lavit.vision.encoder import Vision, load_vision
-from lavit.visual_tokenizer.selector import KeepPolicy
+from lavit.visual_tokenizer.selector import KeepPolicy, select
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
 TARGET = 0.9  # of captions that state all facts
 ARMS = ("learned", "random", "all")
 
 
-class Untaught(VisualTokenizer):
-    """A visual tokenizer whose patches no one has chosen."""
+class RandomTokenizer(VisualTokenizer):
+    """Keeps as many patches as its selector would, anywhere."""
 
     def _mask(self, log_probs: Tensor, noise: Tensor | None, temperature: float) -> Tensor:
-        return self.chosen(log_probs, torch.rand(log_probs.shape[:2])).float()
+        return self.highest(torch.rand(log_probs.shape[:2]), log_probs).float()
 
     @torch.no_grad()
     def select(
@@ -81,28 +81,19 @@ class Untaught(VisualTokenizer):
     ) -> Tensor:
         """The keep mask of each image: of one picture always the same."""
         scores = [torch.rand(len(one), generator=seeded_by(one)) for one in patches]
-        return self.chosen(self.selector(self.prepare(patches)), torch.stack(scores))
+        return self.highest(torch.stack(scores), self.selector(self.prepare(patches)))
 
-    def chosen(self, log_probs: Tensor, scores: Tensor) -> Tensor:
-        """Mask [images patches] of the patches with the highest scores."""
-        raise NotImplementedError
-
-
-class RandomTokenizer(Untaught):
-    """As many patches as its selector would keep, those of the highest scores."""
-
-    def chosen(self, log_probs: Tensor, scores: Tensor) -> Tensor:
-        """Mask [images patches]."""
-        count = log_probs[..., 0].exp().double().sum(1).round().clamp(min=1)
-        order = scores.argsort(dim=1, descending=True)
-        return order.argsort(dim=1) < count[:, None]
+    def highest(self, scores: Tensor, log_probs: Tensor) -> Tensor:
+        """Mask [images patches] of the highest scores, as many as the selector keeps."""
+        count = select(log_probs, KeepPolicy()).sum(1, keepdim=True)
+        return scores.argsort(dim=1, descending=True).argsort(dim=1) < count
 
 
-class WholeTokenizer(Untaught):
-    """Every patch."""
+class WholeTokenizer(RandomTokenizer):
+    """Keeps every patch."""
 
-    def chosen(self, log_probs: Tensor, scores: Tensor) -> Tensor:
-        """Mask [images patches]."""
+    def highest(self, scores: Tensor, log_probs: Tensor) -> Tensor:
+        """Mask [images patches] of ones."""
         return torch.ones_like(scores, dtype=torch.bool)
 
 
@@ -114,7 +105,7 @@ def seeded_by(patches: Tensor) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(patches.contiguous().numpy().tobytes()))
 
 
-class UntaughtStage(TokenizerStage):
+class FixedStage(TokenizerStage):
     """Stage 1 without the selector's losses."""
 
     def trains_selector(self, step: int) -> bool:
@@ -195,7 +186,7 @@ def tokenizer_of(
     config = world.preset.training.tokenizer
     if learned is not None:
         tokenizer.selector.load_state_dict(learned.selector.state_dict())
-    kind = TokenizerStage if learned is None else UntaughtStage
+    kind = TokenizerStage if learned is None else FixedStage
     feed = CorpusFeatures(world.features, batch=config.batch, seed=seed)
     stage = kind(tokenizer, feed, config, seed=seed)
     for _ in training(stage, config.steps, betas=(0.9, 0.99)):

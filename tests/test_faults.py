@@ -100,6 +100,19 @@ def test_a_second_process_is_refused(toy_run: Path, toy_data: Path, tmp_path: Pa
         assert not (folder / "checkpoints").exists()
 
 
+def test_two_evaluations_share_a_folder_and_not_a_file(
+    toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = ["eval", str(toy_run), "--count", "1", "--figures", "kept_share", "--json", "b.json"]
+    with alone(tmp_path, "a.predictions.jsonl"):
+        main(asked)
+    assert (tmp_path / "b.json").exists()
+    with alone(tmp_path, "b.predictions.jsonl"), pytest.raises(SystemExit):
+        main(asked)
+    assert "another process is writing to b.predictions.jsonl" in capsys.readouterr().err
+
+
 def test_checkpoints_with_other_moments_are_refused(
     toy_run: Path, toy_data: Path, tmp_path: Path
 ) -> None:

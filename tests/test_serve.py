@@ -31,7 +31,7 @@ from lavit.serve import fetch
 from lavit.serve.app import create_app
 from lavit.serve.errors import ApiError
 from lavit.serve.limits import Limits
-from lavit.serve.metrics import Metrics
+from lavit.serve.metrics import ServerMetrics
 from lavit.serve.painter import preview_steps
 from lavit.serve.pictures import data_of, data_url, encode
 from lavit.serve.server import Server, keys_of
@@ -404,7 +404,7 @@ def test_keys(tmp_path: Path) -> None:
 
 def test_a_client_that_leaves_frees_its_lanes(pipeline: Pipeline) -> None:
     async def run() -> None:
-        worker = Worker(pipeline, Limits(), Metrics())
+        worker = Worker(pipeline, Limits(), ServerMetrics())
         steps = 0
         step = worker.running.session.step
 
@@ -435,7 +435,7 @@ def test_a_client_that_leaves_frees_its_lanes(pipeline: Pipeline) -> None:
 
 def test_a_failing_step_ends_its_requests_alone(pipeline: Pipeline) -> None:
     async def run() -> None:
-        worker = Worker(pipeline, Limits(), Metrics())
+        worker = Worker(pipeline, Limits(), ServerMetrics())
         talk = [{"role": "user", "content": "hello"}]
         order = Order(lambda pipe: pipe.replies(talk, "text", sampling=Sampling(max_tokens=4)))
         session, step = worker.running.session, worker.running.session.step

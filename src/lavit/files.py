@@ -54,22 +54,22 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Be the only process that writes into a folder; the lock dies with the process.
+def alone(folder: Path, file: str = "") -> Iterator[None]:
+    """Be the only process that writes into a folder, or a file of it; the lock dies with it.
 
     Raises `InputError` if another one is at it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a")
+        lock = (folder / f".{file}.lock" if file else folder / ".lock").open("a")
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror}") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            said = f"another process is writing to {folder}"
-            raise InputError(f"{said}: wait for its end, or give another folder") from error
+            said = f"another process is writing to {folder / file}"
+            raise InputError(f"{said}: wait for its end, or name another place") from error
         yield
 
 
@@ -108,11 +108,27 @@ def load_strictly(module: nn.Module, tensors: dict[str, Tensor], where: Path) ->
     module.load_state_dict(tensors)
 
 
-def pretrained(kind: Any, where: str | Path, *, whole: bool = True, **options: Any) -> Any:
-    """A model of a transformers folder or hub id.
+class WrongWeights(ValueError):
+    """Weights (`names`, three of them at most) are not those that a configuration has."""
 
-    Raises ValueError for weights that are of other sizes or, if it is to be `whole`, missing, which
-    transformers draws at random and reports in a table; other errors are its own.
+    def __init__(self, names: str) -> None:
+        super().__init__(f"weights are missing or of another size: {names}")
+        self.names = names
+
+
+def pretrained(
+    kind: Any,
+    where: str | Path,
+    *,
+    whole: bool = True,
+    strict: bool = False,
+    **options: Any,
+) -> Any:
+    """A model of a transformers or diffusers folder or hub id.
+
+    Raises `WrongWeights` for weights that are of other sizes, if it is to be `whole` missing (they
+    would be drawn at random, and named in a table), or if `strict` unknown; other errors are those
+    of `kind.from_pretrained`, which takes the `options`.
     """
     log = logging.getLogger("transformers.modeling_utils")
     log.addFilter(_is_error)
@@ -120,9 +136,9 @@ def pretrained(kind: Any, where: str | Path, *, whole: bool = True, **options: A
         model, info = kind.from_pretrained(where, output_loading_info=True, **options)
     finally:
         log.removeFilter(_is_error)
-    wrong = [*map(str, info["missing_keys"] if whole else ()), *map(str, info["mismatched_keys"])]
-    if wrong:
-        raise ValueError(f"weights are missing or of another size: {', '.join(wrong[:3])}")
+    kinds = ["mismatched_keys", *["missing_keys"] * whole, *["unexpected_keys"] * strict]
+    if wrong := sorted(str(key) for kind in kinds for key in info[kind]):
+        raise WrongWeights(", ".join(wrong[:3]))
     return model
 
 
@@ -136,16 +152,14 @@ def load_whole(kind: Any, folder: Path, **options: Any) -> Any:
     `options` are those of its `from_pretrained`. Raises `InputError` where the folder cannot be
     read, or its weights are not exactly those of its configuration.
     """
-    options |= {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+    options |= {"use_safetensors": True, "local_files_only": True}
     try:
-        model, info = kind.from_pretrained(folder, **options)
+        return pretrained(kind, folder, strict=True, **options)
+    except WrongWeights as error:
+        raise InputError(f"{folder} does not fit its own configuration: {error.names}") from error
     except Exception as error:  # configurations and weights fail in ways of their own
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{folder} cannot be read: {reason}") from error
-    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
-    if wrong := sorted(str(key) for kind in kinds for key in info[kind]):
-        raise InputError(f"{folder} does not fit its own configuration: {', '.join(wrong[:3])}")
-    return model
 
 
 def sha256(path: Path) -> str:

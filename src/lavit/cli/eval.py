@@ -64,7 +64,7 @@ def evaluate(
     data = training_data(folder) if data is None else data
     rules = rules_of(folder, objects, held_out_pairs)
     kept = evaluation.predictions_path(folder, json)
-    with alone(kept.parent), ProgressBar() as progress:
+    with alone(kept.parent, kept.name), ProgressBar() as progress:
         exam = Exam(
             model, seed=seed, count=count, rules=rules, kept=kept, progress=progress.count,
             valid=valid,

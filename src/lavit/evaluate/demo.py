@@ -246,8 +246,10 @@ class Show:
             keep = self.pipe.tokenize(picture).keep[0]
             if not counts[number] and number in SHOWN:
                 shown = kept_over(picture, keep, size=240)
-                things = f"{number or 'no'} thing{'s' * (number > 1)}"
-                items.append(Item(((things, picture), (f"{int(keep.sum())} tokens", shown))))
+                kept = int(keep.sum())
+                things = f"{number or 'no'} thing{'s' * (number != 1)}"
+                tokens = f"{kept} token{'s' * (kept != 1)}"
+                items.append(Item(((things, picture), (tokens, shown))))
             counts[number].append(int(keep.sum()))
         return Section(title, about, tuple(items), counts=tuple(map(tuple, counts)))
 

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from lavit.generate.request import Reason
 from lavit.serve.errors import ApiError
 from lavit.serve.service import Service, left
-from lavit.serve.ticket import Prompt, Ticket
+from lavit.serve.ticket import PromptSize, Ticket
 
 
 @dataclass(eq=False)
@@ -66,7 +66,7 @@ async def gathered(ticket: Ticket) -> list[Choice]:
     return choices
 
 
-def image_usage(prompt: Prompt, codes: int) -> dict[str, Any]:
+def image_usage(prompt: PromptSize, codes: int) -> dict[str, Any]:
     """Usage as the addresses of images say it."""
     read = prompt.text + prompt.image
     return {
@@ -78,7 +78,7 @@ def image_usage(prompt: Prompt, codes: int) -> dict[str, Any]:
     }
 
 
-def chat_usage(prompt: Prompt, text: int, codes: int) -> dict[str, Any]:
+def chat_usage(prompt: PromptSize, text: int, codes: int) -> dict[str, Any]:
     """Usage as chat completions say it."""
     read, wrote = prompt.text + prompt.image, text + codes
     return {

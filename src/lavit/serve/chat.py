@@ -26,7 +26,7 @@ from lavit.serve.answers import Choice, EventStream, WrittenPicture, chat_usage,
 from lavit.serve.errors import ApiError
 from lavit.serve.pictures import data_url
 from lavit.serve.service import Service, seed_or_new, until_gone
-from lavit.serve.ticket import Order, Prompt, Ticket
+from lavit.serve.ticket import Order, PromptSize, Ticket
 from lavit.visual_tokenizer.selector import KeepPolicy
 
 Detail = Literal["auto", "low", "high", "original"]
@@ -68,7 +68,7 @@ class ImageItem(BaseModel):
     codes: list[int] | None = None
 
 
-class Message(BaseModel):
+class MessageBody(BaseModel):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -90,24 +90,24 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = False
 
 
-class Asked(BaseModel):
+class RequestBody(BaseModel):
     """What requests share; what would change the answer and is not done here is refused."""
 
     model_config = {"extra": "allow"}
     model: str | None = None
 
     @model_validator(mode="after")
-    def _refuse(self) -> Asked:
+    def _refuse(self) -> RequestBody:
         for name, value in (self.model_extra or {}).items():
             if name in NOT_DONE and value is not None and value not in NOT_DONE[name]:
                 raise ValueError(f"{name} is not supported: leave it out")
         return self
 
 
-class ChatRequest(Asked):
+class ChatRequest(RequestBody):
     """A chat completion as OpenAI has it."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[MessageBody], Field(min_length=1)]
     modalities: list[Literal["text", "image"]] | None = None
     n: int | None = 1
     seed: RequestSeed | None = None
@@ -133,7 +133,7 @@ class ChatRequest(Asked):
         return tuple(filter(None, given))
 
 
-async def conversation(service: Service, messages: Sequence[Message]) -> list[dict[str, Any]]:
+async def conversation(service: Service, messages: Sequence[MessageBody]) -> list[dict[str, Any]]:
     """Messages in the form of Hugging Face chats, their pictures opened."""
     count = sum(isinstance(item, ImageItem) for message in messages for item in message.items)
     if count > service.limits.pictures:
@@ -238,7 +238,7 @@ def _head(service: Service, kind: str) -> dict[str, Any]:
 
 
 async def _answer(
-    service: Service, ticket: Ticket, prompt: Prompt, body: ChatRequest
+    service: Service, ticket: Ticket, prompt: PromptSize, body: ChatRequest
 ) -> dict[str, Any]:
     choices = await gathered(ticket)
     found = []
@@ -272,7 +272,7 @@ def _reason(body: ChatRequest, reason: str) -> str:
 
 
 async def _chunks(
-    service: Service, ticket: Ticket, prompt: Prompt, body: ChatRequest
+    service: Service, ticket: Ticket, prompt: PromptSize, body: ChatRequest
 ) -> AsyncIterator[bytes]:
     """The events of a stream; usage comes in the last one."""
     head = _head(service, "chat.completion.chunk")

@@ -10,12 +10,12 @@ from typing import Any
 
 from lavit.serve.errors import ApiError, busy, too_slow
 from lavit.serve.limits import Limits
-from lavit.serve.metrics import Metrics
+from lavit.serve.metrics import ServerMetrics
 
 Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
+AsgiMessage = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[AsgiMessage]]
+Send = Callable[[AsgiMessage], Awaitable[None]]
 OPEN = ("/health",)  # needs no key
 
 
@@ -37,7 +37,7 @@ class Gate:
         self,
         app: Callable[[Scope, Receive, Send], Awaitable[None]],
         limits: Limits,
-        metrics: Metrics,
+        metrics: ServerMetrics,
         keys: Sequence[str],
     ) -> None:
         self.app, self.limits, self.metrics, self.keys = app, limits, metrics, keys
@@ -108,7 +108,7 @@ class Answer:
     def __init__(self, send: Send) -> None:
         self._send, self.status = send, 0
 
-    async def send(self, message: Message) -> None:
+    async def send(self, message: AsgiMessage) -> None:
         """Pass a message on."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
@@ -123,7 +123,7 @@ class Body:
         self.bytes, self.whole = 0, False
         self.until = asyncio.get_running_loop().time() + limits.body_seconds
 
-    async def receive(self) -> Message:
+    async def receive(self) -> AsgiMessage:
         """The next message; raises `ApiError` where a limit is passed."""
         if self.whole:
             return await self._receive()

@@ -23,18 +23,18 @@ from lavit.generate.prompts import Inputs, drawings_of, words_of
 from lavit.generate.runner import Work
 from lavit.layout import editing
 from lavit.serve.answers import EventStream, gathered, image_usage, sse
-from lavit.serve.chat import Asked, RequestSeed
+from lavit.serve.chat import RequestBody, RequestSeed
 from lavit.serve.errors import ApiError
 from lavit.serve.pictures import data_url
 from lavit.serve.service import Service, seed_or_new, until_gone
-from lavit.serve.ticket import Order, Prompt, Ticket
+from lavit.serve.ticket import Order, PromptSize, Ticket
 
 UPLOADS = ("image", "image[]")
 FIELD_BYTES = 2**18  # of a field of a form that is no file
 Quality = Literal["low", "medium", "high", "auto", "standard", "hd"]
 
 
-class DrawingRequest(Asked):
+class DrawingRequest(RequestBody):
     """What both addresses take."""
 
     prompt: Annotated[str, Field(min_length=1)]
@@ -201,7 +201,7 @@ def drawing_of(prompt: str, pictures: Sequence[Image], **how: Any) -> Callable[[
 
 
 async def _answer(
-    service: Service, ticket: Ticket, prompt: Prompt, canvas: Canvas
+    service: Service, ticket: Ticket, prompt: PromptSize, canvas: Canvas
 ) -> dict[str, Any]:
     data, about, codes = [], {}, 0
     for number, choice in enumerate(await gathered(ticket)):
@@ -218,7 +218,7 @@ async def _answer(
 
 
 async def _events(
-    service: Service, ticket: Ticket, prompt: Prompt, canvas: Canvas, name: str
+    service: Service, ticket: Ticket, prompt: PromptSize, canvas: Canvas, name: str
 ) -> AsyncIterator[bytes]:
     """Partial images, and the completed picture of each choice."""
     shown = [0] * ticket.order.n

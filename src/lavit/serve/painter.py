@@ -17,7 +17,7 @@ from lavit.generate.pipeline import Pipeline
 from lavit.generate.runner import TOGETHER
 from lavit.generate.safety import Refused
 from lavit.generate.stream import Update
-from lavit.serve.metrics import Metrics
+from lavit.serve.metrics import ServerMetrics
 from lavit.serve.ticket import Ticket
 
 
@@ -39,10 +39,10 @@ class Painting:
         return self.ticket.order.steps, self.ticket.order.size
 
 
-class Painter:
+class PainterThread:
     """Paints what is added, oldest first, together with what is painted alike."""
 
-    def __init__(self, pipeline: Pipeline, metrics: Metrics) -> None:
+    def __init__(self, pipeline: Pipeline, metrics: ServerMetrics) -> None:
         self.pipeline, self.metrics = pipeline, metrics
         self._wake = threading.Condition()
         self._queue: deque[Painting] = deque()

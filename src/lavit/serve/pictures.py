@@ -25,7 +25,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 THREADS = 2  # pictures decoded at a time
 
 
-class Pictures:
+class SentPictures:
     """The border of a server for pictures; `side` is that of the encoder's square in pixels."""
 
     def __init__(self, side: int, limits: Limits, fetcher: Fetcher | None = None) -> None:

@@ -18,11 +18,11 @@ from lavit.generate.stream import Update
 from lavit.layout import Reply
 from lavit.serve.answers import EventStream, sse
 from lavit.serve.chat import (
-    Asked,
     Detail,
     ImageItem,
     ImageURL,
-    Message,
+    MessageBody,
+    RequestBody,
     RequestSeed,
     Temperature,
     TextItem,
@@ -34,9 +34,9 @@ from lavit.serve.errors import ApiError
 from lavit.serve.images import Quality
 from lavit.serve.pictures import data_url
 from lavit.serve.service import Service, seed_or_new, until_gone
-from lavit.serve.ticket import Prompt, Ticket
+from lavit.serve.ticket import PromptSize, Ticket
 
-Event = dict[str, Any]
+ServerEvent = dict[str, Any]
 
 
 class Words(BaseModel):
@@ -46,7 +46,7 @@ class Words(BaseModel):
     text: str
 
 
-class Shown(BaseModel):
+class ShownImage(BaseModel):
     """A picture of an item: a data URL."""
 
     type: Literal["input_image"]
@@ -59,7 +59,7 @@ class Said(BaseModel):
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Annotated[Words | Shown, Field(discriminator="type")]]
+    content: str | list[Annotated[Words | ShownImage, Field(discriminator="type")]]
 
 
 class Drew(BaseModel):
@@ -80,7 +80,7 @@ class Tool(BaseModel):
     partial_images: Annotated[int, Field(ge=0, le=3)] | None = 0
 
 
-class ResponseRequest(Asked):
+class ResponseRequest(RequestBody):
     """A response as OpenAI has it."""
 
     input: Annotated[str, Field(min_length=1)] | Annotated[list[Drew | Said], Field(min_length=1)]
@@ -108,24 +108,24 @@ class ResponseRequest(Asked):
         return "auto" if self.tool_choice in ("auto", None) else "image"
 
     @property
-    def messages(self) -> list[Message]:
+    def messages(self) -> list[MessageBody]:
         """The input as messages of a chat."""
         given = self.input
         items = [Said(role="user", content=given)] if isinstance(given, str) else given
-        found = [Message(role="system", content=self.instructions)] if self.instructions else []
+        found = [MessageBody(role="system", content=self.instructions)] if self.instructions else []
         for item in items:
             if isinstance(item, Drew):
                 seen = ImageURL(url=data_url(item.result))
                 part = ImageItem(type="image_url", image_url=seen, codes=item.codes)
-                found.append(Message(role="assistant", content=[part]))
+                found.append(MessageBody(role="assistant", content=[part]))
             elif isinstance(item.content, str):
-                found.append(Message(role=item.role, content=item.content))
+                found.append(MessageBody(role=item.role, content=item.content))
             else:
-                found.append(Message(role=item.role, content=[_item(p) for p in item.content]))
+                found.append(MessageBody(role=item.role, content=[_item(p) for p in item.content]))
         return found
 
 
-def _item(part: Words | Shown) -> TextItem | ImageItem:
+def _item(part: Words | ShownImage) -> TextItem | ImageItem:
     if isinstance(part, Words):
         return TextItem(type="text", text=part.text)
     seen = ImageURL(url=part.image_url, detail=part.detail)
@@ -182,7 +182,7 @@ async def _whole(ticket: Ticket, writing: Writing) -> dict[str, Any]:
 class Writing:
     """A response on its way: updates in, events out; its items are those written so far."""
 
-    def __init__(self, service: Service, body: ResponseRequest, prompt: Prompt) -> None:
+    def __init__(self, service: Service, body: ResponseRequest, prompt: PromptSize) -> None:
         self.service, self.body, self.prompt = service, body, prompt
         self.id, self.created = f"resp_{uuid.uuid4().hex}", int(time.time())
         self.status = "in_progress"
@@ -193,12 +193,12 @@ class Writing:
         self.message: int | None = None  # place of the message that is open
         self.text = self.codes = self.events = 0
 
-    def begin(self) -> list[Event]:
+    def begin(self) -> list[ServerEvent]:
         """The first events."""
         kinds = ("response.created", "response.in_progress")
         return [self._event(kind, response=self.response()) for kind in kinds]
 
-    async def take(self, update: Update) -> list[Event]:
+    async def take(self, update: Update) -> list[ServerEvent]:
         """The events that an update comes to."""
         if update.kind == "text":
             return self._words(update.text)
@@ -270,19 +270,19 @@ class Writing:
             "metadata": {},
         }
 
-    def _event(self, kind: str, **fields: Any) -> Event:
+    def _event(self, kind: str, **fields: Any) -> ServerEvent:
         self.events += 1
         return {"type": kind, "sequence_number": self.events - 1, **fields}
 
-    def _added(self, item: dict[str, Any]) -> tuple[dict[str, Any], Event]:
+    def _added(self, item: dict[str, Any]) -> tuple[dict[str, Any], ServerEvent]:
         """Where an item is, and the event that it is there."""
         self.items.append(item)
         at = len(self.items) - 1
         added = self._event("response.output_item.added", item=dict(item), output_index=at)
         return {"item_id": item["id"], "output_index": at}, added
 
-    def _words(self, piece: str) -> list[Event]:
-        events: list[Event] = []
+    def _words(self, piece: str) -> list[ServerEvent]:
+        events: list[ServerEvent] = []
         if self.message is None:
             self.message = len(self.items)
             new = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant"}
@@ -296,11 +296,11 @@ class Writing:
         delta = {"delta": piece, "logprobs": []}
         return [*events, self._event("response.output_text.delta", **place, **delta)]
 
-    def _part(self, what: str, place: dict[str, Any], part: dict[str, Any]) -> Event:
+    def _part(self, what: str, place: dict[str, Any], part: dict[str, Any]) -> ServerEvent:
         where = {**place, "content_index": 0}
         return self._event(f"response.content_part.{what}", **where, part=dict(part))
 
-    def _close(self) -> list[Event]:
+    def _close(self) -> list[ServerEvent]:
         """End the message that is open."""
         if self.message is None:
             return []
@@ -314,7 +314,7 @@ class Writing:
             self._event("response.output_item.done", item=dict(item), output_index=at),
         ]
 
-    def _open_picture(self, number: int) -> list[Event]:
+    def _open_picture(self, number: int) -> list[ServerEvent]:
         self.pictures[number], self.partial[number] = len(self.items), 0
         item = {"id": f"ig_{uuid.uuid4().hex}", "type": "image_generation_call"}
         place, added = self._added({**item, "status": "in_progress", "result": None})
@@ -324,7 +324,7 @@ class Writing:
             *(self._event(f"response.image_generation_call.{k}", **place) for k in kinds),
         ]
 
-    async def _picture(self, update: Update) -> list[Event]:
+    async def _picture(self, update: Update) -> list[ServerEvent]:
         """A preview, or the picture that ends its item."""
         at, picture = self.pictures[update.image], update.picture
         assert picture is not None

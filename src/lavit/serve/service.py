@@ -21,9 +21,9 @@ from lavit.pixels.decoder import Pixels
 from lavit.serve.errors import ApiError, api_error
 from lavit.serve.fetch import Fetcher
 from lavit.serve.limits import Limits
-from lavit.serve.metrics import Metrics
-from lavit.serve.pictures import Pictures
-from lavit.serve.ticket import Order, Prompt, Ticket
+from lavit.serve.metrics import ServerMetrics
+from lavit.serve.pictures import SentPictures
+from lavit.serve.ticket import Order, PromptSize, Ticket
 from lavit.serve.worker import Worker
 
 T = TypeVar("T")
@@ -44,10 +44,10 @@ class Service:
         self.pipeline, self.limits = pipeline, limits
         self.name = pipeline.model.config.name
         self.created = int(time.time())
-        self.metrics = Metrics()
+        self.metrics = ServerMetrics()
         fetcher = Fetcher(fetch_hosts, limits.request_bytes) if fetch_hosts else None
         side = pipeline.model.config.vision.image_size
-        self.pictures = Pictures(side, limits, fetcher)
+        self.pictures = SentPictures(side, limits, fetcher)
         self.worker = Worker(pipeline, limits, self.metrics)
 
     def close(self) -> None:
@@ -70,7 +70,7 @@ class Service:
             said = f"n is {n}: choose 1 to {self.limits.choices}"
             raise ApiError(400, said, param="n", code="invalid_value")
 
-    async def open(self, order: Order) -> tuple[Ticket, Prompt]:
+    async def open(self, order: Order) -> tuple[Ticket, PromptSize]:
         """Begin a request: `Worker.open`, after what would stop its pictures at the end."""
         if order.previews and self.pipeline.release.checker is not None:
             remedy = "leave partial_images out"

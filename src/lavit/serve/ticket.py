@@ -37,7 +37,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class PromptSize:
     """Tokens of a prompt by kind; the marks around pictures count as text."""
 
     text: int
@@ -55,7 +55,7 @@ class Ticket:
     def __init__(self, order: Order, seconds: float, left: Callable[[Ticket], None]) -> None:
         self.order, self.left = order, left
         self.loop = asyncio.get_running_loop()
-        self.accepted: asyncio.Future[Prompt] = self.loop.create_future()
+        self.accepted: asyncio.Future[PromptSize] = self.loop.create_future()
         self.started = time.monotonic()
         self.begun = False  # a token came
         self.closed = False
@@ -87,7 +87,7 @@ class Ticket:
             self.accepted.set_exception(error)
         self._found.put_nowait(error)
 
-    def accept(self, prompt: Prompt) -> None:
+    def accept(self, prompt: PromptSize) -> None:
         """The prompt is laid out and in the queue."""
         if not self.accepted.done():
             self.accepted.set_result(prompt)

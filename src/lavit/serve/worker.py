@@ -27,9 +27,9 @@ from lavit.generate.runner import reseeded
 from lavit.generate.stream import Running, Update
 from lavit.serve.errors import stopping
 from lavit.serve.limits import Limits
-from lavit.serve.metrics import Metrics
-from lavit.serve.painter import Painter, Painting
-from lavit.serve.ticket import Order, Prompt, Ticket
+from lavit.serve.metrics import ServerMetrics
+from lavit.serve.painter import PainterThread, Painting
+from lavit.serve.ticket import Order, PromptSize, Ticket
 
 T = TypeVar("T")
 TAKEN = 4  # prompts laid out between two steps at most, so that what runs does not stand still
@@ -38,10 +38,10 @@ TAKEN = 4  # prompts laid out between two steps at most, so that what runs does 
 class Worker:
     """The threads of a pipeline. `open`, `call` and `stop` are for the event loop."""
 
-    def __init__(self, pipeline: Pipeline, limits: Limits, metrics: Metrics) -> None:
+    def __init__(self, pipeline: Pipeline, limits: Limits, metrics: ServerMetrics) -> None:
         self.pipeline, self.limits, self.metrics = pipeline, limits, metrics
         self.running = self._session()
-        self.painter = Painter(pipeline, metrics)
+        self.painter = PainterThread(pipeline, metrics)
         self.tickets: set[Ticket] = set()
         self._entries: dict[int, tuple[Ticket, int, int]] = {}  # ticket, choice, seed of a number
         self._wake = threading.Condition()
@@ -63,7 +63,7 @@ class Worker:
         """Jobs that wait for a lane."""
         return len(self._calls) + len(self.running.session.waiting)
 
-    async def open(self, order: Order) -> tuple[Ticket, Prompt]:
+    async def open(self, order: Order) -> tuple[Ticket, PromptSize]:
         """Begin a request; returns when its prompt is laid out, or raises what is wrong with it."""
         if self._stopped:
             raise stopping()
@@ -178,7 +178,7 @@ class Worker:
         self.metrics.tokens.labels("in", "text").inc(prompt.text)
         self.metrics.tokens.labels("in", "image").inc(prompt.image)
 
-    def _counted(self, request: Request) -> Prompt:
+    def _counted(self, request: Request) -> PromptSize:
         total, most = len(request.ids), self.limits.prompt_tokens
         if total > most:
             raise InputError(f"the prompt has {total} tokens, at most {most} are taken: shorten it")
@@ -186,7 +186,7 @@ class Worker:
         if request.slots:
             read |= torch.tensor(request.slots)
         image = int(read.sum())
-        return Prompt(total - image, image)
+        return PromptSize(total - image, image)
 
     def _route(self, update: Update) -> None:
         number = update.input
