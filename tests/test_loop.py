@@ -123,8 +123,6 @@ def test_a_step_of_stage_3_in_parts_is_the_step(
         out = tmp_path / str(parts)
         for part in ("vision", "visual_tokenizer"):
             shutil.copytree(toy_run / part, out / part)
-        for name in ("config.json", "training.json"):
-            shutil.copy(toy_run / name, out / name)
         training = replace(toy_training(3), log_every=1)
         changed = {"accumulate": parts, "recompute": parts > 1, "code_noise": 0.5}
         training = replace(training, pixels=replace(training.pixels, **changed))
