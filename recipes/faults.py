@@ -348,7 +348,7 @@ def damage_all(bench: Bench) -> list[list]:
     cache, out = works["feature cache"], bench.folder(works["feature cache"])
     bench.undisturbed(cache)
     shutil.copytree(bench.place / "made" / cache.name / "cache", out / "cache")
-    cut(next((out / "cache").glob("*.npy")))
+    cut(next(path for path in (out / "cache").glob("*.npy") if ".done" not in path.name))
     say(rows, "feature cache", "cut features.npy", "", bench.finished(cache, out))
     return rows
 

@@ -40,7 +40,7 @@ from lavit.data.conversations import ConversationDocuments, load_conversations
 from lavit.evaluate.own import load_items
 from lavit.model import LaVIT
 from lavit.train.finetune import finetune_training
-from lavit.train.run import Run
+from lavit.train.run import open_run, train_stages
 
 
 class Inputs(Maker):
@@ -86,7 +86,7 @@ class Inputs(Maker):
         file.write_bytes(data)
         (folder / "visual_tokenizer" / "done").unlink()
         uses = {
-            "run": lambda: Run(folder, "data", toy_config(), toy_training()),
+            "run": lambda: open_run(folder, "data", toy_config(), toy_training()),
             "fine-tuning": lambda: finetune_training(folder),
             "eval": lambda: command_line(["eval", str(folder), "--figures", "kept_share"]),
         }
@@ -285,7 +285,8 @@ def main(count: int = 400, seed: int = 0, out: Path = Path("fuzz")) -> None:
         toy_picture(name).save(out / "data" / "train" / f"{number}.png")
         lines.append(json.dumps({"file_name": f"{number}.png", "text": f"{name}."}) + "\n")
     (out / "data" / "train" / "metadata.jsonl").write_text("".join(lines))
-    Run(out / "model", out / "data", toy_config(), toy_training(), trackers=()).train()
+    run = open_run(out / "model", out / "data", toy_config(), toy_training(), trackers=())
+    train_stages(run)
     table, wrong = fuzz(out / "inputs", out / "model", count, seed)
     for one in wrong:
         print(one)

@@ -52,6 +52,7 @@ from lavit.generate.pipeline import Pipeline
 from lavit.model import LaVIT
 from lavit.presets import Preset, nano
 from lavit.storage import build_language, load_base
+from lavit.train.feeds import CorpusFeatures
 from lavit.train.language import LanguageStage, train_text_tokenizer
 from lavit.train.loop import Stage, schedule, step_once
 from lavit.train.muon import Muon
@@ -186,7 +187,8 @@ def tokenizer_of(
     if learned is not None:
         tokenizer.selector.load_state_dict(learned.selector.state_dict())
     kind = TokenizerStage if learned is None else FixedStage
-    stage = kind(tokenizer, world.features, config, seed=seed)
+    feed = CorpusFeatures(world.features, batch=config.batch, seed=seed)
+    stage = kind(tokenizer, feed, config, seed=seed)
     for _ in training(stage, config.steps, betas=(0.9, 0.99)):
         pass
     return tokenizer.eval(), time.perf_counter() - started

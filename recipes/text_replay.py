@@ -27,7 +27,7 @@ import lavit
 from lavit.evaluate.text import perplexity
 from lavit.presets import mini
 from lavit.storage import load_base
-from lavit.train.run import Run
+from lavit.train.run import open_run, train_stages
 
 
 def main(
@@ -53,7 +53,8 @@ def main(
         language = replace(preset.training.language, steps=steps)
         training = replace(preset.training, language=language, sample_every=0)
         mixture = f"{data},{texts}:{weight}" if weight else data
-        Run(folder, mixture, preset.model, training, trackers=()).train(("language",))
+        run = open_run(folder, mixture, preset.model, training, trackers=())
+        train_stages(run, ("language",))
         model = lavit.load(folder, parts=("language",)).model
         text = model.text_tokenizer
         found = perplexity(held_out_texts(texts), text, model.language, base, where=texts.name)

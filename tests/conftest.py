@@ -241,8 +241,8 @@ def toy_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def toy_run(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A toy run whose three stages have been trained for a few steps."""
-    from lavit.train.run import Run
+    from lavit.train.run import open_run, train_stages
 
     folder = tmp_path_factory.mktemp("run") / "toy"
-    Run(folder, toy_data, toy_config(), toy_training()).train()
+    train_stages(open_run(folder, toy_data, toy_config(), toy_training()))
     return folder

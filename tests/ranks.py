@@ -65,6 +65,7 @@ def train_stage(folder: Path, *, cpu: bool = True, accumulate: int = 1) -> dict[
 
     from lavit.config import TokenizerConfig, TokenizerTraining
     from lavit.data.features import Features
+    from lavit.train.feeds import CorpusFeatures
     from lavit.train.loop import Report, train
     from lavit.train.tokenizer import TokenizerStage
     from lavit.visual_tokenizer.tokenizer import VisualTokenizer
@@ -93,7 +94,8 @@ def train_stage(folder: Path, *, cpu: bool = True, accumulate: int = 1) -> dict[
         k_means_vectors=150,
         patience=2,
     )
-    stage = TokenizerStage(tokenizer, Features(features), config, seed=1)
+    feed = CorpusFeatures(Features(features), batch=config.batch, seed=1)
+    stage = TokenizerStage(tokenizer, feed, config, seed=1)
     reports: list[Report] = []
     watch = {"log_every": 1, "watch": reports.append}
     train(

@@ -2,14 +2,14 @@
 
 It is apart so that ranks start alone:
 
-python -m torch.distributed.run --nproc-per-node 2 tests/ranks_language.py DATA DDP FSDP
-
-DDP and FSDP are the two run folders.
+python -m torch.distributed.run --nproc-per-node 2 tests/ranks_language.py DATA RUN RUN RUN RUN
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,9 @@ from accelerate.state import AcceleratorState
 
 from conftest import toy_config, toy_training
 from lavit.config import TrainConfig
-from lavit.train.run import Run
+from lavit.train import loop
+from lavit.train.run import open_run, train_stages
+from lavit.train.settings import STAGES
 
 
 def training() -> TrainConfig:
@@ -31,15 +33,47 @@ def training() -> TrainConfig:
     )
 
 
-def main(data: str, ddp: str, fsdp: str) -> None:
-    """Train stages 2 and 3 under DDP and stage 2 under FSDP2 on this rank."""
+def streaming() -> TrainConfig:
+    """All three stages on streams, a checkpoint in the middle of each."""
+    found = replace(training(), checkpoint_every=3)
+    return replace(found, **{one: replace(getattr(found, one), stream=True) for one in STAGES})
+
+
+def stop_once(save: Callable[..., None]) -> Callable[..., None]:
+    """A `save_checkpoint` that stops every rank behind the first checkpoint of each stage."""
+    stopped: set[str] = set()
+
+    def then_stop(folder: Path, *rest: object, **options: object) -> None:
+        save(folder, *rest, **options)
+        if folder.name not in stopped:
+            stopped.add(folder.name)
+            raise KeyboardInterrupt
+
+    return then_stop
+
+
+def on_streams(data: str, whole: Path, stopped: Path) -> None:
+    """Three stages, once without a stop and once with three."""
+    train_stages(open_run(whole, data, toy_config(), streaming(), trackers=()))
+    loop.save_checkpoint = stop_once(loop.save_checkpoint)
+    for stage in STAGES:
+        with contextlib.suppress(KeyboardInterrupt):
+            train_stages(open_run(stopped, data, toy_config(), streaming(), trackers=()))
+            raise AssertionError(f"{stage} was not stopped")
+    train_stages(open_run(stopped, data, toy_config(), streaming(), trackers=()))
+
+
+def main(data: str, ddp: str, fsdp: str, whole: str, stopped: str) -> None:
+    """Train on this rank: stages 2 and 3 under DDP, all on streams, and stage 2 under FSDP2."""
     torch.set_num_threads(1)
-    run = Run(Path(ddp), data, toy_config(), training(), trackers=())
+    run = open_run(Path(ddp), data, toy_config(), training(), trackers=())
     assert run.accelerator.num_processes == 2  # two that train alone would agree as well
-    run.train(("language", "pixels"))
+    train_stages(run, ("language", "pixels"))
+    on_streams(data, Path(whole), Path(stopped))
     # the ranks stay together, the layout is another
     AcceleratorState._reset_state(reset_partial_state=False)
-    Run(Path(fsdp), data, toy_config(), training(), trackers=(), fsdp=True).train(("language",))
+    run = open_run(Path(fsdp), data, toy_config(), training(), trackers=(), fsdp=True)
+    train_stages(run, ("language",))
 
 
 if __name__ == "__main__":

@@ -188,19 +188,17 @@ def test_stages_1_and_3_take_pictures_and_nothing_else() -> None:
     from lavit.train.tokenizer import TokenizerStage
 
     taken = {
-        TokenizerStage: {"tokenizer", "features", "config", "seed"},
-        PixelsStage: {"pixels", "tokenizer", "pictures", "tokens", "config", "seed", "vision"},
+        TokenizerStage: {"tokenizer", "feed", "config", "seed"},
+        PixelsStage: {"pixels", "tokenizer", "feed", "config", "seed", "vision"},
     }
     kinds = {
         "tokenizer": "VisualTokenizer",
-        "features": "Features",
         "pixels": "Pixels",
-        "pictures": "Pictures",
-        "tokens": "VisualTokens",
         "seed": "int",
         "vision": "Vision | None",
     }
     for stage, names in taken.items():
+        kinds["feed"] = "FeatureFeed" if stage is TokenizerStage else "PixelFeed"
         parameters = dict(inspect.signature(stage.__init__).parameters)
         parameters.pop("self")
         assert set(parameters) == names, stage.__name__
@@ -210,11 +208,15 @@ def test_stages_1_and_3_take_pictures_and_nothing_else() -> None:
                 assert said == kinds[name], (stage.__name__, name)
 
 
-def test_features_and_pictures_hold_no_texts() -> None:
+def test_what_stages_1_and_3_see_holds_no_texts() -> None:
     from lavit.data.features import Features, Pictures
+    from lavit.train.feeds import FeatureBatch, PixelBatch
 
     assert Features.__init__.__annotations__.keys() <= {"array", "return"}
     assert Pictures.__init__.__annotations__.keys() <= {"openers", "size", "return"}
+    assert FeatureBatch.__init__.__annotations__.keys() <= {"patches", "places", "return"}
+    shown = {"pictures", "codes", "others", "places", "return"}
+    assert PixelBatch.__init__.__annotations__.keys() <= shown
 
 
 @pytest.mark.parametrize("room", [*BOXES, "generate"])

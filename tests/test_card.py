@@ -17,7 +17,7 @@ from lavit.config import InputError, TrainConfig, from_json, read_config, read_j
 from lavit.model import LaVIT
 from lavit.storage import WEIGHTS, export_language
 from lavit.train.card import record_figures, write_card
-from lavit.train.run import Run
+from lavit.train.run import open_run, train_stages
 
 
 def test_a_finished_run_has_a_card(toy_run: Path, toy_data: Path) -> None:
@@ -82,8 +82,8 @@ def test_a_readme_of_ones_own_is_left_alone(
 def adapted(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that adapts a trained (here: random, but saved) language model by LoRA."""
     out = tmp_path_factory.mktemp("lora") / "run"
-    first = Run(out.with_name("first"), toy_data, toy_config(), toy_training(2))
-    first.train(("tokenizer", "language"))
+    first = open_run(out.with_name("first"), toy_data, toy_config(), toy_training(2))
+    train_stages(first, ("tokenizer", "language"))
     base = out.with_name("base")
     model = LaVIT.from_pretrained(first.folder)
     language = model.language
@@ -95,7 +95,7 @@ def adapted(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     training = toy_training(4)
     training = replace(training, language=replace(training.language, learning_rate=0.05))
-    Run(out, toy_data, config, training).train(("tokenizer", "language"))
+    train_stages(open_run(out, toy_data, config, training), ("tokenizer", "language"))
     return out
 
 
@@ -141,14 +141,14 @@ def test_an_adapter_is_not_exported_by_halves(adapted: Path, toy_run: Path, tmp_
 
 def test_lora_over_a_random_model_is_refused(toy_data: Path, tmp_path: Path) -> None:
     config = toy_config()
-    run = Run(
+    run = open_run(
         tmp_path / "run",
         toy_data,
         replace(config, language=replace(config.language, lora_rank=2)),
         toy_training(1),
     )
     with pytest.raises(InputError, match="random"):
-        run.train(("tokenizer", "language"))
+        train_stages(run, ("tokenizer", "language"))
 
 
 def test_shipped_models_say_how_they_were_trained() -> None:

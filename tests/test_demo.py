@@ -131,9 +131,9 @@ def test_demo_is_a_verb(
 
 
 def described(folder: Path, source: str) -> dict:
-    from lavit.train.run import Run
+    from lavit.train.run import open_run
 
-    Run(folder, source, toy_config(), toy_training(), trackers=())
+    open_run(folder, source, toy_config(), toy_training(), trackers=())
     return json.loads((folder / "training.json").read_text())
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from conftest import toy_config
 from lavit.config import InputError
 from lavit.model import LaVIT
-from lavit.train.run import Run
+from lavit.train.run import open_run, train_stages
 from lavit.train.spread import make_accelerator
 from ranks_language import training
 
@@ -32,7 +32,7 @@ def figures(run: Path, stage: str) -> list[dict]:
 def tokenizer_run(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose first stage is trained: where the others start."""
     out = tmp_path_factory.mktemp("ranks") / "run"
-    Run(out, toy_data, toy_config(), training(), trackers=()).train(("tokenizer",))
+    train_stages(open_run(out, toy_data, toy_config(), training(), trackers=()), ("tokenizer",))
     return out
 
 
@@ -41,7 +41,9 @@ def alone(tokenizer_run: Path, toy_data: Path) -> Path:
     """Stages 2 and 3 in one process."""
     out = tokenizer_run.with_name("alone")
     shutil.copytree(tokenizer_run, out)
-    Run(out, toy_data, toy_config(), training(), trackers=()).train(("language", "pixels"))
+    train_stages(
+        open_run(out, toy_data, toy_config(), training(), trackers=()), ("language", "pixels")
+    )
     return out
 
 
@@ -73,10 +75,10 @@ def weights_apart(mine: Path, theirs: Path, part: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def on_two_ranks(tokenizer_run: Path, toy_data: Path) -> dict[str, Path]:
-    """The same stages on two ranks, under DDP and under FSDP2 (tests/ranks_language.py)."""
-    runs = {layout: tokenizer_run.with_name(layout) for layout in ("ddp", "fsdp")}
-    for out in runs.values():
-        shutil.copytree(tokenizer_run, out)
+    """The same stages on two ranks, under DDP, under FSDP2 and on streams (ranks_language.py)."""
+    runs = {name: tokenizer_run.with_name(name) for name in ("ddp", "fsdp", "whole", "stopped")}
+    for layout in ("ddp", "fsdp"):
+        shutil.copytree(tokenizer_run, runs[layout])
     paths = os.pathsep.join([str(HERE), str(HERE.parent / "src")])
     settings = {
         **os.environ,
@@ -124,11 +126,21 @@ def test_a_checkpoint_of_fsdp2_goes_on_in_one_process(
     shutil.rmtree(saved / "4")
     shutil.rmtree(out / "language")
     shutil.copy(tokenizer_run / "config.json", out)  # as it was before the stage ended
-    Run(out, toy_data, toy_config(), training(), trackers=()).train(("language",))
+    train_stages(open_run(out, toy_data, toy_config(), training(), trackers=()), ("language",))
     assert figures_apart(out, alone, "language") == []
     resumed = load_file(saved / "4" / "module.safetensors")
     assert set(resumed) == set(whole)
     assert all(torch.allclose(resumed[name], whole[name], atol=1e-3) for name in whole)
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "language", "pixels"])
+def test_a_stopped_run_of_two_ranks_on_streams_ends_as_a_whole_one(
+    on_two_ranks: dict[str, Path], stage: str
+) -> None:
+    """The ranks share a folder of eight pictures, four a step."""
+    whole, stopped = (figures(on_two_ranks[name], stage) for name in ("whole", "stopped"))
+    assert [line["loss"] for line in whole] == [line["loss"] for line in stopped]
+    assert len(whole) == (6 if stage == "tokenizer" else 4)
 
 
 def test_fsdp2_needs_processes() -> None:

@@ -29,7 +29,7 @@ from lavit.files import alone
 from lavit.model import LaVIT
 from lavit.train.loop import Report
 from lavit.train.metrics import Metrics, read_lines
-from lavit.train.run import Run
+from lavit.train.run import open_run, train_stages
 from test_train import begun_run, losses
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -58,10 +58,11 @@ def test_sigterm_ends_a_training_with_its_step_saved(
         if report.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    run = open_run(folder, toy_data, toy_config(), toy_training(), watch=end)
     with pytest.raises(Terminated, match="language is saved at step 2"):
-        Run(folder, toy_data, toy_config(), toy_training(), watch=end).train(("language",))
+        train_stages(run, ("language",))
     assert signal.getsignal(signal.SIGTERM) is before
-    Run(folder, toy_data, toy_config(), toy_training()).train(("language",))
+    train_stages(open_run(folder, toy_data, toy_config(), toy_training()), ("language",))
     wanted = [line for line in losses(toy_run) if line[0] == "language"]
     assert losses(folder) == wanted
 
@@ -94,7 +95,7 @@ def test_what_ends_a_command_is_one_line(
 def test_a_second_process_is_refused(toy_run: Path, toy_data: Path, tmp_path: Path) -> None:
     folder = begun_run(toy_run, tmp_path / "run")
     with alone(folder), pytest.raises(InputError, match="another process is writing"):
-        Run(folder, toy_data, toy_config(), toy_training()).train(("language",))
+        train_stages(open_run(folder, toy_data, toy_config(), toy_training()), ("language",))
     with alone(folder):  # free again
         assert not (folder / "checkpoints").exists()
 
@@ -125,11 +126,11 @@ def test_checkpoints_with_other_moments_are_refused(
         tensor = tensors.pop(name)
         tensors[name if change else f"{name}_"] = change(tensor) if change else tensor
         save_file(tensors, file)
-        run = Run(folder, toy_data, toy_config(), toy_training())
+        run = open_run(folder, toy_data, toy_config(), toy_training())
         with pytest.raises(InputError, match="language/6 is of another configuration, or damaged"):
-            run.train(("language",))
+            train_stages(run, ("language",))
         shutil.rmtree(file.parent)
-    run.train(("language",))
+    train_stages(run, ("language",))
     assert losses(folder)[-1] in losses(toy_run)
 
 

@@ -15,7 +15,7 @@ from lavit.config import FinetuneTraining, InputError, read_config
 from lavit.language.lora import merge_lora
 from lavit.model import LaVIT
 from lavit.sequence import Text, lay_out, pack
-from lavit.train.finetune import Finetune, finetune_training, prepare_lora
+from lavit.train.finetune import finetune, finetune_training, prepare_lora
 from lavit.train.loop import Report
 from test_conversations import drawn, read, write
 
@@ -55,7 +55,7 @@ def test_eight_conversations_are_overfitted(toy_run: Path, data: Path, tmp_path:
         "tokens": 128,
     }
     training = replace(training, language=replace(training.language, **rates))
-    Finetune(tmp_path / "new", data, toy_run, training).train()
+    finetune(tmp_path / "new", data, toy_run, training)
     last = json.loads((tmp_path / "new" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["text_accuracy"] > 0.95 and last["code_accuracy"] > 0.9
     model = lavit.load(tmp_path / "new")
@@ -76,9 +76,9 @@ def test_a_killed_fine_tuning_goes_on_to_the_same_losses(
 
     training = settings(toy_run, lora=lora, steps=8)
     with pytest.raises(KeyboardInterrupt):
-        Finetune(tmp_path / "killed", data, toy_run, training, watch=kill).train()
-    Finetune(tmp_path / "killed", data, toy_run, training).train()
-    Finetune(tmp_path / "whole", data, toy_run, training).train()
+        finetune(tmp_path / "killed", data, toy_run, training, watch=kill)
+    finetune(tmp_path / "killed", data, toy_run, training)
+    finetune(tmp_path / "whole", data, toy_run, training)
     assert (
         losses(tmp_path / "killed") == losses(tmp_path / "whole")
         and len(losses(tmp_path / "whole")) == 8
@@ -95,7 +95,7 @@ def test_lora_trains_little_and_is_merged_in_the_saved_model(
     toy_run: Path, data: Path, tmp_path: Path
 ) -> None:
     before = LaVIT.from_pretrained(toy_run).language
-    Finetune(tmp_path / "new", data, toy_run, settings(toy_run, lora=4)).train()
+    finetune(tmp_path / "new", data, toy_run, settings(toy_run, lora=4))
     config = read_config(tmp_path / "new")
     assert config.language.lora_rank == 0 and config.language.source == "folder"
     after = LaVIT.from_pretrained(tmp_path / "new").language
@@ -131,25 +131,24 @@ def test_merged_lora_gives_the_logits_of_unmerged(toy_run: Path) -> None:
 def test_bad_input_is_one_clear_line(toy_run: Path, data: Path, tmp_path: Path) -> None:
     training = settings(toy_run)
     with pytest.raises(InputError, match="another --out"):
-        Finetune(toy_run, data, toy_run, training)
+        finetune(toy_run, data, toy_run, training)
     with pytest.raises(InputError, match="no model at"):
-        Finetune(tmp_path / "new", data, tmp_path / "nowhere", training).train()
+        finetune(tmp_path / "new", data, tmp_path / "nowhere", training)
     with pytest.raises(InputError, match="positive time"):
-        Finetune(tmp_path / "new", data, toy_run, training, minutes=0)
-    Finetune(
+        finetune(tmp_path / "new", data, toy_run, training, minutes=0)
+    finetune(
         tmp_path / "new",
         data,
         toy_run,
         replace(training, language=replace(training.language, steps=1)),
-    ).train()
+    )
     with pytest.raises(InputError, match="other settings"):
-        Finetune(tmp_path / "new", data, toy_run, training)
+        finetune(tmp_path / "new", data, toy_run, training)
 
 
 def test_minutes_become_steps_that_stay(toy_run: Path, data: Path, tmp_path: Path) -> None:
-    run = Finetune(tmp_path / "new", data, toy_run, settings(toy_run), minutes=0.005)
-    run.train()
+    run = finetune(tmp_path / "new", data, toy_run, settings(toy_run), minutes=0.005)
     steps = run.training.language.steps
     assert steps >= 1 and len(losses(tmp_path / "new")) == steps
-    again = Finetune(tmp_path / "new", data, toy_run, settings(toy_run), minutes=0.005)
+    again = finetune(tmp_path / "new", data, toy_run, settings(toy_run), minutes=0.005)
     assert again.training.language.steps == steps

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lavit.presets import nano
-from lavit.train.run import Run
+from lavit.train.run import open_run, train_stages
 
 GOLDEN = Path(__file__).parent / "golden" / "nano.json"
 
@@ -28,7 +28,7 @@ def test_first_losses_of_nano(shapes_data: Path, tmp_path: Path) -> None:
         language=replace(t.language, steps=3, rows=1),
         pixels=replace(t.pixels, steps=3, batch=8),
     )
-    Run(tmp_path / "run", shapes_data, preset.model, training).train()
+    train_stages(open_run(tmp_path / "run", shapes_data, preset.model, training))
     lines = [
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]

@@ -16,6 +16,7 @@ from lavit.config import TokenizerTraining
 from lavit.data.features import Features
 from lavit.files import load_tensors
 from lavit.train.batches import PictureBatch, Shard
+from lavit.train.feeds import CorpusFeatures
 from lavit.train.health import (
     Alarm,
     CodeUse,
@@ -38,7 +39,8 @@ def seeded(seed: int) -> torch.Generator:
 def stage(config: TokenizerTraining = CONFIG) -> TokenizerStage:
     torch.manual_seed(0)
     features = Features(torch.randn(12, 16, 32, generator=seeded(0)).numpy())
-    return TokenizerStage(VisualTokenizer(toy_config().visual_tokenizer), features, config, seed=0)
+    feed = CorpusFeatures(features, batch=config.batch, seed=0)
+    return TokenizerStage(VisualTokenizer(toy_config().visual_tokenizer), feed, config, seed=0)
 
 
 def go(failing: TokenizerStage, run: Path, **options: int) -> list[dict]:
@@ -119,7 +121,7 @@ def test_every_figure_of_health_is_logged(tmp_path: Path) -> None:
 
 def test_vector_norm_is_that_of_the_projection_before_it_is_normalised() -> None:
     training = stage()
-    patches = training.features.rows(torch.arange(3))
+    patches = training.feed.features.rows(torch.arange(3))
     for quantise, train_selector in ((False, True), (True, False)):
         out = training.module(
             patches, None, quantise=quantise, dense=False, train_selector=train_selector
@@ -146,7 +148,7 @@ def test_a_run_that_goes_nan_stops_before_its_next_checkpoint(
 
     def batch(step: int, shard: Shard) -> PictureBatch:
         if step == 5 and what == "features":
-            failing.features.array[:] = math.inf
+            failing.feed.features.array[:] = math.inf
         if step == 5 and what == "loss":
             weight.data.fill_(math.nan)
         # the loss of this step is a number, the weights after it are not

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,14 +15,18 @@ import torch
 from conftest import NAMES, toy_config, toy_training
 from lavit.config import InputError, TrainConfig
 from lavit.model import LaVIT
+from lavit.pixels.decoder import Pixels
 from lavit.train.batches import Shard
+from lavit.train.encoded import Encoded, language_stage
+from lavit.train.first import first_language
 from lavit.train.metrics import check_trackers
-from lavit.train.run import Run
+from lavit.train.run import open_run, train_stages
+from lavit.visual_tokenizer.tokenizer import VisualTokenizer, cosine_distance
 
 
 def train_language(data: Path, out: Path, training: TrainConfig, **options: object) -> list[dict]:
     """Figures of stage 2, on a tokenizer of its own."""
-    Run(out, data, toy_config(), training, **options).train(("tokenizer", "language"))
+    train_stages(open_run(out, data, toy_config(), training, **options), ("tokenizer", "language"))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["stage"] == "language"]
 
@@ -56,26 +62,94 @@ def test_parts_of_a_step_and_recomputed_blocks_change_nothing(
             assert mine[name] == pytest.approx(theirs[name], rel=tolerance, abs=tolerance), name
 
 
+def kept_bytes(forward: Callable[[], torch.Tensor]) -> int:
+    """Bytes that a forward pass keeps for the backward one, which runs too."""
+    seen: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward().backward()
+    return sum(seen.values())
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_stage_1_recomputes_its_blocks_to_the_same_gradients(dense: bool) -> None:
+    torch.manual_seed(0)
+    config = replace(toy_config().visual_tokenizer, merger_depth=3, reconstructor_depth=3)
+    tokenizer = VisualTokenizer(config)
+    patches, noise = torch.randn(4, 16, 32), torch.rand(4, 16, 2)
+    found = []
+    for on in (False, True):
+        tokenizer.recompute(on)
+        tokenizer.zero_grad()
+
+        def forward() -> torch.Tensor:
+            out = tokenizer(patches, noise, quantise=False, dense=dense)
+            return cosine_distance(out.features, patches).mean()
+
+        kept = kept_bytes(forward)
+        found.append((kept, [p.grad.clone() for p in tokenizer.parameters()]))
+    assert found[1][0] < 0.6 * found[0][0]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+def test_stage_3_recomputes_its_blocks_to_the_same_gradients() -> None:
+    torch.manual_seed(0)
+    config = toy_config().pixels
+    pixels = Pixels.build(replace(config, unet={**config.unet, "depth": 6}))
+    for weight in pixels.unet.parameters():  # blocks begin as the identity
+        torch.nn.init.normal_(weight, std=0.1)
+    latents, features = torch.randn(4, 12, 8, 8), torch.randn(4, 16, 32)
+    found = []
+    for on in (False, True):
+        pixels.recompute(on)
+        pixels.zero_grad()
+        generators = [torch.Generator().manual_seed(number) for number in range(4)]
+        kept = kept_bytes(lambda g=generators: pixels(latents, features, generator=g))
+        found.append((kept, [p.grad.clone() for p in pixels.unet.parameters()]))
+    assert found[1][0] < 0.6 * found[0][0]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+def test_a_step_of_stage_3_in_parts_is_the_step(
+    toy_run: Path, toy_data: Path, tmp_path: Path
+) -> None:
+    """Losses and norms of the gradient, of the decoder on noisy codes."""
+    found = []
+    for parts in (1, 4):
+        out = tmp_path / str(parts)
+        for part in ("vision", "visual_tokenizer"):
+            shutil.copytree(toy_run / part, out / part)
+        training = replace(toy_training(3), log_every=1)
+        changed = {"accumulate": parts, "recompute": parts > 1, "code_noise": 0.5}
+        training = replace(training, pixels=replace(training.pixels, **changed))
+        train_stages(open_run(out, toy_data, toy_config(), training), ("pixels",))
+        lines = (out / "metrics.jsonl").read_text().splitlines()
+        found.append(
+            [(json.loads(line)["loss"], json.loads(line)["gradient_norm"]) for line in lines]
+        )
+    assert len(found[0]) == 3
+    for mine, theirs in zip(*found, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5)
+
+
 def test_recomputing_really_drops_activations(toy_data: Path, tmp_path: Path) -> None:
     """Bytes that the forward pass keeps for the backward one."""
-    run = Run(tmp_path / "run", toy_data, toy_config(), toy_training(1))
-    run.train(("tokenizer", "language"))
+    run = open_run(tmp_path / "run", toy_data, toy_config(), toy_training(1))
+    train_stages(run, ("tokenizer", "language"))
     language = LaVIT.from_pretrained(run.folder, parts=("language",)).language.train()
     embeddings = torch.randn(2, 64, language.width, requires_grad=True)
-    documents = torch.zeros(2, 64, dtype=torch.long)
-    positions = torch.arange(64).expand(2, -1)
+    how = {
+        "documents": torch.zeros(2, 64, dtype=torch.long),
+        "positions": torch.arange(64).expand(2, -1),
+    }
     kept = []
     for on in (False, True):
         language.recompute(on)
-        seen: dict[int, int] = {}
-
-        def keep(tensor: torch.Tensor, seen: dict[int, int] = seen) -> torch.Tensor:
-            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            language.hidden(embeddings, documents=documents, positions=positions).sum().backward()
-        kept.append(sum(seen.values()))
+        kept.append(kept_bytes(lambda: language.hidden(embeddings, **how).sum()))
     assert kept[1] < 0.5 * kept[0]
 
 
@@ -87,9 +161,10 @@ def test_shards_and_parts_are_one_division() -> None:
 
 
 def test_fewer_rows_than_processes_are_refused(toy_data: Path, tmp_path: Path) -> None:
-    run = Run(tmp_path / "run", toy_data, toy_config(), with_language())
-    run.train(("tokenizer",))
-    stage = run._language_stage(*run._first_language())
+    run = open_run(tmp_path / "run", toy_data, toy_config(), with_language())
+    train_stages(run, ("tokenizer",))
+    encoded = Encoded(run)
+    stage = language_stage(run, encoded, *first_language(run, encoded))
     assert len(stage.batch(0, Shard(3, 4)).rows.ids) == 1
     for rank in range(5):
         with pytest.raises(InputError, match="4 rows a step cannot be shared by 5 processes"):
@@ -120,11 +195,14 @@ def test_sampling_does_not_change_the_training(
 
 def test_trackers_are_chosen_and_missing_ones_named(toy_data: Path, tmp_path: Path) -> None:
     training = replace(toy_training(2), log_every=1)
-    Run(tmp_path / "a", toy_data, toy_config(), training, trackers=("tensorboard",)).train(
-        ("tokenizer",)
+    train_stages(
+        open_run(tmp_path / "a", toy_data, toy_config(), training, trackers=("tensorboard",)),
+        ("tokenizer",),
     )
     assert list((tmp_path / "a" / "tensorboard" / "tokenizer").glob("events.*"))
-    Run(tmp_path / "b", toy_data, toy_config(), training, trackers=()).train(("tokenizer",))
+    train_stages(
+        open_run(tmp_path / "b", toy_data, toy_config(), training, trackers=()), ("tokenizer",)
+    )
     assert (
         not (tmp_path / "b" / "tensorboard").exists()
         and (tmp_path / "b" / "metrics.jsonl").exists()
@@ -158,7 +236,7 @@ def test_the_log_says_what_is_loaded_and_what_is_fresh(
 
 def test_bf16_on_a_machine_without_it_is_refused(toy_data: Path, tmp_path: Path) -> None:
     if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
-        Run(tmp_path, toy_data, toy_config(), replace(toy_training(), precision="bf16"))
+        open_run(tmp_path, toy_data, toy_config(), replace(toy_training(), precision="bf16"))
         return
     with pytest.raises(InputError, match="bf16 needs a GPU"):
-        Run(tmp_path, toy_data, toy_config(), replace(toy_training(), precision="bf16"))
+        open_run(tmp_path, toy_data, toy_config(), replace(toy_training(), precision="bf16"))

@@ -19,12 +19,13 @@ from lavit.config import InputError, Mixture, write_config
 from lavit.data.bulk import CorpusJob, corpus_codes, tokenize_corpus, tokenizer_hash
 from lavit.data.corpus import Corpus, Picture, load_corpus
 from lavit.data.sources import Record
-from lavit.data.stream import Stream, StreamingDocuments
+from lavit.data.stream import Stream
+from lavit.data.stream_documents import StreamingDocuments
 from lavit.model import LaVIT
 from lavit.sequence import Batch, VisualTokens, unpack
 from lavit.train.language import train_text_tokenizer
 from lavit.train.loop import Report
-from lavit.train.run import Run
+from lavit.train.run import open_run, train_stages
 from lavit.vocabulary import Vocabulary
 
 SHARDS, EACH = 4, 8
@@ -148,7 +149,6 @@ def test_a_resumed_stream_gives_the_batches_of_an_uninterrupted_one(
     expected = [whole.batch(step) for step in range(stop + 40)]
     for step in range(stop):
         killed.batch(step)
-        killed.share()
     resumed = documents_of(str(shards))
     resumed.load_state(killed.state())
     for step in range(stop, stop + 40):
@@ -206,7 +206,6 @@ def test_what_a_table_streams_is_named_one_by_one(
     table.to_parquet(str(tmp_path / "a.parquet"))
     documents = documents_of(str(tmp_path / "a.parquet"))
     assert not {2, 5, 6} & set(records(documents, documents.batch(0)))
-    documents.share()
     names = [f"[streamed {place}]" for place in (3, 6, 7)]
     resumed = documents_of(str(tmp_path / "a.parquet"))
     resumed.load_state(documents.state())
@@ -226,7 +225,7 @@ def stage_two(toy_run: Path, out: Path, data: str, *, watch=None, **changes) -> 
         write_config(out, model)
     training = replace(toy_training(8), sample_every=0, checkpoint_every=4, log_every=1)
     training = replace(training, language=replace(training.language, **changes))
-    Run(out, data, model, training, watch=watch).train(("language",))
+    train_stages(open_run(out, data, model, training, watch=watch), ("language",))
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 

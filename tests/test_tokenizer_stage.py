@@ -86,11 +86,14 @@ def test_a_batch_that_ranks_cannot_share_is_refused(toy_features: TokenizerStage
 @pytest.fixture
 def toy_features() -> TokenizerStage:
     from lavit.data.features import Features
+    from lavit.train.feeds import CorpusFeatures
     from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
     features = Features(torch.randn(6, 16, 32, generator=ranks.seeded(0)).numpy())
     tokenizer = VisualTokenizer(toy_config().visual_tokenizer)
-    return TokenizerStage(tokenizer, features, toy_training().tokenizer, seed=0)
+    config = toy_training().tokenizer
+    feed = CorpusFeatures(features, batch=config.batch, seed=0)
+    return TokenizerStage(tokenizer, feed, config, seed=0)
 
 
 def long_preset() -> presets.Preset:

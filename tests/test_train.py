@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
@@ -26,7 +29,7 @@ from lavit.train.batches import draw_pictures
 from lavit.train.health import Alarm, CodeUse, check_codes, check_selector
 from lavit.train.language import train_text_tokenizer
 from lavit.train.loop import Report, schedule
-from lavit.train.run import Run
+from lavit.train.run import open_run, train_stages
 from lavit.vision.encoder import Vision, load_vision
 from lavit.visual_tokenizer.tokenizer import cosine_distance
 from lavit.vocabulary import Vocabulary
@@ -59,8 +62,8 @@ def test_a_killed_run_goes_on_to_the_same_losses(
     training = replace(toy_training(), checkpoint_every=4)
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
-            Run(tmp_path / "run", toy_data, toy_config(), training, watch=kill).train()
-    Run(tmp_path / "run", toy_data, toy_config(), training).train()
+            train_stages(open_run(tmp_path / "run", toy_data, toy_config(), training, watch=kill))
+    train_stages(open_run(tmp_path / "run", toy_data, toy_config(), training))
     assert killed == {"tokenizer", "language", "pixels"}
     assert losses(tmp_path / "run")[-1] == losses(toy_run)[-1]
     for part in ("visual_tokenizer", "language", "reader"):
@@ -74,7 +77,7 @@ def test_a_killed_run_goes_on_to_the_same_losses(
 def test_a_run_goes_on_from_a_model(toy_run: Path, toy_data: Path, tmp_path: Path) -> None:
     """Its tokens stay what they are; language and pixels begin where the other's ended."""
     config = LaVIT.from_pretrained(toy_run).config
-    Run(tmp_path / "run", toy_data, config, toy_training(), start=toy_run).train()
+    train_stages(open_run(tmp_path / "run", toy_data, config, toy_training(), start=toy_run))
     stages = ("language", "pixels")
     for part in ("visual_tokenizer", "language"):
         a, b = (
@@ -89,14 +92,14 @@ def test_a_run_goes_on_from_a_model(toy_run: Path, toy_data: Path, tmp_path: Pat
         )
         assert after[0] < before[0] and len(after) == len(before)
     with pytest.raises(InputError, match="other settings"):
-        Run(tmp_path / "run", toy_data, config, toy_training())
+        open_run(tmp_path / "run", toy_data, config, toy_training())
 
 
 def test_other_settings_on_the_same_folder_are_refused(toy_run: Path, toy_data: Path) -> None:
     with pytest.raises(InputError, match="other settings"):
-        Run(toy_run, toy_data, toy_config(), toy_training(7)).train()
+        train_stages(open_run(toy_run, toy_data, toy_config(), toy_training(7)))
     with pytest.raises(InputError, match="other settings"):
-        Run(toy_run, toy_data, toy_config(), replace(toy_training(), seed=1))
+        open_run(toy_run, toy_data, toy_config(), replace(toy_training(), seed=1))
 
 
 def begun_run(toy_run: Path, folder: Path) -> Path:
@@ -120,14 +123,14 @@ def test_settings_of_a_stage_count_from_its_beginning(
     fed = replace(training, language=replace(training.language, steps=1, token_corpus=codes))
     shape = config.language.architecture | {"num_hidden_layers": 1}
     small = replace(config, language=replace(config.language, architecture=shape))
-    Run(folder, toy_data, small, fed).train(("language",))
+    train_stages(open_run(folder, toy_data, small, fed), ("language",))
     assert len(LaVIT.from_pretrained(folder).language.body.layers) == 1
     with pytest.raises(InputError, match="other settings"):
-        Run(folder, toy_data, config, fed).train(("language",))
+        train_stages(open_run(folder, toy_data, config, fed), ("language",))
     with pytest.raises(InputError, match="other settings"):
-        Run(folder, toy_data, config, training).train()
+        train_stages(open_run(folder, toy_data, config, training))
     short = replace(training, pixels=replace(training.pixels, steps=1))
-    Run(folder, toy_data, config, short).train(("pixels",))
+    train_stages(open_run(folder, toy_data, config, short), ("pixels",))
     assert len(LaVIT.from_pretrained(folder).language.body.layers) == 1
     saved = json.loads((folder / "training.json").read_text())
     assert saved["training"]["language"]["token_corpus"] == codes
@@ -146,7 +149,7 @@ def test_settings_of_a_stage_to_come_outlive_the_stages_before(
         pixels=replace(training.pixels, steps=1),
     )
     other = replace(config, pixels=replace(config.pixels, guidance=3.0))
-    Run(folder, toy_data, other, training).train(("language", "pixels"))
+    train_stages(open_run(folder, toy_data, other, training), ("language", "pixels"))
     assert LaVIT.from_pretrained(folder).config.pixels.guidance == 3.0
     assert LaVIT.from_pretrained(toy_run).config.pixels.guidance != 3.0
 
@@ -167,7 +170,7 @@ def test_weights_kept_in_half_precision_train_in_full(
         for part in ("vision", "visual_tokenizer"):
             shutil.copytree(half / part, folder / part)
     training = replace(training, language=replace(training.language, steps=1))
-    Run(folder, toy_data, config, training, **options).train(("language",))
+    train_stages(open_run(folder, toy_data, config, training, **options), ("language",))
     kept = [load_tensors(folder / part / "model.safetensors") for part in ("language", "reader")]
     assert {tensor.dtype for tensors in kept for tensor in tensors.values()} == {torch.float32}
 
@@ -182,11 +185,11 @@ def test_a_decoder_without_sizes_starts_from_a_folder_of_the_run(
     folder, config, training = begun_run(toy_run, tmp_path / "run"), toy_config(), toy_training()
     still = replace(training.pixels, steps=1, learning_rate=1e-9, ema=0.0)
     config = replace(config, pixels=replace(config.pixels, unet={}))
-    run = Run(folder, toy_data, config, replace(training, pixels=still))
+    run = open_run(folder, toy_data, config, replace(training, pixels=still))
     with pytest.raises(InputError, match="run/decoder holds no diffusion model"):
-        run.train(("pixels",))
+        train_stages(run, ("pixels",))
     shutil.copytree(toy_run / "pixels", folder / "decoder")
-    run.train(("pixels",))
+    train_stages(run, ("pixels",))
     file = "unet/diffusion_pytorch_model.safetensors"
     found, began = load_tensors(folder / "pixels" / file), load_tensors(folder / "decoder" / file)
     assert all(torch.allclose(found[name], began[name], atol=1e-6) for name in began)
@@ -202,7 +205,7 @@ def test_pictures_may_be_read_as_codes_in_training_too(
     training = toy_training()
     training = replace(training, language=replace(training.language, steps=1))
     config = replace(config, language=replace(config.language, read_as="codes"))
-    Run(folder, toy_data, config, training).train(("language",))
+    train_stages(open_run(folder, toy_data, config, training), ("language",))
     names = ("visual_tokenizer", "reader")
     parts = (load_tensors(folder / part / "model.safetensors") for part in names)
     first, second = ({n: t for n, t in part.items() if n.startswith("merger.")} for part in parts)
@@ -217,25 +220,25 @@ def test_pictures_without_texts_serve_stages_that_need_none(toy_data: Path, tmp_
     pictures = load_corpus(tmp_path / "some").pictures
     assert [len(picture.captions) for picture in pictures].count(0) == 1
     shutil.copytree(toy_data, tmp_path / "none", ignore=shutil.ignore_patterns("*.jsonl"))
-    run = Run(tmp_path / "run", tmp_path / "none", toy_config(), toy_training(1))
-    run.train(("tokenizer", "pixels"))
+    run = open_run(tmp_path / "run", tmp_path / "none", toy_config(), toy_training(1))
+    train_stages(run, ("tokenizer", "pixels"))
     with pytest.raises(InputError, match="no texts"):
-        run.train(("language",))
+        train_stages(run, ("language",))
 
 
 def test_stage_one_learns_and_its_codes_live(toy_data: Path, tmp_path: Path) -> None:
     training = toy_training()
     stage = replace(training.tokenizer, steps_a=60, steps_b=60)
-    run = Run(tmp_path, toy_data, toy_config(), replace(training, tokenizer=stage))
-    run.train(("tokenizer",))
-    patches = run.features.rows(torch.arange(len(NAMES)))
-    keep = run.tokenizer.select(patches)
+    run = open_run(tmp_path, toy_data, toy_config(), replace(training, tokenizer=stage))
+    encoded = train_stages(run, ("tokenizer",))
+    patches = encoded.features.rows(torch.arange(len(NAMES)))
+    keep = encoded.tokenizer.select(patches)
     distance = cosine_distance(
-        run.tokenizer.reconstruct(patches, keep, quantise=True), patches
+        encoded.tokenizer.reconstruct(patches, keep, quantise=True), patches
     ).mean()
     constant = cosine_distance(patches.mean(0).expand_as(patches), patches).mean()
     assert distance < 0.6 * constant
-    assert len(run.tokens.codes.unique()) > 8
+    assert len(encoded.tokens.codes.unique()) > 8
 
 
 def test_stage_two_overfits_both_directions(toy_data: Path, tmp_path: Path) -> None:
@@ -246,8 +249,8 @@ def test_stage_two_overfits_both_directions(toy_data: Path, tmp_path: Path) -> N
         unconditional_fraction=0.0,
         mixture=Mixture(reading=1.0, writing=1.0),
     )
-    run = Run(tmp_path, toy_data, toy_config(), replace(training, language=stage))
-    run.train(("tokenizer", "language"))
+    run = open_run(tmp_path, toy_data, toy_config(), replace(training, language=stage))
+    train_stages(run, ("tokenizer", "language"))
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     last = [json.loads(line) for line in lines[-10:]]
     mean = {
@@ -298,21 +301,37 @@ def test_features_are_computed_once(toy_run: Path, toy_data: Path, tmp_path: Pat
     assert compute_features(records[1:], vision, tmp_path).array.filename != first.array.filename
 
 
-def test_a_kill_while_features_are_marked_loses_no_run(
+def test_features_are_shared_by_chunks_and_taken_up_by_any_number_of_processes(
     toy_run: Path, toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """One of two is killed in its second chunk; three others do what is missing, and no more."""
+    monkeypatch.setattr("lavit.data.features.CHUNK", 2)
     vision = LaVIT.from_pretrained(toy_run).vision
-    records = [picture.record for picture in load_corpus(toy_data).pictures]
+    records = [picture.record for picture in load_corpus(toy_data).pictures] * 2
+    whole = compute_features(records, vision, tmp_path / "whole")
+    encoded: list[int] = []
+    encode = vision.encode
 
-    def killed(path: Path, *_: object, **__: object) -> None:
-        path.open("wb").close()  # between truncating and writing
-        raise KeyboardInterrupt
+    def counted(images: list) -> torch.Tensor:
+        encoded.append(len(images))
+        if sum(encoded) > 10:
+            raise KeyboardInterrupt
+        return encode(images)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", killed)
-        with pytest.raises(KeyboardInterrupt):
-            compute_features(records, vision, tmp_path)
-    assert len(compute_features(records, vision, tmp_path)) == len(records)
+    make = {"folder": tmp_path / "shared", "records": records, "vision": vision}
+    monkeypatch.setattr(vision, "encode", counted)
+    compute_features(**make, rank=0, ranks=2)  # every other one of eight chunks
+    with pytest.raises(KeyboardInterrupt):
+        compute_features(**make, rank=1, ranks=2)
+    assert sum(encoded) == 12
+    encoded.clear()
+    together = Barrier(3)
+    with ThreadPoolExecutor(3) as threads:
+        share = partial(compute_features, **make, ranks=3, wait=together.wait)
+        found = [one.result() for one in [threads.submit(share, rank=rank) for rank in range(3)]]
+    assert sum(encoded) == 6
+    everything = torch.arange(16)
+    assert all(one.rows(everything).equal(whole.rows(everything)) for one in found)
 
 
 def test_tokens_are_the_same_in_training_and_in_use(toy_run: Path, tmp_path: Path) -> None:

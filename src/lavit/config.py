@@ -169,16 +169,24 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerTraining:
+class StageTraining:
+    """What every stage says of its training."""
+
+    learning_rate: float
+    warmup: float = 0.05  # share of the steps
+    accumulate: int = 1  # parts of a step's pictures or rows: the same gradient, less memory
+    recompute: bool = False  # activation checkpointing of what trains
+    stream: bool = False  # read the data shard by shard, encode on the fly (data/stream.py)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerTraining(StageTraining):
     """Stage 1 (paper Eq. 4): phase a without the look-up, phase b with it."""
 
     steps_a: int
     steps_b: int
     batch: int  # pictures a step, over all ranks
-    learning_rate: float
-    accumulate: int = 1  # parts of a step's pictures: the same gradient, less memory
     weight_decay: float = 1e-3
-    warmup: float = 0.05  # share of the steps of both phases
     # weight in Eq. 4 of a patch's distance from its picture's median patch: 0 is the paper's plain
     # mean, in which a background is most of the loss; 1 weighs by that distance alone
     foreground: float = 0.0
@@ -221,27 +229,22 @@ class Mixture:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LanguageTraining:
+class LanguageTraining(StageTraining):
     """Stage 2 (paper Eq. 6): one next-token loss over both orders."""
 
     steps: int
     rows: int  # packed rows a step, over all ranks
     tokens: int  # of a row
-    learning_rate: float  # of the LM (or its LoRA)
-    rows_rate: float  # learning rate of the visual rows
+    rows_rate: float  # learning rate of the visual rows; the LM (or its LoRA) has `learning_rate`
     reader_rate: float  # learning rate of merger copy and projection
     weight_decay: float = 0.1
-    warmup: float = 0.05
     optimizer: Optimizer = "adamw"  # muon: for matrices; embeddings and visual rows stay AdamW's
-    accumulate: int = 1  # parts of a step's rows: the same gradient, less memory
-    recompute: bool = False  # activation checkpointing of every block
     train_merger: bool = True  # the second merger; False leaves it as stage 1 made it: less memory
     supervise_read_images: bool = True
     # of the codes of read pictures that are targets, drawn again for each document (Eq. 6: all):
     # they outnumber the words about them, which a small LM learns that much later
     read_share: float = 1.0
     unconditional_fraction: float = 0.1  # of [text, image] documents lose their prompt
-    stream: bool = False  # read the data shard by shard, encode on the fly (data/stream.py)
     # folder of `lavit tokenize-corpus` whose codes are used; reading needs features, so nothing is
     # read then (data/bulk.py)
     token_corpus: str = ""
@@ -249,14 +252,12 @@ class LanguageTraining:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PixelsTraining:
+class PixelsTraining(StageTraining):
     """Stage 3 (paper Eq. 5): ε-prediction on reconstructed features; images only."""
 
     steps: int
     batch: int
-    learning_rate: float
     weight_decay: float = 1e-3
-    warmup: float = 0.05
     optimizer: Optimizer = "adamw"  # muon: for kernels and matrices
     ema: float = 0.999  # decay of the averaged weights that are saved
     # share of a picture's codes that are another's, drawn evenly from 0 to this: a LM errs, and a
@@ -307,15 +308,13 @@ def to_json(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def from_json(kind: type[T], data: Any) -> T:
+def from_json(kind: type[T], data: object) -> T:
     """A `kind` of configuration from JSON data; unknown and missing keys raise `InputError`."""
     hints = typing.get_type_hints(kind)
     if not isinstance(data, dict):
-        raise InputError(
-            f"{kind.__name__} is {str(data)[:40]!r}, expected an object of {', '.join(hints)}"
-        )
-    unknown = sorted(set(data) - set(hints))
-    if unknown:
+        names = ", ".join(hints)
+        raise InputError(f"{kind.__name__} is {str(data)[:40]!r}, expected an object of {names}")
+    if unknown := sorted(set(data) - set(hints)):
         said = f"{kind.__name__} does not know {', '.join(unknown)}"
         raise InputError(f"{said}: was it written by another version?")
     values = {name: _value(f"{kind.__name__}.{name}", hints[name], data[name]) for name in data}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -90,13 +90,24 @@ def pixels(
 
     With mean = std = (0.5, 0.5, 0.5) the values lie in -1..1 and `to_image` is the inverse.
     """
+    return scale_levels(levels(images, size), mean, std)
+
+
+def levels(images: Sequence[Image.Image], size: int) -> UInt8[Tensor, "images 3 size size"]:
+    """Pictures squashed to size x size, as they are in memory: 0 to 255."""
     batch = np.empty((len(images), size, size, 3), dtype=np.uint8)
     for row, image in zip(batch, images, strict=True):
         image = image if image.mode == "RGB" else open_image(image)
         row[:] = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
-    scaled = torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 255
+    return torch.from_numpy(batch).permute(0, 3, 1, 2)
+
+
+def scale_levels(
+    levels: UInt8[Tensor, "images 3 size size"], mean: Sequence[float], std: Sequence[float]
+) -> Float[Tensor, "images 3 size size"]:
+    """Levels scaled to 0..1 and normalised per channel."""
     shift, scale = (torch.tensor(tuple(value)).view(3, 1, 1) for value in (mean, std))
-    return ((scaled - shift) / scale).contiguous()
+    return ((levels.float() / 255 - shift) / scale).contiguous()
 
 
 def to_image(picture: Float[Tensor, "3 height width"]) -> Image.Image:

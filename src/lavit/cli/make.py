@@ -38,15 +38,16 @@ def train(
     --minutes scales the steps: about that long on two idle CPU cores. --lora R trains adapters of
     rank R on a frozen language model. --tracker tensorboard, wandb or trackio, in
     addition to metrics.jsonl. --fsdp shards stage 2 over the processes of torchrun. --stream reads
-    the data of stage 2 as it comes, shard by shard; --tokens takes its codes from a folder of
-    `lavit tokenize-corpus`, and then nothing is read, only written. --plan trains nothing: it
-    computes the memory of stage 2 on --gpus GPUs of --memory GiB each.
+    the data as they come, shard by shard, in every stage, and keeps none of them; --tokens takes
+    the codes of stage 2 from a folder of `lavit tokenize-corpus`, and then nothing is read, only
+    written. --plan trains nothing: it computes the memory of stage 2 on --gpus GPUs of --memory
+    GiB each.
     """
     from dataclasses import replace
 
     from lavit.presets import preset as find
     from lavit.presets import scaled
-    from lavit.train.run import Run
+    from lavit.train.run import open_run, train_stages
     from lavit.train.settings import STAGES
 
     chosen = find(preset)
@@ -66,11 +67,13 @@ def train(
     training = replace(chosen.training, seed=seed)
     if minutes is not None:
         training = scaled(training, minutes / chosen.minutes)
-    if stream or tokens is not None:
-        fed = replace(training.language, stream=stream, token_corpus=str(tokens or ""))
-        training = replace(training, language=fed)
+    if stream:
+        fed = {name: replace(getattr(training, name), stream=True) for name in STAGES}
+        training = replace(training, **fed)
+    if tokens is not None:
+        training = replace(training, language=replace(training.language, token_corpus=str(tokens)))
     with ProgressBar() as progress:
-        run = Run(
+        run = open_run(
             out,
             ",".join(data),
             model,
@@ -80,7 +83,7 @@ def train(
             watch=progress.report,
             prepare=progress.count,
         )
-        run.train(STAGES if stage == "all" else (stage,))
+        train_stages(run, STAGES if stage == "all" else (stage,))
     print(f"trained: {out}")
 
 
@@ -101,12 +104,21 @@ def finetune(
     that the model has. --minutes, in place of --steps, measures how many fit. The same command goes
     on after an interruption.
     """
-    from lavit.train.finetune import Finetune, finetune_training
+    from lavit.train.finetune import finetune as fine_tune
+    from lavit.train.finetune import finetune_training
 
     training = finetune_training(model, lora_rank=lora, steps=steps, seed=seed)
     with ProgressBar() as progress:
-        watch = {"watch": progress.report, "prepare": progress.count}
-        Finetune(out, data, model, training, minutes=minutes, trackers=tracker, **watch).train()
+        fine_tune(
+            out,
+            data,
+            model,
+            training,
+            minutes=minutes,
+            trackers=tracker,
+            watch=progress.report,
+            prepare=progress.count,
+        )
     print(f"fine-tuned: {out}")
 
 

@@ -21,6 +21,7 @@ from lavit.data.sources import Record, below, open_source, readable, texts_of
 from lavit.data.text import Texts
 
 log = logging.getLogger(__name__)
+NAMED = 10_000  # records left out whose names are kept
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,24 @@ class Corpus:
 
     def __len__(self) -> int:
         return len(self.pictures)
+
+
+class LeftOut(dict[str, str]):
+    """Names of records that cannot be used, and why: each is logged once and counted.
+
+    Only the first `NAMED` are kept, so that a data set of any size takes no more memory.
+    """
+
+    count = 0
+
+    def add(self, name: str, reason: object) -> None:
+        """Name a record, unless it was named before."""
+        if name in self:
+            return
+        self.count += 1
+        if len(self) < NAMED:
+            self[name] = str(reason)
+        log.warning("left out %s: %s (%d so far)", name, reason, self.count)
 
 
 def parse_mixture(data: str | Path) -> list[tuple[str, float]]:

@@ -17,7 +17,6 @@ over its rows. So rows are full, each holds long documents and short ones, and n
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Sequence_
 from dataclasses import fields
@@ -27,7 +26,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lavit.config import InputError, LanguageTraining, Mixture
-from lavit.data.corpus import Corpus, CorpusPart
+from lavit.data.corpus import Corpus, CorpusPart, LeftOut
 from lavit.data.text import TextPieces
 from lavit.layout import (
     Part,
@@ -52,7 +51,6 @@ from lavit.sequence import (
 )
 from lavit.vocabulary import Vocabulary
 
-log = logging.getLogger(__name__)
 Rng = np.random.Generator
 T = TypeVar("T")
 Codes = Callable[[int], tuple[int, ...]]  # of a picture, by its number
@@ -98,13 +96,7 @@ class Rows:
         seed: int,
     ) -> None:
         self.tokenizer, self.vocabulary, self.config, self.seed = text, vocabulary, config, seed
-        self.left_out: dict[str, str] = {}  # records, each named once, and why
-
-    def leave_out(self, name: str, error: InputError) -> None:
-        """Name and count a record that cannot be used."""
-        if name not in self.left_out:
-            self.left_out[name] = str(error)
-            log.warning("left out %s: %s (%d so far)", name, error, len(self.left_out))
+        self.left_out = LeftOut()
 
     def ids(self, text: str, controls: bool = False) -> tuple[int, ...]:
         """Ids of a text; see `ids_of`."""
@@ -218,7 +210,7 @@ class Documents(Rows):
                 try:
                     drawn.append(self.lay_out(document, rng))
                 except InputError as error:
-                    self.leave_out(self._name(document), error)
+                    self.left_out.add(self._name(document), error)
                     long += 1
                     if long > MOST_LONG * (1 + len(drawn)):
                         raise InputError(f"next to no document fits: {error}") from error

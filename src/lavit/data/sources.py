@@ -65,6 +65,12 @@ class Streamed:
     text: str | None
     folder: Path  # of pictures that are paths
     name: str
+    endless: bool = False  # records are drawn at random, without end
+
+    @property
+    def of_files(self) -> bool:
+        """Are its pictures files of a folder? Then one that is passed over is not read."""
+        return getattr(self.rows.info, "builder_name", None) == "imagefolder"
 
     def record(self, row: Mapping[str, Any], place: object) -> Record:
         """A row as a record, of texts alone without a picture; `place` names what has no path."""
@@ -147,7 +153,7 @@ def stream_source(data: str | Path, split: str = "train") -> Streamed:
         from lavit.data.scenes.dataset import stream_rows
 
         rows = stream_rows(int(seed or 0), split=split)
-        return Streamed(rows, "image", "texts", Path(), str(data))
+        return Streamed(rows, "image", "texts", Path(), str(data), endless=True)
     return Streamed(*_open(data, split, streaming=True), _folder(data), str(data))
 
 

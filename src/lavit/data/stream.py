@@ -1,251 +1,297 @@
-"""Streams: sources that are read as they come (WebDataset tars, parquet shards, hub names).
+"""Streams: sources that are read as they come (WebDataset tars, parquet shards, folders, hub
+names), so that memory does not depend on the size of the data.
 
-Each process reads its own part of the shards and never looks ahead: pictures are encoded on the
-fly, block by block, and become documents as data/documents.py makes them (reading, writing, text).
-Rows are filled window by window with the documents in the order of the stream, so none is lost but
-broken pictures and documents longer than a row, which are counted and named. The place in the
-stream is a small JSON state; a run that resumes from it reads the same records, into the same rows.
-(datasets' `IterableDataset.state_dict`.)
+Each process reads its own part of the shards, in an order of shards that is new in every epoch, and
+shuffles the records that it reads within a buffer. Pictures are encoded on the fly. What cannot be
+used is left out, counted and named in the first epoch. A batch is made on a thread while the one
+before it is trained on (`Ahead`).
+
+The place in the streams is a small JSON state of every process, which belongs to the batches that
+were taken and not to those made ahead: a buffer is read again from where it began, and what was
+served of it is passed over, so that a resumed run reads the same records in the same order.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from jaxtyping import Bool, Float, Int, UInt8
-from PIL import Image as Picture
+from jaxtyping import UInt8
+from PIL.Image import Image
 from torch import Tensor
 
 from lavit.config import InputError, require
-from lavit.data.corpus import Corpus, CorpusPart, parse_mixture
-from lavit.data.documents import WINDOW, Rng, Rows, by_shares
+from lavit.data.corpus import Corpus, CorpusPart, LeftOut, parse_mixture
+from lavit.data.documents import Rng, by_shares
 from lavit.data.sources import Record, stream_source
-from lavit.data.text import cut
-from lavit.layout import drawing, reading
-from lavit.sequence import Batch, Text, VisualTokens, lay_out
-from lavit.sequence import Sequence as Document
+from lavit.vision.encoder import BLOCK
 
-BLOCK = 32  # records that are read and encoded together
-EMPTY = 16  # blocks without any document before a stream is given up
-Encode = Callable[[list[Picture.Image]], tuple[Float[Tensor, "images patches dim"], VisualTokens]]
-Shown = tuple[Float[Tensor, "images patches dim"], Bool[Tensor, "images patches"]]
+BUFFER = 1024  # records that are shuffled together, with their encoded pictures
+FILES = 20_000  # the same of records that are paths: a folder is often sorted by its sub-folders
+RECORDS_DRAW, SOURCES_DRAW, SHARDS_DRAW = 12, 13, 14  # kinds of random numbers, as `Randomness`
+UNUSABLE = 512  # records in a row that give nothing before a stream is given up
+T = TypeVar("T")
+StreamPlace = dict[str, Any]  # JSON data
 
 
 class Stream:
     """One source as an endless sequence of this process's records; its place can be saved."""
 
-    def __init__(self, name: str, *, split: str = "train", rank: int = 0, ranks: int = 1) -> None:
-        """Fewer shards than processes raise `InputError`: some would have nothing to read."""
+    def __init__(
+        self, name: str, *, split: str = "train", seed: int = 0, rank: int = 0, ranks: int = 1
+    ) -> None:
+        """Fewer shards than processes raise `InputError`, since each would read everything; a
+        folder of pictures can be shared by any number.
+        """
         parts = require("datasets.distributed", extra="train")
         self.source, self.name = stream_source(name, split), name
         shards = self.source.rows.num_shards
-        if shards < ranks:
+        if shards < ranks and not self.source.of_files:
             few = f"{name!r} has {shards} shards for {ranks} processes"
             raise InputError(f"{few}: make more shards, or start at most {shards} processes")
         self.rows = parts.split_dataset_by_node(self.source.rows, rank, ranks)
-        self.epoch, self.taken = 0, 0  # records of this epoch
-        self._records: Any = None
+        self.size = FILES if self.source.of_files else 1 if self.source.endless else BUFFER
+        self.seed, self.rank = seed, rank
+        self.epoch, self.read = 0, 0  # records of this epoch that were read
+        self._rest: Iterator[Any] | None = None  # of this epoch
+        self._buffer: list[Record] = []  # read, shuffled and not taken
+        self._start: StreamPlace = self._place()  # where the buffer began
+        self._taken = 0  # of the buffer
 
     def take(self) -> Record:
-        """The next record; after the last comes the first again."""
+        """The next record; after the last one of an epoch comes the first of the next."""
+        if not self._buffer:
+            self._fill()
+        self._taken += 1
+        return self._buffer.pop()
+
+    def _fill(self) -> None:
+        """Read and shuffle the next buffer, whose size varies so that epochs divide differently."""
         for _ in range(2):
-            if self._records is None:
-                self.rows.set_epoch(self.epoch)
-                self._records = iter(self.rows)
-            try:
-                row = next(self._records, None)
-            except Exception as error:  # whatever reads shards: a file of theirs is what is wrong
-                said = " ".join(str(error).split())[:200]
-                where = f"{self.name!r} is damaged behind record {self.taken}"
-                raise InputError(f"{where}: {said or type(error).__name__}") from error
-            if row is not None:
-                self.taken += 1
-                return self.source.record(row, f"streamed {self.taken}")
-            self.epoch, self.taken, self._records = self.epoch + 1, 0, None
+            self._start, self._taken = self._place(), 0
+            rng = np.random.default_rng([self.seed, RECORDS_DRAW, self.rank, self.epoch, self.read])
+            found = list(self._records(int(rng.integers(self.size // 2, self.size)) + 1))
+            if found:
+                self._buffer = [found[number] for number in rng.permutation(len(found))]
+                return
+            self.epoch, self.read, self._rest = self.epoch + 1, 0, None
         raise InputError(f"{self.name!r} has no records for this process")
 
-    def state(self) -> dict[str, Any]:
-        """The place in the stream, as JSON data."""
-        rows = None if self._records is None else self.rows.state_dict()
-        return {"epoch": self.epoch, "taken": self.taken, "rows": rows}
+    def _records(self, count: int) -> Iterator[Record]:
+        """The next records of an epoch, as many as that if there are."""
+        rows = self._rows()
+        for _ in range(count):
+            try:
+                row = next(rows, None)
+            except Exception as error:  # whatever reads shards: a file of theirs is what is wrong
+                said = " ".join(str(error).split())[:200]
+                where = f"{self.name!r} is damaged behind record {self.read}"
+                raise InputError(f"{where}: {said or type(error).__name__}") from error
+            if row is None:
+                return
+            self.read += 1
+            yield self.source.record(row, f"streamed {self.read}")
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def _rows(self, place: StreamPlace | None = None) -> Iterator[Any]:
+        """What is left of an epoch's rows; its number gives `datasets` an order of the shards."""
+        if self._rest is None:
+            order = np.random.default_rng([self.seed, SHARDS_DRAW, self.epoch]).integers(1, 2**31)
+            self.rows.set_epoch(int(order))
+            self.rows.load_state_dict(place)
+            self._rest = iter(self.rows)
+        return self._rest
+
+    def _place(self) -> StreamPlace:
+        rows = None if self._rest is None else self.rows.state_dict()
+        return {"epoch": self.epoch, "read": self.read, "rows": rows}
+
+    def state(self) -> StreamPlace:
+        """The place in the stream, as JSON data."""
+        return {**self._start, "taken": self._taken} if self._buffer else self._place()
+
+    def load_state(self, state: StreamPlace) -> None:
         """Go to a place."""
-        self.epoch, self.taken, self._records = state["epoch"], state["taken"], None
+        self.epoch, self.read, self._rest, self._buffer = state["epoch"], state["read"], None, []
         if state["rows"] is not None:
-            self.rows.set_epoch(self.epoch)
-            self.rows.load_state_dict(state["rows"])
-            self._records = iter(self.rows)
+            self._rows(state["rows"])
+        for _ in range(state.get("taken", 0)):
+            self.take()
 
 
 @dataclass(frozen=True)
-class Block:
-    """Documents of some records, and where the streams stood before them.
+class Taken:
+    """A record of a stream: of a source of pictures, and of its first epoch, or not."""
 
-    Read pictures are numbered within the block.
+    record: Record
+    pictured: bool
+    first: bool
+
+
+class Streams:
+    """Several sources, drawn from by their weights, and what was left out of them."""
+
+    def __init__(
+        self,
+        data: str,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+        pictures: bool = False,
+    ) -> None:
+        """`pictures`: sources of texts alone are no part of it."""
+        found = [
+            (Stream(name, seed=seed, rank=rank, ranks=ranks), weight)
+            for name, weight in parse_mixture(data)
+        ]
+        if pictures:
+            found = [pair for pair in found if pair[0].source.image is not None]
+        if not found:
+            raise InputError(f"{data!r} holds texts alone: add a source of pictures")
+        self.streams = [stream for stream, _ in found]
+        self.until = np.cumsum([weight for _, weight in found])
+        self.left_out = LeftOut()
+
+    def take(self, rng: Rng) -> Taken:
+        """A record of a stream that is drawn."""
+        stream = self.streams[by_shares(self.until, rng)]
+        record = stream.take()
+        return Taken(record, stream.source.image is not None, stream.epoch == 0)
+
+    def open(self, taken: Taken) -> Image | None:
+        """A record's picture; a broken one is left out."""
+        try:
+            return taken.record.open()
+        except InputError as error:
+            self.leave_out(taken, error)
+            return None
+
+    def leave_out(self, taken: Taken, reason: object) -> None:
+        """Name and count a record; those of later epochs were named in the first."""
+        if taken.first:
+            self.left_out.add(taken.record.name, reason)
+
+    def nothing(self, records: int) -> InputError:
+        """What to raise after so many records in a row that gave nothing."""
+        why = next(reversed(self.left_out.values()), "they hold nothing")
+        return InputError(f"{records} records in a row give nothing to train on: {why}")
+
+    def state(self) -> list[StreamPlace]:
+        """The place in every stream."""
+        return [stream.state() for stream in self.streams]
+
+    def load_state(self, state: list[StreamPlace]) -> None:
+        """Go to a place in every stream."""
+        for stream, place in zip(self.streams, state, strict=True):
+            stream.load_state(place)
+
+
+class Ahead(Generic[T]):
+    """What `make` gives, each made on a thread while the one before it is in use.
+
+    `place` says where making stands, as JSON data, and `go_to` goes there; both are called between
+    two calls of `make`.
     """
 
-    start: dict[str, Any]
-    documents: tuple[Document, ...]
-    patches: Float[Tensor, "images patches dim"]
-    keep: Bool[Tensor, "images patches"]
+    def __init__(
+        self,
+        make: Callable[[], T],
+        place: Callable[[], StreamPlace],
+        go_to: Callable[[StreamPlace], None],
+        *,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        self.make, self.place, self.go_to, self.rank, self.ranks = make, place, go_to, rank, ranks
+        self._next: Future[tuple[T, StreamPlace]] | None = None
+        self._behind = place()  # what was taken
+
+    def take(self) -> T:
+        """The next one."""
+        made, self._behind = (self._next or self._begin()).result()
+        self._next = self._begin()
+        return made
+
+    def _begin(self) -> Future[tuple[T, StreamPlace]]:
+        thread = ThreadPoolExecutor(1, thread_name_prefix="stream")
+        begun = thread.submit(self._work)
+        thread.shutdown(wait=False)  # it ends with its work: none is left when a training is
+        return begun
+
+    def _work(self) -> tuple[T, StreamPlace]:
+        return self.make(), self.place()
+
+    def state(self) -> UInt8[Tensor, "bytes"]:
+        """Places of all processes, as JSON in bytes; every process must call."""
+        places = [self._behind]
+        if self.ranks > 1 and dist.is_initialized():
+            places = [{}] * self.ranks
+            dist.all_gather_object(places, self._behind)
+        return torch.tensor(list(json.dumps(places).encode()), dtype=torch.uint8)
+
+    def load_state(self, state: UInt8[Tensor, "bytes"]) -> None:
+        """Go to where `state` was taken."""
+        places = json.loads(bytes(state.tolist()))
+        if len(places) != self.ranks:
+            before = f"this run read its stream with {len(places)} processes"
+            raise InputError(f"{before}: go on with as many, not {self.ranks}")
+        if self._next is not None:
+            self._next.result()
+        self._next, self._behind = None, places[self.rank]
+        self.go_to(self._behind)
 
 
-class StreamingDocuments(Rows):
-    """Packed rows of this process from streams; call `batch` step after step.
+class StreamedPictures(Generic[T]):
+    """Batches of `count` pictures of this process, which need no texts.
 
-    `config.rows` are those of all processes; `encode` gives features and tokens of pictures,
-    `sizes` are the number of patches and their channels.
+    `make` gives what is kept of each picture of a block of them, so that few are open at a time.
     """
 
     def __init__(
         self,
         data: str,
-        encode: Encode,
+        make: Callable[[list[Image]], Sequence[T]],
         *,
-        sizes: tuple[int, int],
+        count: int,
+        seed: int = 0,
         rank: int = 0,
         ranks: int = 1,
-        **shared: Any,
     ) -> None:
-        super().__init__(**shared)
-        config, mixture = self.config, parse_mixture(data)
-        self.streams = [Stream(name, rank=rank, ranks=ranks) for name, _ in mixture]
-        self.until = np.cumsum([weight for _, weight in mixture])
-        if config.rows % ranks:
-            rows = f"{config.rows} rows a step"
-            raise InputError(f"{rows} cannot be shared evenly by {ranks} processes of a stream")
-        self.encode, self.sizes, self.rank, self.ranks = encode, sizes, rank, ranks
-        self.rows = config.rows // ranks
-        kinds = config.mixture
-        both = kinds.reading + kinds.writing
-        self.reading = kinds.reading / both if both else 1.0
-        self._blocks: list[Block] = []  # read, and not all of it served
-        self._skip = 0  # documents of the first block that earlier windows took
-        self._read = 0  # number of the next block
-        self._window: list[list[tuple[Block, Document]]] = []
-        self._served = 0  # rows of the window
-        self._start: dict[str, Any] = {}  # where the window began
+        how = {"seed": seed, "rank": rank, "ranks": ranks}
+        self.streams = Streams(data, **how, pictures=True)
+        self.make, self.count, self.seed, self.rank = make, count, seed, rank
+        self._number = 0  # of the next batch
+        self.ahead = Ahead(self.read, self._place, self._go_to, rank=rank, ranks=ranks)
 
-    def batch(self, step: int) -> Batch:
-        """The next rows; `images` number the pictures of `pictures`. Steps must come in order."""
-        if self._served == len(self._window):
-            self._fill()
-        rows = self._window[self._served : self._served + self.rows]
-        self._served += self.rows
-        served = [(block, document) for row in rows for block, document in row]
-        shown = [(block, image) for block, document in served for image in document.images]
-        self._patches, self._keep = self._no_pictures()
-        if shown:
-            self._patches = torch.stack([block.patches[image] for block, image in shown])
-            self._keep = torch.stack([block.keep[image] for block, image in shown])
-        packed = self.pack([[document for _, document in row] for row in rows])
-        return replace(packed, images=torch.arange(len(shown)))
+    def read(self) -> list[T]:
+        """The next batch, made here and now; `ahead.take()` gives one that was made on a thread."""
+        rng = np.random.default_rng([self.seed, SOURCES_DRAW, self.rank, self._number])
+        self._number += 1
+        made: list[T] = []
+        while len(made) < self.count:
+            block = min(BLOCK, self.count - len(made))
+            made += self.make([self._picture(rng) for _ in range(block)])
+        return made
 
-    def _no_pictures(self) -> Shown:
-        return torch.zeros(0, *self.sizes), torch.zeros(0, self.sizes[0], dtype=torch.bool)
+    def _picture(self, rng: Rng) -> Image:
+        for _ in range(UNUSABLE):
+            image = self.streams.open(self.streams.take(rng))
+            if image is not None:
+                return image
+        raise self.streams.nothing(UNUSABLE)
 
-    def pictures(self, images: Int[Tensor, "images"]) -> Shown:
-        """Features and masks of pictures of the last batch."""
-        return self._patches[images], self._keep[images]
+    def _place(self) -> StreamPlace:
+        return {"streams": self.streams.state(), "number": self._number}
 
-    def _fill(self) -> None:
-        """A new window: as many of the next documents as fit together."""
-        rows = self.rows * -(-WINDOW // self.rows)
-        while sum(len(one) for _, one in self._waiting()) <= rows * self.config.tokens:
-            self._blocks.append(self._next_block())
-            empty = not any(block.documents for block in self._blocks[-EMPTY:])
-            if len(self._blocks) >= EMPTY and empty:
-                why = next(reversed(self.left_out.values()), "they hold nothing")
-                raise InputError(f"{EMPTY * BLOCK} records in a row give no document: {why}")
-        self._start = {**self._blocks[0].start, "skip": self._skip}
-        waiting = self._waiting()
-        lengths, seed = [len(one) for _, one in waiting], [self.seed, self.rank, self._read, 1]
-        filled = self.spread(lengths, rows, seed)
-        self._window = [[waiting[number] for number in row] for row in filled]
-        self._skip += sum(map(len, filled))
-        while self._blocks and self._skip >= len(self._blocks[0].documents):
-            self._skip -= len(self._blocks.pop(0).documents)
-        self._served = 0
-
-    def _waiting(self) -> list[tuple[Block, Document]]:
-        """Documents that are read and not served."""
-        return [(block, one) for block in self._blocks for one in block.documents][self._skip :]
-
-    def _next_block(self) -> Block:
-        start = {"streams": [stream.state() for stream in self.streams], "block": self._read}
-        rng = np.random.default_rng([self.seed, self.rank, self._read])
-        self._read += 1
-        texts: list[str] = []
-        pictures: list[tuple[Picture.Image, str, str]] = []  # with its text and name
-        for _ in range(BLOCK):
-            stream = self.streams[by_shares(self.until, rng)]
-            record = stream.take()
-            text = record.texts[int(rng.integers(len(record.texts)))] if record.texts else ""
-            if stream.source.image is None:
-                texts += [text] * bool(text)
-                continue
-            try:
-                pictures.append((record.open(), text, record.name))
-            except InputError as error:
-                self.leave_out(record.name, error)
-        pieces = [piece for text in texts for piece in self._cut(text)]
-        documents = [lay_out((piece,), self.vocabulary) for piece in pieces]
-        patches, keep = self._no_pictures()
-        if pictures:
-            patches, tokens = self.encode([image for image, _, _ in pictures])
-            patches, keep = patches.cpu(), tokens.keep.cpu()
-            both = zip(tokens.split(), pictures, strict=True)
-            for number, (codes, (_, text, name)) in enumerate(both):
-                try:
-                    documents.append(self._document(tuple(codes.tolist()), number, text, rng))
-                except InputError as error:
-                    self.leave_out(name, error)
-        order = rng.permutation(len(documents))
-        return Block(start, tuple(documents[number] for number in order), patches, keep)
-
-    def _document(self, codes: tuple[int, ...], number: int, text: str, rng: Rng) -> Document:
-        """A picture with its text, read or written; without text, it is written unasked."""
-        reads, luck = rng.random() < self.reading, rng.random()
-        unasked = not text or (not reads and luck < self.config.unconditional_fraction)
-        read = reads and not unasked
-        parts = reading(number, text) if read else drawing(None if unasked else text, number)
-        return self.lay_out(self.segments(parts, lambda _: codes), rng)
-
-    def _cut(self, text: str) -> tuple[Text, ...]:
-        return cut(self.ids(text), self.config.tokens, self.vocabulary.end)
-
-    def share(self) -> None:
-        """Tell every process the places of all, for `state`; every process must call."""
-        mine = {"start": self._start, "served": self._served}
-        self._places = [mine]
-        if dist.is_initialized() and self.ranks > 1:
-            self._places = [{}] * self.ranks
-            dist.all_gather_object(self._places, mine)
-
-    def state(self) -> UInt8[Tensor, "bytes"]:
-        """Places of all processes after the last `share`, as JSON in bytes."""
-        return torch.tensor(list(json.dumps(self._places).encode()), dtype=torch.uint8)
-
-    def load_state(self, state: UInt8[Tensor, "bytes"]) -> None:
-        """Go to where `state` was taken: the window is read again, what was served passed over."""
-        places = json.loads(bytes(state.tolist()))
-        if len(places) != self.ranks:
-            before = f"this run read its stream with {len(places)} processes"
-            raise InputError(f"{before}: go on with as many, not {self.ranks}")
-        place = places[self.rank]
-        start = place["start"]
-        for stream, saved in zip(self.streams, start["streams"], strict=True):
-            stream.load_state(saved)
-        self._blocks, self._skip, self._read = [], start["skip"], start["block"]
-        self._fill()
-        self._served = place["served"]
+    def _go_to(self, place: StreamPlace) -> None:
+        self._number = place["number"]
+        self.streams.load_state(place["streams"])
 
 
 def stream_texts(data: str, *, records: int = 10_000) -> Corpus:

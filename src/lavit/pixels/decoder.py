@@ -81,6 +81,14 @@ class Pixels(nn.Module):
             pixels.condition.take_null(null_text(folder))
         return pixels
 
+    def recompute(self, on: bool) -> None:
+        """Drop activations of denoiser and autoencoder in training and compute them again."""
+        for part in (self.unet, self.vae):
+            if part is not None and on:
+                part.enable_gradient_checkpointing()
+            elif part is not None:
+                part.disable_gradient_checkpointing()
+
     @property
     def factor(self) -> int:
         """Pixels per latent, along one side."""

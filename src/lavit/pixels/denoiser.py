@@ -16,6 +16,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lavit.config import InputError
 
@@ -53,6 +54,9 @@ class GridDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers 
     Fully convolutional: any number of rows and columns. Saved and opened as diffusers' models are.
     """
 
+    _supports_gradient_checkpointing = True
+    gradient_checkpointing = False
+
     @register_to_config  # type: ignore[untyped-decorator]  # diffusers is Any
     def __init__(self, in_channels: int, out_channels: int, width: int, depth: int) -> None:
         """in_channels: latents and map together; `depth` blocks of `width` channels."""
@@ -76,6 +80,7 @@ class GridDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers 
         sinusoids = get_timestep_embedding(times, TIME_CHANNELS[0])
         level = F.silu(self.time(sinusoids.to(latents.dtype)))
         x = self.conv_in(latents)
+        again = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
-            x = block(x, level)
+            x = checkpoint(block, x, level, use_reentrant=False) if again else block(x, level)
         return UNet2DOutput(sample=self.conv_out(F.silu(self.norm_out(x))))

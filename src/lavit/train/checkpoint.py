@@ -52,13 +52,13 @@ def save_checkpoint(
     main = accelerator.is_main_process
     trained = _gather(_trained(module), main)
     moments = _gather(_moments(module, optimizer), main)
-    random = _random_states(accelerator)
+    random, state = _random_states(accelerator), stage.state()
     if not main:
         return
     with replacing(folder / str(step)) as new:
         save_tensors(trained, new / "module.safetensors")
         save_tensors(moments, new / "optimizer.safetensors")
-        save_tensors(stage.state(), new / "state.safetensors")
+        save_tensors(state, new / "state.safetensors")
         save_tensors(random, new / "random.safetensors")
         write_json(new / "step.json", {"step": step, "stage": stage.name})
     drop_all_but(folder, keep)

@@ -12,7 +12,8 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,18 +35,27 @@ from lavit.config import (
     to_json,
     write_json,
 )
-from lavit.data.conversations import ConversationDocuments, load_conversations
+from lavit.data.conversations import (
+    ConversationDocuments,
+    Conversations,
+    load_conversations,
+)
 from lavit.data.features import nothing_read
-from lavit.files import naming
+from lavit.files import alone, naming
 from lavit.language.lora import inject_lora, merge_lora
 from lavit.language.model import Language
 from lavit.model import LaVIT
 from lavit.storage import model_folder
+from lavit.train.encoded import features_of, tokens_of
 from lavit.train.language import LanguageStage
-from lavit.train.run import Run
+from lavit.train.loop import Report
+from lavit.train.metrics import check_trackers
+from lavit.train.run import Run, train_loop
+from lavit.train.spread import make_accelerator
 
 log = logging.getLogger(__name__)
 COPIED = ("vision", "visual_tokenizer", "pixels", "base")
+FILE = "finetune.json"  # what the folder's fine-tuning is
 MEASURED = 3  # steps whose time says how many fit into some minutes
 
 
@@ -75,119 +85,148 @@ def finetune_training(
     return FinetuneTraining(language=language, lora_rank=lora_rank, seed=seed)
 
 
-class Finetune(Run):
-    """One fine-tuning in a folder; `minutes` replaces the steps by as many as take that long."""
+def finetune(
+    folder: Path,
+    data: str | Path,
+    model: str | Path,
+    training: FinetuneTraining,
+    *,
+    minutes: float | None = None,
+    watch: Callable[[Report], None] | None = None,
+    prepare: Callable[[str, int, int], None] | None = None,
+    trackers: Sequence[str] = ("tensorboard",),
+) -> Run[FinetuneTraining]:
+    """Fine-tune a model folder into another one; what is finished is not touched again.
 
-    training: FinetuneTraining  # type: ignore[assignment]  # a run of one stage has its own
+    `minutes` replaces the steps by as many as take that long. Raises `InputError` where the folder
+    holds another fine-tuning.
+    """
+    run, source = _open(Path(folder), data, model, training, minutes)
+    run.watch, run.prepare, run.trackers = watch, prepare, tuple(trackers)
+    check_trackers(run.trackers)
+    with alone(run.folder) if run.main else nullcontext():
+        if run.has_done("language"):
+            log.info("%s is fine-tuned already", folder)
+        else:
+            _train(run, source, minutes)
+    return run
 
-    def __init__(
-        self,
-        folder: Path,
-        data: str | Path,
-        model: str | Path,
-        training: FinetuneTraining,
-        *,
-        minutes: float | None = None,
-        **options: Any,
-    ) -> None:
-        """`options` are `watch`, `prepare` and `trackers` of a `Run`."""
-        self.source, self.minutes = model_folder(model), minutes
-        self.path = Path(folder) / "finetune.json"
-        self.said = {"data": str(Path(data)), "model": str(self.source), "minutes": minutes}
-        if minutes is not None and minutes <= 0:
-            raise InputError(f"a training needs a positive time, not {minutes} minutes")
-        if Path(folder).resolve() == self.source.resolve():
-            raise InputError(f"{folder} is the model to be fine-tuned: give another --out")
-        config = read_config(self.source)
-        super().__init__(folder, Path(data), config, training, **options)
-        if self.accelerator.is_fsdp2:
-            raise InputError("fine-tuning runs in one process or under DDP: start it without FSDP")
 
-    def _settle(self, model: ModelConfig) -> ModelConfig:
-        """Check that the folder is of the same fine-tuning, if it is one; measured steps stay."""
-        self.accelerator.wait_for_everyone()
-        if self.path.exists():
-            saved = read_json(self.path)
-            with naming(self.path):
-                settled = from_json(FinetuneTraining, saved.pop("training", {}))
-            if self.minutes is not None:
-                self._take_steps(settled.language.steps)
-            if saved != self.said or settled != self.training:
-                said = f"{self.folder} holds a fine-tuning with other settings"
-                raise InputError(f"{said}: give another --out, or delete it")
-        return model
+def _train(run: Run[FinetuneTraining], source: Path, minutes: float | None) -> None:
+    torch.manual_seed(run.training.seed)
+    conversations = load_conversations(Path(run.data))
+    parts = TO_READ if conversations.pictures else TO_READ[1:]
+    lavit = LaVIT.from_pretrained(source, device=run.accelerator.device, parts=parts)
+    lavit.needs(*parts)
+    language, text = lavit.language, lavit.text_tokenizer
+    adapted = prepare_lora(language, run.config, run.training.lora_rank)
+    stage = _stage(run, lavit, conversations)
+    path = run.folder / FILE
+    if minutes is not None and not path.exists():
+        _measure(run, stage, minutes)
+    if run.main:
+        write_json(path, run.settings | {"training": to_json(run.training)})
+    config = run.training.language
+    origins = {"": f"loaded from {source.name}"}
+    train_loop(run, stage, origins, warmup=config.warmup, betas=(0.9, 0.95))
+    run.accelerator.wait_for_everyone()
+    if run.main:
+        _save_all(run, source, language, text, adapted)
 
-    def _agree(self, stages: Sequence[str]) -> None:
-        """Nothing more to settle: there is one stage."""
 
-    def _take_steps(self, steps: int) -> None:
-        language = replace(self.training.language, steps=steps)
-        self.training = replace(self.training, language=language)
+def _open(
+    folder: Path,
+    data: str | Path,
+    model: str | Path,
+    training: FinetuneTraining,
+    minutes: float | None,
+) -> tuple[Run[FinetuneTraining], Path]:
+    """The fine-tuning in a folder, and the model's folder; steps that were measured stay."""
+    source = model_folder(model)
+    said = {"data": str(Path(data)), "model": str(source), "minutes": minutes}
+    if minutes is not None and minutes <= 0:
+        raise InputError(f"a training needs a positive time, not {minutes} minutes")
+    if folder.resolve() == source.resolve():
+        raise InputError(f"{folder} is the model to be fine-tuned: give another --out")
+    config = read_config(source)
+    accelerator = make_accelerator(training.precision)
+    if accelerator.is_fsdp2:
+        raise InputError("fine-tuning runs in one process or under DDP: start it without FSDP")
+    run = Run(folder, str(Path(data)), training, config, accelerator, settings=said)
+    accelerator.wait_for_everyone()
+    if (folder / FILE).exists():
+        saved = read_json(folder / FILE)
+        with naming(folder / FILE):
+            settled = from_json(FinetuneTraining, saved.pop("training", {}))
+        if minutes is not None:
+            _take_steps(run, settled.language.steps)
+        if saved != said or settled != run.training:
+            holds = f"{folder} holds a fine-tuning with other settings"
+            raise InputError(f"{holds}: give another --out, or delete it")
+    return run, source
 
-    def train(self, stages: Sequence[str] = ("language",)) -> None:
-        """Train to the end and save; what is finished is not touched again."""
-        super().train(stages)
 
-    def _train_language(self) -> None:
-        conversations = load_conversations(self.data)
-        parts = TO_READ if conversations.pictures else TO_READ[1:]
-        model = LaVIT.from_pretrained(self.source, device=self.accelerator.device, parts=parts)
-        model.needs(*parts)
-        language, text = model.language, model.text_tokenizer
-        adapted = prepare_lora(language, self.config, self.training.lora_rank)
-        features, tokens = nothing_read(self.config.vision)
-        if conversations.pictures:
-            features = self._features(conversations.pictures, model.vision)
-            tokens = self._tokens(model.visual_tokenizer, features)
-        config, seed = self.training.language, self.training.seed
-        codes = tuple(tuple(part.tolist()) for part in tokens.split())
-        make = {"text": text, "vocabulary": language.vocabulary, "config": config, "seed": seed}
-        documents = ConversationDocuments(conversations, codes, **make)
-        tokenizer = model.visual_tokenizer
-        stage = LanguageStage(language, tokenizer, documents, features, tokens, config)
-        stage.name = "finetune"
-        if self.minutes is not None and not self.path.exists():
-            self._measure(stage, self.minutes)
-        if self.accelerator.is_main_process:
-            write_json(self.path, self.said | {"training": to_json(self.training)})
-        origins = {"": f"loaded from {self.source.name}"}
-        self._loop(stage, origins, warmup=config.warmup, betas=(0.9, 0.95))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            self._save_all(language, text, adapted)
+def _stage(run: Run[FinetuneTraining], model: LaVIT, conversations: Conversations) -> LanguageStage:
+    """Stage 2 on conversations."""
+    features, tokens = nothing_read(run.config.vision)
+    if conversations.pictures:
+        features = features_of(run, conversations.pictures, model.vision)
+        tokens = tokens_of(run, model.visual_tokenizer, features)
+    config, language = run.training.language, model.language
+    codes = tuple(tuple(part.tolist()) for part in tokens.split())
+    make = {"vocabulary": language.vocabulary, "config": config, "seed": run.training.seed}
+    documents = ConversationDocuments(conversations, codes, text=model.text_tokenizer, **make)
+    tokenizer = model.visual_tokenizer
+    stage = LanguageStage(language, tokenizer, documents, features, tokens, config)
+    stage.name = "finetune"
+    return stage
 
-    def _measure(self, stage: LanguageStage, minutes: float) -> None:
-        """Settle the steps: time some forward and backward, and agree on rank 0's answer."""
-        device, module = self.accelerator.device, stage.module.to(self.accelerator.device)
-        stage.accelerator = self.accelerator
-        for step in range(MEASURED + 1):
-            if step == 1:
-                started = time.perf_counter()
-            batch = stage.batch(step, stage.shard)
-            loss = stage.losses(module, batch, step)["loss"]
-            assert isinstance(loss, Tensor)
-            loss.backward()
-        module.zero_grad(set_to_none=True)
-        seconds = (time.perf_counter() - started) / MEASURED
-        found = torch.tensor([max(1, round(60 * minutes / seconds))], device=device)
-        steps = int(self.accelerator.gather(found)[0])
-        log.info("%.1f minutes are %d steps of %.2f seconds", minutes, steps, seconds)
-        self._take_steps(steps)
-        stage.config, stage.steps = self.training.language, steps
 
-    def _save_all(self, language: Language, text: PreTrainedTokenizerBase, adapted: bool) -> None:
-        """The whole model folder: language and reader of this training, everything else copied."""
-        for part in COPIED:
-            if (self.source / part).is_dir():
-                shutil.copytree(self.source / part, self.folder / part, dirs_exist_ok=True)
-        if (self.source / "training.json").exists():
-            shutil.copy(self.source / "training.json", self.folder / "training.json")
-        config = self.config
-        if not adapted:
-            merge_lora(language.lm)
-            config = replace(config, language=replace(config.language, lora_rank=0))
-        LaVIT(config, language=language, text_tokenizer=text).save_pretrained(self.folder)
-        (self.folder / "language" / "done").touch()
+def _take_steps(run: Run[FinetuneTraining], steps: int) -> None:
+    language = replace(run.training.language, steps=steps)
+    run.training = replace(run.training, language=language)
+
+
+def _measure(run: Run[FinetuneTraining], stage: LanguageStage, minutes: float) -> None:
+    """Settle the steps: time some forward and backward, and agree on rank 0's answer."""
+    accelerator = run.accelerator
+    device, module = accelerator.device, stage.module.to(accelerator.device)
+    stage.accelerator = accelerator
+    for step in range(MEASURED + 1):
+        if step == 1:
+            started = time.perf_counter()
+        batch = stage.batch(step, stage.shard)
+        loss = stage.losses(module, batch, step)["loss"]
+        assert isinstance(loss, Tensor)
+        loss.backward()
+    module.zero_grad(set_to_none=True)
+    seconds = (time.perf_counter() - started) / MEASURED
+    found = torch.tensor([max(1, round(60 * minutes / seconds))], device=device)
+    steps = int(accelerator.gather(found)[0])
+    log.info("%.1f minutes are %d steps of %.2f seconds", minutes, steps, seconds)
+    _take_steps(run, steps)
+    stage.config, stage.steps = run.training.language, steps
+
+
+def _save_all(
+    run: Run[FinetuneTraining],
+    source: Path,
+    language: Language,
+    text: PreTrainedTokenizerBase,
+    adapted: bool,
+) -> None:
+    """The whole model folder: language and reader of this training, everything else copied."""
+    for part in COPIED:
+        if (source / part).is_dir():
+            shutil.copytree(source / part, run.folder / part, dirs_exist_ok=True)
+    if (source / "training.json").exists():
+        shutil.copy(source / "training.json", run.folder / "training.json")
+    config = run.config
+    if not adapted:
+        merge_lora(language.lm)
+        config = replace(config, language=replace(config.language, lora_rank=0))
+    LaVIT(config, language=language, text_tokenizer=text).save_pretrained(run.folder)
+    (run.folder / "language" / "done").touch()
 
 
 def prepare_lora(language: Language, config: ModelConfig, rank: int | None) -> bool:

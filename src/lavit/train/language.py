@@ -20,7 +20,7 @@ from lavit.data.conversations import ConversationDocuments
 from lavit.data.corpus import Corpus
 from lavit.data.documents import Documents
 from lavit.data.features import Features
-from lavit.data.stream import StreamingDocuments
+from lavit.data.stream_documents import StreamingDocuments
 from lavit.language.model import Language, LanguageLoss, table_and_head
 from lavit.layout import answer_text, question_text
 from lavit.sequence import IGNORE, Batch, VisualTokens, slot_lengths
@@ -132,12 +132,6 @@ class LanguageStage(Stage):
             "code_accuracy": (out.visual_correct, out.visual_tokens),
             "useful": ((rows.documents >= 0).sum(), torch.tensor(rows.documents.numel())),
         }
-
-    def after_step(self, step: int) -> dict[str, float]:
-        """Streams tell each other where they are; nothing else follows."""
-        if self.streams is not None:
-            self.streams.share()
-        return {}
 
     def state(self) -> dict[str, Tensor]:
         """Places in streams."""

@@ -76,7 +76,7 @@ class Stage(ABC):
         return {}
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors beyond the module's that a resumed run needs."""
+        """Tensors beyond the module's that a resumed run needs; every process calls."""
         return {}
 
     def load_state(self, state: dict[str, Tensor]) -> None:

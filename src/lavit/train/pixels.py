@@ -5,6 +5,7 @@ Noise is a function of (seed, step, place in the global batch): one rank and two
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,11 +14,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lavit.config import PixelsTraining
-from lavit.data.features import Pictures
 from lavit.pixels.decoder import Pixels
 from lavit.pixels.perceptual import Perceptual
-from lavit.sequence import VisualTokens
-from lavit.train.batches import PictureBatch, Randomness, Shard, draw_batch, seeded
+from lavit.train.batches import Randomness, Shard, seeded
+from lavit.train.feeds import PixelBatch, PixelFeed
 from lavit.train.loop import Metric, Stage
 from lavit.train.muon import matrices_apart
 from lavit.vision.encoder import Vision
@@ -35,21 +35,20 @@ class PixelsStage(Stage):
         self,
         pixels: Pixels,
         tokenizer: VisualTokenizer,
-        pictures: Pictures,
-        tokens: VisualTokens,
+        feed: PixelFeed,
         config: PixelsTraining,
         *,
         seed: int,
         vision: Vision | None = None,
     ) -> None:
-        """`pictures` and `tokens` are in one order; `vision` is for the loss's perceptual part."""
+        """`vision` is for the loss's perceptual part."""
         self.perceptual = None if vision is None else Perceptual(vision)
-        self.module, self.config, self.seed = pixels, config, seed
-        self.steps = config.steps
-        self.tokenizer, self.codes = tokenizer.eval(), tokens.split()
-        self.pictures = pictures
+        self.module, self.feed, self.config, self.seed = pixels, feed, config, seed
+        self.steps, self.accumulate = config.steps, config.accumulate
+        self.tokenizer = tokenizer.eval()
         if pixels.vae is not None:
             pixels.vae.requires_grad_(False)
+        pixels.recompute(config.recompute)
         average = get_ema_multi_avg_fn(config.ema)
         self.averaged = AveragedModel(pixels, multi_avg_fn=average, use_buffers=False)
 
@@ -60,20 +59,20 @@ class PixelsStage(Stage):
             return groups
         return matrices_apart(groups, self.module)
 
-    def batch(self, step: int, shard: Shard) -> PictureBatch:
+    def batch(self, step: int, shard: Shard) -> PixelBatch:
         """Pictures of a step."""
-        return draw_batch(len(self.pictures), self.config.batch, shard, seed=self.seed, step=step)
+        return self.feed.batch(step, shard)
 
-    def losses(self, module: nn.Module, batch: PictureBatch, step: int) -> dict[str, Metric]:
+    def losses(self, module: nn.Module, batch: PixelBatch, step: int) -> dict[str, Metric]:
         """Mean squared error of the predicted noise."""
-        device = self.accelerator.device
-        drawn = zip(batch.places.tolist(), batch.pictures.tolist(), strict=True)
-        codes = [self._erring(place, picture, step).to(device) for place, picture in drawn]
+        device, places = self.accelerator.device, batch.places.tolist()
+        drawn = zip(places, batch.codes, strict=True)
+        codes = [self._erring(place, own, batch.others, step).to(device) for place, own in drawn]
         with torch.no_grad():
             lengths = torch.tensor([len(c) for c in codes], device=device)
             features = self.tokenizer.decode(torch.cat(codes), lengths)
-            latents = self.module.encode(self.pictures.rows(batch.pictures).to(device))
-        places, kind = batch.places.tolist(), Randomness.DIFFUSION
+            latents = self.module.encode(batch.pictures.to(device))
+        kind = Randomness.DIFFUSION
         loss = module(
             latents,
             features,
@@ -81,15 +80,16 @@ class PixelsStage(Stage):
             perceptual=self.perceptual,
             perceptual_weight=self.config.perceptual_weight,
         )
-        return {"loss": loss}
+        return {"loss": loss / self.accumulate}
 
-    def _erring(self, place: int, picture: int, step: int) -> Int[Tensor, "kept"]:
+    def _erring(
+        self, place: int, codes: Int[Tensor, "kept"], others: Sequence[Tensor], step: int
+    ) -> Int[Tensor, "kept"]:
         """Codes of a picture, a random share of them from another one, as a LM errs."""
-        codes = self.codes[picture]
         if not self.config.code_noise:
             return codes
         generator = seeded(self.seed, Randomness.CODE_NOISE, step, place)
-        other = self.codes[int(torch.randint(len(self.codes), (), generator=generator))]
+        other = others[int(torch.randint(len(others), (), generator=generator))]
         drawn = other[torch.randint(len(other), codes.shape, generator=generator)]
         share = self.config.code_noise * torch.rand((), generator=generator)
         return torch.where(torch.rand(codes.shape, generator=generator) < share, drawn, codes)
@@ -100,9 +100,11 @@ class PixelsStage(Stage):
         return {}
 
     def state(self) -> dict[str, Tensor]:
-        """The averaged weights."""
-        return dict(self.averaged.state_dict())
+        """The averaged weights, and the place of the feed."""
+        return {**self.averaged.state_dict(), **self.feed.state()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take the averaged weights back."""
-        self.averaged.load_state_dict(state)
+        """Take both back."""
+        own = self.averaged.state_dict().keys()
+        self.averaged.load_state_dict({name: state[name] for name in own})
+        self.feed.load_state({name: state[name] for name in state.keys() - own})

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lavit.data.corpus import Corpus
-from lavit.data.stream import StreamingDocuments
+from lavit.data.stream_documents import StreamingDocuments
 from lavit.generate.engine import Engine
 from lavit.generate.request import Request
 from lavit.generate.sampling import Sampling

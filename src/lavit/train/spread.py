@@ -11,9 +11,7 @@ three lines give it back, so that the path of GPUs is tested on two gloo ranks.
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -59,18 +57,6 @@ def make_accelerator(precision: Precision = "auto", *, fsdp: bool = False) -> Ac
             state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
     return accelerator
-
-
-@contextlib.contextmanager
-def first_alone(accelerator: Accelerator) -> Iterator[None]:
-    """The first process comes first, with the threads of those that wait for what it makes."""
-    threads = torch.get_num_threads()
-    with accelerator.main_process_first():
-        torch.set_num_threads(min(threads * accelerator.num_processes, os.cpu_count() or 1))
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
 
 
 def halve_frozen(module: nn.Module) -> None:

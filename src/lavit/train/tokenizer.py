@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lavit.config import TokenizerTraining
-from lavit.data.features import Features
 from lavit.train import health
-from lavit.train.batches import PictureBatch, Randomness, Shard, draw_batch, draw_pictures, seeded
+from lavit.train.batches import Randomness, Shard, seeded
+from lavit.train.feeds import FeatureBatch, FeatureFeed
 from lavit.train.loop import Metric, Stage
 from lavit.train.muon import matrices_apart
 from lavit.visual_tokenizer.codebook import gather_rows
@@ -22,6 +22,7 @@ from lavit.visual_tokenizer.selector import gumbel
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer, cosine_distance, foreground_weights
 
 WINDOW = 100  # steps over which live codes are counted
+SOME = 512  # pictures whose features are measured before the first step
 
 
 class TokenizerStage(Stage):
@@ -34,15 +35,15 @@ class TokenizerStage(Stage):
     def __init__(
         self,
         tokenizer: VisualTokenizer,
-        features: Features,
+        feed: FeatureFeed,
         config: TokenizerTraining,
         *,
         seed: int,
     ) -> None:
-        self.module, self.features, self.config, self.seed = tokenizer, features, config, seed
+        self.module, self.feed, self.config, self.seed = tokenizer, feed, config, seed
         self.steps, self.accumulate = config.steps, config.accumulate
-        some = draw_pictures(len(features), min(len(features), 512), seed=seed, step=0)
-        patches = features.rows(some)
+        tokenizer.recompute(config.recompute)
+        patches = feed.some(SOME)
         tokenizer.measure(patches)
         tokenizer.reconstructor.start_from(tokenizer.standard(patches).mean((0, 1)))
         self.use = health.CodeUse(tokenizer.codebook.size, WINDOW)
@@ -67,9 +68,11 @@ class TokenizerStage(Stage):
             return groups
         return matrices_apart(groups, self.module, but=selector)
 
-    def batch(self, step: int, shard: Shard) -> PictureBatch:
-        """Pictures of a step."""
-        return draw_batch(len(self.features), self.config.batch, shard, seed=self.seed, step=step)
+    def batch(self, step: int, shard: Shard) -> FeatureBatch:
+        """Pictures of a step; before the first ones with codes, the codes are started."""
+        if step == self.config.steps_a and step != self.step and self.config.k_means:
+            self._start_codes()
+        return self.feed.batch(step, shard)
 
     def trains_selector(self, step: int) -> bool:
         """Whether the selector learns in a step: in phase a, in phase b only if so configured."""
@@ -81,11 +84,9 @@ class TokenizerStage(Stage):
         first, final = self.config.temperature, self.config.final_temperature
         return first * (final / first) ** done
 
-    def losses(self, module: nn.Module, batch: PictureBatch, step: int) -> dict[str, Metric]:
+    def losses(self, module: nn.Module, batch: FeatureBatch, step: int) -> dict[str, Metric]:
         """Eq. 4 plus commitment; figures of selector health."""
         config = self.config
-        if step == config.steps_a and step != self.step and config.k_means:  # of its first part
-            self._start_codes()
         patches, noise = self._inputs(batch, step)
         health.check_features(patches, step)
         out = module(
@@ -123,10 +124,10 @@ class TokenizerStage(Stage):
         return {"loss": loss, **figures, **selector}
 
     def _inputs(
-        self, batch: PictureBatch, step: int
+        self, batch: FeatureBatch, step: int
     ) -> tuple[Float[Tensor, "images patches dim"], Float[Tensor, "images patches 2"] | None]:
         """Features of pictures, and the selector's noise while it trains."""
-        patches = self.features.rows(batch.pictures).to(self.accelerator.device)
+        patches = batch.patches.to(self.accelerator.device)
         if not self.trains_selector(step):
             return patches, None
         places, kind = batch.places.tolist(), Randomness.SELECTOR
@@ -160,10 +161,12 @@ class TokenizerStage(Stage):
         tokenizer, wanted = self.module, self.config.k_means_vectors
         rows: list[Tensor] = []
         for number in range(wanted):
-            pictures = self.batch(self.steps + number, self.shard).pictures
-            patches = self.features.rows(pictures).to(self.accelerator.device)
-            merged = tokenizer.merger(tokenizer.prepare(patches), tokenizer.select(patches))
-            rows.append(gather_rows(tokenizer.codebook.project(merged)))
+            for part in range(self.accumulate):
+                shard = self.shard.part(part, self.accumulate)
+                patches = self.feed.batch(self.steps + number, shard).patches
+                patches = patches.to(self.accelerator.device)
+                merged = tokenizer.merger(tokenizer.prepare(patches), tokenizer.select(patches))
+                rows.append(gather_rows(tokenizer.codebook.project(merged)))
             if sum(map(len, rows)) >= wanted:
                 break
         vectors = self.shard.of(torch.cat(rows))  # k-means gathers them again
@@ -198,9 +201,11 @@ class TokenizerStage(Stage):
         return figures
 
     def state(self) -> dict[str, Tensor]:
-        """The window of code use."""
-        return self.use.state()
+        """The window of code use, and the place of the feed."""
+        return {**self.use.state(), **self.feed.state()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take the window back."""
-        self.use.load_state(state)
+        """Take both back."""
+        own = self.use.state()
+        self.use.load_state({name: state[name] for name in own})
+        self.feed.load_state({name: state[name] for name in state.keys() - own})

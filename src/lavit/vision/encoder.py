@@ -56,10 +56,14 @@ class Vision(nn.Module):
         return torch.cat([self.encode_pixels(to_pixels(block, *how)) for block in blocks])
 
     def encode_pixels(self, pixels: Float[Tensor, "images 3 height width"]) -> Patches:
-        """`encode` of pictures that are normalised tensors already (`images.pixels`)."""
+        """`encode` of pictures that are normalised tensors already (`images.pixels`).
+
+        On CUDA products are fp16, in use as in training: they keep as many digits as features do.
+        """
         weight = next(self.parameters())
         blocks = pixels.to(weight.device, weight.dtype).split(BLOCK)
-        return torch.cat([self(block).half() for block in blocks]).float()
+        with torch.autocast(weight.device.type, torch.float16, enabled=weight.is_cuda):
+            return torch.cat([self(block).half() for block in blocks]).float()
 
     @torch.no_grad()
     def forward(self, pixels: Float[Tensor, "images 3 height width"]) -> Patches:

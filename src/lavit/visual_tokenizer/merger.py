@@ -121,8 +121,10 @@ class Merger(nn.Module):
             x, weight = rows.pad(patches[keep]), rows.pad(mask[keep][:, None])[..., 0]
         self_weight = self._self_weight(weight)
         context = self.norm_patches(patches)
+        again = self.recompute and torch.is_grad_enabled()
         for block in self._blocks:
-            x = block.padded(x, context, (1 - mask)[:, None], self_weight, smoothing)
+            run = partial(checkpoint, block.padded, use_reentrant=False) if again else block.padded
+            x = run(x, context, (1 - mask)[:, None], self_weight, smoothing)
         return self.norm(x), weight
 
     @torch.no_grad()

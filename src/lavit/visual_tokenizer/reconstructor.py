@@ -11,11 +11,13 @@ known: ours, to be measured.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lavit.config import TokenizerConfig
 from lavit.visual_tokenizer.layers import CrossBlock, Patches, initialise
@@ -35,6 +37,7 @@ class Reconstructor(nn.Module):
         self.blocks = nn.ModuleList(CrossBlock(*block) for _ in range(config.reconstructor_depth))
         self.norm = nn.LayerNorm(dim, eps=1e-5)
         self.to_features = nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, dim))
+        self.recompute = False  # activation checkpointing of the blocks
         initialise(self)
         nn.init.trunc_normal_(self.from_code.weight, std=1.0)  # codes are unit vectors
         for table in (self.positions, self.queries, self.places):
@@ -70,6 +73,8 @@ class Reconstructor(nn.Module):
         if places is not None and table is not None:
             rows = rows + table[places]
         x = self.queries.expand(len(codes), -1, -1)
+        again = self.recompute and torch.is_grad_enabled()
         for block in cast("Iterable[CrossBlock]", self.blocks):
-            x = block.padded(x, rows, valid[:, None])
+            run = partial(checkpoint, block.padded, use_reentrant=False) if again else block.padded
+            x = run(x, rows, valid[:, None])
         return self.to_features(self.norm(x))

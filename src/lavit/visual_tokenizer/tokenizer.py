@@ -58,6 +58,10 @@ class VisualTokenizer(nn.Module):
             self.register_buffer("mean", torch.zeros(config.dim))
             self.register_buffer("deviation", torch.ones(config.dim))
 
+    def recompute(self, on: bool) -> None:
+        """Drop activations of merger and reconstructor in training and compute them again."""
+        self.merger.recompute = self.reconstructor.recompute = on
+
     @torch.no_grad()
     def measure(self, patches: Patches) -> None:
         """Take mean and deviation of each channel from features of training pictures."""

@@ -1,0 +1,173 @@
+"""What a run's stages learn from: its corpus, encoded once and kept, or streams encoded on the fly.
+
+stage 1   `feature_feed`     features of pictures
+stage 2   `language_stage`   documents, with features and masks of the pictures that are read
+stage 3   `pixel_feed`       pictures at the decoder's size, and their codes
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather_object
+from jaxtyping import UInt8
+from PIL.Image import Image
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase as TextTokenizer
+
+from lavit.config import TrainConfig
+from lavit.data.bulk import corpus_codes, tokenizer_hash
+from lavit.data.corpus import Corpus, load_corpus
+from lavit.data.documents import Documents
+from lavit.data.features import (
+    Features,
+    Pictures,
+    compute_features,
+    nothing_read,
+    tokenize_features,
+)
+from lavit.data.sources import Record
+from lavit.data.stream_documents import StreamingDocuments
+from lavit.images import levels
+from lavit.language.model import Language
+from lavit.model import LaVIT
+from lavit.sequence import VisualTokens
+from lavit.storage import load_visual_tokenizer
+from lavit.train.feeds import (
+    CorpusFeatures,
+    CorpusPixels,
+    FeatureFeed,
+    PixelFeed,
+    StreamedFeatures,
+    StreamedPixels,
+)
+from lavit.train.language import LanguageStage
+from lavit.vision.encoder import Vision, load_vision
+from lavit.visual_tokenizer.tokenizer import VisualTokenizer
+
+if TYPE_CHECKING:
+    from lavit.train.run import Run
+
+log = logging.getLogger(__name__)
+
+
+class Encoded:
+    """A run's corpus and what encoder and tokenizer make of it, each made once, when asked for."""
+
+    def __init__(self, run: Run[TrainConfig]) -> None:
+        self.run = run
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The training split."""
+        return load_corpus(self.run.data)
+
+    @cached_property
+    def vision(self) -> Vision:
+        """The frozen encoder."""
+        run = self.run
+        return load_vision(run.config.vision, run.folder / "vision").to(run.accelerator.device)
+
+    @cached_property
+    def tokenizer(self) -> VisualTokenizer:
+        """The trained tokenizer of this run."""
+        found = load_visual_tokenizer(self.run.config, self.run.folder)
+        return found.to(self.run.accelerator.device).eval()
+
+    @cached_property
+    def features(self) -> Features:
+        """Encoder features of every picture."""
+        records = [picture.record for picture in self.corpus.pictures]
+        return features_of(self.run, records, self.vision)
+
+    @cached_property
+    def tokens(self) -> VisualTokens:
+        """Stage-1 tokens of every picture."""
+        return tokens_of(self.run, self.tokenizer, self.features)
+
+    @torch.no_grad()
+    def encode(self, images: list[Image]) -> tuple[Tensor, VisualTokens]:
+        """Features [images patches dim] and tokens of pictures of a stream."""
+        patches = self.vision.encode(images)
+        return patches, self.tokenizer.encode(patches)
+
+    def leave_device(self) -> None:
+        """Stage 2 on encoded pictures: nothing of stage 1 need stay on a GPU."""
+        self.__dict__.pop("vision", None)
+        self.tokenizer.cpu()
+
+
+def features_of(run: Run[Any], records: Sequence[Record], vision: Vision) -> Features:
+    """Encoder features, computed once; each process makes a share of them."""
+    progress = partial(run.prepare, "encoder features") if run.prepare and run.main else None
+    shared = {"wait": run.accelerator.wait_for_everyone, **run.sharing}
+    return compute_features(records, vision, run.folder / "cache", progress=progress, **shared)
+
+
+def tokens_of(run: Run[Any], tokenizer: VisualTokenizer, features: Features) -> VisualTokens:
+    """Visual tokens of cached features; each process makes a share of them."""
+    rank, ranks = run.sharing["rank"], run.sharing["ranks"]
+    share = torch.arange(len(features)).tensor_split(ranks)[rank]
+    _, mine = nothing_read(run.config.vision)
+    if len(share):
+        mine = tokenize_features(tokenizer, features, share)
+    return VisualTokens.joined(gather_object([mine]))
+
+
+def feature_feed(run: Run[TrainConfig], encoded: Encoded) -> FeatureFeed:
+    """Features for stage 1."""
+    config, vision = run.training.tokenizer, encoded.vision
+    how = {"batch": config.batch, "seed": run.training.seed}
+    if not config.stream:
+        return CorpusFeatures(encoded.features, **how)
+
+    def encode(images: list[Image]) -> list[Tensor]:
+        return list(vision.encode(images).to("cpu", torch.half))
+
+    return StreamedFeatures(run.data, encode, **how, **run.sharing)
+
+
+def pixel_feed(run: Run[TrainConfig], encoded: Encoded) -> PixelFeed:
+    """Pictures and their codes for stage 3."""
+    config, size = run.training.pixels, run.config.pixels.size
+    how = {"batch": config.batch, "seed": run.training.seed}
+    if not config.stream:
+        openers = [picture.record.open for picture in encoded.corpus.pictures]
+        return CorpusPixels(Pictures(openers, size), encoded.tokens.split(), **how)
+
+    def make(images: list[Image]) -> list[tuple[UInt8[Tensor, "3 size size"], Tensor]]:
+        found = [part.cpu() for part in encoded.encode(images)[1].split()]
+        return list(zip(levels(images, size), found, strict=True))
+
+    return StreamedPixels(run.data, make, **how, **run.sharing)
+
+
+def language_stage(
+    run: Run[TrainConfig], encoded: Encoded, language: Language, text: TextTokenizer
+) -> LanguageStage:
+    """Stage 2 on the corpus; on codes made beforehand; or on a stream."""
+    config, vision = run.training.language, run.config.vision
+    make: dict[str, Any] = {"text": text, "vocabulary": language.vocabulary}
+    make["seed"] = run.training.seed
+    if config.stream:
+        make |= {"sizes": (vision.patches, vision.dim), **run.sharing}
+        encoded.tokenizer.to(run.accelerator.device)
+        streams = StreamingDocuments(run.data, encoded.encode, config=config, **make)
+        return LanguageStage(language, encoded.tokenizer, streams, None, None, config)
+    mixture = config.mixture
+    if config.token_corpus:
+        hashed = tokenizer_hash(LaVIT(run.config, folder=run.folder))
+        codes = corpus_codes(config.token_corpus, encoded.corpus, tokenizer=hashed)
+        features, tokens = nothing_read(vision)
+        mixture = replace(mixture, reading=0.0, question=0.0)
+    else:
+        codes = tuple(tuple(part.tolist()) for part in encoded.tokens.split())
+        features, tokens = encoded.features, encoded.tokens
+    documents = Documents(encoded.corpus, codes, config=replace(config, mixture=mixture), **make)
+    encoded.leave_device()
+    return LanguageStage(language, encoded.tokenizer, documents, features, tokens, config)

@@ -1,0 +1,82 @@
+"""What stages 2 and 3 begin with: a language model and a decoder, random, given or trained."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerBase as TextTokenizer
+
+from lavit.config import InputError, TrainConfig
+from lavit.data.stream import stream_texts
+from lavit.files import replacing
+from lavit.language.model import Language
+from lavit.pixels.decoder import Pixels
+from lavit.storage import build_language, load_base, load_language
+from lavit.train.encoded import Encoded
+from lavit.train.language import train_text_tokenizer
+
+if TYPE_CHECKING:
+    from lavit.train.run import Run
+
+
+def first_language(run: Run[TrainConfig], encoded: Encoded) -> tuple[Language, TextTokenizer]:
+    """The language part before its first step; a random LM gets its text tokenizer's sizes."""
+    base, text = run.config.language, None
+    if base.source == "random":
+        if base.lora_rank:
+            said = "LoRA adapts a trained language model, and this preset's is random"
+            raise InputError(f"{said}: leave --lora out")
+        text = _new_text_tokenizer(run, encoded)
+        sizes = {"vocab_size": len(text), "eos_token_id": text.eos_token_id}
+        base = replace(base, architecture=base.architecture | sizes | {"bos_token_id": None})
+        run.config = replace(run.config, language=base)
+    language, text = begun_language(run, encoded, text)
+    if not run.start:
+        language.check_head()
+    return language, text
+
+
+def begun_language(
+    run: Run[TrainConfig], encoded: Encoded, text: TextTokenizer | None
+) -> tuple[Language, TextTokenizer]:
+    """A language part around its base LM, or as `start` left it."""
+    if run.start:
+        language, text = load_language(run.config, run.start)
+    else:
+        lm, found = load_base(run.config.language, run.folder / "base")
+        text = found or text
+        assert text is not None  # a random LM comes with a new one
+        language = build_language(lm, encoded.tokenizer.merger, run.config, text)
+    return language.float(), text  # small steps are lost on weights of half precision
+
+
+def _new_text_tokenizer(run: Run[TrainConfig], encoded: Encoded) -> TextTokenizer:
+    """A text tokenizer trained on the run's texts, kept in the cache for a resumed run."""
+    folder = run.folder / "cache" / "text"
+    with run.accelerator.main_process_first():
+        if not (folder / "tokenizer.json").exists():
+            streams = run.training.language.stream
+            corpus = stream_texts(run.data) if streams else encoded.corpus
+            text = train_text_tokenizer(corpus, run.training.text_vocabulary)
+            with replacing(folder) as new:
+                text.save_pretrained(new)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def first_pixels(run: Run[TrainConfig]) -> Pixels:
+    """The decoder before its first step; without sizes of its own it starts from `decoder/`."""
+    config = run.config.pixels
+    if run.start and (run.start / "pixels").is_dir():
+        return Pixels.load(run.start / "pixels", config)
+    if not config.unet and not config.start_from:
+        folder = run.folder / "decoder"
+        if not (folder / "unet").is_dir():
+            said = f"{folder} holds no diffusion model to start from"
+            raise InputError(f"{said}: put a diffusers folder there (Stable Diffusion 1.5)")
+        config = replace(config, start_from=str(folder))
+    if config.vae and not config.start_from:
+        said = "the pixels' configuration names an autoencoder, and none is trained here"
+        raise InputError(f"{said}: give start_from, a diffusers folder that has one")
+    return Pixels.build(config)
