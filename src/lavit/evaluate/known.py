@@ -6,18 +6,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lavit.config import InputError, read_json
-from lavit.data.corpus import origin_of, parse_mixture
+from lavit.config import InputError
+from lavit.data.corpus import origin_of
 from lavit.data.scenes.lexicon import unknown_words
 from lavit.data.scenes.splits import Rules
+from lavit.evaluate.examinee import training_of
 
 RULES = ("objects", "held_out_pairs")
-
-
-def training_of(folder: Path) -> dict[str, Any]:
-    """The training that made a model, if its folder says."""
-    path = folder / "training.json"
-    return read_json(path) if path.is_file() else {}
 
 
 def scenes_of(folder: Path) -> dict[str, Any] | None:
@@ -56,13 +51,3 @@ def strange_words(folder: Path, texts: Iterable[str]) -> list[str]:
     if scenes_of(folder) is None:
         return []
     return list(dict.fromkeys(word for text in texts for word in unknown_words(text)))
-
-
-def is_scenes(data: str) -> bool:
-    """Is a source, or one of a mixture, scenes: "scenes", or a data set of `lavit data scenes`?"""
-    for name, _ in parse_mixture(data):
-        path = Path(name)
-        endless = path.name.partition(":")[0] == "scenes" and not path.exists()
-        if endless or "scenes" in origin_of(name):
-            return True
-    return False
