@@ -15,7 +15,8 @@ from lavit.cli import main
 from lavit.config import InputError
 from lavit.evaluate.demo import ASKED, COMPOSED, DRAWN, EDITS, READ, Show, write_demo
 from lavit.evaluate.demo_page import LARGEST, Section, save_sheet
-from lavit.evaluate.known import scenes_of, strange_words
+from lavit.evaluate.examinee import scenes_of
+from lavit.evaluate.known import strange_words
 
 ORIGIN = {"scenes": {"split": "train", "objects": 12, "held_out_pairs": 0.5, "size": 48}}
 TITLES = ["Reading", "Answering", "Drawing", "Editing", "Composing", "Words it does not know",

@@ -12,6 +12,7 @@ from PIL.Image import Image
 
 import lavit
 from lavit.config import PARTS, TO_READ, InputError, read_json
+from lavit.data.corpus import origin_of
 from lavit.evaluate.figures import Figure, nothing
 from lavit.evaluate.kept import Kept, Progress
 from lavit.model import LaVIT
@@ -135,6 +136,19 @@ def training_of(folder: Path) -> dict[str, Any]:
     """The training that made a model, if its folder says."""
     path = folder / "training.json"
     return read_json(path) if path.is_file() else {}
+
+
+def scenes_of(folder: Path) -> dict[str, Any] | None:
+    """Options of the scenes a model learnt from, by training.json or else its data; or None."""
+    said = training_of(folder)
+    origin = said.get("origin")
+    if origin is None and said.get("data"):
+        try:
+            origin = origin_of(str(said["data"]))
+        except InputError:  # a name that is not there any more
+            return None
+    scenes = origin.get("scenes") if isinstance(origin, dict) else None
+    return scenes if isinstance(scenes, dict) else None
 
 
 def weights_hash(folder: Path) -> str:

@@ -4,28 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from lavit.config import InputError
-from lavit.data.corpus import origin_of
 from lavit.data.scenes.lexicon import unknown_words
 from lavit.data.scenes.splits import Rules
-from lavit.evaluate.examinee import training_of
+from lavit.evaluate.examinee import scenes_of
 
 RULES = ("objects", "held_out_pairs")
-
-
-def scenes_of(folder: Path) -> dict[str, Any] | None:
-    """Options of the scenes a model learnt from, by training.json or else its data; or None."""
-    said = training_of(folder)
-    origin = said.get("origin")
-    if origin is None and said.get("data"):
-        try:
-            origin = origin_of(str(said["data"]))
-        except InputError:  # a name that is not there any more
-            return None
-    scenes = origin.get("scenes") if isinstance(origin, dict) else None
-    return scenes if isinstance(scenes, dict) else None
 
 
 def trained_rules(folder: Path) -> Rules | None:
