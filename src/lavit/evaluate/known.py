@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from lavit.data.scenes.lexicon import unknown_words
+from lavit.config import InputError
+from lavit.data.scenes.lexicon import PATTERN_WORDS, PLACES, SIZES, unknown_words
 from lavit.data.scenes.splits import Rules
+from lavit.data.scenes.world import BACKGROUNDS, COLOURS, SHAPES, STYLES, objects
 from lavit.evaluate.examinee import scenes_of
 
 RULES = ("objects", "held_out_pairs")
@@ -31,7 +33,29 @@ def rules_of(
 
 
 def strange_words(folder: Path, texts: Iterable[str]) -> list[str]:
-    """Words that the language of scenes lacks, each once; none for a model of other data."""
+    """Words that a model's own scenes lack, each once; none for a model of other data."""
     if scenes_of(folder) is None:
         return []
-    return list(dict.fromkeys(word for text in texts for word in unknown_words(text)))
+    count = rules_of(folder).objects
+    return list(dict.fromkeys(word for text in texts for word in unknown_words(text, count)))
+
+
+def known_words(folder: Path) -> dict[str, list[str]]:
+    """What a model of scenes has learnt words for, by kind; synonyms stand behind their name.
+
+    Raises `InputError` for a model of other data, whose words are those of its data.
+    """
+    if scenes_of(folder) is None:
+        said = f"{folder} was not trained on scenes, so nothing lists its words"
+        raise InputError(f"{said}: they are those of its data")
+    things = objects()[: rules_of(folder).objects]
+    return {
+        "things": [", ".join((kind.name, *kind.synonyms)) for kind in things],
+        "shapes": list(SHAPES),
+        "colours of shapes": list(COLOURS),
+        "backgrounds": list(BACKGROUNDS),
+        "patterns": list(PATTERN_WORDS),
+        "sizes": list(SIZES),
+        "places": [*PLACES, "left of", "right of"],
+        "styles": list(STYLES.values()),
+    }
