@@ -37,7 +37,7 @@ from lavit.evaluate.figures import (
     spearman,
     turned,
 )
-from lavit.generate.score import likelihood
+from lavit.generate.score import drawn_likelihood, likelihood, text_likelihood
 
 SPLITS = (HELD_OUT, "test", "validation", "valid")
 
@@ -144,6 +144,36 @@ def caption_loss(material: OwnPictures) -> Figure:
     return mean(losses("loss", numbers), floor=("another picture", average(blind)))
 
 
+def drawing_loss(material: OwnPictures) -> Figure:
+    """Mean loss of a code behind the picture's text; the floor is behind another picture's."""
+    exam, numbers, codes = material.exam, material.captioned(), material.tokens.split()
+
+    def losses(task: str, told: list[int]) -> list[float]:
+        def make(chosen: list[int]) -> list[float]:
+            found = []
+            for place in chosen:
+                own = tuple(codes[numbers[place]].tolist())
+                text = material.pictures[told[place]].captions[0]
+                found.append(-drawn_likelihood(exam.model, text, own))
+            return found
+
+        return exam.made(f"{task} {material.name}", range(len(numbers)), make)
+
+    blind = losses("code loss blind", turned(numbers, 1))
+    return mean(losses("code loss", numbers), floor=("another's text", average(blind)))
+
+
+def text_loss(material: OwnPictures) -> Figure:
+    """Mean loss of a token of texts that stand alone, and of their end."""
+    exam, numbers = material.exam, material.captioned()
+
+    def make(chosen: list[int]) -> list[float]:
+        texts = (material.pictures[numbers[place]].captions[0] for place in chosen)
+        return [-text_likelihood(exam.model, text) for text in texts]
+
+    return mean(exam.made(f"text loss {material.name}", range(len(numbers)), make))
+
+
 def caption_exact(material: OwnPictures) -> Figure:
     """Share of captions that are one of the picture's texts, but for case and marks at the end."""
     numbers = material.captioned()
@@ -177,6 +207,8 @@ FIGURES: Mapping[str, Callable[[OwnPictures], Figure]] = {
     "tokens_spearman_bytes": token_rank,
     "caption_loss": caption_loss,
     "caption_exact": caption_exact,
+    "drawing_loss": drawing_loss,
+    "text_loss": text_loss,
 }
 
 
