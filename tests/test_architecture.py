@@ -35,6 +35,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("serve",),
     ("cli",),
     ("__main__",),
+    ("integrations",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 
@@ -69,6 +70,10 @@ def test_imports_go_one_way(path: Path) -> None:
     room = room_of(path)
     for other in imports(path) - {room}:
         assert LEVEL[other] < LEVEL[room], f"{path.name} ({room}) imports {other}"
+
+
+def test_nothing_imports_integrations() -> None:
+    assert not [path.name for path in FILES if "integrations" in imports(path)]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
