@@ -30,7 +30,7 @@ from lavit.evaluate.benchmarks.image_metrics import (
     squared_mmd,
 )
 from lavit.evaluate.benchmarks.layouts import BENCHMARKS, load_examples
-from lavit.evaluate.benchmarks.run import Row, Settings
+from lavit.evaluate.benchmarks.run import Row, RowSettings
 from lavit.evaluate.kept import Kept
 
 PICTURES = ("red square", "blue dot", "green bar")
@@ -168,7 +168,7 @@ def test_each_benchmark_gives_the_score_worked_out_by_hand(
     name: str, toy_run: Path, tmp_path: Path
 ) -> None:
     make(name, tmp_path / "data")
-    row = Row(toy_run, name, tmp_path / "data", Settings(), tmp_path / "kept.jsonl")
+    row = Row(toy_run, name, tmp_path / "data", RowSettings(), tmp_path / "kept.jsonl")
     said, wanted = BY_HAND[name]
     # predictions that a run made before it was killed
     Kept(tmp_path / "kept.jsonl", row.key).made(name, [0, 1], lambda _: said)
@@ -213,7 +213,7 @@ def test_batches_change_no_prediction(toy_run: Path, tmp_path: Path) -> None:
     found = []
     for batch in (32, 1):
         path = tmp_path / f"{batch}.jsonl"
-        Row(toy_run, "coco_caption", tmp_path / "data", Settings(batch=batch), path).run()
+        Row(toy_run, "coco_caption", tmp_path / "data", RowSettings(batch=batch), path).run()
         found.append(predictions(path))
     assert found[0] == found[1] and len(found[0]) == 2
 
@@ -224,7 +224,7 @@ def test_ranks_share_the_work(
     make("okvqa", tmp_path / "data")
 
     def run(file: str) -> dict[str, Any] | None:
-        return Row(toy_run, "okvqa", tmp_path / "data", Settings(batch=1), tmp_path / file).run()
+        return Row(toy_run, "okvqa", tmp_path / "data", RowSettings(batch=1), tmp_path / file).run()
 
     alone = run("alone.jsonl")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -282,7 +282,7 @@ def test_pictures_are_drawn_chosen_by_clip_and_compared(
     from PIL import Image
 
     make("coco_image", tmp_path / "data")
-    settings = Settings(inception=inception, clip=clip, batch=2)
+    settings = RowSettings(inception=inception, clip=clip, batch=2)
     found = Row(toy_run, "coco_image", tmp_path / "data", settings, tmp_path / "k.jsonl").run()
     assert found is not None
     assert found["protocol"]["candidates"] == 4
@@ -312,7 +312,7 @@ def test_pictures_are_drawn_chosen_by_clip_and_compared(
 def test_geneval_gets_the_folders_it_reads(toy_run: Path, tmp_path: Path) -> None:
     make("geneval", tmp_path / "data")
     out = tmp_path / "samples"
-    settings = Settings(out=out)
+    settings = RowSettings(out=out)
     Row(toy_run, "geneval", tmp_path / "data", settings, tmp_path / "kept.jsonl").run()
     files = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
     one = ["metadata.jsonl", *(f"samples/{n:04d}.png" for n in range(4))]
@@ -403,6 +403,7 @@ def test_distances_agree_with_torchmetrics() -> None:
     fids = pytest.importorskip("torchmetrics.image.fid")
     rng = np.random.default_rng(0)
     a, b = rng.random((30, 8), dtype=np.float32), rng.random((30, 8), dtype=np.float32) ** 2
+    warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save")
     network = torch.nn.Flatten()
     network.num_features = 8
     kid = kids.KernelInceptionDistance(network, subsets=1, subset_size=30)

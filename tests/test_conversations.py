@@ -190,16 +190,11 @@ def test_files_of_conversations_are_told_apart(tmp_path: Path) -> None:
 def shared_forms(folder: Path) -> dict[str, Path]:
     """One conversation of two turns about one picture in each form that it is shared in."""
     toy_picture("red dot").save(folder / "a.png")
-    asked = [
-        ("user", "what is it?"),
-        ("assistant", "red dot"),
-        ("user", "big?"),
-        ("assistant", "no"),
-    ]
+    texts = ["what is it?", "red dot", "big?", "no"]
+    asked = list(zip(["user", "assistant"] * 2, texts, strict=True))
 
     def turns(mark: str, role: str, content: str, names: dict[str, str]) -> list[dict[str, str]]:
-        texts = [mark + asked[0][1], *(text for _, text in asked[1:])]
-        said = zip(asked, texts, strict=True)
+        said = zip(asked, [mark + texts[0], *texts[1:]], strict=True)
         return [{role: names.get(who, who), content: text} for (who, _), text in said]
 
     spoken = {"user": "human", "assistant": "gpt"}

@@ -298,10 +298,9 @@ class FinetuneTraining(LoopConfig):
     """Fine-tuning of a trained model on conversations: only what the assistant says gives loss."""
 
     language: LanguageTraining  # its steps, rows and rates; kinds of documents do not matter
-    # LoRA into the LM, merged when the model is saved; 0: all weights train; None: as the model is
-    lora_rank: int | None = None
-    keep_adapter: bool = False  # LoRA is not merged: a PEFT folder, and its base in base/
-    images: str | None = None  # folder that paths of pictures are below; None: the data's
+    lora_rank: int | None = None  # of LoRA in the LM; 0: all weights train; None: as the model is
+    keep_adapter: bool = False  # LoRA stays a PEFT folder over base/, else it is merged
+    images: str | None = None  # folder that pictures are below; None: the data's
     checkpoint_every: int = 100  # steps
 
 

@@ -114,7 +114,7 @@ def evaluate(
 
 def _benchmark(model: str, task: str, data: str | None, json: Path | None, **settings: Any) -> None:
     """Measure one row of the paper's table and print it."""
-    from lavit.evaluate.benchmarks.run import Row, Settings
+    from lavit.evaluate.benchmarks.run import Row, RowSettings
     from lavit.evaluate.evaluation import predictions_path
     from lavit.storage import model_folder
 
@@ -124,7 +124,7 @@ def _benchmark(model: str, task: str, data: str | None, json: Path | None, **set
     if json is None:
         kept = kept.with_stem(task)
     with ProgressBar() as progress:
-        row = Row(model, task, Path(data), Settings(**settings), kept, progress.count)
+        row = Row(model, task, Path(data), RowSettings(**settings), kept, progress.count)
         found = row.run()
     if found is None:  # a process that only shared the work
         return

@@ -5,7 +5,7 @@ CIDEr-D   Vedantam et al. 2015: mean over n = 1..4 of clipped tf-idf cosines, si
 BLEU      Papineni et al. 2002: of the whole set, the closest reference's length
 ROUGE-L   Lin 2004: best precision and best recall over references, beta 1.2
 
-Words are those of the Penn Treebank in lower case without punctuation, as Stanford's tokenizer
+WordList are those of the Penn Treebank in lower case without punctuation, as Stanford's tokenizer
 gives them; ours is a regular expression, so that no Java is needed. Scores are in points (x 100).
 """
 
@@ -22,7 +22,7 @@ ORDERS = 4  # longest n-grams
 SIGMA = 6.0  # of CIDEr-D's penalty of lengths
 BETA = 1.2  # weight of recall in ROUGE-L
 
-Words = list[str]
+WordList = list[str]
 Grams = Counter[tuple[str, ...]]
 
 # words that are two, a clitic behind a word, abbreviations, numbers, words, and other marks
@@ -43,18 +43,18 @@ WORD = re.compile(
 QUOTES = str.maketrans("’‘“”", "''\"\"")
 
 
-def caption_words(text: str) -> Words:
+def caption_words(text: str) -> WordList:
     """The words of a caption, in lower case and without punctuation."""
     found = WORD.findall(text.lower().translate(QUOTES))
     return [word for token in found for word in SPLIT.get(token, token).split(" ")]
 
 
-def grams(words: Words, orders: Sequence[int] = range(1, ORDERS + 1)) -> Grams:
+def grams(words: WordList, orders: Sequence[int] = range(1, ORDERS + 1)) -> Grams:
     """How often each n-gram of these orders stands in words."""
     return Counter(tuple(words[at : at + n]) for n in orders for at in range(len(words) - n + 1))
 
 
-def cider(said: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[float]:
+def cider(said: Sequence[WordList], references: Sequence[Sequence[WordList]]) -> list[float]:
     """CIDEr-D of each caption, in points."""
     counted = [[grams(words) for words in each] for each in references]
     documents: Grams = Counter()
@@ -86,7 +86,7 @@ def cider(said: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[
     return scores
 
 
-def bleu_counts(said: Sequence[Words], references: Sequence[Sequence[Words]]) -> np.ndarray:
+def bleu_counts(said: Sequence[WordList], references: Sequence[Sequence[WordList]]) -> np.ndarray:
     """What BLEU sums over captions, `[captions, 2 + 2 * 4]`: length, closest reference's length,
     n-grams of each order, and those of them that are right.
     """
@@ -117,7 +117,7 @@ def bleu(counts: np.ndarray, n: int) -> float:
     return float(100 * np.exp(np.log(right / tried).mean() + shortness))
 
 
-def rouge_l(words: Words, references: Sequence[Words]) -> float:
+def rouge_l(words: WordList, references: Sequence[WordList]) -> float:
     """ROUGE-L of one caption, in points."""
     common = [_common(words, one) for one in references]
     if not words or not any(common):
@@ -127,7 +127,7 @@ def rouge_l(words: Words, references: Sequence[Words]) -> float:
     return 100 * (1 + BETA**2) * precision * recall / (recall + BETA**2 * precision)
 
 
-def _common(a: Words, b: Words) -> int:
+def _common(a: WordList, b: WordList) -> int:
     """Length of the longest common subsequence."""
     row = [0] * (len(b) + 1)
     for x in a:

@@ -31,7 +31,7 @@ from lavit.config import InputError
 
 DRAWN = 30_000  # captions of `coco_image`
 BELOW = ("", "annotations", "Annotations", "questions1.2")  # where files of questions may lie
-Kind = Literal["caption", "vqa", "match", "picture", "export"]
+TaskKind = Literal["caption", "vqa", "match", "picture", "export"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Example:
 class Benchmark:
     """One row of the paper's table."""
 
-    kind: Kind
+    kind: TaskKind
     split: str
     read: Callable[[Folder], Iterable[Example]]
     paper: tuple[float, ...] = ()  # of LaVIT (LLaMA-1), v1 and v2 (LLaMA-2)

@@ -69,7 +69,7 @@ PACKAGES = ("torch", "transformers", "diffusers", "numpy", "pillow")
 
 
 @dataclass(frozen=True)
-class Settings:
+class RowSettings:
     """What a row is made with, beside model, task and data."""
 
     seed: int = 0
@@ -84,7 +84,7 @@ class Row:
     """One model on one benchmark."""
 
     def __init__(
-        self, model: str | Path, name: str, data: Path, settings: Settings, kept: Path,
+        self, model: str | Path, name: str, data: Path, settings: RowSettings, kept: Path,
         progress: Progress = lambda task, done, count: None,
     ) -> None:  # fmt: skip
         self.known, self.name, self.settings = benchmark(name), name, settings
@@ -284,7 +284,7 @@ class Row:
 _PLACE = (("RANK", "0"), ("WORLD_SIZE", "1"))
 
 
-def _check(kind: str, settings: Settings) -> None:
+def _check(kind: str, settings: RowSettings) -> None:
     """Raise `InputError` for settings that a benchmark has no use for, or that are wrong."""
     if settings.batch < 1:
         raise InputError(f"batch is {settings.batch}: give the number of examples, 1 or more")
