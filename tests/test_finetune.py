@@ -154,6 +154,7 @@ def test_minutes_become_steps_that_stay(toy_run: Path, data: Path, tmp_path: Pat
     assert again.training.language.steps == steps
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
 def test_a_kept_adapter_is_a_peft_folder_beside_its_base(
     toy_run: Path, data: Path, tmp_path: Path
 ) -> None:
