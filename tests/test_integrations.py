@@ -132,7 +132,7 @@ def test_lmms_eval_runs_a_task(toy_run: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     (samples,) = (tmp_path / "out").rglob("*samples_toy.jsonl")
     rows = [json.loads(line) for line in samples.read_text().splitlines()]
-    said = {row["doc_id"]: row["filtered_resps"][0] for row in rows}
+    said = {row["doc_id"]: row["filtered_resps"] for row in rows}
     pipe = lavit.load(toy_run)
     from lavit.generate.sampling import Sampling
 

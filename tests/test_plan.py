@@ -136,3 +136,40 @@ def test_the_command_prints_parts_and_verdict(capsys: pytest.CaptureFixture) -> 
     main(["train", "language", "--plan", "--preset", "nano", "--memory", "24"])
     said = capsys.readouterr().out
     assert "visual rows" in said and "moments of AdamW" in said and "fits into 24" in said
+
+
+def test_the_memory_table_of_the_published_model_is_counted() -> None:
+    """docs/published.md: GiB of weights by part and number type, on the meta device."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import AutoModel
+
+    from lavit.presets import lavit_7b
+    from lavit.train.plan import GIB
+    from lavit.visual_tokenizer.tokenizer import VisualTokenizer
+
+    model = lavit_7b().model
+    plan = plan_language(model, lavit_7b().training)
+    counts = {part.name: part.trains + part.frozen for part in plan.parts}
+    with torch.device("meta"):
+        vision = AutoModel.from_config(AutoConfig.for_model(**model.vision.architecture))
+        tokenizer = VisualTokenizer(model.visual_tokenizer)
+        unet = UNet2DConditionModel(cross_attention_dim=model.pixels.condition_dim)
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+            latent_channels=4,
+        )
+    exact = sum(p.numel() for part in (vision, tokenizer) for p in part.parameters())
+    pixels = sum(p.numel() for part in (unet, vae) for p in part.parameters())
+    lm = counts.pop("language model")
+    own = sum(counts.values())  # rows, head, reader
+    linear = model.language.architecture["hidden_size"] * model.language.architecture["num_hidden_layers"]
+    assert linear
+    rows = {
+        "bf16": 4 * exact + 2 * (lm + own + pixels),
+        "int8": 4 * exact + lm + 2 * (own + pixels),
+        "nf4": 4 * exact + 0.5 * lm + 2 * (own + pixels),
+    }
+    print({k: round(v / GIB, 1) for k, v in rows.items()}, exact / GIB * 4, lm * 2 / GIB, own * 2 / GIB, pixels * 2 / GIB)

@@ -42,6 +42,7 @@ from lavit.vocabulary import MARKERS
 log = logging.getLogger(__name__)
 WEIGHTS = Path(__file__).parent / "weights"  # a folder for each model that comes with this package
 READER = ("merger.", "to_language.")
+IN_PEFT = "base_model.model."  # peft's names of an adapter's tensors begin with it
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -173,6 +174,7 @@ def save_language(
             export(language, text, new)
             return replace(config, source="folder", architecture={})
         adapter = require("peft", extra="mini").get_peft_model_state_dict(language.lm)
+        adapter = {IN_PEFT + name: tensor for name, tensor in adapter.items()}
         save_tensors(adapter, new / "adapter_model.safetensors")
         said: Any = copy(language.lm.peft_config["default"])
         said.target_modules = sorted(said.target_modules)  # a set: in any order
@@ -274,6 +276,7 @@ def load_language(config: ModelConfig, folder: Path) -> tuple[Language, PreTrain
 
 def _load_adapter(language: Language, folder: Path) -> None:
     tensors = load_tensors(folder / "adapter_model.safetensors")
+    tensors = {name.removeprefix(IN_PEFT): tensor for name, tensor in tensors.items()}
     try:
         result = require("peft", extra="mini").set_peft_model_state_dict(language.lm, tensors)
     except RuntimeError as error:  # other widths
