@@ -284,3 +284,14 @@ def test_lines_fit_100_columns(pattern: str) -> None:
     for path in PACKAGE.parent.parent.glob(pattern):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             assert len(line) <= 100, f"{path}:{number} has {len(line)} columns"
+
+
+def test_the_version_and_the_licences_are_those_of_the_package() -> None:
+    """The tag of a release is "v" and this version; the wheel holds weights too."""
+    import lavit
+
+    root = PACKAGE.parent.parent
+    assert f"\nversion: {lavit.__version__}\n" in (root / "CITATION.cff").read_text()
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    assert "version" in project["dynamic"] and "CC-BY-SA-4.0" in project["license"]
+    assert all((root / path).is_file() for path in project["license-files"])
