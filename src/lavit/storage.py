@@ -4,7 +4,8 @@ config.json        ours (`ModelConfig`), with a format number
 vision/            a transformers vision checkpoint, where the encoder is not a reference
 visual_tokenizer/  model.safetensors: selector, merger, codebook, reconstructor
 language/          a plain transformers causal LM with the joint vocabulary and its text tokenizer;
-                   or, over a referenced base, a PEFT adapter, rows.safetensors and the tokenizer
+                   or, over a base (referenced, or in base/), a PEFT adapter, rows.safetensors and
+                   the tokenizer
 reader/            model.safetensors: the second merger and the projection of pictures into the LM
 pixels/            a diffusers folder
 """
@@ -41,6 +42,7 @@ from lavit.vocabulary import MARKERS
 log = logging.getLogger(__name__)
 WEIGHTS = Path(__file__).parent / "weights"  # a folder for each model that comes with this package
 READER = ("merger.", "to_language.")
+IN_PEFT = "base_model.model."  # peft's names of an adapter's tensors begin with it
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -101,6 +103,8 @@ def load_base(
             return lm, AutoTokenizer.from_pretrained(folder)
         return lm, load_smollm2_text(file)
     where: str | Path = config.source
+    if where == "base" and folder is not None:
+        where = folder.parent / "base"
     if where == "folder":
         if folder is None or not (folder / "config.json").is_file():
             said = f"{folder} holds no language model"
@@ -170,6 +174,7 @@ def save_language(
             export(language, text, new)
             return replace(config, source="folder", architecture={})
         adapter = require("peft", extra="mini").get_peft_model_state_dict(language.lm)
+        adapter = {IN_PEFT + name: tensor for name, tensor in adapter.items()}
         save_tensors(adapter, new / "adapter_model.safetensors")
         said: Any = copy(language.lm.peft_config["default"])
         said.target_modules = sorted(said.target_modules)  # a set: in any order
@@ -177,9 +182,20 @@ def save_language(
         rows = {name: tensors[name] for name in tensors if name in ("rows", "head_rows")}
         save_tensors(rows, new / "rows.safetensors")
         text.save_pretrained(new)
+    if config.source == "base":
+        with replacing(folder / "base") as new:
+            _save_base(language.lm, new)
+            text.save_pretrained(new)
     if config.source != SMOLLM2:
         return config
     return replace(config, sha256=sha256(smollm2_file()))  # an adapter fits no other weights
+
+
+def _save_base(lm: PreTrainedModel, folder: Path) -> None:
+    """Write a causal LM as it is below its LoRA."""
+    tensors = lm.state_dict()
+    below = {name.replace(".base_layer.", "."): tensors[name] for name in tensors}
+    lm.save_pretrained(folder, state_dict={n: t for n, t in below.items() if ".lora_" not in n})
 
 
 @torch.no_grad()
@@ -260,6 +276,7 @@ def load_language(config: ModelConfig, folder: Path) -> tuple[Language, PreTrain
 
 def _load_adapter(language: Language, folder: Path) -> None:
     tensors = load_tensors(folder / "adapter_model.safetensors")
+    tensors = {name.removeprefix(IN_PEFT): tensor for name, tensor in tensors.items()}
     try:
         result = require("peft", extra="mini").set_peft_model_state_dict(language.lm, tensors)
     except RuntimeError as error:  # other widths

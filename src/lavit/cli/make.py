@@ -96,18 +96,24 @@ def finetune(
     minutes: float | None = None,
     seed: int = 0,
     tracker: tuple[str, ...] = ("tensorboard",),
+    images: Path | None = None,
+    keep_adapter: bool = False,
 ) -> None:
     """Fine-tune a trained model on conversations (lavit train finetune); answers alone give loss.
 
-    --data is a file of JSON lines {"messages": […]} with pictures on either side. --lora R trains
-    adapters of rank R, which are merged in the end; by default all weights train, or the adapter
-    that the model has. --minutes, in place of --steps, measures how many fit. The same command goes
-    on after an interruption.
+    --data is a file of JSON lines {"messages": […]} with pictures on either side, of LLaVA's or
+    ShareGPT's JSON, or TRL's parquet (docs/data.md); --images names the folder that its pictures
+    are below, else they are below the file's. --lora R trains adapters of rank R, which are merged
+    in the end, or with --keep-adapter stay a PEFT folder beside their base; by default all weights
+    train, or the adapter that the model has. --minutes, in place of --steps, measures how many fit.
+    The same command goes on after an interruption.
     """
     from lavit.train.finetune import finetune as fine_tune
     from lavit.train.finetune import finetune_training
 
-    training = finetune_training(model, lora_rank=lora, steps=steps, seed=seed)
+    training = finetune_training(
+        model, lora_rank=lora, steps=steps, seed=seed, keep_adapter=keep_adapter, images=images
+    )
     with ProgressBar() as progress:
         fine_tune(
             out,

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lavit.config import InputError
-from lavit.data.conversations import is_conversations, load_conversations
+from lavit.data.conversation_forms import holds_conversations
+from lavit.data.conversations import load_conversations
 from lavit.data.corpus import parse_mixture
 from lavit.data.sources import check, licence_files, open_source, stream_source
 from lavit.data.text import Texts
@@ -37,7 +38,7 @@ def inspect_data(data: str, split: str = "train", *, workers: int = 1) -> list[d
 
 
 def _report(name: str, split: str) -> dict[str, Any]:
-    if is_conversations(name):
+    if holds_conversations(Path(name)):
         return _conversations(name)
     found = open_source(name, split)
     return _texts(found) if isinstance(found, Texts) else asdict(check(name, split))
