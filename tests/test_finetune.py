@@ -11,7 +11,10 @@ import torch
 
 import lavit
 from conftest import NAMES
+from lavit.cli import main
 from lavit.config import FinetuneTraining, InputError, read_config
+from lavit.evaluate.forgetting import changes
+from lavit.generate.score import text_likelihood
 from lavit.language.lora import merge_lora
 from lavit.model import LaVIT
 from lavit.sequence import Text, lay_out, pack
@@ -186,3 +189,47 @@ def test_a_kept_adapter_is_a_peft_folder_beside_its_base(
     assert torch.equal(logits(again.language), logits(kept.language))
     with pytest.raises(InputError, match="give its rank"):
         finetune_training(toy_run, keep_adapter=True)
+
+
+def test_a_share_of_the_rows_replays_texts(toy_run: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "prose.txt").write_text("a heron stands in the reeds. " * 40)
+    training = finetune_training(toy_run, steps=4, replay=f"{tmp_path / 'prose.txt'}:0.5")
+    training = replace(training, log_every=1, language=replace(training.language, rows=4))
+    plain = replace(training, replay="", language=replace(training.language, rows=2))
+    for name, how in (("replayed", training), ("plain", plain)):
+        finetune(tmp_path / name, data, toy_run, how)
+    lines = (tmp_path / "replayed" / "metrics.jsonl").read_text().splitlines()
+    model = LaVIT.from_pretrained(tmp_path / "replayed", parts=("language",))
+    before = LaVIT.from_pretrained(toy_run, parts=("language",))
+    text = "a heron stands in the reeds."
+    assert text_likelihood(model, text) > text_likelihood(before, text)
+    without = LaVIT.from_pretrained(tmp_path / "plain", parts=("language",))
+    assert text_likelihood(model, text) > text_likelihood(without, text)
+    assert len(lines) == 4
+    for wrong, match in ((":1.5", "share of rows"), (":0.5,b:0.5", "share of rows")):
+        how = replace(training, replay=f"{tmp_path / 'prose.txt'}{wrong}")
+        with pytest.raises(InputError, match=match):
+            finetune(tmp_path / f"wrong{wrong[1]}{len(wrong)}", data, toy_run, how)
+
+
+def test_what_a_fine_tuning_forgets_is_said(
+    toy_run: Path, toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One false answer at a high rate: captions get worse, and the command says so."""
+    path = write(tmp_path, [read(NAMES[0])])
+    path.write_text(path.read_text().replace(f'"{NAMES[0]}"', '"nothing at all"'))
+    training = finetune_training(toy_run, steps=30)
+    rates = dict.fromkeys(("learning_rate", "rows_rate", "reader_rate"), 2e-2)
+    training = replace(training, language=replace(training.language, **rates))
+    finetune(tmp_path / "new", path, toy_run, training)
+    found, said = changes(toy_run, tmp_path / "new", str(toy_data))
+    assert [change.what for change in found] == ["captions", "drawings", "texts"]
+    assert found[0].forgotten and found[0].after > found[0].before and str(toy_data) in said
+    same, _ = changes(toy_run, toy_run, str(toy_data))
+    assert not any(change.forgotten or change.low or change.high for change in same)
+    words = ["train", "finetune", "--data", str(path), "--model", str(toy_run), "--steps", "2"]
+    main([*words, "--out", str(tmp_path / "cli"), "--check", str(toy_data)])
+    assert "loss a token before and after" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, "--out", str(tmp_path / "bad"), "--check", str(tmp_path / "missing")])
+    assert stopped.value.code == 2 and not (tmp_path / "bad").exists()

@@ -301,6 +301,7 @@ class FinetuneTraining(LoopConfig):
     lora_rank: int | None = None  # of LoRA in the LM; 0: all weights train; None: as the model is
     keep_adapter: bool = False  # LoRA stays a PEFT folder over base/, else it is merged
     images: str | None = None  # folder that pictures are below; None: the data's
+    replay: str = ""  # texts that a share of the rows are made of, SOURCE:SHARE
     checkpoint_every: int = 100  # steps
 
 

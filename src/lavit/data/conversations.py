@@ -30,6 +30,7 @@ from lavit.data.conversation_forms import messages_of, shared_rows
 from lavit.data.corpus import Corpus
 from lavit.data.documents import Rows
 from lavit.data.sources import Record, readable
+from lavit.data.text import TextPieces
 from lavit.layout import check_messages, replies
 from lavit.sequence import IGNORE, Batch, Document, Sequence, fill_rows, lay_out
 
@@ -160,7 +161,8 @@ def _numbered(message: Mapping[str, Any], numbers: Mapping[str, int]) -> dict[st
 class ConversationDocuments(Rows):
     """Conversations as packed rows: a batch is a function of (seed, step).
 
-    `codes[picture]` are the stage-1 codes.
+    `codes[picture]` are the stage-1 codes. The last `text_rows` of a step are of texts alone, which
+    keep the LM's language alive (paper Sec. 3.2).
     """
 
     corpus = Corpus(())  # fine-tuning knows no other data
@@ -169,10 +171,13 @@ class ConversationDocuments(Rows):
         self,
         conversations: Conversations,
         codes: tuple[tuple[int, ...], ...],
+        *,
+        texts: TextPieces | None = None,
+        text_rows: int = 0,
         **shared: Any,
     ) -> None:
         super().__init__(**shared)
-        self.codes = codes
+        self.codes, self.texts, self.text_rows = codes, texts, text_rows
         self.sequences: list[Sequence] = []
         broken: list[tuple[str, str]] = []
         for item in conversations.items:
@@ -224,5 +229,17 @@ class ConversationDocuments(Rows):
 
     def batch(self, step: int) -> Batch:
         """Rows of a step."""
-        numbers = range(step * self.config.rows, (step + 1) * self.config.rows)
-        return self.pack([self._row(number) for number in numbers])
+        own = self.config.rows - self.text_rows
+        rows = [self._row(number) for number in range(step * own, (step + 1) * own)]
+        return self.pack([*rows, *(self._text_row(step, row) for row in range(self.text_rows))])
+
+    def _text_row(self, step: int, row: int) -> list[Sequence]:
+        """Pieces of texts until the next one would not fit."""
+        assert self.texts is not None
+        rng = np.random.default_rng([self.seed, step, row])
+        found: list[Sequence] = []
+        while True:
+            piece = lay_out((self.texts.draw(rng),), self.vocabulary)
+            if sum(map(len, found)) + len(piece) > self.config.tokens:
+                return found
+            found.append(piece)

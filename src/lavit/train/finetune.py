@@ -41,7 +41,10 @@ from lavit.data.conversations import (
     Conversations,
     load_conversations,
 )
+from lavit.data.corpus import parse_mixture
 from lavit.data.features import nothing_read
+from lavit.data.sources import open_source
+from lavit.data.text import TextPieces, Texts
 from lavit.files import alone, naming
 from lavit.language.lora import inject_lora, merge_lora
 from lavit.language.model import Language
@@ -68,6 +71,7 @@ def finetune_training(
     seed: int = 0,
     keep_adapter: bool = False,
     images: str | Path | None = None,
+    replay: str = "",
 ) -> FinetuneTraining:
     """A training for a model folder: rows as in its stage 2 and a tenth of its rates (LoRA: its).
 
@@ -95,6 +99,7 @@ def finetune_training(
     how: dict[str, Any] = {
         "keep_adapter": keep_adapter,
         "images": None if images is None else str(images),
+        "replay": replay,
     }
     return FinetuneTraining(language=language, lora_rank=lora_rank, seed=seed, **how)
 
@@ -189,12 +194,32 @@ def _stage(run: Run[FinetuneTraining], model: LaVIT, conversations: Conversation
         tokens = tokens_of(run, model.visual_tokenizer, features)
     config, language = run.training.language, model.language
     codes = tuple(tuple(part.tolist()) for part in tokens.split())
-    make = {"vocabulary": language.vocabulary, "config": config, "seed": run.training.seed}
-    documents = ConversationDocuments(conversations, codes, text=model.text_tokenizer, **make)
+    make: dict[str, Any] = {"vocabulary": language.vocabulary, "config": config}
+    make |= {"text": model.text_tokenizer, "seed": run.training.seed}
+    if run.training.replay:
+        make["texts"], make["text_rows"] = _replayed(run.training, model)
+    documents = ConversationDocuments(conversations, codes, **make)
     tokenizer = model.visual_tokenizer
     stage = LanguageStage(language, tokenizer, documents, features, tokens, config)
     stage.name = "finetune"
     return stage
+
+
+def _replayed(training: FinetuneTraining, model: LaVIT) -> tuple[TextPieces, int]:
+    """Texts alone, and how many rows of a step they fill."""
+    (name, share), *more = parse_mixture(training.replay)
+    rows, like = training.language.rows, "--replay TEXTS:0.25"
+    if more or not 0 < share < 1:
+        said = f"replay {training.replay!r} is not one source and a share of rows"
+        raise InputError(f"{said}: write {like}")
+    texts = open_source(name)
+    if not isinstance(texts, Texts):
+        raise InputError(f"{name} holds pictures: give texts alone to be replayed")
+    filled = min(rows - 1, max(1, round(share * rows)))
+    if filled < 1:
+        raise InputError(f"a step of {rows} row has no room for replay: use 2 rows or more")
+    end = model.language.vocabulary.end
+    return TextPieces(texts, model.text_tokenizer, training.language.tokens, end), filled
 
 
 def _take_steps(run: Run[FinetuneTraining], steps: int) -> None:
