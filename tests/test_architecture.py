@@ -246,7 +246,8 @@ class Blocked:
 
 sys.meta_path.insert(0, Blocked())
 import lavit
-for module in ("model", "train.run", "train.finetune", "generate.pipeline", "data.stream", "cli"):
+rooms = "model", "train.run", "train.finetune", "generate.pipeline", "data.stream", "cli"
+for module in (*rooms, "evaluate.folder"):
     importlib.import_module(f"lavit.{module}")
 from lavit.cli import main
 main(["data", "check", sys.argv[1], "--json"])

@@ -35,6 +35,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "tokenize-corpus": use.tokenize_corpus,
     "inspect": use.inspect,
     "gallery": use.gallery,
+    "words": use.words,
     "demo": use.demo,
     "serve": serving.serve,
     "train": make.train,

@@ -74,10 +74,8 @@ def evaluate(
     given = {"inception": inception, "clip": clip, "pictures": pictures}
     if wrong := [f"--{name}" for name, value in given.items() if value is not None]:
         raise InputError(f"{wrong[0]} belongs to a benchmark: give --task NAME, or leave it out")
-    from lavit.evaluate import evaluation
-    from lavit.evaluate.exam import Exam
-    from lavit.evaluate.folder import own_data, training_data
-    from lavit.evaluate.known import is_scenes, rules_of
+    from lavit.evaluate.examinee import Examinee, card_rows, predictions_path
+    from lavit.evaluate.folder import is_scenes, own_data, training_data
     from lavit.files import alone
     from lavit.storage import model_folder
     from lavit.train.card import record_figures
@@ -87,19 +85,24 @@ def evaluate(
     if figures is not None and not names:
         raise InputError("--figures names none: give names separated by commas, or leave it out")
     data = training_data(folder) if data is None else data
-    rules = rules_of(folder, objects, held_out_pairs)
-    kept = evaluation.predictions_path(folder, json)
+    own = data is not None and not is_scenes(data)
+    if own and items is not None:
+        raise InputError("--items are judged as scenes are: leave --data out")
+    kept = predictions_path(folder, json)
     with alone(kept.parent, kept.name), ProgressBar() as progress:
-        exam = Exam(
-            model, seed=seed, count=count, rules=rules, kept=kept, progress=progress.count,
-            valid=valid,
-        )  # fmt: skip
-        if data is None or is_scenes(data):
-            found = evaluation.evaluate(exam, names, items=items)
-        elif items is None:
-            found = own_data(exam, data, names)
+        how: dict[str, Any] = {
+            "seed": seed, "count": count, "kept": kept, "progress": progress.count
+        }  # fmt: skip
+        if own:
+            found = own_data(Examinee(model, **how), str(data), names)
         else:
-            raise InputError("--items are judged as scenes are: leave --data out")
+            from lavit.evaluate import evaluation
+            from lavit.evaluate.exam import Exam
+            from lavit.evaluate.known import rules_of
+
+            rules = rules_of(folder, objects, held_out_pairs)
+            exam = Exam(model, rules=rules, valid=valid, **how)
+            found = evaluation.evaluate(exam, names, items=items)
     if json is not None:
         write_json(json, found)
     if (
@@ -108,14 +111,14 @@ def evaluate(
         and found.get("comparable", True)
         and (folder / "training.json").is_file()
     ):
-        record_figures(folder, evaluation.card_rows(found))
+        record_figures(folder, card_rows(found))
     _print(found)
 
 
 def _benchmark(model: str, task: str, data: str | None, json: Path | None, **settings: Any) -> None:
     """Measure one row of the paper's table and print it."""
     from lavit.evaluate.benchmarks.run import Row, RowSettings
-    from lavit.evaluate.evaluation import predictions_path
+    from lavit.evaluate.examinee import predictions_path
     from lavit.storage import model_folder
 
     if data is None:

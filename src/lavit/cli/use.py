@@ -314,6 +314,19 @@ def gallery(
     answer_with(json, f"{out}: {text}", **figures)
 
 
+def words(model: Words[str] = DEFAULT_MODEL, /, json: bool = False) -> None:
+    """List the things, colours, places and styles that a model of scenes has words for.
+
+    `lavit draw` and its like name every other word of a prompt.
+    """
+    from lavit.evaluate.known import known_words
+    from lavit.storage import model_folder
+
+    known = known_words(model_folder(model))
+    lines = [f"{kind}: {'; '.join(found)}" for kind, found in known.items()]
+    answer_with(json, "\n".join(lines), **known)
+
+
 def demo(model: Words[str] = DEFAULT_MODEL, /, out: Path = Path("demo"), seed: int = 0) -> None:
     """Write OUT/index.html and OUT/sheet.png: what a model of scenes reads, answers and draws.
 

@@ -22,13 +22,12 @@ from lavit.data.scenes.language import prompt
 from lavit.data.scenes.world import Facts, facts
 from lavit.evaluate import judge
 from lavit.evaluate.exam import Exam
-from lavit.evaluate.figures import Figure, average, averages, mean, share
+from lavit.evaluate.figures import Figure, average, averages, mean, share, turned
 from lavit.evaluate.judge import Seen
 from lavit.generate.prompts import image_jobs
 from lavit.layout import mixed
 
 T = TypeVar("T")
-APART = 4  # prompts of 1, 2, 3 and 4 things come in turn: another prompt of as many things
 PartsOf = Callable[[int], list[Any]]  # the pictures and words that an item is written after
 
 
@@ -128,12 +127,6 @@ def atoms_of(said: Sequence[Facts], looks: Sequence[Seen]) -> list[float]:
     """Share of the facts that are right, picture by picture."""
     found = [judge.atoms(one, look) for one, look in zip(said, looks, strict=True)]
     return [right / max(1, count) for right, count in found]
-
-
-def turned(items: Sequence[T], by: int = APART) -> list[T]:
-    """The same items, each in another's place (one alone stays)."""
-    by = by if len(items) > by else 1
-    return [*items[by:], *items[:by]]
 
 
 def by_number(said: Sequence[Facts], values: Sequence[float]) -> dict[str, float]:

@@ -11,13 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 Z = 1.959964  # of a 95 % interval
 DRAWS = 1000  # of a bootstrap
+APART = 4  # prompts of 1, 2, 3 and 4 things come in turn: another prompt of as many things
 
+T = TypeVar("T")
 Level = tuple[str, float]  # what it is, and its value
 Values = Sequence[float] | np.ndarray
 
@@ -147,3 +149,9 @@ def spearman(a: Values, b: Values, given: Values | None = None) -> float:
     x, y = (column - column.mean() for column in columns)
     size = float(np.sqrt((x @ x) * (y @ y)))
     return float(x @ y) / size if size > 1e-9 else 0.0
+
+
+def turned(items: Sequence[T], by: int = APART) -> list[T]:
+    """The same items, each in another's place (one alone stays)."""
+    by = by if len(items) > by else 1
+    return [*items[by:], *items[:by]]

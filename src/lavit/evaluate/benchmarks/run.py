@@ -43,7 +43,7 @@ from lavit.evaluate.benchmarks.image_metrics import (
     kernel_distances,
 )
 from lavit.evaluate.benchmarks.layouts import Example, benchmark, load_examples
-from lavit.evaluate.exam import SEED_STEP, config_hash, weights_hash
+from lavit.evaluate.examinee import SEED_STEP, config_hash, weights_hash
 from lavit.evaluate.figures import (
     Figure,
     average,
