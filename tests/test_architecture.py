@@ -296,3 +296,4 @@ def test_the_version_and_the_licences_are_those_of_the_package() -> None:
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     assert "version" in project["dynamic"] and "CC-BY-SA-4.0" in project["license"]
     assert all((root / path).is_file() for path in project["license-files"])
+    assert sum(path.stat().st_size for path in PACKAGE.rglob("*") if path.is_file()) < 60e6

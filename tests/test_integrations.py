@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -79,6 +80,14 @@ def test_diffusers_offload_keeps_the_picture(toy_run: Path, pipe: Any) -> None:
     how: dict[str, Any] = {"prompt": PROMPTS, "num_inference_steps": 2, "output_type": "np"}
     a, b = (one(**how, generator=seeded(1, 2)).images for one in (moved, pipe))
     assert np.array_equal(a, b)
+
+
+def test_the_page_s_example_runs(toy_run: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "integrations.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(block.replace('"nano"', repr(str(toy_run))), found)
+    assert found["image"].size == (16, 16)
 
 
 def test_diffusers_refuses_in_one_line(pipe: Any) -> None:

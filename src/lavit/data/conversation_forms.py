@@ -27,7 +27,7 @@ NAMED = re.compile(rb'"(?:messages|conversations|completion)"\s*:\s*\[')
 HEAD = 65536  # bytes of a file that say what it is
 SPEAKERS = {"human": "user", "gpt": "assistant", "model": "assistant"} | {r: r for r in ROLES}
 
-Message = dict[str, Any]
+MessageDict = dict[str, Any]
 
 
 def holds_conversations(path: Path) -> bool:
@@ -85,7 +85,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
         raise InputError(f"{path} is not a readable parquet file: {why}") from error
 
 
-def messages_of(row: Any) -> list[Message]:
+def messages_of(row: Any) -> list[MessageDict]:
     """The messages of a row in any of these forms.
 
     Pictures are {"type": "image", "image": path or bytes}. Raises `InputError` for other forms, and
@@ -114,7 +114,7 @@ def _listed(value: Any) -> list[Any]:
     return value
 
 
-def _spoken(row: Mapping[str, Any]) -> list[Message]:
+def _spoken(row: Mapping[str, Any]) -> list[MessageDict]:
     """Turns of {"from", "value"} as messages."""
     system = row.get("system")
     said = [{"role": "system", "content": system}] if system else []
@@ -126,7 +126,7 @@ def _spoken(row: Mapping[str, Any]) -> list[Message]:
     return said
 
 
-def _message(message: Mapping[str, Any]) -> Message:
+def _message(message: Mapping[str, Any]) -> MessageDict:
     """A message whose parts have no empty columns, which parquet adds."""
     content = message.get("content")
     if isinstance(content, list):
@@ -139,7 +139,7 @@ def _message(message: Mapping[str, Any]) -> Message:
     return {**message, "content": content}
 
 
-def _with_pictures(messages: list[Message], images: Any) -> list[Message]:
+def _with_pictures(messages: list[MessageDict], images: Any) -> list[MessageDict]:
     """Pictures in place of their marks, in order; without marks, before the first question."""
     pictures = [_picture(one) for one in (images if isinstance(images, list) else [images])]
     if not pictures:
@@ -171,10 +171,10 @@ def _marks(content: Any) -> int:
     )
 
 
-def _filled(content: Any, pictures: Iterator[Message]) -> list[Message]:
+def _filled(content: Any, pictures: Iterator[MessageDict]) -> list[MessageDict]:
     """A content with pictures where their marks were."""
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    found: list[Message] = []
+    found: list[MessageDict] = []
     for part in parts:
         if part.get("type") == "image":
             found.append(part if "image" in part else next(pictures))
@@ -187,7 +187,7 @@ def _filled(content: Any, pictures: Iterator[Message]) -> list[Message]:
     return found
 
 
-def _picture(value: Any) -> Message:
+def _picture(value: Any) -> MessageDict:
     """A picture of a path, or of parquet's {"bytes", "path"}."""
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
