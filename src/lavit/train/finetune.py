@@ -175,6 +175,7 @@ def _stage(run: Run[FinetuneTraining], model: LaVIT, conversations: Conversation
     config, language = run.training.language, model.language
     codes = tuple(tuple(part.tolist()) for part in tokens.split())
     make = {"vocabulary": language.vocabulary, "config": config, "seed": run.training.seed}
+    make["rows"] = language.reader.rows
     documents = ConversationDocuments(conversations, codes, text=model.text_tokenizer, **make)
     tokenizer = model.visual_tokenizer
     stage = LanguageStage(language, tokenizer, documents, features, tokens, config)
