@@ -80,8 +80,9 @@ class TokenizerStage(Stage):
         return self.feed.batch(step, shard)
 
     def trains_selector(self, step: int) -> bool:
-        """Whether the selector learns in a step: in phase a, in phase b only if so configured; never
-        one that is given, or that the keep policy does not ask.
+        """Whether the selector learns in a step: in phase a, in phase b only if so configured.
+
+        One that is given never does, nor one that the keep policy does not ask.
         """
         learns = self.module.keep.learnt and not self.config.given_selector
         return learns and (step < self.config.steps_a or self.config.train_selector)
