@@ -209,6 +209,13 @@ def export(language: Language, text: PreTrainedTokenizerBase, folder: Path) -> N
     text.save_pretrained(folder)
 
 
+@torch.no_grad()
+def export_lm(language: Language, text: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the LM alone, without visual rows, as a plain transformers folder."""
+    language.lm.save_pretrained(folder)
+    text.save_pretrained(folder)
+
+
 def load_visual_tokenizer(config: ModelConfig, folder: Path) -> VisualTokenizer:
     """Read `visual_tokenizer/` of a model folder (fp32); raises `InputError` if it does not fit."""
     tokenizer = VisualTokenizer(config.visual_tokenizer)

@@ -182,15 +182,17 @@ def take_tokenizer(run: Run[TrainConfig], start: Path) -> None:
         save_parts(run, model, *TO_SEE)
 
 
-def train_stages(run: Run[TrainConfig], stages: Sequence[str] = STAGES) -> Encoded:
+def train_stages(
+    run: Run[TrainConfig], stages: Sequence[str] = STAGES, encoded: Encoded | None = None
+) -> Encoded:
     """Train stages in order; one that is finished is not touched again. What was encoded for them
-    is returned.
+    is returned; it may be given, by a run on the same data with the same tokenizer.
     """
     for stage in stages:
         if stage not in STAGES:
             known = ", ".join(STAGES)
             raise InputError(f"there is no stage {stage!r}: choose from {known}, all")
-    encoded = Encoded(run)
+    encoded = encoded or Encoded(run)
     with alone(run.folder) if run.main else nullcontext():
         _agree(run, stages)
         if run.start:
