@@ -7,7 +7,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 from lavit.config import TrainConfig
 from lavit.data.documents import WINDOW
@@ -55,7 +59,10 @@ def cost_of(run: Run[TrainConfig], encoded: Encoded) -> Cost:
 
 
 def _on_cpu() -> dict[Any, Any]:
-    """Formulae of the attention that CPUs have."""
+    """Formulae of the attention that CPUs have, by the shapes of its arguments."""
     name = "_scaled_dot_product_flash_attention_for_cpu"
     forward, backward = (getattr(torch.ops.aten, f"{name}{end}") for end in ("", "_backward"))
-    return {forward: sdpa_flop, backward: sdpa_backward_flop}
+    return {
+        forward: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+        backward: lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4]),
+    }

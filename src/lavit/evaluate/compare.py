@@ -31,9 +31,9 @@ from lavit.data.scenes.dataset import write_pool
 from lavit.data.scenes.splits import Rules
 from lavit.evaluate.budget import Cost, cost_of
 from lavit.evaluate.evaluation import FIGURES
-from lavit.evaluate.exam import Exam, Missing
+from lavit.evaluate.exam import Exam, Missing, config_hash, world_hash
 from lavit.evaluate.figures import nothing
-from lavit.evaluate.study import Study, in_training, retuned
+from lavit.evaluate.study import Study, in_model, in_training, retuned
 from lavit.files import replacing, save_tensors
 from lavit.presets import Preset
 from lavit.storage import export_lm, load_language, load_visual_tokenizer
@@ -162,8 +162,8 @@ class Bench:
         found = {}
         for rate in self.study.rates:
             tried = self._language(name, 0, rate, share=TUNING_SHARE, tuning=True)
-            figure = self.measured(tried.folder, (self.study.chosen_by,), valid=True)
-            found[rate] = figure[self.study.chosen_by]["value"] or 0.0
+            seen = self.measured(tried.folder, (self.study.chosen_by,), valid=True)
+            found[rate] = seen["figures"][self.study.chosen_by]["value"] or 0.0
         return max(found, key=lambda rate: found[rate])
 
     def model(self, name: str, seed: int, column: str = "tokens") -> Trained | None:
@@ -187,6 +187,8 @@ class Bench:
 
     def _preset(self, name: str, rate: float, steps: int) -> Preset:
         preset = retuned(self.study.preset_of(name), rate)
+        if self.study.arms[name].lm_of:
+            preset = in_model(preset, "language", source="folder", architecture={})
         return in_training(preset, "language", steps=steps)
 
     def _budget(self, seed: int) -> float:
@@ -196,12 +198,14 @@ class Bench:
         return steps * self._cost(first, seed).targets_per_step
 
     def _cost(self, name: str, seed: int) -> Cost:
-        """What a step of stage 2 costs an arm: measured on its documents and kept."""
+        """What a step of stage 2 costs an arm: measured on its documents and kept.
+
+        An LM that another arm trains counts as a new one of its size.
+        """
         path = self.tokenizer(name, seed) / f"cost-{self._language_key(name, seed)}.json"
         if not path.exists():
             preset, encoded = self.study.preset_of(name), self.encoded(name, seed)
             with tempfile.TemporaryDirectory() as scratch:
-                self._take_base(name, seed, Path(scratch))
                 start = self._start(name, seed)
                 run = self._run(Path(scratch), name, preset, seed, start=start)
                 write_json(path, to_json(cost_of(run, encoded)))
@@ -288,8 +292,8 @@ class Bench:
 
     def measured(
         self, folder: Path, names: tuple[str, ...], *, valid: bool = False
-    ) -> dict[str, dict[str, Any]]:
-        """Figures of a model with the values of their items, kept in its folder."""
+    ) -> dict[str, Any]:
+        """Figures of a model with the values of their items, and hashes, kept in its folder."""
         said = [names, self.study.count, self.study.rules.options(), valid]
         path = folder / f"figures-{key_of(said)}.json"
         if not path.exists():
@@ -309,9 +313,10 @@ class Bench:
                 except Missing as missing:
                     figure = nothing(str(missing))
                 found[name] = figure.entry() | {"items": list(figure.items)}
-            hashes = {"weights_hash": exam.weights, "rules": self.study.rules.options()}
+            hashes = {"weights_hash": exam.weights, "config_hash": config_hash(folder)}
+            hashes["world_hash"] = world_hash()
             write_json(path, {"figures": found, **hashes})
-        return read_json(path)["figures"]
+        return read_json(path)
 
 
 def key_of(said: Any) -> str:
@@ -343,9 +348,7 @@ def measured_run(bench: Bench, name: str, seed: int, column: str) -> dict[str, A
     trained = bench.model(name, seed, column)
     if trained is None:
         return None
-    figures = bench.measured(trained.folder, bench.study.figures)
+    measured = bench.measured(trained.folder, bench.study.figures)
     where = trained.folder.relative_to(bench.out).as_posix()
-    return {
-        "seed": seed, "run": where, "rate": trained.rate, "cost": to_json(trained.cost),
-        "figures": figures,
-    }  # fmt: skip
+    cost = to_json(trained.cost)
+    return {"seed": seed, "run": where, "rate": trained.rate, "cost": cost, **measured}

@@ -84,8 +84,6 @@ class Study:
         arm, found = self.arms[name], self.preset()
         if arm.selector_of:
             found = in_training(found, "tokenizer", given_selector=True)
-        if arm.lm_of:
-            found = in_model(found, "language", source="folder", architecture={})
         return arm.change(found)
 
     def rules_of(self, name: str) -> Rules:

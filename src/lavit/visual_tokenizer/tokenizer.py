@@ -61,7 +61,9 @@ class VisualTokenizer(nn.Module):
         if config.standardise:
             self.register_buffer("mean", torch.zeros(config.dim))
             self.register_buffer("deviation", torch.ones(config.dim))
-        self.register_buffer("lengths", torch.ones(LENGTHS) if self.keep.of_lengths else None)
+        self.register_buffer(
+            "lengths", torch.ones(LENGTHS, dtype=torch.long) if self.keep.of_lengths else None
+        )
 
     def recompute(self, on: bool) -> None:
         """Drop activations of merger and reconstructor in training and compute them again."""
@@ -79,7 +81,7 @@ class VisualTokenizer(nn.Module):
     def measure_lengths(self, patches: Patches) -> None:
         """Take what the selector keeps of training pictures, for policies that deal it out."""
         if self.lengths is not None:
-            found = select(self.selector(self.prepare(patches)), KeepPolicy()).sum(1).float()
+            found = select(self.selector(self.prepare(patches)), KeepPolicy()).sum(1)
             places = torch.arange(len(self.lengths)) * len(found) // len(self.lengths)
             self.lengths.copy_(found.sort().values[places])
 
