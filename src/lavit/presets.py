@@ -175,9 +175,8 @@ def pico() -> Preset:
         sample_every=0,
         tokenizer=replace(t.tokenizer, steps_a=300, steps_b=200, k_means_vectors=20_000),
         language=replace(t.language, steps=600, rows=2, mixture=Mixture(reading=3.0, writing=1.0)),
-        pixels=replace(t.pixels, steps=300),
     )
-    return Preset(model, training, minutes=13)
+    return Preset(model, training, minutes=8)
 
 
 def mini() -> Preset:
