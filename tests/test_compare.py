@@ -13,7 +13,7 @@ from conftest import toy_config, toy_training
 from lavit.config import InputError, Mixture
 from lavit.evaluate import pace
 from lavit.evaluate.compare import Bench, compare
-from lavit.evaluate.differences import difference
+from lavit.evaluate.differences import paired_difference
 from lavit.evaluate.results import write_results
 from lavit.evaluate.study import Arm, Comparison, Study, in_model, load_study
 from lavit.presets import Preset
@@ -116,7 +116,7 @@ def test_two_levels_of_chance_have_the_width_that_they_should() -> None:
     expected = 2 * 1.96 * np.sqrt(1 / seeds + 4 / items)
     for _ in range(100):
         of_seeds, of_items = rng.normal(0, 1, (seeds, 1)), rng.normal(0, 2, (1, items))
-        found = difference(0.5 + of_seeds + of_items, np.zeros((seeds, items)))
+        found = paired_difference(0.5 + of_seeds + of_items, np.zeros((seeds, items)))
         covered += found.low <= 0.5 <= found.high
         widths.append(found.high - found.low)
     assert 86 <= covered <= 99
@@ -126,12 +126,12 @@ def test_two_levels_of_chance_have_the_width_that_they_should() -> None:
 def test_a_claim_needs_all_seeds_and_the_interval() -> None:
     rng = np.random.default_rng(1)
     noise = rng.normal(0, 0.1, (3, 200))
-    better = difference(noise + 0.5, np.zeros((3, 200)))
+    better = paired_difference(noise + 0.5, np.zeros((3, 200)))
     assert better.settled and better.verdict(1) == "as claimed"
     assert better.verdict(-1) == "against the claim" and better.verdict(0) == "more"
-    torn = difference(noise + np.array([[0.9], [0.9], [-0.1]]), np.zeros((3, 200)))
+    torn = paired_difference(noise + np.array([[0.9], [0.9], [-0.1]]), np.zeros((3, 200)))
     assert not torn.settled and torn.verdict(1) == "not settled" and torn.seeds[2] < 0
-    alone = difference(noise[:1] + 0.5, np.zeros((1, 200)))
+    alone = paired_difference(noise[:1] + 0.5, np.zeros((1, 200)))
     assert not alone.settled  # one seed settles nothing
-    same = difference(noise, noise)
+    same = paired_difference(noise, noise)
     assert (same.low, same.high) == (0, 0) and not same.settled

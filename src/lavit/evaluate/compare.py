@@ -16,6 +16,7 @@ as many FLOPs as that one.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import tempfile
 from collections.abc import Callable
@@ -122,14 +123,14 @@ class Bench:
         """A hash of all that stage 1 of an arm depends on, but for the seed."""
         arm, preset = self.study.arms[name], self.study.preset_of(name)
         given = self.tokenizer_key(arm.selector_of) if arm.selector_of else ""
-        parts = [to_json(preset.model.vision), to_json(preset.model.visual_tokenizer)]
+        parts: list[Any] = [to_json(preset.model.vision), to_json(preset.model.visual_tokenizer)]
         parts += [to_json(preset.training.tokenizer), given, *self._shared(name)]
         return key_of(parts)
 
     def _shared(self, name: str) -> list[Any]:
         """What all stages of an arm depend on."""
         rules, rows = self.study.rules_of(name), self.study.arms[name].rows
-        source = rows.__code__.co_code.hex() if rows is not None else ""  # type: ignore[attr-defined]
+        source = "" if rows is None else inspect.getsource(inspect.getmodule(rows) or rows)
         training = self.study.preset_of(name).training
         return [rules.options(), source, self.study.pictures, training.clip, training.precision]
 

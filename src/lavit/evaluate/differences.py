@@ -39,7 +39,7 @@ class Difference:
         return "as claimed" if self.value * claimed > 0 else "against the claim"
 
 
-def difference(
+def paired_difference(
     one: Float[np.ndarray, "seeds items"], other: Float[np.ndarray, "seeds items"]
 ) -> Difference:
     """The difference of two arms, whose rows are seeds and whose columns are the same items."""

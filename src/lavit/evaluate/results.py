@@ -15,10 +15,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from lavit.config import write_json, write_whole
-from lavit.evaluate.differences import Difference, difference
+from lavit.evaluate.differences import Difference, paired_difference
 from lavit.evaluate.study import Study
 
-Found = Mapping[str, Mapping[str, list[dict[str, Any] | None]]]  # column, arm, seed
+Outcome = Mapping[str, Mapping[str, list[dict[str, Any] | None]]]  # column, arm, seed
 TITLES = {"tokens": "Equal target tokens", "flops": "Equal FLOPs"}
 HEAD = """# Results
 
@@ -29,12 +29,12 @@ excludes 0.
 """
 
 
-def row_of(found: Found, column: str, arm: str, seed: int) -> dict[str, Any]:
+def row_of(found: Outcome, column: str, arm: str, seed: int) -> dict[str, Any]:
     """An arm's run in a column; where that of equal tokens is the same, this one."""
     return found[column][arm][seed] or found["tokens"][arm][seed] or {}
 
 
-def values_of(found: Found, column: str, arm: str, figure: str) -> np.ndarray | None:
+def values_of(found: Outcome, column: str, arm: str, figure: str) -> np.ndarray | None:
     """Values [seeds items] of an arm: of items where they are kept, else the figure's alone; None
     where a seed has none.
     """
@@ -47,17 +47,17 @@ def values_of(found: Found, column: str, arm: str, figure: str) -> np.ndarray | 
     return np.array(rows, dtype=np.float64)
 
 
-def differences(study: Study, found: Found, column: str) -> list[Difference | None]:
+def differences(study: Study, found: Outcome, column: str) -> list[Difference | None]:
     """The study's comparisons; None where an arm lacks the figure."""
     made: list[Difference | None] = []
     for one in study.comparisons:
         pair = [values_of(found, column, arm, one.figure) for arm in (one.arm, one.against)]
         both = [values for values in pair if values is not None]
-        made.append(difference(both[0], both[1]) if len(both) == 2 else None)
+        made.append(paired_difference(both[0], both[1]) if len(both) == 2 else None)
     return made
 
 
-def write_results(study: Study, found: Found, docs: Path, command: str) -> Path:
+def write_results(study: Study, found: Outcome, docs: Path, command: str) -> Path:
     """Write a study's part of docs/results.md, its JSON and its plot; returns the page."""
     data: dict[str, Any] = {"study": study.name, "command": command, "runs": found}
     data["differences"] = {
@@ -81,7 +81,7 @@ def write_results(study: Study, found: Found, docs: Path, command: str) -> Path:
     return page
 
 
-def section(study: Study, found: Found, command: str) -> str:
+def section(study: Study, found: Outcome, command: str) -> str:
     """A study in words and tables."""
     seeds = len(next(iter(found["tokens"].values())))
     items = f"{seeds} seeds, {study.count} items a figure, {study.pictures:,} pictures"
@@ -100,10 +100,11 @@ def section(study: Study, found: Found, command: str) -> str:
     return "\n".join([*lines, "", f"At scale: {study.at_scale}"])
 
 
-def _values(study: Study, found: Found, column: str) -> list[str]:
+def _values(study: Study, found: Outcome, column: str) -> list[str]:
     """Arms and their figures: the mean, and each seed; what it cost; why a cell is empty."""
     head = ["arm", *study.figures, "tokens", "FLOPs", "seconds", "rate"]
-    lines, notes = [_line(head), _line(["---"] * len(head))], {}
+    lines = [_line(head), _line(["---"] * len(head))]
+    notes: dict[str, int] = {}
     for arm, own in found["tokens"].items():
         rows = [row_of(found, column, arm, seed) for seed in range(len(own))]
         cells = [
@@ -130,7 +131,7 @@ def _values(study: Study, found: Found, column: str) -> list[str]:
     return lines
 
 
-def _compared(study: Study, found: Found, column: str) -> list[str]:
+def _compared(study: Study, found: Outcome, column: str) -> list[str]:
     """The study's comparisons, each with its verdict."""
     head = ["comparison", "figure", "difference [95 %]", "each seed", "verdict"]
     lines = [_line(head), _line(["---"] * len(head))]
@@ -149,7 +150,7 @@ def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def plot(study: Study, found: Found) -> Image.Image:
+def plot(study: Study, found: Outcome) -> Image.Image:
     """Differences of both columns with their intervals, and a dot for each seed."""
     rows = [
         (column, one, apart)

@@ -17,7 +17,7 @@ from lavit.config import InputError
 from lavit.data.scenes.splits import Rules
 from lavit.presets import Preset, pico
 
-Rows = Callable[[Iterable[dict[str, Any]]], Iterable[dict[str, Any]]]
+RowFilter = Callable[[Iterable[dict[str, Any]]], Iterable[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Arm:
     measured: bool = True  # False: it is there for other arms
     tokenizer_alone: bool = False  # without language: its figures are the tokenizer's
     rules: Rules | None = None  # of its training scenes, where they are not the study's
-    rows: Rows | None = None  # of its pool's metadata, what is left of them, and how
+    rows: RowFilter | None = None  # of its pool's metadata, what is left of them, and how
 
 
 @dataclass(frozen=True)

@@ -106,13 +106,13 @@ class Language(nn.Module):
 
     def recompute(self, on: bool) -> None:
         """Activation checkpointing of the LM's and the reader's blocks."""
-        for part in self.reader.modules():
-            if hasattr(part, "recompute"):
-                part.recompute = on
+        module: Any
+        for module in self.reader.modules():
+            if hasattr(module, "recompute"):  # of mergers
+                module.recompute = on
         if on and not self.lm.supports_gradient_checkpointing:
             kind = type(self.lm).__name__
             raise InputError(f"{kind} cannot recompute its activations: set recompute to False")
-        module: Any
         for module in self.lm.modules():
             if hasattr(module, "gradient_checkpointing"):  # the switch of transformers' blocks
                 module.gradient_checkpointing = on

@@ -95,9 +95,9 @@ def described(scene: Scene, rng: np.random.Generator, rules: Rules) -> Described
     prompt says everything, the others may leave out. In a plain world there are two wordings.
     """
     if rules.plain:
-        texts = tuple(dict.fromkeys((plainly(scene), plainly(scene, ground_first=True))))
-        prompts = tuple(text.removesuffix(".") for text in texts)
-        return DescribedScene(scene, texts, prompts, tuple(questions(scene, rng, rules, ASKED)))
+        said = dict.fromkeys((plainly(scene), plainly(scene, ground_first=True)))
+        asks = tuple(text.removesuffix(".") for text in said)
+        return DescribedScene(scene, tuple(said), asks, tuple(questions(scene, rng, rules, ASKED)))
     varied = [describe(scene, rng)] if rng.random() < VARIED else []
     texts = dict.fromkeys((plainly(scene), *varied))
     prompts = [prompt(scene, rng, full=True), *(prompt(scene, rng) for _ in range(PROMPTED - 1))]

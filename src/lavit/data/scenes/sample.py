@@ -126,7 +126,7 @@ def _kinds(rng: Rng, rules: Rules, count: int, shapes_only: bool = False) -> dic
 def _even(rng: Rng, rules: Rules, count: int) -> dict[str, str | None]:
     """One kind or two that may stand together, so that each is met as often as every other."""
     names, ways, one, two = even_shares(rules)
-    chosen = ()
+    chosen: tuple[str, ...] = ()
     if count == 1:
         chosen = (names[int(rng.choice(len(names), p=one))],)
     elif count == 2:
