@@ -35,7 +35,10 @@ def small(study: Study) -> Study:
     return replace(study, preset=toy_preset, pictures=24, count=2, rates=rates)
 
 
-@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=[pytest.mark.slow] * (p.stem != "input"), id=p.stem) for p in STUDIES],
+)
 def test_every_arm_of_a_study_runs(path: Path, tmp_path: Path) -> None:
     study = small(load_study(path))
     found = compare(Bench(study, tmp_path / "out"), 1)
