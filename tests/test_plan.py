@@ -15,11 +15,11 @@ from conftest import toy_config, toy_training
 from lavit.cli import main
 from lavit.config import InputError, ModelConfig, TrainConfig
 from lavit.language.model import Language
+from lavit.language.reader import MergerReader
 from lavit.presets import lavit_7b
 from lavit.sequence import IGNORE, Batch
 from lavit.train.plan import GIB, plan_language
-from lavit.visual_tokenizer.merger import Merger
-from lavit.visual_tokenizer.tokenizer import VisualTokenizer
+from lavit.visual_tokenizer.tokenizer import VisualTokenizer, merger_of
 
 
 def sizes(rows: int, *, recompute: bool = False, wide: int = 8) -> tuple[ModelConfig, TrainConfig]:
@@ -45,8 +45,8 @@ def build(model: ModelConfig) -> Language:
     lm = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(options.pop("model_type"), **options)
     )
-    merger = Merger(tokenizer.dim, tokenizer.heads, tokenizer.merger_depth, tokenizer.mlp_ratio)
-    return Language(lm, merger, dim=tokenizer.dim, codes=tokenizer.codes, end=0).train()
+    reader = MergerReader(merger_of(tokenizer), lm.config.hidden_size)
+    return Language(lm, reader, codes=tokenizer.codes, end=0).train()
 
 
 def step(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,18 +30,19 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lavit.baselines import baseline_reader
 from lavit.config import PARTS, InputError, LanguageConfig, ModelConfig, require
 from lavit.files import load_strictly, load_tensors, pretrained, replacing, save_tensors, sha256
 from lavit.language.lora import inject_lora, merge_lora
 from lavit.language.model import Language, table_and_head
+from lavit.language.reader import MergerReader
 from lavit.language.smollm2 import SMOLLM2, load_smollm2, load_smollm2_text, smollm2_file
 from lavit.visual_tokenizer.merger import Merger
-from lavit.visual_tokenizer.tokenizer import VisualTokenizer
+from lavit.visual_tokenizer.tokenizer import VisualTokenizer, merger_of
 from lavit.vocabulary import MARKERS
 
 log = logging.getLogger(__name__)
 WEIGHTS = Path(__file__).parent / "weights"  # a folder for each model that comes with this package
-READER = ("merger.", "to_language.")
 IN_PEFT = "base_model.model."  # peft's names of an adapter's tensors begin with it
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -127,10 +128,14 @@ def build_language(
     text: PreTrainedTokenizerBase,
 ) -> Language:
     """A new `Language` around a base LM: fresh rows, the stage-1 merger copied, LoRA if asked."""
+    width = table_and_head(lm)[0].shape[1]
+    if config.language.reader:
+        reader = baseline_reader(config.language.reader, config.vision.dim, width)
+    else:
+        reader = MergerReader(deepcopy(merger), width)
     language = Language(
         lm,
-        merger,
-        dim=config.vision.dim,
+        reader,
         codes=config.visual_tokenizer.codes,
         end=text.eos_token_id,
         trained=config.language.source != "random",
@@ -167,8 +172,7 @@ def save_language(
     """Write `language/` and `reader/` into `folder`; returns the configuration that reads them."""
     tensors = language.state_dict()
     with replacing(folder / "reader") as new:
-        reader = {name: tensors[name] for name in tensors if name.startswith(READER)}
-        save_tensors(reader, new / "model.safetensors")
+        save_tensors(language.reader.state_dict(), new / "model.safetensors")
     with replacing(folder / "language") as new:
         if not config.lora_rank:
             export(language, text, new)
@@ -221,6 +225,13 @@ def export(language: Language, text: PreTrainedTokenizerBase, folder: Path) -> N
     text.save_pretrained(folder)
 
 
+@torch.no_grad()
+def export_lm(language: Language, text: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the LM alone, without visual rows, as a plain transformers folder."""
+    language.lm.save_pretrained(folder)
+    text.save_pretrained(folder)
+
+
 def load_visual_tokenizer(config: ModelConfig, folder: Path) -> VisualTokenizer:
     """Read `visual_tokenizer/` of a model folder (fp32); raises `InputError` if it does not fit."""
     tokenizer = VisualTokenizer(config.visual_tokenizer)
@@ -255,9 +266,9 @@ def load_language(config: ModelConfig, folder: Path) -> tuple[Language, PreTrain
     lm, text = load_base(config.language, folder / "language")
     if text is None:
         raise InputError(f"{folder} names no language model that was trained: train that stage")
-    tokenizer = config.visual_tokenizer
-    merger = Merger(tokenizer.dim, tokenizer.heads, tokenizer.merger_depth, tokenizer.mlp_ratio)
-    tensors = load_tensors(folder / "reader" / "model.safetensors")
+    tokenizer, merger = config.visual_tokenizer, merger_of(config.visual_tokenizer)
+    read = load_tensors(folder / "reader" / "model.safetensors")
+    tensors = {f"reader.{name}": tensor for name, tensor in read.items()}
     if not config.language.lora_rank:
         visual = MARKERS + tokenizer.codes
         table, head = table_and_head(lm)

@@ -196,6 +196,7 @@ def _stage(run: Run[FinetuneTraining], model: LaVIT, conversations: Conversation
     codes = tuple(tuple(part.tolist()) for part in tokens.split())
     make: dict[str, Any] = {"vocabulary": language.vocabulary, "config": config}
     make |= {"text": model.text_tokenizer, "seed": run.training.seed}
+    make["rows"] = language.reader.rows
     if run.training.replay:
         make["texts"], make["text_rows"] = _replayed(run.training, model)
     documents = ConversationDocuments(conversations, codes, **make)
