@@ -1,8 +1,7 @@
 """Configuration of every part, nested as the model is nested, and the one error users see.
 
-Each class is one box of the paper's figure (arXiv 2309.04669). A configuration is plain data:
-`to_json` and `from_json` are inverses, unknown keys and wrong sizes raise `InputError`. Numbers of
-particular models live in `presets.py`.
+Each class is one box of the paper's figure (arXiv 2309.04669) and plain data: `to_json` and
+`from_json` are inverses; unknown keys and wrong sizes raise `InputError`.
 """
 
 from __future__ import annotations
