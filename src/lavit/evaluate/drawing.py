@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from PIL import Image
 
-from lavit.data.scenes.language import prompt
+from lavit.data.scenes.language import plainly, prompt
 from lavit.data.scenes.world import Facts, facts
 from lavit.evaluate import judge
 from lavit.evaluate.exam import Exam
@@ -33,7 +33,10 @@ PartsOf = Callable[[int], list[Any]]  # the pictures and words that an item is w
 
 def prompt_of(exam: Exam, split: str, item: int) -> str:
     """The full prompt of a scene."""
-    return prompt(exam.scene(split, item), exam.rng(item), full=True)
+    scene = exam.scene(split, item)
+    if exam.rules.plain:
+        return plainly(scene).removesuffix(".")
+    return prompt(scene, exam.rng(item), full=True)
 
 
 def written(exam: Exam, task: str, items: Sequence[int], parts: PartsOf) -> list[list[int]]:

@@ -36,6 +36,7 @@ class Figure:
     ceiling: Level | None = None
     note: str = ""
     details: Mapping[str, Any] = field(default_factory=dict)  # further numbers
+    items: tuple[float, ...] = ()  # whose mean the value is, where it is one
 
     def entry(self) -> dict[str, Any]:
         """Plain data as `lavit eval --json` writes it: numbers, and what they are."""
@@ -86,7 +87,8 @@ def share(hits: Sequence[bool], **beside: Any) -> Figure:
     denominator = 1 + Z**2 / n
     centre = (p + Z**2 / (2 * n)) / denominator
     half = Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2)) / denominator
-    return Figure(p, max(0.0, centre - half), min(1.0, centre + half), len(hits), **beside)
+    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    return Figure(p, low, high, len(hits), items=tuple(map(float, hits)), **beside)
 
 
 def mean(
@@ -97,7 +99,7 @@ def mean(
     half = Z * array.std(ddof=1) / math.sqrt(len(array)) if len(array) > 1 else 0.0
     centre = float(array.mean())
     low, high = max(within[0], float(centre - half)), min(within[1], float(centre + half))
-    return Figure(centre, low, high, len(array), **beside)
+    return Figure(centre, low, high, len(array), items=tuple(array.tolist()), **beside)
 
 
 def plain(value: float, count: int, *, note: str = "") -> Figure:
@@ -126,7 +128,9 @@ def ratio(over: Values, under: Values, **beside: Any) -> Figure:
         below = float(b[at].mean())
         return float(a[at].mean()) / below if below else 0.0
 
-    return bootstrapped(quotient, len(a), **beside)
+    below = float(b.mean())
+    items = tuple((a / below).tolist()) if below else ()  # as shares of that mean
+    return bootstrapped(quotient, len(a), items=items, **beside)
 
 
 def ranks(values: Values) -> np.ndarray:

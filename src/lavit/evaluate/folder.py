@@ -55,6 +55,10 @@ class OwnPictures:
         names = repr([one.record.name for one in self.pictures])
         self.name = hashlib.sha256(names.encode()).hexdigest()[:12]
 
+    def text(self, number: int) -> str:
+        """The first text of a picture."""
+        return self.pictures[number].captions[0]
+
     def captioned(self) -> list[int]:
         """Numbers of the pictures that have texts; none raises `Missing`."""
         found = [number for number, one in enumerate(self.pictures) if one.captions]
@@ -126,52 +130,52 @@ def token_rank(material: OwnPictures) -> Figure:
     return bootstrapped(lambda at: spearman(lengths[at], sizes[at]), len(lengths), floor=floor)
 
 
-def caption_loss(material: OwnPictures) -> Figure:
-    """Mean loss of a token of texts, and of their end; the floor is with another picture."""
+def caption_losses(material: OwnPictures, *, blind: bool = False) -> list[float]:
+    """Mean loss of a token of each picture's text, and of its end; `blind`: shown another."""
     exam, numbers = material.exam, material.captioned()
+    shown = turned(numbers, 1) if blind else numbers
 
-    def losses(task: str, shown: list[int]) -> list[float]:
-        def make(chosen: list[int]) -> list[float]:
-            found = []
-            for place in chosen:
-                text = material.pictures[numbers[place]].captions[0]
-                found.append(-likelihood(exam.model, text, material.images[shown[place]]))
-            return found
+    def make(chosen: list[int]) -> list[float]:
+        pairs = ((material.text(numbers[n]), material.images[shown[n]]) for n in chosen)
+        return [-likelihood(exam.model, text, image) for text, image in pairs]
 
-        return exam.made(f"{task} {material.name}", range(len(numbers)), make)
-
-    blind = losses("loss blind", turned(numbers, 1))
-    return mean(losses("loss", numbers), floor=("another picture", average(blind)))
+    task = f"loss{' blind' * blind} {material.name}"
+    return exam.made(task, range(len(numbers)), make)
 
 
-def drawing_loss(material: OwnPictures) -> Figure:
-    """Mean loss of a code behind the picture's text; the floor is behind another picture's."""
+def drawing_losses(material: OwnPictures, *, blind: bool = False) -> list[float]:
+    """Mean loss of a code of each picture behind its text; `blind`: behind another's."""
     exam, numbers, codes = material.exam, material.captioned(), material.tokens.split()
+    told = turned(numbers, 1) if blind else numbers
 
-    def losses(task: str, told: list[int]) -> list[float]:
-        def make(chosen: list[int]) -> list[float]:
-            found = []
-            for place in chosen:
-                own = tuple(codes[numbers[place]].tolist())
-                text = material.pictures[told[place]].captions[0]
-                found.append(-drawn_likelihood(exam.model, text, own))
-            return found
+    def make(chosen: list[int]) -> list[float]:
+        pairs = ((material.text(told[n]), codes[numbers[n]].tolist()) for n in chosen)
+        return [-drawn_likelihood(exam.model, text, tuple(own)) for text, own in pairs]
 
-        return exam.made(f"{task} {material.name}", range(len(numbers)), make)
-
-    blind = losses("code loss blind", turned(numbers, 1))
-    return mean(losses("code loss", numbers), floor=("another's text", average(blind)))
+    task = f"code loss{' blind' * blind} {material.name}"
+    return exam.made(task, range(len(numbers)), make)
 
 
-def text_loss(material: OwnPictures) -> Figure:
-    """Mean loss of a token of texts that stand alone, and of their end."""
+def text_losses(material: OwnPictures) -> list[float]:
+    """Mean loss of a token of each picture's text alone, and of its end."""
     exam, numbers = material.exam, material.captioned()
 
     def make(chosen: list[int]) -> list[float]:
-        texts = (material.pictures[numbers[place]].captions[0] for place in chosen)
-        return [-text_likelihood(exam.model, text) for text in texts]
+        return [-text_likelihood(exam.model, material.text(numbers[n])) for n in chosen]
 
-    return mean(exam.made(f"text loss {material.name}", range(len(numbers)), make))
+    return exam.made(f"text loss {material.name}", range(len(numbers)), make)
+
+
+def caption_loss(material: OwnPictures) -> Figure:
+    """Mean loss of a token of texts; the floor is with another picture."""
+    floor = average(caption_losses(material, blind=True))
+    return mean(caption_losses(material), floor=("another picture", floor))
+
+
+def drawing_loss(material: OwnPictures) -> Figure:
+    """Mean loss of a code behind the picture's text; the floor is behind another's."""
+    floor = average(drawing_losses(material, blind=True))
+    return mean(drawing_losses(material), floor=("another's text", floor))
 
 
 def caption_exact(material: OwnPictures) -> Figure:
@@ -208,7 +212,7 @@ FIGURES: Mapping[str, Callable[[OwnPictures], Figure]] = {
     "caption_loss": caption_loss,
     "caption_exact": caption_exact,
     "drawing_loss": drawing_loss,
-    "text_loss": text_loss,
+    "text_loss": lambda of: mean(text_losses(of)),
 }
 
 

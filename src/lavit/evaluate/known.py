@@ -11,7 +11,7 @@ from lavit.data.scenes.splits import Rules
 from lavit.data.scenes.world import BACKGROUNDS, COLOURS, SHAPES, STYLES, objects
 from lavit.evaluate.examinee import scenes_of
 
-RULES = ("objects", "held_out_pairs")
+RULES = ("objects", "held_out_pairs", "plain")
 
 
 def trained_rules(folder: Path) -> Rules | None:
@@ -27,9 +27,9 @@ def rules_of(
 ) -> Rules:  # fmt: skip
     """The rules that are asked for; the rest is as in the model's training, else as nano has it."""
     known = scenes_of(folder) or {}
-    asked = dict(zip(RULES, (objects, held_out_pairs), strict=True))
-    known |= {name: value for name, value in asked.items() if value is not None}
-    return Rules(**{name: known[name] for name in asked if name in known})
+    asked = {"objects": objects, "held_out_pairs": held_out_pairs}
+    known = known | {name: value for name, value in asked.items() if value is not None}
+    return Rules(**{name: known[name] for name in RULES if name in known})
 
 
 def strange_words(folder: Path, texts: Iterable[str]) -> list[str]:

@@ -184,7 +184,7 @@ def language_stage(
     """Stage 2 on the corpus; on codes made beforehand; or on a stream."""
     config, vision = run.training.language, run.config.vision
     make: dict[str, Any] = {"text": text, "vocabulary": language.vocabulary}
-    make["seed"] = run.training.seed
+    make |= {"seed": run.training.seed, "rows": language.reader.rows}
     if config.stream:
         make |= {"sizes": (vision.patches, vision.dim), **run.sharing}
         encoded.tokenizer.to(run.accelerator.device)
