@@ -29,6 +29,7 @@ from lavit.visualize import token_maps
 
 PREVIEWS = 6  # of a picture on its way
 HOUR = 3600  # seconds; uploads and pictures shown are deleted after one
+FILLED = ".filled img { width: 100%; height: 100%; object-fit: contain; }"
 CANVAS = """
 <canvas width="320" height="320" tabindex="0" role="img" aria-label="Canvas. Draw with the pointer,
 or with the arrow keys; space makes a dot, delete clears."></canvas>
@@ -65,11 +66,12 @@ def add_page(app: FastAPI, service: Service, keys: Sequence[str]) -> None:
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     gr.mount_gradio_app(
         app,
-        page(service),
+        blocks_of(service),
         path=PAGE,
         auth=allowed if keys else None,
         auth_message="Any name, and a key of this server as the password." if keys else None,
         theme=gr.themes.Default(**fonts),  # no fonts from elsewhere
+        css=FILLED,
         max_file_size=service.limits.request_bytes,
         show_error=False,  # else the text of any exception is shown
         footer_links=[],
@@ -78,12 +80,13 @@ def add_page(app: FastAPI, service: Service, keys: Sequence[str]) -> None:
     )
 
 
-def page(service: Service) -> gr.Blocks:
+def blocks_of(service: Service) -> gr.Blocks:
     """The page, unmounted."""
     waiting = service.limits.requests
     picture = partial(gr.Image, type="filepath", image_mode=None, height=300)
     picture = partial(picture, sources=["upload", "clipboard"], buttons=["download", "fullscreen"])
-    shown = partial(gr.Image, interactive=False, format="png", height=340, buttons=["download"])
+    shown = partial(gr.Image, interactive=False, format="png", height=340, elem_classes="filled")
+    shown = partial(shown, buttons=["download"])
     title = f"LaVIT: {service.name}"
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(HOUR, HOUR)) as blocks:
         gr.Markdown(f"# {title}")
@@ -101,7 +104,7 @@ def page(service: Service) -> gr.Blocks:
             with gr.Column():
                 prompt = gr.Textbox(label="Prompt", info="What to draw, or what to change.")
                 source = picture(label="Picture to edit (optional)")
-                seed = gr.Number(label="Seed", info="Empty: another each time.", precision=0)
+                seed = gr.Number(-1, label="Seed", info="-1: another each time.", precision=0)
                 with gr.Row():
                     draw = gr.Button("Draw", variant="primary")
                     draw_stop = gr.Button("Stop")
@@ -176,7 +179,7 @@ class _Verbs:
         with _told(self.service):
             self.service.check_words([prompt], "prompt")
             pictures = [] if file is None else [await self._opened(file)]
-            seed = seed_or_new(seed)
+            seed = seed_or_new(None if seed is None or seed < 0 else seed)
             make = drawing_of(prompt, pictures, seed=seed)
             previews = 0 if self.service.pipeline.release.checker is not None else PREVIEWS
             ticket, _ = await self.service.open(Order(make, previews=previews))
