@@ -35,7 +35,7 @@ def main() -> int:
     model = pipe.model
     prompts = []
     with torch.inference_mode():
-        for parts in captions_of(options.pictures).parts:
+        for parts in captions_of(options.pictures, "auto").parts:
             laid = lay_prompt(model, parts)
             ids, slots = torch.tensor([laid.ids]), torch.tensor([laid.slots])
             found = model.language.embed(ids, slots=slots, features=laid.features)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 
 import ray
@@ -32,6 +33,8 @@ def serve_replicas(
     def build() -> FastAPI:
         return create_app(load(), keys=keys, limits=limits, fetch_hosts=fetch_hosts)
 
+    # Ray's 5 seconds are too few to import it on a busy machine; its controller reads this
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "120")
     ray.init(include_dashboard=False, ignore_reinit_error=True)
     serve.start(http_options={"host": host, "port": port})
     replica = serve.deployment(
