@@ -85,7 +85,9 @@ def blocks_of(service: Service) -> gr.Blocks:
     waiting = service.limits.requests
     picture = partial(gr.Image, type="filepath", image_mode=None, height=300)
     picture = partial(picture, sources=["upload", "clipboard"], buttons=["download", "fullscreen"])
-    shown = partial(gr.Image, interactive=False, format="png", height=340, elem_classes="filled")
+    shown = partial(
+        gr.Image, interactive=False, format="png", height=340, elem_classes="filled", min_width=280
+    )
     shown = partial(shown, buttons=["download"])
     title = f"LaVIT: {service.name}"
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(HOUR, HOUR)) as blocks:
@@ -118,6 +120,7 @@ def blocks_of(service: Service) -> gr.Blocks:
                 canvas = gr.HTML(
                     html_template=CANVAS, css_template=CANVAS_CSS, js_on_load=_script(),
                     apply_default_css=False,
+                    min_width=280,
                 )  # fmt: skip
                 kept = shown(label="Kept patches")
                 merged = shown(label="Where the dropped ones flow")
@@ -190,7 +193,8 @@ class _Verbs:
                     if update.kind == "image" and update.picture is None:
                         yield None, f"Painting from {note}"
                     elif update.picture is not None:
-                        yield update.picture, f"Drawn from {note}"
+                        done = "Drawn" if update.kind == "image" else "Painting"
+                        yield update.picture, f"{done} from {note}"
             finally:
                 ticket.close()
 
