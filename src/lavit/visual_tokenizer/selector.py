@@ -150,7 +150,8 @@ def select(
     """
     probability = log_probs[..., 0].exp()
     images, total = probability.shape
-    rate = torch.full((images,), policy.value * total, device=probability.device)
+    value = min(policy.value, total)
+    rate = torch.full((images,), value * total, device=probability.device)
     score, count = probability, rate
     if policy.kind in ("norm", "scattered", "dealt") and patches is None:
         raise InputError(f"keep={policy.kind!r} looks at the features: give the patches")
@@ -169,7 +170,7 @@ def select(
     elif policy.kind == "threshold":
         count = (probability > policy.value).sum(1)
     elif policy.kind == "top_k":
-        count = torch.full_like(rate, policy.value)
+        count = torch.full_like(rate, value)
     elif policy.kind == "all":
         count = torch.full_like(rate, total)
     elif policy.kind in ("sample", "random") and generator is None:
