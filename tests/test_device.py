@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -24,7 +23,6 @@ from lavit.generate.pipeline import Pipeline
 from lavit.generate.sampling import Sampling
 from lavit.language.model import Language
 from lavit.model import LaVIT
-from lavit.train.finetune import finetune, finetune_training
 from lavit.train.run import open_run, train_stages
 from lavit.train.spread import WAIT, sharded_precision
 from lavit.visual_tokenizer.codebook import Codebook
@@ -91,18 +89,6 @@ def test_all_stages_train_on_it(
     run = open_run(tmp_path / "run", toy_data, toy_config(), training, trackers=())
     assert run.accelerator.device == DEVICE
     train_stages(run)
-
-
-def test_fine_tuning_runs_on_it(on_device: None, toy_run: Path, tmp_path: Path) -> None:
-    """Pictures that are read come from the CPU, the tokenizer lies on the device."""
-    picture = Image.new("RGB", (32, 32), (200, 30, 30))
-    picture.save(tmp_path / "red.png")
-    asked = {"role": "user", "content": [{"type": "image", "image": "red.png"}]}
-    said = {"role": "assistant", "content": [{"type": "text", "text": "red"}]}
-    data = tmp_path / "talk.jsonl"
-    data.write_text(json.dumps({"messages": [asked, said]}) + "\n")
-    training = finetune_training(toy_run, steps=1)
-    finetune(tmp_path / "tuned", data, toy_run, training, trackers=())
 
 
 def test_the_pipeline_gives_on_it_what_it_gives_on_the_cpu(toy_run: Path) -> None:
