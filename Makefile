@@ -1,4 +1,4 @@
-# test · check · bench · demo · train-nano: each sets up .venv by itself.
+# test · test-browser · check · bench · demo · train-nano: each sets up .venv by itself.
 # nano trains in two processes, a core each.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -7,7 +7,7 @@ EXTRAS := train,mini,eval,ray,published,serve,dev
 MINUTES ?= 30
 PICTURES ?= 30000
 
-.PHONY: test check bench demo train-nano speedrun clean
+.PHONY: test test-browser check bench demo train-nano speedrun clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -19,6 +19,11 @@ PICTURES ?= 30000
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# the web page in Debian's chromium (apt install chromium); SHOTS=FOLDER keeps screenshots
+test-browser: .venv/installed
+	$(BIN)/pip install -q -c constraints.txt -e '.[demo]' playwright
+	$(BIN)/python -m pytest tests/test_browser.py
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

@@ -32,6 +32,7 @@ from lavit.generate.engine import Engine
 from lavit.generate.request import Request
 from lavit.generate.sampling import Sampling
 from lavit.language.model import Language
+from lavit.language.reader import MergerReader
 from lavit.visual_tokenizer.merger import Merger
 
 CODES = 1024
@@ -156,7 +157,9 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     torch.manual_seed(0)
     lm = smollm2()
-    language = Language(lm, Merger(32, 2, 1, 2.0), dim=32, codes=CODES, end=2).eval()
+    language = Language(
+        lm, MergerReader(Merger(32, 2, 1, 2.0), lm.config.hidden_size), codes=CODES, end=2
+    ).eval()
     peer = joint(lm, language)
     packed, plain = Engine(language), Engine(language, decoder=Decoder(language))
     n = options.tokens

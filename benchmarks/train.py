@@ -46,6 +46,7 @@ from lavit.config import LanguageTraining
 from lavit.data.corpus import load_corpus
 from lavit.data.documents import Documents
 from lavit.language.model import Language
+from lavit.language.reader import MergerReader
 from lavit.sequence import IGNORE, Batch, Sequence, unpack
 from lavit.train.language import train_text_tokenizer
 from lavit.train.metrics import peak_gib
@@ -103,7 +104,9 @@ def make_language(layers: int) -> Language:
     lm = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(options.pop("model_type"), **options)
     )
-    return Language(lm, Merger(DIM, 5, 2, 2.0), dim=DIM, codes=CODES, end=0).train()
+    return Language(
+        lm, MergerReader(Merger(DIM, 5, 2, 2.0), lm.config.hidden_size), codes=CODES, end=0
+    ).train()
 
 
 def flops(language: Language, batch: Batch) -> float:
@@ -116,9 +119,7 @@ def flops(language: Language, batch: Batch) -> float:
         for row in unpack(batch, language.vocabulary)
         for document in row
     )
-    reader = sum(
-        p.numel() for p in (*language.merger.parameters(), *language.to_language.parameters())
-    )
+    reader = sum(p.numel() for p in language.reader.parameters())
     read = int(batch.slots.sum())
     return (
         6 * parameters * tokens

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import json
 import time
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,7 +36,7 @@ from accelerate import Accelerator
 from PIL.Image import Image
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lavit.data.corpus import Corpus, load_corpus
@@ -58,59 +57,11 @@ from lavit.train.loop import Stage, schedule, step_once
 from lavit.train.muon import Muon
 from lavit.train.tokenizer import TokenizerStage
 from lavit.vision.encoder import Vision, load_vision
-from lavit.visual_tokenizer.selector import KeepPolicy, select
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
 TARGET = 0.9  # of captions that state all facts
-ARMS = ("learned", "random", "all")
-
-
-class RandomTokenizer(VisualTokenizer):
-    """Keeps as many patches as its selector would, anywhere."""
-
-    def _mask(self, log_probs: Tensor, noise: Tensor | None, temperature: float) -> Tensor:
-        return self.highest(torch.rand(log_probs.shape[:2]), log_probs).float()
-
-    @torch.no_grad()
-    def select(
-        self,
-        patches: Tensor,
-        policy: KeepPolicy | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """The keep mask of each image: of one picture always the same."""
-        scores = [torch.rand(len(one), generator=seeded_by(one)) for one in patches]
-        return self.highest(torch.stack(scores), self.selector(self.prepare(patches)))
-
-    def highest(self, scores: Tensor, log_probs: Tensor) -> Tensor:
-        """Mask [images patches] of the highest scores, as many as the selector keeps."""
-        count = select(log_probs, KeepPolicy()).sum(1, keepdim=True)
-        return scores.argsort(dim=1, descending=True).argsort(dim=1) < count
-
-
-class WholeTokenizer(RandomTokenizer):
-    """Keeps every patch."""
-
-    def highest(self, scores: Tensor, log_probs: Tensor) -> Tensor:
-        """Mask [images patches] of ones."""
-        return torch.ones_like(scores, dtype=torch.bool)
-
-
-KINDS = {"learned": VisualTokenizer, "random": RandomTokenizer, "all": WholeTokenizer}
-
-
-def seeded_by(patches: Tensor) -> torch.Generator:
-    """A generator that is a function of a picture's features."""
-    return torch.Generator().manual_seed(zlib.crc32(patches.contiguous().numpy().tobytes()))
-
-
-class FixedStage(TokenizerStage):
-    """Stage 1 without the selector's losses."""
-
-    def trains_selector(self, step: int) -> bool:
-        """Never."""
-        return False
+KEEP = {"learned": "auto", "random": "scattered", "all": "all"}  # of arms
+ARMS = tuple(KEEP)
 
 
 @dataclass
@@ -182,13 +133,12 @@ def tokenizer_of(
     """An arm's visual tokenizer after stage 1, and the seconds that took."""
     torch.manual_seed(seed)
     started = time.perf_counter()
-    tokenizer = KINDS[arm](world.preset.model.visual_tokenizer)
-    config = world.preset.training.tokenizer
+    tokenizer = VisualTokenizer(replace(world.preset.model.visual_tokenizer, keep=KEEP[arm]))
+    config = replace(world.preset.training.tokenizer, given_selector=learned is not None)
     if learned is not None:
         tokenizer.selector.load_state_dict(learned.selector.state_dict())
-    kind = TokenizerStage if learned is None else FixedStage
     feed = CorpusFeatures(world.features, batch=config.batch, seed=seed)
-    stage = kind(tokenizer, feed, config, seed=seed)
+    stage = TokenizerStage(tokenizer, feed, config, seed=seed)
     for _ in training(stage, config.steps, betas=(0.9, 0.99)):
         pass
     return tokenizer.eval(), time.perf_counter() - started

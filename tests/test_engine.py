@@ -28,6 +28,7 @@ from lavit.generate.packed import PackedDecoder, decoder_for
 from lavit.generate.request import Completion, Request, collect
 from lavit.generate.sampling import Sampling
 from lavit.language.model import Language
+from lavit.language.reader import MergerReader
 from lavit.sequence import Image, Text
 from lavit.visual_tokenizer.merger import Merger
 
@@ -54,9 +55,8 @@ def llama(text: int = 61, **changes: object) -> LlamaConfig:
 def language(config: PreTrainedConfig | None = None, codes: int = 30) -> Language:
     torch.manual_seed(0)
     lm = AutoModelForCausalLM.from_config(config or llama())
-    return (
-        Language(lm, Merger(32, 2, 1, 2.0), dim=32, codes=codes, end=2).eval().requires_grad_(False)
-    )
+    reader = MergerReader(Merger(32, 2, 1, 2.0), lm.config.hidden_size)
+    return Language(lm, reader, codes=codes, end=2).eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")

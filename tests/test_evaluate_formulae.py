@@ -15,8 +15,17 @@ from lavit.data.scenes.parse import parse
 from lavit.data.scenes.world import Box, Facts, Group
 from lavit.evaluate.allocation import PERMUTATIONS, dealt, gains, mean_length
 from lavit.evaluate.copies import is_copy, pixel_distance
-from lavit.evaluate.drawing import packed, turned, unpacked
-from lavit.evaluate.figures import bootstrapped, mean, nothing, ranks, ratio, share, spearman
+from lavit.evaluate.drawing import packed, unpacked
+from lavit.evaluate.figures import (
+    bootstrapped,
+    mean,
+    nothing,
+    ranks,
+    ratio,
+    share,
+    spearman,
+    turned,
+)
 from lavit.evaluate.kept import Kept
 from lavit.evaluate.ladder import above, edge_energy, other_lengths, shuffled_patches
 from lavit.evaluate.own import covers

@@ -32,9 +32,11 @@ from lavit.evaluate import (
     tokens,
 )  # fmt: skip
 from lavit.evaluate.drawing import draw_all, drawings, prompt_of
-from lavit.evaluate.evaluation import FIGURES, chosen, evaluate
-from lavit.evaluate.exam import Exam, Missing, weights_hash
-from lavit.evaluate.known import is_scenes, rules_of
+from lavit.evaluate.evaluation import FIGURES, evaluate
+from lavit.evaluate.exam import Exam
+from lavit.evaluate.examinee import Missing, chosen, predictions_path, weights_hash
+from lavit.evaluate.folder import is_scenes
+from lavit.evaluate.known import rules_of
 from lavit.evaluate.own import load_items
 
 COUNT = 3
@@ -383,7 +385,7 @@ def test_a_missing_font_is_a_reason(run: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_figures_come_in_their_usual_order() -> None:
     assert chosen(["kept_share", "answer_test"], FIGURES) == ["answer_test", "kept_share"]
     assert chosen([], FIGURES) == NAMED
-    assert evaluation.predictions_path(Path("m"), None) == Path("m/evaluation/predictions.jsonl")
+    assert predictions_path(Path("m"), None) == Path("m/evaluation/predictions.jsonl")
 
 
 def test_all_replies_of_a_conversation_must_be_right(

@@ -11,7 +11,10 @@ import torch
 
 import lavit
 from conftest import NAMES
+from lavit.cli import main
 from lavit.config import FinetuneTraining, InputError, read_config
+from lavit.evaluate.forgetting import changes
+from lavit.generate.score import text_likelihood
 from lavit.language.lora import merge_lora
 from lavit.model import LaVIT
 from lavit.sequence import Text, lay_out, pack
@@ -152,3 +155,81 @@ def test_minutes_become_steps_that_stay(toy_run: Path, data: Path, tmp_path: Pat
     assert steps >= 1 and len(losses(tmp_path / "new")) == steps
     again = finetune(tmp_path / "new", data, toy_run, settings(toy_run), minutes=0.005)
     assert again.training.language.steps == steps
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
+def test_a_kept_adapter_is_a_peft_folder_beside_its_base(
+    toy_run: Path, data: Path, tmp_path: Path
+) -> None:
+    """It is the merged model, unmerged; peft opens it, and export merges it."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from lavit.storage import export_language
+
+    training = settings(toy_run, lora=4, steps=2)
+    finetune(tmp_path / "merged", data, toy_run, training)
+    finetune(tmp_path / "kept", data, toy_run, replace(training, keep_adapter=True))
+    merged, kept = (LaVIT.from_pretrained(tmp_path / name) for name in ("merged", "kept"))
+    assert read_config(tmp_path / "kept").language.source == "base"
+    close = {"atol": 1e-4, "rtol": 1e-4}
+    torch.testing.assert_close(logits(kept.language), logits(merged.language), **close)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "kept" / "base")
+    own = PeftModel.from_pretrained(base, tmp_path / "kept" / "language").eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        texts = own(ids).logits[0]
+    torch.testing.assert_close(texts, logits(merged.language)[0][:, : texts.shape[1]], **close)
+    export_language(kept.config, tmp_path / "kept", tmp_path / "plain", merge=True)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    with torch.no_grad():
+        assert plain(ids).logits.shape[-1] == kept.language.vocabulary.size
+    kept.save_pretrained(tmp_path / "again")
+    again = LaVIT.from_pretrained(tmp_path / "again")
+    assert torch.equal(logits(again.language), logits(kept.language))
+    with pytest.raises(InputError, match="give its rank"):
+        finetune_training(toy_run, keep_adapter=True)
+
+
+def test_a_share_of_the_rows_replays_texts(toy_run: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "prose.txt").write_text("a heron stands in the reeds. " * 40)
+    training = finetune_training(toy_run, steps=4, replay=f"{tmp_path / 'prose.txt'}:0.5")
+    training = replace(training, log_every=1, language=replace(training.language, rows=4))
+    plain = replace(training, replay="", language=replace(training.language, rows=2))
+    for name, how in (("replayed", training), ("plain", plain)):
+        finetune(tmp_path / name, data, toy_run, how)
+    lines = (tmp_path / "replayed" / "metrics.jsonl").read_text().splitlines()
+    model = LaVIT.from_pretrained(tmp_path / "replayed", parts=("language",))
+    before = LaVIT.from_pretrained(toy_run, parts=("language",))
+    text = "a heron stands in the reeds."
+    assert text_likelihood(model, text) > text_likelihood(before, text)
+    without = LaVIT.from_pretrained(tmp_path / "plain", parts=("language",))
+    assert text_likelihood(model, text) > text_likelihood(without, text)
+    assert len(lines) == 4
+    for wrong, match in ((":1.5", "share of rows"), (":0.5,b:0.5", "share of rows")):
+        how = replace(training, replay=f"{tmp_path / 'prose.txt'}{wrong}")
+        with pytest.raises(InputError, match=match):
+            finetune(tmp_path / f"wrong{wrong[1]}{len(wrong)}", data, toy_run, how)
+
+
+def test_what_a_fine_tuning_forgets_is_said(
+    toy_run: Path, toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One false answer at a high rate: captions get worse, and the command says so."""
+    path = write(tmp_path, [read(NAMES[0])])
+    path.write_text(path.read_text().replace(f'"{NAMES[0]}"', '"nothing at all"'))
+    training = finetune_training(toy_run, steps=30)
+    rates = dict.fromkeys(("learning_rate", "rows_rate", "reader_rate"), 2e-2)
+    training = replace(training, language=replace(training.language, **rates))
+    finetune(tmp_path / "new", path, toy_run, training)
+    found, said = changes(toy_run, tmp_path / "new", str(toy_data))
+    assert [change.what for change in found] == ["captions", "drawings", "texts"]
+    assert found[0].forgotten and found[0].after > found[0].before and str(toy_data) in said
+    same, _ = changes(toy_run, toy_run, str(toy_data))
+    assert not any(change.forgotten or change.low or change.high for change in same)
+    words = ["train", "finetune", "--data", str(path), "--model", str(toy_run), "--steps", "2"]
+    main([*words, "--out", str(tmp_path / "cli"), "--check", str(toy_data)])
+    assert "loss a token before and after" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, "--out", str(tmp_path / "bad"), "--check", str(tmp_path / "missing")])
+    assert stopped.value.code == 2 and not (tmp_path / "bad").exists()

@@ -156,6 +156,7 @@ def test_a_model_is_measured_on_what_is_held_out(
     assert list(found["figures"]) == [
         "tokenizer_distance", "live_codes", "kept_share", "tokens_mean", "tokens_spread",
         "tokens_spearman_bytes", "caption_loss", "caption_exact",
+        "drawing_loss", "text_loss",
     ]  # fmt: skip
     assert all(figure["count"] == held for figure in found["figures"].values())
     assert found["figures"]["caption_loss"]["value"] > 0

@@ -16,6 +16,7 @@ from lavit.config import InputError, LanguageConfig
 from lavit.language import model as language_module
 from lavit.language.head import HeadLoss
 from lavit.language.model import Language
+from lavit.language.reader import MergerReader
 from lavit.sequence import Image, Text, lay_out, pack
 from lavit.storage import export, load_base
 from lavit.visual_tokenizer.merger import Merger
@@ -46,7 +47,9 @@ def toy_language(family: str) -> Language:
     )
     if (bias := lm.get_output_embeddings().bias) is not None:
         bias.data.normal_()
-    return Language(lm, Merger(16, 2, 1, 2.0), dim=16, codes=12, end=2).eval()
+    return Language(
+        lm, MergerReader(Merger(16, 2, 1, 2.0), lm.config.hidden_size), codes=12, end=2
+    ).eval()
 
 
 @pytest.fixture(params=FAMILIES)
@@ -178,7 +181,7 @@ def test_pictures_read_as_codes_bring_no_features(language: Language) -> None:
     loss = language(batch, patches[batch.images], keep[batch.images]).total
     loss.backward()
     assert loss.equal(language(batch).total) and not loss.equal(read)
-    assert language.to_language.weight.grad is None
+    assert language.reader.to_language.weight.grad is None
 
 
 def test_new_rows_lie_around_the_mean_of_the_lms_own(language: Language) -> None:
@@ -209,7 +212,13 @@ def test_new_rows_begin_around_the_mean_row_of_the_table(trained: bool) -> None:
     table, head = (
         layer.weight.data.normal_(1.0, 0.2) for layer in (lm.get_input_embeddings(), lm.lm_head)
     )
-    language = Language(lm, Merger(16, 2, 1, 2.0), dim=16, codes=500, end=2, trained=trained)
+    language = Language(
+        lm,
+        MergerReader(Merger(16, 2, 1, 2.0), lm.config.hidden_size),
+        codes=500,
+        end=2,
+        trained=trained,
+    )
     for rows, known in ((language.rows, table), (language.head_rows, head)):
         rows = rows.detach()
         assert (rows.mean(0) - known.mean(0)).abs().max() < 0.05
@@ -256,6 +265,8 @@ def test_soft_capped_logits_are_refused() -> None:
     lm = AutoModelForCausalLM.from_config(
         AutoConfig.for_model("gemma2", **options, **heads, eos_token_id=2)
     )
-    language = Language(lm, Merger(16, 2, 1, 2.0), dim=16, codes=12, end=2)
+    language = Language(
+        lm, MergerReader(Merger(16, 2, 1, 2.0), lm.config.hidden_size), codes=12, end=2
+    )
     with pytest.raises(ValueError, match="soft-capping"):
         language.check_head()

@@ -247,7 +247,7 @@ def test_forward_is_the_loss_of_a_batch(toy_run: Path, model: LaVIT) -> None:
     assert loss.equal(expected.total / targets) and loss.shape == ()
     loss.backward()
     assert model.language.rows.grad is not None
-    assert model.language.merger.norm.weight.grad is not None
+    assert model.language.reader.merger.norm.weight.grad is not None
     with torch.no_grad():
         assert not model(batch).isclose(loss)  # read pictures as codes
         assert model.to(torch.bfloat16)(batch, patches, tokens.keep).isclose(loss, rtol=0.05)

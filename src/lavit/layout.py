@@ -160,11 +160,13 @@ def segments(
     end: int,
     *,
     read_as: Literal["features", "codes"] = "features",
+    rows: Callable[[int], int] | None = None,
 ) -> Document:
     """Parts as segments of ids: `ids` tokenises text, `codes` looks pictures up or looks at them.
 
     `ids` also takes whether control tokens are meant. A part's `image` becomes the segment's index
-    where it is a number. With `read_as` "codes" no picture enters as features.
+    where it is a number. With `read_as` "codes" no picture enters as features; `rows` says as how
+    many of them one with so many codes does (None: as many).
     """
     found: list[Text | Image] = []
     for part in parts:
@@ -174,7 +176,9 @@ def segments(
             continue
         part = replace(part, read=part.read and read_as == "features")
         index = part.image if isinstance(part.image, int) else -1
-        found.append(Image(codes(part), read=part.read, index=index, target=part.target))
+        own = codes(part)
+        entering = rows(len(own)) if rows and part.read else None
+        found.append(Image(own, part.read, index, target=part.target, rows=entering))
         if part.ends:
             found.append(Text((end,), target=part.target))
     return tuple(found)

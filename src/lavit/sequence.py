@@ -67,12 +67,15 @@ class Text:
 
 @dataclass(frozen=True)
 class Image:
-    """Codes of one image. `read`: it enters as features of the source's picture at `index`."""
+    """Codes of one image. `read`: it enters as features of the source's picture at `index`, as
+    `rows` of them (None: one for each code).
+    """
 
     codes: tuple[int, ...]
     read: bool
     index: int = -1
     target: bool = True
+    rows: int | None = None
 
 
 Segment = Text | Image
@@ -134,8 +137,8 @@ def lay_out(
 ) -> Sequence:
     """Turn a document into ids, next-id labels and slots.
 
-    A read image without `supervise_read_images` gives no loss inside; its end still predicts what
-    follows.
+    A read image without `supervise_read_images`, or with rows that are not as many as its codes,
+    gives no loss inside; its end still predicts what follows.
     """
     ids: list[int] = []
     target: list[bool] = []  # may this id be predicted?
@@ -148,9 +151,12 @@ def lay_out(
         else:
             if not segment.codes:
                 raise InputError("an image has no codes: every image keeps at least one patch")
-            piece = image_ids(segment.codes, vocabulary)
-            slot = [False, *([segment.read] * len(segment.codes)), False]
-            wanted = segment.target and (supervise_read_images or not segment.read)
+            codes, supervised = segment.codes, supervise_read_images or not segment.read
+            if segment.read and segment.rows not in (None, len(codes)):
+                codes, supervised = (0,) * segment.rows, False
+            piece = image_ids(codes, vocabulary)
+            slot = [False, *([segment.read] * len(codes)), False]
+            wanted = segment.target and supervised
             images += [segment.index] * segment.read
         ids += piece
         slots += slot
@@ -298,9 +304,9 @@ def attention_mask(documents: Int[Tensor, "rows tokens"]) -> Bool[Tensor, "rows 
     return ((same & causal & real) | itself)[:, None]
 
 
-def check_slots(slots: Bool[Tensor, "rows tokens"], lengths: Int[Tensor, "images"]) -> None:
+def check_slots(slots: Bool[Tensor, "rows tokens"], lengths: Sequence_[int]) -> None:
     """Raise `InputError` unless each image has as many slots as features: one mask made both."""
-    pairs = zip_longest(slot_lengths(slots), lengths.tolist(), fillvalue=0)
+    pairs = zip_longest(slot_lengths(slots), lengths, fillvalue=0)
     for image, (wanted, given) in enumerate(pairs):
         if wanted != given:
             counts = f"image {image} has {wanted} slots but {given} features"

@@ -4,7 +4,8 @@ config.json        ours (`ModelConfig`), with a format number
 vision/            a transformers vision checkpoint, where the encoder is not a reference
 visual_tokenizer/  model.safetensors: selector, merger, codebook, reconstructor
 language/          a plain transformers causal LM with the joint vocabulary and its text tokenizer;
-                   or, over a referenced base, a PEFT adapter, rows.safetensors and the tokenizer
+                   or, over a base (referenced, or in base/), a PEFT adapter, rows.safetensors and
+                   the tokenizer
 reader/            model.safetensors: the second merger and the projection of pictures into the LM
 pixels/            a diffusers folder
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,18 +30,20 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lavit.baselines import baseline_reader
 from lavit.config import PARTS, InputError, LanguageConfig, ModelConfig, require
 from lavit.files import load_strictly, load_tensors, pretrained, replacing, save_tensors, sha256
 from lavit.language.lora import inject_lora, merge_lora
 from lavit.language.model import Language, table_and_head
+from lavit.language.reader import MergerReader
 from lavit.language.smollm2 import SMOLLM2, load_smollm2, load_smollm2_text, smollm2_file
 from lavit.visual_tokenizer.merger import Merger
-from lavit.visual_tokenizer.tokenizer import VisualTokenizer
+from lavit.visual_tokenizer.tokenizer import VisualTokenizer, merger_of
 from lavit.vocabulary import MARKERS
 
 log = logging.getLogger(__name__)
 WEIGHTS = Path(__file__).parent / "weights"  # a folder for each model that comes with this package
-READER = ("merger.", "to_language.")
+IN_PEFT = "base_model.model."  # peft's names of an adapter's tensors begin with it
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -101,6 +104,8 @@ def load_base(
             return lm, AutoTokenizer.from_pretrained(folder)
         return lm, load_smollm2_text(file)
     where: str | Path = config.source
+    if where == "base" and folder is not None:
+        where = folder.parent / "base"
     if where == "folder":
         if folder is None or not (folder / "config.json").is_file():
             said = f"{folder} holds no language model"
@@ -123,10 +128,14 @@ def build_language(
     text: PreTrainedTokenizerBase,
 ) -> Language:
     """A new `Language` around a base LM: fresh rows, the stage-1 merger copied, LoRA if asked."""
+    width = table_and_head(lm)[0].shape[1]
+    if config.language.reader:
+        reader = baseline_reader(config.language.reader, config.vision.dim, width)
+    else:
+        reader = MergerReader(deepcopy(merger), width)
     language = Language(
         lm,
-        merger,
-        dim=config.vision.dim,
+        reader,
         codes=config.visual_tokenizer.codes,
         end=text.eos_token_id,
         trained=config.language.source != "random",
@@ -163,13 +172,13 @@ def save_language(
     """Write `language/` and `reader/` into `folder`; returns the configuration that reads them."""
     tensors = language.state_dict()
     with replacing(folder / "reader") as new:
-        reader = {name: tensors[name] for name in tensors if name.startswith(READER)}
-        save_tensors(reader, new / "model.safetensors")
+        save_tensors(language.reader.state_dict(), new / "model.safetensors")
     with replacing(folder / "language") as new:
         if not config.lora_rank:
             export(language, text, new)
             return replace(config, source="folder", architecture={})
         adapter = require("peft", extra="mini").get_peft_model_state_dict(language.lm)
+        adapter = {IN_PEFT + name: tensor for name, tensor in adapter.items()}
         save_tensors(adapter, new / "adapter_model.safetensors")
         said: Any = copy(language.lm.peft_config["default"])
         said.target_modules = sorted(said.target_modules)  # a set: in any order
@@ -177,9 +186,20 @@ def save_language(
         rows = {name: tensors[name] for name in tensors if name in ("rows", "head_rows")}
         save_tensors(rows, new / "rows.safetensors")
         text.save_pretrained(new)
+    if config.source == "base":
+        with replacing(folder / "base") as new:
+            _save_base(language.lm, new)
+            text.save_pretrained(new)
     if config.source != SMOLLM2:
         return config
     return replace(config, sha256=sha256(smollm2_file()))  # an adapter fits no other weights
+
+
+def _save_base(lm: PreTrainedModel, folder: Path) -> None:
+    """Write a causal LM as it is below its LoRA."""
+    tensors = lm.state_dict()
+    below = {name.replace(".base_layer.", "."): tensors[name] for name in tensors}
+    lm.save_pretrained(folder, state_dict={n: t for n, t in below.items() if ".lora_" not in n})
 
 
 @torch.no_grad()
@@ -202,6 +222,13 @@ def export(language: Language, text: PreTrainedTokenizerBase, folder: Path) -> N
         lm.save_pretrained(folder, state_dict=tensors)
     finally:
         lm.config.vocab_size = size
+    text.save_pretrained(folder)
+
+
+@torch.no_grad()
+def export_lm(language: Language, text: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the LM alone, without visual rows, as a plain transformers folder."""
+    language.lm.save_pretrained(folder)
     text.save_pretrained(folder)
 
 
@@ -239,9 +266,9 @@ def load_language(config: ModelConfig, folder: Path) -> tuple[Language, PreTrain
     lm, text = load_base(config.language, folder / "language")
     if text is None:
         raise InputError(f"{folder} names no language model that was trained: train that stage")
-    tokenizer = config.visual_tokenizer
-    merger = Merger(tokenizer.dim, tokenizer.heads, tokenizer.merger_depth, tokenizer.mlp_ratio)
-    tensors = load_tensors(folder / "reader" / "model.safetensors")
+    tokenizer, merger = config.visual_tokenizer, merger_of(config.visual_tokenizer)
+    read = load_tensors(folder / "reader" / "model.safetensors")
+    tensors = {f"reader.{name}": tensor for name, tensor in read.items()}
     if not config.language.lora_rank:
         visual = MARKERS + tokenizer.codes
         table, head = table_and_head(lm)
@@ -260,6 +287,7 @@ def load_language(config: ModelConfig, folder: Path) -> tuple[Language, PreTrain
 
 def _load_adapter(language: Language, folder: Path) -> None:
     tensors = load_tensors(folder / "adapter_model.safetensors")
+    tensors = {name.removeprefix(IN_PEFT): tensor for name, tensor in tensors.items()}
     try:
         result = require("peft", extra="mini").set_peft_model_state_dict(language.lm, tensors)
     except RuntimeError as error:  # other widths

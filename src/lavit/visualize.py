@@ -1,6 +1,7 @@
 """Pictures about the tokenizer: kept patches, where the dropped ones flow, what codes stand for.
 
 kept_over, merge_map   over one picture: which patches stay, and where the dropped ones flow
+token_maps             both, of a model
 write_gallery          over a data set: patches of the most used codes, use of all, lengths
 """
 
@@ -80,6 +81,15 @@ def merge_map(
     for ends, strength in lines:
         draw.line(ends, fill=(*INK, strength), width=1)
     return picture
+
+
+def token_maps(
+    model: LaVIT, image: Image.Image, keep: Bool[Tensor, "1 patches"]
+) -> tuple[Image.Image, Image.Image]:
+    """`kept_over` and `merge_map` of a picture whose keep mask is known."""
+    flow = model.visual_tokenizer.flow(model.patches([image]), keep)[0].float().cpu()
+    mask = keep[0].cpu()
+    return kept_over(image, mask), merge_map(image, mask, flow)
 
 
 def _colour(number: int) -> tuple[int, int, int]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import tyro
 
+from lavit.cli import compare as studies
 from lavit.cli import convert as foreign
 from lavit.cli import data as sets
 from lavit.cli import eval as measure
@@ -35,11 +36,13 @@ VERBS: dict[str, Callable[..., Any]] = {
     "tokenize-corpus": use.tokenize_corpus,
     "inspect": use.inspect,
     "gallery": use.gallery,
+    "words": use.words,
     "demo": use.demo,
     "serve": serving.serve,
     "train": make.train,
     "train-finetune": make.finetune,
     "eval": measure.evaluate,
+    "compare": studies.compare,
     "export": make.export,
 }
 GROUPS: dict[str, dict[str, Callable[..., Any]]] = {

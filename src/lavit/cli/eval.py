@@ -24,7 +24,16 @@ Objects = Annotated[
     int | None,
     arg(help="number of objects, from the front of the list (default: as trained, else 48)"),
 ]
-Data = Annotated[str | None, arg(help="a folder or file of your own in place of scenes")]
+Data = Annotated[
+    str | None, arg(help="a folder or file of your own in place of scenes, or --task's folder")
+]
+Task = Annotated[
+    str | None,
+    arg(help="a benchmark: coco_caption, nocaps, flickr30k, vqav2, okvqa, vizwiz, gqa, …"),
+]
+Inception = Annotated[Path | None, arg(help="TorchScript of Inception, for FID and KID")]
+ClipFolder = Annotated[Path | None, arg(help="a transformers folder of CLIP, for CLIPScore")]
+Pictures = Annotated[Path | None, arg(help="folder for what coco_image and geneval draw")]
 
 
 def evaluate(
@@ -39,6 +48,11 @@ def evaluate(
     held_out_pairs: Pairs = None,
     data: Data = None,
     valid: bool = False,
+    task: Task = None,
+    inception: Inception = None,
+    clip: ClipFolder = None,
+    pictures: Pictures = None,
+    batch: int = 32,
 ) -> None:
     """Measure a model: reading, answering, drawing, editing and tokens on scenes, each with
     interval, floor and ceiling.
@@ -48,11 +62,20 @@ def evaluate(
     evaluation goes on with the same command; all figures of a run go into its card. On
     --data of your own, or of a model trained on such, the figures are those that any pictures have,
     on a share that training left out.
+
+    --task NAME measures a benchmark of the paper's table on its folder as downloaded, --data DIR
+    (docs/evaluation.md); under torchrun the processes share the work. --batch examples are made
+    together.
     """
-    from lavit.evaluate import evaluation
-    from lavit.evaluate.exam import Exam
-    from lavit.evaluate.folder import own_data, training_data
-    from lavit.evaluate.known import is_scenes, rules_of
+    if task is not None:
+        settings = {"seed": seed, "count": count, "batch": batch, "inception": inception}
+        _benchmark(model, task, data, json, **settings, clip=clip, out=pictures)
+        return
+    given = {"inception": inception, "clip": clip, "pictures": pictures}
+    if wrong := [f"--{name}" for name, value in given.items() if value is not None]:
+        raise InputError(f"{wrong[0]} belongs to a benchmark: give --task NAME, or leave it out")
+    from lavit.evaluate.examinee import Examinee, card_rows, predictions_path
+    from lavit.evaluate.folder import is_scenes, own_data, training_data
     from lavit.files import alone
     from lavit.storage import model_folder
     from lavit.train.card import record_figures
@@ -62,19 +85,24 @@ def evaluate(
     if figures is not None and not names:
         raise InputError("--figures names none: give names separated by commas, or leave it out")
     data = training_data(folder) if data is None else data
-    rules = rules_of(folder, objects, held_out_pairs)
-    kept = evaluation.predictions_path(folder, json)
+    own = data is not None and not is_scenes(data)
+    if own and items is not None:
+        raise InputError("--items are judged as scenes are: leave --data out")
+    kept = predictions_path(folder, json)
     with alone(kept.parent, kept.name), ProgressBar() as progress:
-        exam = Exam(
-            model, seed=seed, count=count, rules=rules, kept=kept, progress=progress.count,
-            valid=valid,
-        )  # fmt: skip
-        if data is None or is_scenes(data):
-            found = evaluation.evaluate(exam, names, items=items)
-        elif items is None:
-            found = own_data(exam, data, names)
+        how: dict[str, Any] = {
+            "seed": seed, "count": count, "kept": kept, "progress": progress.count
+        }  # fmt: skip
+        if own:
+            found = own_data(Examinee(model, **how), str(data), names)
         else:
-            raise InputError("--items are judged as scenes are: leave --data out")
+            from lavit.evaluate import evaluation
+            from lavit.evaluate.exam import Exam
+            from lavit.evaluate.known import rules_of
+
+            rules = rules_of(folder, objects, held_out_pairs)
+            exam = Exam(model, rules=rules, valid=valid, **how)
+            found = evaluation.evaluate(exam, names, items=items)
     if json is not None:
         write_json(json, found)
     if (
@@ -83,23 +111,42 @@ def evaluate(
         and found.get("comparable", True)
         and (folder / "training.json").is_file()
     ):
-        record_figures(folder, evaluation.card_rows(found))
+        record_figures(folder, card_rows(found))
     _print(found)
 
 
+def _benchmark(model: str, task: str, data: str | None, json: Path | None, **settings: Any) -> None:
+    """Measure one row of the paper's table and print it."""
+    from lavit.evaluate.benchmarks.run import Row, RowSettings
+    from lavit.evaluate.examinee import predictions_path
+    from lavit.storage import model_folder
+
+    if data is None:
+        raise InputError(f"--task {task} needs --data, the folder that it is unpacked in")
+    kept = predictions_path(model_folder(model), json)
+    if json is None:
+        kept = kept.with_stem(task)
+    with ProgressBar() as progress:
+        row = Row(model, task, Path(data), RowSettings(**settings), kept, progress.count)
+        found = row.run()
+    if found is None:  # a process that only shared the work
+        return
+    if json is not None:
+        write_json(json, found)
+    _print_figures(found["figures"])
+    print(f"{found['task']} ({found['split']}), {found['examples']} examples, seed {found['seed']}")
+    if found["paper"]:
+        print("paper: " + ", ".join(f"{name} {value}" for name, value in found["paper"].items()))
+    for name, value in found["protocol"].items():
+        print(f"{name}: {value}")
+    hashes = ("config", "weights", "data", "code")
+    print("  ".join(f"{name} {found[f'{name}_hash']}" for name in hashes))
+    print("  ".join(f"{name} {value}" for name, value in found["versions"].items()))
+
+
 def _print(found: dict[str, Any]) -> None:
-    """The figures as a table."""
-    ends = f"{'floor':>7} {'ceiling':>7}"
-    print(f"{'figure':<24} {'value':>8}  {'95 % interval':<18} {'n':>6} {ends}")
-    for name, figure in found["figures"].items():
-        if figure["value"] is None:
-            print(f"{name:<24} {'none':>8}  {figure['reason']}")
-            continue
-        interval = f"[{figure['low']:.3f}, {figure['high']:.3f}]"
-        line = f"{name:<24} {figure['value']:8.3f}  {interval:<18} {figure['count']:6d}"
-        for end in ("floor", "ceiling"):
-            line += " " * 8 if figure[end] is None else f" {figure[end]:7.3f}"
-        print(line)
+    """The figures as a table, and what they are of."""
+    _print_figures(found["figures"])
     if "held_out" in found:
         print(found["held_out"])
     elif found["valid"]:
@@ -110,3 +157,18 @@ def _print(found: dict[str, Any]) -> None:
         others = "  NOT COMPARABLE with published figures: other scenes or other packages"
         said = "" if found["comparable"] else others
         print(f"config {found['config_hash']}  test sets {found['test_hash'][:16]}{said}")
+
+
+def _print_figures(figures: dict[str, Any]) -> None:
+    """The figures as a table."""
+    ends = f"{'floor':>7} {'ceiling':>7}"
+    print(f"{'figure':<24} {'value':>8}  {'95 % interval':<18} {'n':>6} {ends}")
+    for name, figure in figures.items():
+        if figure["value"] is None:
+            print(f"{name:<24} {'none':>8}  {figure['reason']}")
+            continue
+        interval = f"[{figure['low']:.3f}, {figure['high']:.3f}]"
+        line = f"{name:<24} {figure['value']:8.3f}  {interval:<18} {figure['count']:6d}"
+        for end in ("floor", "ceiling"):
+            line += " " * 8 if figure[end] is None else f" {figure[end]:7.3f}"
+        print(line)

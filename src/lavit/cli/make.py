@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -96,20 +97,42 @@ def finetune(
     minutes: float | None = None,
     seed: int = 0,
     tracker: tuple[str, ...] = ("tensorboard",),
+    images: Path | None = None,
+    keep_adapter: bool = False,
+    replay: str = "",
+    check: str | None = None,
 ) -> None:
     """Fine-tune a trained model on conversations (lavit train finetune); answers alone give loss.
 
-    --data is a file of JSON lines {"messages": […]} with pictures on either side. --lora R trains
-    adapters of rank R, which are merged in the end; by default all weights train, or the adapter
-    that the model has. --minutes, in place of --steps, measures how many fit. The same command goes
-    on after an interruption.
+    --data is a file of JSON lines {"messages": […]} with pictures on either side, of LLaVA's or
+    ShareGPT's JSON, or TRL's parquet (docs/data.md); --images names the folder that its pictures
+    are below, else they are below the file's. --lora R trains adapters of rank R, which are merged
+    in the end, or with --keep-adapter stay a PEFT folder beside their base; by default all weights
+    train, or the adapter that the model has. --minutes, in place of --steps, measures how many fit.
+    The same command goes on after an interruption.
+
+    --replay TEXTS:0.25 fills a quarter of the rows with texts alone, so that the model keeps its
+    language. In the end captions, drawings and texts are measured before and after, on what --check
+    DATA (default: what the model was trained on, if it is still there) holds out, and losses that
+    have grown are warned of.
     """
+    from lavit.evaluate.folder import held_out
     from lavit.train.finetune import finetune as fine_tune
     from lavit.train.finetune import finetune_training
 
-    training = finetune_training(model, lora_rank=lora, steps=steps, seed=seed)
+    training = finetune_training(
+        model,
+        lora_rank=lora,
+        steps=steps,
+        seed=seed,
+        keep_adapter=keep_adapter,
+        images=images,
+        replay=replay,
+    )
+    if check is not None:
+        held_out(check)  # what cannot be read is said before the training
     with ProgressBar() as progress:
-        fine_tune(
+        run = fine_tune(
             out,
             data,
             model,
@@ -120,6 +143,33 @@ def finetune(
             prepare=progress.count,
         )
     print(f"fine-tuned: {out}")
+    if run.main:
+        _forgotten(model, out, check)
+
+
+def _forgotten(before: str, after: Path, data: str | None) -> None:
+    """Print what a fine-tuning has cost, and warn of what has been forgotten."""
+    from lavit.evaluate.folder import training_data
+    from lavit.evaluate.forgetting import changes
+    from lavit.storage import model_folder
+
+    data = training_data(model_folder(before)) if data is None else data
+    if data is None:
+        print("not compared with the model before: give --check DATA", file=sys.stderr)
+        return
+    try:
+        with ProgressBar() as progress:
+            found, said = changes(before, after, data, progress=progress.count)
+    except InputError as error:  # the training is done: this is no reason to fail
+        print(f"not compared with the model before: {error}", file=sys.stderr)
+        return
+    print(f"loss a token before and after, on {said}")
+    for change in found:
+        moved = f"{change.before:.3f} -> {change.after:.3f}"
+        print(f"  {change.what:<9} {moved}  [{change.low:+.3f}, {change.high:+.3f}]")
+    if lost := [change.what for change in found if change.forgotten]:
+        cure = "train fewer steps, at lower rates or by --lora, or --replay texts"
+        print(f"warning: {', '.join(lost)} got worse: {cure}", file=sys.stderr)
 
 
 def export(run: Words[str], /, out: Path, merge: bool = False) -> None:

@@ -49,11 +49,14 @@ def load_model(model: str, images: Sequence[str] | None = None, **options: Any) 
 
 def warn_of_unknown(lavit: Pipeline, prompts: Sequence[str]) -> None:
     """Name, in one line on stderr, words of prompts that a model of scenes never learnt."""
-    from lavit.evaluate.known import strange_words
+    from lavit.evaluate.examinee import scenes_of
 
     folder = lavit.model.folder
-    words = strange_words(folder, prompts) if folder is not None else []
-    if words:
+    if folder is None or scenes_of(folder) is None:
+        return
+    from lavit.evaluate.known import strange_words
+
+    if words := strange_words(folder, prompts):
         print(f"{lavit.model.config.name} does not know: {', '.join(words)}", file=sys.stderr)
 
 

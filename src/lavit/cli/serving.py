@@ -18,6 +18,7 @@ from lavit.cli.output import (
 from lavit.config import require
 
 Keys = Annotated[Path | None, arg(help="a file of keys, one a line; without, only localhost")]
+Page = Annotated[bool, arg(help="serve a page at /web too: ask, draw, see the tokens")]
 Hosts = Annotated[tuple[str, ...], arg(help="hosts that pictures may be fetched from (none)")]
 
 
@@ -31,13 +32,16 @@ def serve(
     protocol: Protocol = "default",
     safety: Safety = True,
     watermark: Watermark = None,
+    web: Page = False,
 ) -> None:
     """Serve a model to OpenAI's clients: chat, images, edits, responses, streamed."""
     for package in ("fastapi", "uvicorn", "python_multipart", "prometheus_client"):
         require(package, extra="serve")
+    if web:
+        require("gradio", extra="demo")
     from lavit.serve import server
 
     keys = server.keys_of(api_key_file, host)
     checked = None if safety else False  # None: as the model says
     pipeline = load_model(model, protocol=protocol, safety=checked, watermark=watermark)
-    server.serve(pipeline, host=host, port=port, keys=keys, fetch_hosts=fetch_hosts)
+    server.serve(pipeline, host=host, port=port, keys=keys, fetch_hosts=fetch_hosts, web=web)

@@ -270,17 +270,14 @@ def inspect(
 ) -> None:
     """Draw a picture, its kept patches, and which kept token each dropped patch flowed into."""
     from lavit.images import open_image
-    from lavit.visualize import kept_over, merge_map, sheet
+    from lavit.visualize import sheet, token_maps
 
     lavit = load_model(model, [image], parts=TO_SEE)
     picture = open_image(image)
     mask = lavit.tokenize(picture, keep=keep).keep
-    patches = lavit.model.patches([picture])
-    flow = lavit.model.visual_tokenizer.flow(patches, mask)[0].float().cpu()
-    mask = mask[0].cpu()
-    kept = f"{int(mask.sum())} of {len(mask)} patches kept"
+    kept = f"{int(mask.sum())} of {mask.shape[1]} patches kept"
     words = ["picture", kept, "colour and line: the token that took most"]
-    pictures = [picture, kept_over(picture, mask), merge_map(picture, mask, flow)]
+    pictures = [picture, *token_maps(lavit.model, picture, mask)]
     write_pictures([sheet([pictures, words], cell=320)], out)
 
 
@@ -312,6 +309,19 @@ def gallery(
         )
     text = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
     answer_with(json, f"{out}: {text}", **figures)
+
+
+def words(model: Words[str] = DEFAULT_MODEL, /, json: bool = False) -> None:
+    """List the things, colours, places and styles that a model of scenes has words for.
+
+    `lavit draw` and its like name every other word of a prompt.
+    """
+    from lavit.evaluate.known import known_words
+    from lavit.storage import model_folder
+
+    known = known_words(model_folder(model))
+    lines = [f"{kind}: {'; '.join(found)}" for kind, found in known.items()]
+    answer_with(json, "\n".join(lines), **known)
 
 
 def demo(model: Words[str] = DEFAULT_MODEL, /, out: Path = Path("demo"), seed: int = 0) -> None:

@@ -1,19 +1,20 @@
-"""Conversations with pictures on both sides, from JSON lines, as documents of fine-tuning.
+"""Conversations with pictures on both sides, from a file, as documents of fine-tuning.
 
     {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"},
                                                {"type": "text", "text": "…"}]},
                   {"role": "assistant", "content": "…"}]}
 
-Each turn of the assistant is a document of its own (layout.py): what stands before it, and the turn
-as what is learnt, text up to and including the end of turn, and pictures as their codes. Paths are
-below the file's folder. A conversation that cannot be used (a picture that is missing or broken, no
-answer, a turn longer than a row) is left out, counted and named; none left raises `InputError`.
-Every epoch shows each document once.
+Other forms (LLaVA, ShareGPT, TRL's parquet) become this one (conversation_forms.py). Each turn of
+the assistant is a document of its own (layout.py): what stands before it, and the turn as what is
+learnt, text up to and including the end of turn, and pictures as their codes. Paths are below the
+file's folder, or below a folder of pictures that is given. A conversation that cannot be used (a
+picture that is missing or broken, no answer, a turn longer than a row) is left out, counted and
+named; none left raises `InputError`. Every epoch shows each document once.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 import logging
 from bisect import bisect
 from collections import Counter
@@ -25,9 +26,11 @@ from typing import Any
 import numpy as np
 
 from lavit.config import InputError
+from lavit.data.conversation_forms import messages_of, shared_rows
 from lavit.data.corpus import Corpus
 from lavit.data.documents import Rows
 from lavit.data.sources import Record, readable
+from lavit.data.text import TextPieces
 from lavit.layout import check_messages, replies
 from lavit.sequence import IGNORE, Batch, Document, Sequence, fill_rows, lay_out
 
@@ -71,42 +74,29 @@ class Conversations:
         }
 
 
-def is_conversations(data: str | Path) -> bool:
-    """Whether a file is of conversations: JSON lines whose first has messages."""
-    path = Path(data)
-    if path.suffix.lower() != ".jsonl" or not path.is_file():
-        return False
-    with path.open(encoding="utf-8", errors="replace") as file:
-        try:
-            first = json.loads(next((line for line in file if line.strip()), "{}"))
-        except (ValueError, RecursionError):
-            return False
-    return isinstance(first, dict) and "messages" in first
+def load_conversations(data: str | Path, images: Path | None = None) -> Conversations:
+    """Read a file of conversations and look at every picture; `InputError` if none can be used.
 
-
-def load_conversations(data: str | Path) -> Conversations:
-    """Read a file of conversations and look at every picture; `InputError` if none can be used."""
+    Paths of pictures are below `images`, or below the file's folder.
+    """
     path = Path(data)
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise InputError(f"{path} is not a readable file of conversations: {error}") from error
+    below = path.parent if images is None else Path(images)
     read: list[tuple[str, Any]] = []
     broken: list[tuple[str, str]] = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            name = f"{path.name}:{number}"
-            try:
-                read.append((name, _messages(json.loads(line))))
-            except (ValueError, RecursionError) as error:  # an `InputError` is a ValueError
-                broken.append((name, str(error)))
-    places = {str(part["image"]): None for _, messages in read for part in _images(messages)}
-    good, bad = readable([Record(str(path.parent / place), (), place) for place in places])
+    pictures: dict[str, Record] = {}
+    for name, row in shared_rows(path):
+        try:
+            messages = _messages(messages_of(row))
+            pictures |= {_key(part): _record(part, below) for part in _images(messages)}
+            read.append((name, messages))
+        except InputError as error:
+            broken.append((name, str(error)))
+    good, bad = readable(pictures.values())
     numbers = {record.name: number for number, record in enumerate(good)}
     reasons = dict(bad)
     items = []
     for name, messages in read:
-        missing = [place for part in _images(messages) if (place := str(part["image"])) in reasons]
+        missing = [place for part in _images(messages) if (place := _key(part)) in reasons]
         if missing:
             broken.append((name, reasons[missing[0]]))
         else:
@@ -127,17 +117,24 @@ def _refuse_none(items: Any, broken: list[tuple[str, str]], path: Any) -> None:
         raise InputError(f"{path} has no conversation that can be used ({why})")
 
 
-def _messages(line: Any) -> list[dict[str, Any]]:
-    messages = line.get("messages") if isinstance(line, dict) else None
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        like = '{"messages": [{"role": "user", "content": …}, …]}'
-        raise InputError(f"no list of messages: a line is {like}")
+def _messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if not any(message.get("role") == "assistant" for message in messages):
         raise InputError("no turn of the assistant: there is nothing to learn")
-    if not all(isinstance(part.get("image"), str) for part in _images(messages)):
+    if not all(isinstance(part.get("image"), str | bytes) for part in _images(messages)):
         raise InputError('a picture has no path: {"type": "image", "image": "a.png"}')
     check_messages(messages)
     return messages
+
+
+def _key(part: Mapping[str, Any]) -> str:
+    """The name of a picture: its path, or a hash of the file that it is."""
+    image = part["image"]
+    return image if isinstance(image, str) else hashlib.sha256(image).hexdigest()[:16]
+
+
+def _record(part: Mapping[str, Any], below: Path) -> Record:
+    image = part["image"]
+    return Record(str(below / image) if isinstance(image, str) else image, (), _key(part))
 
 
 def _parts(message: Mapping[str, Any]) -> list[Any]:
@@ -157,14 +154,15 @@ def _numbered(message: Mapping[str, Any], numbers: Mapping[str, int]) -> dict[st
     parts = message.get("content")
     if not isinstance(parts, list):
         return dict(message)
-    parts = [{**p, "image": numbers[p["image"]]} if _is_image(p) else p for p in parts]
+    parts = [{**p, "image": numbers[_key(p)]} if _is_image(p) else p for p in parts]
     return {**message, "content": parts}
 
 
 class ConversationDocuments(Rows):
     """Conversations as packed rows: a batch is a function of (seed, step).
 
-    `codes[picture]` are the stage-1 codes.
+    `codes[picture]` are the stage-1 codes. The last `text_rows` of a step are of texts alone, which
+    keep the LM's language alive (paper Sec. 3.2).
     """
 
     corpus = Corpus(())  # fine-tuning knows no other data
@@ -173,10 +171,13 @@ class ConversationDocuments(Rows):
         self,
         conversations: Conversations,
         codes: tuple[tuple[int, ...], ...],
+        *,
+        texts: TextPieces | None = None,
+        text_rows: int = 0,
         **shared: Any,
     ) -> None:
         super().__init__(**shared)
-        self.codes = codes
+        self.codes, self.texts, self.text_rows = codes, texts, text_rows
         self.sequences: list[Sequence] = []
         broken: list[tuple[str, str]] = []
         for item in conversations.items:
@@ -228,5 +229,17 @@ class ConversationDocuments(Rows):
 
     def batch(self, step: int) -> Batch:
         """Rows of a step."""
-        numbers = range(step * self.config.rows, (step + 1) * self.config.rows)
-        return self.pack([self._row(number) for number in numbers])
+        own = self.config.rows - self.text_rows
+        rows = [self._row(number) for number in range(step * own, (step + 1) * own)]
+        return self.pack([*rows, *(self._text_row(step, row) for row in range(self.text_rows))])
+
+    def _text_row(self, step: int, row: int) -> list[Sequence]:
+        """Pieces of texts until the next one would not fit."""
+        assert self.texts is not None
+        rng = np.random.default_rng([self.seed, step, row])
+        found: list[Sequence] = []
+        while True:
+            piece = lay_out((self.texts.draw(rng),), self.vocabulary)
+            if sum(map(len, found)) + len(piece) > self.config.tokens:
+                return found
+            found.append(piece)

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Sequence_
 from dataclasses import fields
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -94,8 +95,11 @@ class Rows:
         vocabulary: Vocabulary,
         config: LanguageTraining,
         seed: int,
+        rows: Callable[[int], int] | None = None,
     ) -> None:
+        """`rows` of a reader: as how many a picture with so many codes is read."""
         self.tokenizer, self.vocabulary, self.config, self.seed = text, vocabulary, config, seed
+        self.read_rows = rows
         self.left_out = LeftOut()
 
     def ids(self, text: str, controls: bool = False) -> tuple[int, ...]:
@@ -104,7 +108,8 @@ class Rows:
 
     def segments(self, parts: Sequence_[Part], codes: Codes) -> Document:
         """Parts, whose pictures are numbers, as a document."""
-        return segments(parts, self.ids, lambda part: codes(part.image), self.vocabulary.end)
+        look = partial(segments, end=self.vocabulary.end, rows=self.read_rows)
+        return look(parts, self.ids, lambda part: codes(part.image))
 
     def lay_out(self, document: Document, rng: Rng) -> Sequence:
         """A document as ids, with labels for a share of the codes that are read."""

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lavit.config import InputError
-from lavit.data.conversations import is_conversations, load_conversations
+from lavit.data.conversation_forms import holds_conversations
+from lavit.data.conversations import load_conversations
 from lavit.data.corpus import parse_mixture
 from lavit.data.sources import check, licence_files, open_source, stream_source
 from lavit.data.text import Texts
@@ -16,17 +17,20 @@ from lavit.data.text import Texts
 STREAMED = (".tar", ".parquet")
 
 
-def inspect_data(data: str, split: str = "train", *, workers: int = 1) -> list[dict[str, Any]]:
+def inspect_data(
+    data: str, split: str = "train", *, workers: int = 1, images: Path | None = None
+) -> list[dict[str, Any]]:
     """A report for each source of `data`, read as a whole: counts, what is broken, texts, licences.
 
     Also its share of a training's documents, and where its shards can be streamed whether
-    they suffice for `workers` processes. A source that cannot be opened raises `InputError`.
+    they suffice for `workers` processes. `images` is the folder that pictures of conversations are
+    below. A source that cannot be opened raises `InputError`.
     """
     mixture = parse_mixture(data)
     total = sum(weight for _, weight in mixture)
     reports = []
     for name, weight in mixture:
-        report = {"source": name, **_report(name, split)}
+        report = {"source": name, **_report(name, split, images)}
         if len(mixture) > 1:
             report["share_of_documents"] = round(weight / total, 4)
         if shards := _shards(name, split):
@@ -36,9 +40,9 @@ def inspect_data(data: str, split: str = "train", *, workers: int = 1) -> list[d
     return reports
 
 
-def _report(name: str, split: str) -> dict[str, Any]:
-    if is_conversations(name):
-        return _conversations(name)
+def _report(name: str, split: str, images: Path | None) -> dict[str, Any]:
+    if holds_conversations(Path(name)):
+        return _conversations(name, images)
     found = open_source(name, split)
     return _texts(found) if isinstance(found, Texts) else asdict(check(name, split))
 
@@ -56,8 +60,8 @@ def _texts(texts: Texts) -> dict[str, Any]:
     }
 
 
-def _conversations(name: str) -> dict[str, Any]:
-    found = load_conversations(name)
+def _conversations(name: str, images: Path | None) -> dict[str, Any]:
+    found = load_conversations(name, images)
     answers: list[int] = []
     asked: list[int] = []
     for message in (message for item in found.items for message in item.messages):

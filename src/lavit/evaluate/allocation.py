@@ -18,9 +18,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from lavit.evaluate.exam import BATCH, Exam
+from lavit.evaluate.distance import distances
+from lavit.evaluate.exam import Exam
+from lavit.evaluate.examinee import BATCH
 from lavit.evaluate.figures import Figure, average, ratio
-from lavit.evaluate.tokens import distances
 from lavit.visual_tokenizer.layers import Patches
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 

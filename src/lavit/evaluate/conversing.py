@@ -11,9 +11,10 @@ from lavit.data.scenes.questions import right, true_of
 from lavit.data.scenes.tasks import FULL, SHORT, SceneConversation, scene_conversation
 from lavit.data.scenes.world import Scene, facts
 from lavit.evaluate import judge
-from lavit.evaluate.drawing import packed, turned, unpacked
-from lavit.evaluate.exam import Exam, Missing
-from lavit.evaluate.figures import Figure, average, share
+from lavit.evaluate.drawing import packed, unpacked
+from lavit.evaluate.exam import Exam
+from lavit.evaluate.examinee import Missing
+from lavit.evaluate.figures import Figure, average, share, turned
 from lavit.generate.options import ChatMessage
 from lavit.layout import Reply as Kind
 

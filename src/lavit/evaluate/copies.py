@@ -22,8 +22,8 @@ from lavit.data.scenes.splits import facts_key
 from lavit.data.scenes.world import Scene, facts
 from lavit.evaluate.drawing import drawn
 from lavit.evaluate.exam import Exam
+from lavit.evaluate.examinee import scenes_of
 from lavit.evaluate.figures import Figure, average, share
-from lavit.evaluate.known import scenes_of
 
 POOL = 2_000  # training pictures
 RENDERS = 40  # of each scene, to measure how near two of them are

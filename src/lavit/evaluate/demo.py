@@ -26,9 +26,10 @@ from lavit.data.scenes.splits import valid_world
 from lavit.data.scenes.tasks import several
 from lavit.data.scenes.world import Scene, facts
 from lavit.evaluate.demo_page import Item, Section, contact_sheet, page, save_sheet
+from lavit.evaluate.examinee import scenes_of
 from lavit.evaluate.judge import Judge, all_right
 from lavit.evaluate.kept import Progress
-from lavit.evaluate.known import rules_of, scenes_of, strange_words
+from lavit.evaluate.known import rules_of, strange_words
 from lavit.storage import model_folder
 from lavit.visualize import kept_over
 

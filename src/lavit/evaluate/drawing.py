@@ -18,23 +18,25 @@ from typing import Any, TypeVar
 import torch
 from PIL import Image
 
-from lavit.data.scenes.language import prompt
+from lavit.data.scenes.language import plainly, prompt
 from lavit.data.scenes.world import Facts, facts
 from lavit.evaluate import judge
 from lavit.evaluate.exam import Exam
-from lavit.evaluate.figures import Figure, average, averages, mean, share
+from lavit.evaluate.figures import Figure, average, averages, mean, share, turned
 from lavit.evaluate.judge import Seen
 from lavit.generate.prompts import image_jobs
 from lavit.layout import mixed
 
 T = TypeVar("T")
-APART = 4  # prompts of 1, 2, 3 and 4 things come in turn: another prompt of as many things
 PartsOf = Callable[[int], list[Any]]  # the pictures and words that an item is written after
 
 
 def prompt_of(exam: Exam, split: str, item: int) -> str:
     """The full prompt of a scene."""
-    return prompt(exam.scene(split, item), exam.rng(item), full=True)
+    scene = exam.scene(split, item)
+    if exam.rules.plain:
+        return plainly(scene).removesuffix(".")
+    return prompt(scene, exam.rng(item), full=True)
 
 
 def written(exam: Exam, task: str, items: Sequence[int], parts: PartsOf) -> list[list[int]]:
@@ -128,12 +130,6 @@ def atoms_of(said: Sequence[Facts], looks: Sequence[Seen]) -> list[float]:
     """Share of the facts that are right, picture by picture."""
     found = [judge.atoms(one, look) for one, look in zip(said, looks, strict=True)]
     return [right / max(1, count) for right, count in found]
-
-
-def turned(items: Sequence[T], by: int = APART) -> list[T]:
-    """The same items, each in another's place (one alone stays)."""
-    by = by if len(items) > by else 1
-    return [*items[by:], *items[:by]]
 
 
 def by_number(said: Sequence[Facts], values: Sequence[float]) -> dict[str, float]:

@@ -16,9 +16,9 @@ from lavit.data.scenes.edits import EDIT_KINDS, SceneEdit, edit
 from lavit.data.scenes.sample import belongs
 from lavit.data.scenes.tasks import several
 from lavit.data.scenes.world import STYLES, Facts, Scene, facts
-from lavit.evaluate.drawing import all_of, atoms_of, drawn, failures, painted, seen, turned
+from lavit.evaluate.drawing import all_of, atoms_of, drawn, failures, painted, seen
 from lavit.evaluate.exam import Exam
-from lavit.evaluate.figures import Figure, average, averages, share
+from lavit.evaluate.figures import Figure, average, averages, share, turned
 from lavit.evaluate.judge import Seen
 
 TRIES = 8  # scenes of `test` looked at for each edit that is wanted

@@ -22,8 +22,9 @@ from lavit.evaluate.conversing import chat_all
 from lavit.evaluate.copies import draw_copies
 from lavit.evaluate.drawing import draw_all, draw_atoms, draw_swaps, reconstruct_all
 from lavit.evaluate.edits import compose_all, edit_all, edit_blind, edit_oracle, source_copies
-from lavit.evaluate.exam import Exam, Missing, config_hash
-from lavit.evaluate.figures import Figure, nothing
+from lavit.evaluate.exam import Exam
+from lavit.evaluate.examinee import config_hash, measured
+from lavit.evaluate.figures import Figure
 from lavit.evaluate.judging import false_accepts, judge_test
 from lavit.evaluate.known import trained_rules
 from lavit.evaluate.ladder import ladder_blank, ladder_spearman
@@ -68,35 +69,6 @@ FIGURES: dict[str, Callable[[Exam], Figure]] = {
     "judge_false_accepts": false_accepts,
     "text_perplexity_ratio": text_ratio,
 }
-
-
-def chosen(names: Sequence[str], known: Mapping[str, Any]) -> list[str]:
-    """The figures asked for (none: all), in their usual order; `InputError` for unknown names."""
-    wrong = [name for name in names if name not in known]
-    if wrong:
-        raise InputError(f"there is no figure {wrong[0]!r}: choose from {', '.join(known)}")
-    return [name for name in known if name in names or not names]
-
-
-def measured(
-    known: Mapping[str, Callable[[T], Figure]], names: Sequence[str], subject: T,
-) -> dict[str, Any]:  # fmt: skip
-    """The figures of `names` (none: all that are known) as plain data.
-
-    What this model or machine lacks is null, with the reason; `InputError` if that is all of it.
-    """
-    found, lacking = {}, {}
-    for name in chosen(names, known):
-        try:
-            figure = known[name](subject)
-        except Missing as missing:
-            lacking[name] = str(missing)
-            figure = nothing(str(missing))
-        found[name] = figure.entry()
-    if found.keys() == lacking.keys():
-        name, reason = next(iter(lacking.items()))
-        raise InputError(f"{name} cannot be had: {reason}")
-    return found
 
 
 def evaluate(
@@ -151,25 +123,3 @@ def _split_hash(split: str, rules: Rules) -> str:
         return frozen.split_hash(split, rules)
     except InputError as error:
         return str(error)
-
-
-def predictions_path(folder: Path, out: Path | None) -> Path:
-    """Where predictions are kept: next to the JSON file, or in the model's folder."""
-    if out is None:
-        return folder / "evaluation" / "predictions.jsonl"
-    if out.is_dir():
-        raise InputError(f"{out} is a folder: give --json a file")
-    return out.with_suffix(".predictions.jsonl")
-
-
-def card_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The figures that have a value, as a model's card takes them."""
-    return [
-        {
-            "name": name,
-            **{key: figure[key] for key in ("value", "low", "high", "count")},
-            "floor": None if figure["floor"] is None else [figure["floor_is"], figure["floor"]],
-        }
-        for name, figure in found["figures"].items()
-        if figure["value"] is not None
-    ]

@@ -11,13 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 Z = 1.959964  # of a 95 % interval
 DRAWS = 1000  # of a bootstrap
+APART = 4  # prompts of 1, 2, 3 and 4 things come in turn: another prompt of as many things
 
+T = TypeVar("T")
 Level = tuple[str, float]  # what it is, and its value
 Values = Sequence[float] | np.ndarray
 
@@ -34,6 +36,7 @@ class Figure:
     ceiling: Level | None = None
     note: str = ""
     details: Mapping[str, Any] = field(default_factory=dict)  # further numbers
+    items: tuple[float, ...] = ()  # whose mean the value is, where it is one
 
     def entry(self) -> dict[str, Any]:
         """Plain data as `lavit eval --json` writes it: numbers, and what they are."""
@@ -84,7 +87,8 @@ def share(hits: Sequence[bool], **beside: Any) -> Figure:
     denominator = 1 + Z**2 / n
     centre = (p + Z**2 / (2 * n)) / denominator
     half = Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2)) / denominator
-    return Figure(p, max(0.0, centre - half), min(1.0, centre + half), len(hits), **beside)
+    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    return Figure(p, low, high, len(hits), items=tuple(map(float, hits)), **beside)
 
 
 def mean(
@@ -95,7 +99,7 @@ def mean(
     half = Z * array.std(ddof=1) / math.sqrt(len(array)) if len(array) > 1 else 0.0
     centre = float(array.mean())
     low, high = max(within[0], float(centre - half)), min(within[1], float(centre + half))
-    return Figure(centre, low, high, len(array), **beside)
+    return Figure(centre, low, high, len(array), items=tuple(array.tolist()), **beside)
 
 
 def plain(value: float, count: int, *, note: str = "") -> Figure:
@@ -124,7 +128,9 @@ def ratio(over: Values, under: Values, **beside: Any) -> Figure:
         below = float(b[at].mean())
         return float(a[at].mean()) / below if below else 0.0
 
-    return bootstrapped(quotient, len(a), **beside)
+    below = float(b.mean())
+    items = tuple((a / below).tolist()) if below else ()  # as shares of that mean
+    return bootstrapped(quotient, len(a), items=items, **beside)
 
 
 def ranks(values: Values) -> np.ndarray:
@@ -147,3 +153,9 @@ def spearman(a: Values, b: Values, given: Values | None = None) -> float:
     x, y = (column - column.mean() for column in columns)
     size = float(np.sqrt((x @ x) * (y @ y)))
     return float(x @ y) / size if size > 1e-9 else 0.0
+
+
+def turned(items: Sequence[T], by: int = APART) -> list[T]:
+    """The same items, each in another's place (one alone stays)."""
+    by = by if len(items) > by else 1
+    return [*items[by:], *items[:by]]

@@ -16,17 +16,28 @@ import numpy as np
 from PIL.Image import Image
 
 from lavit.config import InputError
-from lavit.data.corpus import Corpus, load_corpus, parse_mixture
+from lavit.data.corpus import Corpus, load_corpus, origin_of, parse_mixture
 from lavit.data.held_out import HELD_OUT, SHARE, divides
-from lavit.evaluate.drawing import turned
-from lavit.evaluate.evaluation import chosen, measured
-from lavit.evaluate.exam import Exam, Missing, config_hash
-from lavit.evaluate.figures import Figure, average, bootstrapped, mean, plain, share, spearman
-from lavit.evaluate.known import training_of
-from lavit.evaluate.ladder import jpeg_bytes
-from lavit.evaluate.reading import captions
-from lavit.evaluate.tokens import distance_figure
-from lavit.generate.score import likelihood
+from lavit.evaluate.distance import distance_figure, jpeg_bytes
+from lavit.evaluate.examinee import (
+    Examinee,
+    Missing,
+    chosen,
+    config_hash,
+    measured,
+    training_of,
+)
+from lavit.evaluate.figures import (
+    Figure,
+    average,
+    bootstrapped,
+    mean,
+    plain,
+    share,
+    spearman,
+    turned,
+)
+from lavit.generate.score import drawn_likelihood, likelihood, text_likelihood
 
 SPLITS = (HELD_OUT, "test", "validation", "valid")
 
@@ -34,7 +45,7 @@ SPLITS = (HELD_OUT, "test", "validation", "valid")
 class OwnPictures:
     """Pictures of a user's own, with what figures need of them."""
 
-    def __init__(self, exam: Exam, corpus: Corpus) -> None:
+    def __init__(self, exam: Examinee, corpus: Corpus) -> None:
         self.exam = exam
         self.pictures = corpus.pictures[: exam.asked or len(corpus.pictures)]
         self.images: list[Image] = [one.record.open() for one in self.pictures]
@@ -44,6 +55,10 @@ class OwnPictures:
         names = repr([one.record.name for one in self.pictures])
         self.name = hashlib.sha256(names.encode()).hexdigest()[:12]
 
+    def text(self, number: int) -> str:
+        """The first text of a picture."""
+        return self.pictures[number].captions[0]
+
     def captioned(self) -> list[int]:
         """Numbers of the pictures that have texts; none raises `Missing`."""
         found = [number for number, one in enumerate(self.pictures) if one.captions]
@@ -51,6 +66,16 @@ class OwnPictures:
             raise Missing("no picture of this data has a text")
         self.exam.needs("language")
         return found
+
+
+def is_scenes(data: str) -> bool:
+    """Is a source, or one of a mixture, scenes: "scenes", or a data set of `lavit data scenes`?"""
+    for name, _ in parse_mixture(data):
+        path = Path(name)
+        endless = path.name.partition(":")[0] == "scenes" and not path.exists()
+        if endless or "scenes" in origin_of(name):
+            return True
+    return False
 
 
 def training_data(folder: Path) -> str | None:
@@ -105,29 +130,58 @@ def token_rank(material: OwnPictures) -> Figure:
     return bootstrapped(lambda at: spearman(lengths[at], sizes[at]), len(lengths), floor=floor)
 
 
-def caption_loss(material: OwnPictures) -> Figure:
-    """Mean loss of a token of texts, and of their end; the floor is with another picture."""
+def caption_losses(material: OwnPictures, *, blind: bool = False) -> list[float]:
+    """Mean loss of a token of each picture's text, and of its end; `blind`: shown another."""
+    exam, numbers = material.exam, material.captioned()
+    shown = turned(numbers, 1) if blind else numbers
+
+    def make(chosen: list[int]) -> list[float]:
+        pairs = ((material.text(numbers[n]), material.images[shown[n]]) for n in chosen)
+        return [-likelihood(exam.model, text, image) for text, image in pairs]
+
+    task = f"loss{' blind' * blind} {material.name}"
+    return exam.made(task, range(len(numbers)), make)
+
+
+def drawing_losses(material: OwnPictures, *, blind: bool = False) -> list[float]:
+    """Mean loss of a code of each picture behind its text; `blind`: behind another's."""
+    exam, numbers, codes = material.exam, material.captioned(), material.tokens.split()
+    told = turned(numbers, 1) if blind else numbers
+
+    def make(chosen: list[int]) -> list[float]:
+        pairs = ((material.text(told[n]), codes[numbers[n]].tolist()) for n in chosen)
+        return [-drawn_likelihood(exam.model, text, tuple(own)) for text, own in pairs]
+
+    task = f"code loss{' blind' * blind} {material.name}"
+    return exam.made(task, range(len(numbers)), make)
+
+
+def text_losses(material: OwnPictures) -> list[float]:
+    """Mean loss of a token of each picture's text alone, and of its end."""
     exam, numbers = material.exam, material.captioned()
 
-    def losses(task: str, shown: list[int]) -> list[float]:
-        def make(chosen: list[int]) -> list[float]:
-            found = []
-            for place in chosen:
-                text = material.pictures[numbers[place]].captions[0]
-                found.append(-likelihood(exam.model, text, material.images[shown[place]]))
-            return found
+    def make(chosen: list[int]) -> list[float]:
+        return [-text_likelihood(exam.model, material.text(numbers[n])) for n in chosen]
 
-        return exam.made(f"{task} {material.name}", range(len(numbers)), make)
+    return exam.made(f"text loss {material.name}", range(len(numbers)), make)
 
-    blind = losses("loss blind", turned(numbers, 1))
-    return mean(losses("loss", numbers), floor=("another picture", average(blind)))
+
+def caption_loss(material: OwnPictures) -> Figure:
+    """Mean loss of a token of texts; the floor is with another picture."""
+    floor = average(caption_losses(material, blind=True))
+    return mean(caption_losses(material), floor=("another picture", floor))
+
+
+def drawing_loss(material: OwnPictures) -> Figure:
+    """Mean loss of a code behind the picture's text; the floor is behind another's."""
+    floor = average(drawing_losses(material, blind=True))
+    return mean(drawing_losses(material), floor=("another's text", floor))
 
 
 def caption_exact(material: OwnPictures) -> Figure:
     """Share of captions that are one of the picture's texts, but for case and marks at the end."""
     numbers = material.captioned()
-    said = captions(
-        material.exam,
+    said = material.exam.captions(
         f"caption {material.name}",
         range(len(numbers)),
         lambda place: material.images[numbers[place]],
@@ -157,10 +211,12 @@ FIGURES: Mapping[str, Callable[[OwnPictures], Figure]] = {
     "tokens_spearman_bytes": token_rank,
     "caption_loss": caption_loss,
     "caption_exact": caption_exact,
+    "drawing_loss": drawing_loss,
+    "text_loss": lambda of: mean(text_losses(of)),
 }
 
 
-def own_data(exam: Exam, data: str, names: Sequence[str]) -> dict[str, Any]:
+def own_data(exam: Examinee, data: str, names: Sequence[str]) -> dict[str, Any]:
     """Figures of a model on data of a user's own, as plain data."""
     chosen(names, FIGURES)  # a wrong name is said before pictures are opened
     corpus, said = held_out(data)

@@ -16,9 +16,9 @@ from PIL import Image
 from lavit.data.scenes.render import render, rotated, sprite, stands_out
 from lavit.data.scenes.world import BACKGROUNDS, SHAPES, Box, Scene, Thing, facts, objects
 from lavit.evaluate import spoil
-from lavit.evaluate.drawing import all_of, seen_true, turned, wanted
+from lavit.evaluate.drawing import all_of, seen_true, wanted
 from lavit.evaluate.exam import Exam
-from lavit.evaluate.figures import Figure, average, share
+from lavit.evaluate.figures import Figure, average, share, turned
 
 SPOILED = {
     "replaced": "one object replaced by another",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,17 @@ def _unfinished(lines: Sequence[bytes]) -> int:
     return torn + (same % int(chunks[0][2].rpartition(":")[2]) if same else 0)
 
 
+def _chunk_name(chunk: Sequence[int]) -> str:
+    return f"{chunk[0]}-{chunk[-1]}:{len(chunk)}"
+
+
+def _placed(items: Sequence[int], together: int) -> Iterator[tuple[int, str]]:
+    """Each item with the name of its chunk."""
+    for at in range(0, len(items), together):
+        chunk = items[at : at + together]
+        yield from ((item, _chunk_name(chunk)) for item in chunk)
+
+
 class Kept:
     """Predictions under a key, in a file of JSON lines or (no path) in memory alone."""
 
@@ -57,6 +68,13 @@ class Kept:
         lines = data.splitlines(keepends=True)
         self.unfinished = sum(map(len, lines[len(lines) - _unfinished(lines) :]))  # bytes
         self.whole = len(data) - self.unfinished
+        self._read(lines)
+
+    def take(self, path: Path) -> None:
+        """Know what another process has written so far, too."""
+        self._read(path.read_bytes().splitlines(keepends=True), path)
+
+    def _read(self, lines: Sequence[bytes], path: Path | None = None) -> None:
         changed = 0
         for line in lines:
             try:
@@ -70,7 +88,12 @@ class Kept:
             except (ValueError, KeyError, TypeError):
                 continue  # cut off when an evaluation was stopped
         if changed:
-            log.warning("%d predictions of %s were changed: they are made again", changed, path)
+            said = "%d predictions of %s were changed: they are made again"
+            log.warning(said, changed, path or self.path)
+
+    def missing(self, task: str, items: Sequence[int], together: int = TOGETHER) -> bool:
+        """Whether `made` of these would have to make any."""
+        return any((task, *at) not in self.found for at in _placed(items, together))
 
     def made(
         self,
@@ -84,7 +107,7 @@ class Kept:
         answers: list[Any] = []
         for at in range(0, len(items), together):
             chunk = list(items[at : at + together])
-            name = f"{chunk[0]}-{chunk[-1]}:{len(chunk)}"
+            name = _chunk_name(chunk)
             known = [self.found.get((task, item, name)) for item in chunk]
             if any(one is None for one in known):
                 known = json.loads(json.dumps(make(chunk)))  # the same whether it was read or made

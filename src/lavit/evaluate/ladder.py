@@ -7,7 +7,6 @@ edges that exceed one threshold for all pictures.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from lavit.data.scenes.render import background, render, sprite
 from lavit.data.scenes.world import BACKGROUNDS, Scene, objects
+from lavit.evaluate.distance import jpeg_bytes
 from lavit.evaluate.exam import Exam
 from lavit.evaluate.figures import Figure, average, bootstrapped, mean, spearman
 
@@ -144,10 +144,3 @@ def outside(exam: Exam) -> dict[str, float]:
         "outside_tokens": average(lengths),
         "outside_pictures": len(pictures),
     }
-
-
-def jpeg_bytes(picture: Image.Image) -> int:
-    """Size of a picture as a JPEG file of quality 75."""
-    stream = io.BytesIO()
-    picture.save(stream, "JPEG", quality=75)
-    return len(stream.getvalue())

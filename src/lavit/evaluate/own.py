@@ -34,9 +34,10 @@ from lavit.data.scenes.sample import nominal
 from lavit.data.scenes.world import Facts, Scene, Thing, facts
 from lavit.evaluate.conversing import PlainReply, plain_reply, user_message
 from lavit.evaluate.drawing import atoms_of, drawn, unpacked
-from lavit.evaluate.exam import Exam, Missing
+from lavit.evaluate.exam import Exam
+from lavit.evaluate.examinee import Missing
 from lavit.evaluate.figures import Figure, mean, share
-from lavit.evaluate.reading import captions, model_answers
+from lavit.evaluate.reading import model_answers
 from lavit.files import sha256
 from lavit.images import open_image
 from lavit.layout import Reply as Kind
@@ -204,7 +205,7 @@ def own_read(exam: Exam) -> Figure:
     """Share of pictures of which the caption states all facts of the item, and no wrong ones."""
     asked, _, _ = _chosen(exam, "read")
     task, items = _task(asked, "read"), range(len(asked))
-    texts = captions(exam, task, items, lambda n: _shown(exam, asked[n])[0])
+    texts = exam.captions(task, items, lambda n: _shown(exam, asked[n])[0])
     said = [one.facts for one in asked if one.facts is not None]  # of all
     return share([covers(text, wanted) for text, wanted in zip(texts, said, strict=True)])
 

@@ -26,9 +26,10 @@ from torch import Tensor
 
 from lavit.data.scenes.sample import nominal, scene_at
 from lavit.data.scenes.world import BACKGROUNDS, CELLS, PATTERNS, SHAPES, Box, Facts, Scene
-from lavit.evaluate.drawing import prompt_of, turned, wanted, written
-from lavit.evaluate.exam import BATCH, Exam, rebuilt
-from lavit.evaluate.figures import Figure, average, ratio
+from lavit.evaluate.drawing import prompt_of, wanted, written
+from lavit.evaluate.exam import Exam, rebuilt
+from lavit.evaluate.examinee import BATCH
+from lavit.evaluate.figures import Figure, average, ratio, turned
 from lavit.evaluate.tokens import OTHER_SEED
 from lavit.visual_tokenizer.layers import Patches
 

@@ -17,9 +17,9 @@ from lavit.data.scenes.parse import parse
 from lavit.data.scenes.questions import SceneQuestion, normal, questions, right
 from lavit.data.scenes.sample import scene_at
 from lavit.data.scenes.world import Facts, facts
-from lavit.evaluate.drawing import by_number, drawings, turned, wanted
+from lavit.evaluate.drawing import by_number, drawings, wanted
 from lavit.evaluate.exam import Exam
-from lavit.evaluate.figures import Figure, average, averages, share
+from lavit.evaluate.figures import Figure, average, averages, share, turned
 from lavit.evaluate.tokens import OTHER_SEED
 
 KNOWN = 3_000  # scenes like training's, whose questions a text-only answer is learnt from
@@ -45,17 +45,6 @@ def items_of(exam: Exam, split: str) -> list[int]:
     return found
 
 
-def captions(exam: Exam, task: str, items: Sequence[int], shown: PictureOf) -> list[str]:
-    """Captions of pictures, kept by item."""
-    exam.needs("language")
-
-    def make(numbers: list[int]) -> list[str]:
-        pictures = [shown(number) for number in numbers]
-        return exam.pipe.caption(pictures, seed=exam.seeds(numbers))
-
-    return exam.made(task, items, make)
-
-
 def read_exact(exam: Exam, split: str) -> Figure:
     """Share of captions that state all facts of their picture and nothing else."""
     items = items_of(exam, split)
@@ -63,7 +52,7 @@ def read_exact(exam: Exam, split: str) -> Figure:
     said = [facts(scene) for scene in scenes.values()]
     if split == "noto":
         exam.picture(scenes[items[0]])  # without its font nothing is asked
-    texts = captions(exam, f"read {split}", items, lambda item: exam.picture(scenes[item]))
+    texts = exam.captions(f"read {split}", items, lambda item: exam.picture(scenes[item]))
     hits = exact(texts, said)
     truth = [describe(scene, exam.rng(item)) for item, scene in scenes.items()]
     return share(
@@ -177,8 +166,8 @@ def answer_blind(exam: Exam) -> Figure:
 def cycle_text(exam: Exam) -> Figure:
     """Share of prompts whose drawing the model itself reads as what was asked for."""
     said, drawn, items = wanted(exam, "test"), drawings(exam, "test"), range(exam.count)
-    texts = captions(exam, "cycle", items, lambda item: drawn[item])
-    real = captions(exam, "cycle ceiling", items, lambda item: exam.small(exam.scene("test", item)))
+    texts = exam.captions("cycle", items, lambda item: drawn[item])
+    real = exam.captions("cycle ceiling", items, lambda item: exam.small(exam.scene("test", item)))
     hits = exact(texts, said)
     return share(
         hits,

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lavit.config import LanguageConfig, from_json
-from lavit.evaluate.exam import Exam, Missing
+from lavit.evaluate.exam import Exam
+from lavit.evaluate.examinee import Missing
 from lavit.evaluate.figures import Figure, mean
 from lavit.evaluate.kept import Progress
 from lavit.language.model import Language

@@ -202,6 +202,12 @@ class Runner:
         happening = updates(self.engine, self.model.text_tokenizer, work.jobs)
         return gathered(happening, work.jobs, work.paint)
 
+    def codes(self, work: Work) -> list[Tensor]:
+        """The codes of the picture that each job writes, `[codes]`; none is painted."""
+        happening = updates(self.engine, self.model.text_tokenizer, work.jobs)
+        written = {made.input: made.codes for made in happening if made.kind == "image"}
+        return [torch.tensor(written[number]) for number in range(len(work.jobs))]
+
     def _texts(self, work: Work) -> list[str]:
         """The text that each job wrote."""
         found = self._run(work)

@@ -8,6 +8,8 @@ float may take its place.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -17,14 +19,37 @@ from torch import Tensor
 from lavit.config import InputError
 from lavit.generate.decoder import Decoder
 from lavit.generate.prompts import Prompt, lay_prompt
-from lavit.layout import ids_of, reading
+from lavit.layout import ImagePart, Part, TextPart, drawing, ids_of, reading, segments
 from lavit.model import LaVIT
+from lavit.sequence import lay_out, pack
 
 
 def likelihood(model: LaVIT, prompt: str, picture: Image.Image) -> float:
     """Mean log-likelihood, per token and end, of the prompt as the caption of a read picture."""
     seen = lay_prompt(model, reading(picture))
     return float(_said(model, seen, prompt).mean())
+
+
+def text_likelihood(model: LaVIT, text: str) -> float:
+    """Mean log-likelihood, per token and end, of a text that stands alone."""
+    return -_alone(model, [TextPart(text, target=True, ends=True)])
+
+
+def drawn_likelihood(model: LaVIT, prompt: str, codes: tuple[int, ...]) -> float:
+    """Mean log-likelihood, per code and marker, of a picture's codes behind its prompt."""
+    words, picture = drawing(prompt, 0)
+    assert isinstance(words, TextPart) and isinstance(picture, ImagePart)
+    picture = replace(picture, codes=codes, ends=False)
+    return -_alone(model, [replace(words, target=False), picture])
+
+
+@torch.inference_mode()
+def _alone(model: LaVIT, parts: list[Part]) -> float:
+    """Mean loss of a document's targets, no picture of which is read."""
+    language = model.language
+    ids, end = partial(ids_of, model.text_tokenizer), language.vocabulary.end
+    document = segments(parts, ids, lambda part: part.codes or (), end)
+    return float(model(pack([[lay_out(document, language.vocabulary)]], language.vocabulary)))
 
 
 def ranked(model: LaVIT, seen: Prompt, texts: Sequence[str]) -> list[str]:

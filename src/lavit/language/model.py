@@ -2,12 +2,12 @@
 
     text ids ──── the LM's own embedding ───┐
     visual ids ── rows of our own ──────────┼─ LM ─ hidden ─┬─ the LM's own head ─ text logits
-    slots ─────── merger copy ─ Linear ─────┘               └─ visual head ────── visual logits
+    slots ─────── reader ───────────────────┘               └─ visual head ────── visual logits
 
 The LM is left as it is: the new rows are parameters of their own, so nothing of it is resized, the
 visual logits are a product with those rows alone, and LoRA (peft, injected in place) leaves the
 base weights untouched. `export` joins the rows to a plain transformers checkpoint. Read images
-enter as continuous features of a *second* merger, initialised from stage 1.
+enter as continuous features of a reader (reader.py): a *second* merger, initialised from stage 1.
 
 Packed rows attend document by document (attention.py), and the loss makes its gradients on its way
 through the head in chunks (head.py): no mask over whole rows and no full logits ever exist.
@@ -15,7 +15,6 @@ through the head in chunks (head.py): no mask over whole rows and no full logits
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -30,10 +29,11 @@ from transformers import PreTrainedModel
 
 from lavit.config import InputError
 from lavit.language.head import HeadLoss
+from lavit.language.reader import Reader
 from lavit.sequence import IGNORE, Batch, attention_mask, check_slots, fill_slots
 from lavit.visual_tokenizer.attention import attend_by_document, group_documents
 from lavit.visual_tokenizer.layers import Keep, Patches
-from lavit.visual_tokenizer.merger import Merger, MergerBlock
+from lavit.visual_tokenizer.merger import MergerBlock
 from lavit.vocabulary import Vocabulary
 
 CHUNK = 1024  # positions whose logits exist at one time
@@ -59,24 +59,22 @@ class Language(nn.Module):
     """A causal LM with visual rows, a visual head and a reader for pictures.
 
     `lm` is any transformers causal LM whose logits are `get_output_embeddings()(hidden)`
-    (`check_head`). `end` is the id that ends a text; `merger` is copied; `trained` says whether the
-    LM is more than freshly initialised: new rows begin accordingly. `read_as` is that of
-    `LanguageConfig`.
+    (`check_head`). `end` is the id that ends a text; `trained` says whether the LM is more than
+    freshly initialised: new rows begin accordingly. `read_as` is that of `LanguageConfig`.
     """
 
     def __init__(
         self,
         lm: PreTrainedModel,
-        merger: Merger,
+        reader: Reader,
         *,
-        dim: int,
         codes: int,
         end: int,
         trained: bool = True,
         read_as: Literal["features", "codes"] = "features",
     ) -> None:
         super().__init__()
-        self.lm, self.read_as = lm, read_as
+        self.lm, self.reader, self.read_as = lm, reader, read_as
         self.by_document = attend_by_document(lm)
         table, head = table_and_head(lm)
         text_size, self.width = table.shape
@@ -85,15 +83,11 @@ class Language(nn.Module):
         shape = (self.vocabulary.visual_size, self.width)
         self.rows = nn.Parameter(torch.empty(shape))
         self.head_rows = None if self.tied else nn.Parameter(torch.empty(shape))
-        self.merger = copy.deepcopy(merger)
-        self.to_language = nn.Linear(dim, self.width)
         _init_like(self.rows, table, trained)
         if self.head_rows is not None:
             _init_like(self.head_rows, head, trained)
         # units of FSDP2
         self._no_split_modules = [*(lm._no_split_modules or ()), MergerBlock.__name__]
-        nn.init.trunc_normal_(self.to_language.weight, std=0.02)
-        nn.init.zeros_(self.to_language.bias)
 
     @property
     def body(self) -> nn.Module:
@@ -112,11 +106,13 @@ class Language(nn.Module):
 
     def recompute(self, on: bool) -> None:
         """Activation checkpointing of the LM's and the reader's blocks."""
-        self.merger.recompute = on
+        module: Any
+        for module in self.reader.modules():
+            if hasattr(module, "recompute"):  # of mergers
+                module.recompute = on
         if on and not self.lm.supports_gradient_checkpointing:
             kind = type(self.lm).__name__
             raise InputError(f"{kind} cannot recompute its activations: set recompute to False")
-        module: Any
         for module in self.lm.modules():
             if hasattr(module, "gradient_checkpointing"):  # the switch of transformers' blocks
                 module.gradient_checkpointing = on
@@ -139,12 +135,12 @@ class Language(nn.Module):
             hint = "use a language model whose logits are head(hidden)"
             raise InputError(f"{type(self.lm).__name__} {changes}, which is not supported: {hint}")
 
-    def read(self, patches: Patches, keep: Keep) -> Float[Tensor, "kept width"]:
+    def read(self, patches: Patches, keep: Keep) -> Float[Tensor, "total width"]:
         """Continuous features of pictures that are read (no look-up), packed image after image.
 
         `patches` are prepared (`VisualTokenizer.prepare`).
         """
-        return self.to_language(self.merger(patches, keep))
+        return self.reader(patches, keep)
 
     def embed(
         self,
@@ -205,7 +201,7 @@ class Language(nn.Module):
         if patches is not None and len(patches):
             if keep is None:
                 raise InputError("patches of pictures were given without `keep`: give both")
-            check_slots(batch.slots, keep.sum(1))
+            check_slots(batch.slots, [self.reader.rows(kept) for kept in keep.sum(1).tolist()])
             features = self.read(patches, keep)
         embeddings = self.embed(batch.ids, slots=batch.slots, features=features)
         if patches is not None and features is None and torch.is_grad_enabled():

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel
+from pydantic import BaseModel, StrictFloat, StrictInt
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse, Response
 
@@ -16,6 +16,7 @@ from lavit.config import InputError
 from lavit.generate.options import KeepLike
 from lavit.generate.pipeline import Pipeline
 from lavit.serve.chat import chat_router
+from lavit.serve.errors import ErrorAnswer
 from lavit.serve.gate import Gate
 from lavit.serve.images import image_router
 from lavit.serve.limits import Limits
@@ -29,11 +30,12 @@ def create_app(
     keys: Sequence[str] = (),
     limits: Limits | None = None,
     fetch_hosts: Sequence[str] = (),
+    web: bool = False,
 ) -> FastAPI:
     """An ASGI application over a loaded model; its lifespan ends the model's threads.
 
     keys: what a client's bearer token may be; without any, only names of the loopback are answered.
-    fetch_hosts: hosts that pictures may be fetched from; none by default.
+    fetch_hosts: hosts that pictures may be fetched from; none by default. web: add the page, /web.
     """
     limits = limits or Limits()
     service = Service(pipeline, limits, tuple(fetch_hosts))
@@ -44,6 +46,7 @@ def create_app(
         service.close()
 
     about: dict[str, Any] = {"title": "lavit", "docs_url": None, "redoc_url": None}
+    about["responses"] = {kind: {"model": ErrorAnswer} for kind in ("422", "4XX", "5XX")}
     app = FastAPI(**about, lifespan=lifespan)
     app.state.service = service
     for router in (chat_router, image_router, response_router, _router):
@@ -52,9 +55,14 @@ def create_app(
     async def explain(_: Request, error: Exception) -> Response:
         return service.error(error).response()
 
-    for kind in (InputError, RequestValidationError, HTTPException, Exception):
+    for kind in (InputError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, explain)
-    app.add_middleware(Gate, limits=limits, metrics=service.metrics, keys=tuple(keys))
+    known: dict[str, Any] = {"keys": tuple(keys), "explain": service.error}
+    app.add_middleware(Gate, limits=limits, metrics=service.metrics, **known)
+    if web:
+        from lavit.serve.web import add_page
+
+        add_page(app, service, keys)
     return app
 
 
@@ -62,7 +70,7 @@ class TokenizeRequest(BaseModel):
     """A picture as a data URL, and how many patches to keep: "auto", "all", 64, 0.25, …"""
 
     image: str
-    keep: str | int | float = "auto"
+    keep: str | StrictInt | StrictFloat = "auto"
 
 
 def _router(service: Service) -> APIRouter:

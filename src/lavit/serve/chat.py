@@ -17,6 +17,7 @@ from fastapi import APIRouter, Request
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 from starlette.responses import JSONResponse, Response
 
+from lavit.config import TokenizerConfig
 from lavit.generate.pipeline import Pipeline
 from lavit.generate.protocols import fitted
 from lavit.generate.runner import Work
@@ -30,6 +31,7 @@ from lavit.serve.ticket import Order, PromptSize, Ticket
 from lavit.visual_tokenizer.selector import KeepPolicy
 
 Detail = Literal["auto", "low", "high", "original"]
+MESSAGES = 1024  # of one request
 LOW = 4  # detail "low" keeps at most one patch in so many
 REASONS = {"end": "stop", "length": "length", "context": "length"}
 # what would change the answer and is not done here, with values that ask for nothing
@@ -44,6 +46,9 @@ Temperature = Annotated[
     float, Field(ge=0, le=2), AfterValidator(lambda value: value if value >= COLDEST else 0.0)
 ]
 TopP = Annotated[float, Field(gt=0, le=1)]
+
+
+StopText = Annotated[str, Field(max_length=256)]
 
 
 class ImageURL(BaseModel):
@@ -107,7 +112,7 @@ class RequestBody(BaseModel):
 class ChatRequest(RequestBody):
     """A chat completion as OpenAI has it."""
 
-    messages: Annotated[list[MessageBody], Field(min_length=1)]
+    messages: Annotated[list[MessageBody], Field(min_length=1, max_length=MESSAGES)]
     modalities: list[Literal["text", "image"]] | None = None
     n: int | None = 1
     seed: RequestSeed | None = None
@@ -115,7 +120,7 @@ class ChatRequest(RequestBody):
     top_p: TopP | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    stop: str | list[str] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     picture_format: Literal["images", "content"] = "images"
@@ -135,11 +140,15 @@ class ChatRequest(RequestBody):
 
 async def conversation(service: Service, messages: Sequence[MessageBody]) -> list[dict[str, Any]]:
     """Messages in the form of Hugging Face chats, their pictures opened."""
-    count = sum(isinstance(item, ImageItem) for message in messages for item in message.items)
+    parts = [item for message in messages for item in message.items]
+    count = sum(isinstance(item, ImageItem) for item in parts)
     if count > service.limits.pictures:
         said = f"{count} pictures, at most {service.limits.pictures} are taken"
         raise ApiError(400, said, param="messages", code="too_many_images")
-    patches = service.pipeline.model.config.visual_tokenizer.patches
+    texts = (item.text for item in parts if isinstance(item, TextItem))
+    service.check_words(texts, "messages")
+    config = service.pipeline.model.config.visual_tokenizer
+    patches = config.patches
     keeps = {"low": KeepPolicy(max_tokens=max(1, patches // LOW)), "high": "all", "original": "all"}
     talk: list[dict[str, Any]] = []
     for message in messages:
@@ -148,6 +157,9 @@ async def conversation(service: Service, messages: Sequence[MessageBody]) -> lis
             if isinstance(item, TextItem):
                 content.append({"type": "text", "text": item.text})
                 continue
+            if item.codes is not None and not _fit(item.codes, config):
+                said = f"codes are 1 to {patches} numbers from 0 to {config.codes - 1}"
+                raise ApiError(400, said, param="codes", code="invalid_value")
             picture = await service.pictures.sent(item.image_url.url)
             keep = keeps.get(item.image_url.detail or "auto", "auto")
             found = {"type": "image", "image": picture, "keep": keep, "codes": item.codes}
@@ -155,6 +167,11 @@ async def conversation(service: Service, messages: Sequence[MessageBody]) -> lis
         role = "system" if message.role == "developer" else message.role
         talk.append({"role": role, "content": content or ""})
     return talk
+
+
+def _fit(codes: Sequence[int], config: TokenizerConfig) -> bool:
+    """Whether codes may be those of a picture."""
+    return 0 < len(codes) <= config.patches and all(0 <= code < config.codes for code in codes)
 
 
 def sampled(usual: Sampling, **given: float | int | None) -> Sampling:

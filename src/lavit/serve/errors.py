@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
@@ -14,6 +16,22 @@ from lavit.config import InputError
 from lavit.generate.safety import Refused
 
 log = logging.getLogger(__name__)
+LONGEST = 500  # characters of a message: it may quote what was sent
+
+
+class ErrorBody(BaseModel):
+    """An error in an answer, for the schema."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """An answer that is an error, for the schema."""
+
+    error: ErrorBody
 
 
 class ApiError(HTTPException):
@@ -28,8 +46,10 @@ class ApiError(HTTPException):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(status, message, dict(headers or {}))
-        self.message, self.param, self.code = message, param, code
+        said = message if len(message) <= LONGEST else f"{message[:LONGEST]}…"
+        self.message = said.encode(errors="replace").decode()  # half a character cannot be sent
+        super().__init__(status, self.message, dict(headers or {}))
+        self.param, self.code = param, code
 
     @property
     def body(self) -> dict[str, Any]:
@@ -79,10 +99,13 @@ def api_error(error: Exception, hidden: str = "") -> ApiError:
 
 
 def _invalid(error: RequestValidationError) -> ApiError:
-    """The first of a body's faults."""
-    found = error.errors()
-    first = found[0] if found else {"loc": (), "msg": "the body cannot be read"}
-    where = [str(part) for part in first["loc"] if part != "body"]
+    """One of a body's faults: of alternatives, that of the one which fits furthest."""
+    unread = {"loc": (), "msg": "the body cannot be read"}
+    worst = max(error.errors(), key=lambda fault: len(fault["loc"]), default=unread)
+    # names of alternatives, which are those of classes and types, are left out
+    where = [
+        str(part) for part in worst["loc"] if re.fullmatch(r"(?!body$|str$)[a-z_]+|\d+", f"{part}")
+    ]
     name = ".".join(where) or None
-    said = f"{name}: {first['msg']}" if name else str(first["msg"])
+    said = f"{name}: {worst['msg']}" if name else str(worst["msg"])
     return ApiError(422, said, param=name, code="invalid_type")

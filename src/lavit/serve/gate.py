@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from lavit.serve.errors import ApiError, busy, too_slow
@@ -17,6 +17,7 @@ AsgiMessage = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[AsgiMessage]]
 Send = Callable[[AsgiMessage], Awaitable[None]]
 OPEN = ("/health",)  # needs no key
+PAGE = "/web"  # the web page, which asks for a key itself
 
 
 def is_loopback(host: str) -> bool:
@@ -39,45 +40,58 @@ class Gate:
         limits: Limits,
         metrics: ServerMetrics,
         keys: Sequence[str],
+        explain: Callable[[Exception], ApiError],
     ) -> None:
         self.app, self.limits, self.metrics, self.keys = app, limits, metrics, keys
+        self.explain = explain
         self.requests = 0  # that came and are not answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # there are no websockets
+            await send({"type": "websocket.close", "code": 1008})
             return
         answer = Answer(send)
         try:
             if (refusal := self._refusal(scope)) is not None:
                 await refusal.response()(scope, receive, answer.send)
                 return
-            self.requests += scope["method"] == "POST"
+            posted = scope["method"] == "POST"
+            self.requests += posted
             try:
-                body = Body(receive, self.limits)
-                async with asyncio.timeout(self.limits.seconds + self.limits.stop_seconds):
+                body = Body(receive, self.limits, _is_form(scope))
+                most = self.limits.seconds + self.limits.stop_seconds if posted else None
+                async with asyncio.timeout(most):
                     await self.app(scope, body.receive, answer.send)
             except TimeoutError:
                 if not answer.status:
                     slow = too_slow(self.limits.seconds).response()
                     await slow(scope, receive, answer.send)
+            except Exception as error:
+                failed = self.explain(error).response()
+                if answer.status:  # the answer has begun: breaking the connection says so
+                    raise
+                await failed(scope, receive, answer.send)
             finally:
-                self.requests -= scope["method"] == "POST"
+                self.requests -= posted
         finally:
             path = getattr(scope.get("route"), "path", "other")
             self.metrics.requests.labels(path, str(answer.status)).inc()
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = {name.lower(): value for name, value in scope["headers"]}
-        if scope["path"] not in OPEN:
+        path = scope["path"]
+        if path not in OPEN:
             if not self.keys:
-                host = headers.get(b"host", b"").decode("latin-1")
-                name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-                if not is_loopback(name.strip("[]")):
+                # a page elsewhere may not send forms here either; a browser says whose it is
+                hosts = [headers.get(b"host", b""), headers.get(b"origin", b"localhost")]
+                if not all(is_loopback(_name(host.decode("latin-1"))) for host in hosts):
                     said = "without a key this server answers only to localhost"
                     return ApiError(403, said, code="invalid_host")
-            elif not self._known(headers.get(b"authorization", b"")):
+            elif not (path + "/").startswith(f"{PAGE}/") and not self._known(headers):
                 said = "give a key of this server: Authorization: Bearer KEY"
                 bearer = {"WWW-Authenticate": "Bearer"}
                 return ApiError(401, said, code="invalid_api_key", headers=bearer)
@@ -88,12 +102,26 @@ class Gate:
             return too_large(self.limits)
         return None
 
-    def _known(self, authorization: bytes) -> bool:
-        scheme, _, given = authorization.partition(b" ")
-        given = given.strip()
-        # all keys are compared, each in constant time
-        same = [hmac.compare_digest(given, key.encode()) for key in self.keys]
-        return scheme.lower() == b"bearer" and any(same)
+    def _known(self, headers: Mapping[bytes, bytes]) -> bool:
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        return is_key(given.strip(), self.keys) and scheme.lower() == b"bearer"
+
+
+def is_key(given: bytes, keys: Sequence[str]) -> bool:
+    """True for one of the keys; all are compared, each in constant time."""
+    return any([hmac.compare_digest(given, key.encode()) for key in keys])
+
+
+def _name(host: str) -> str:
+    """The name in a Host or an Origin: without scheme and port."""
+    host = host.removeprefix("http://").removeprefix("https://")
+    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+    return name.strip("[]")
+
+
+def _is_form(scope: Scope) -> bool:
+    kinds = [value for name, value in scope["headers"] if name.lower() == b"content-type"]
+    return any(kind.strip().lower().startswith(b"multipart/") for kind in kinds)
 
 
 def too_large(limits: Limits) -> ApiError:
@@ -116,11 +144,15 @@ class Answer:
 
 
 class Body:
-    """What is received: at most so many bytes, in at most so many seconds."""
+    """What is received: at most so many bytes, in at most so many seconds.
 
-    def __init__(self, receive: Receive, limits: Limits) -> None:
-        self._receive, self.limits = receive, limits
-        self.bytes, self.whole = 0, False
+    Of what is no form, which may be JSON, at most so many items: parsed, they take much more memory
+    than their bytes.
+    """
+
+    def __init__(self, receive: Receive, limits: Limits, form: bool) -> None:
+        self._receive, self.limits, self.form = receive, limits, form
+        self.bytes, self.items, self.whole = 0, 0, False
         self.until = asyncio.get_running_loop().time() + limits.body_seconds
 
     async def receive(self) -> AsgiMessage:
@@ -134,8 +166,13 @@ class Body:
             said = f"the request did not arrive within {self.limits.body_seconds:g} seconds"
             raise ApiError(408, said, code="timeout") from error
         if message["type"] == "http.request":
-            self.bytes += len(message.get("body", b""))
+            body = message.get("body", b"")
+            self.bytes += len(body)
+            self.items += 0 if self.form else sum(map(body.count, (b",", b"[", b"{")))
             self.whole = not message.get("more_body", False)
             if self.bytes > self.limits.request_bytes:
                 raise too_large(self.limits)
+            if self.items > self.limits.json_items:
+                said = f"the request has more than {self.limits.json_items} items of JSON"
+                raise ApiError(413, said, code="request_too_large")
         return message

@@ -172,6 +172,7 @@ async def _drawn(
     """The answer with the pictures drawn from a prompt and pictures; `name` is its events'."""
     n = 1 if body.n is None else body.n
     service.check(body.model, n)
+    service.check_words([body.prompt], "prompt")
     steps, size = service.painting(body.size, body.quality)
     canvas = Canvas(body, seed_or_new(body.seed))
     previews = body.partial_images or 0 if body.stream else 0

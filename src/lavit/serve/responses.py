@@ -11,13 +11,15 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from starlette.responses import JSONResponse, Response
+from typing_extensions import TypedDict
 
 from lavit.generate.stream import Update
 from lavit.layout import Reply
 from lavit.serve.answers import EventStream, sse
 from lavit.serve.chat import (
+    MESSAGES,
     Detail,
     ImageItem,
     ImageURL,
@@ -80,13 +82,22 @@ class Tool(BaseModel):
     partial_images: Annotated[int, Field(ge=0, le=3)] | None = 0
 
 
+Items = Annotated[list[Drew | Said], Field(min_length=1, max_length=MESSAGES)]
+
+
+class ToolChoice(TypedDict):
+    """The tool, and no other."""
+
+    type: Literal["image_generation"]
+
+
 class ResponseRequest(RequestBody):
     """A response as OpenAI has it."""
 
-    input: Annotated[str, Field(min_length=1)] | Annotated[list[Drew | Said], Field(min_length=1)]
+    input: Annotated[str, Field(min_length=1)] | Items
     instructions: str | None = None
     tools: Annotated[list[Tool], Field(max_length=1)] | None = None
-    tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = "auto"
+    tool_choice: Literal["auto", "none", "required"] | ToolChoice | None = "auto"
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Temperature | None = None
     top_p: TopP | None = None
@@ -94,6 +105,12 @@ class ResponseRequest(RequestBody):
     stream: bool | None = False
     previous_response_id: None = None  # nothing is stored
     background: Literal[False] | None = None
+
+    @model_validator(mode="after")
+    def _has_tool(self) -> ResponseRequest:
+        if self.tool_choice not in ("auto", "none", None) and not self.tools:
+            raise ValueError("tool_choice asks for a tool: give image_generation as tools")
+        return self
 
     @property
     def tool(self) -> Tool | None:

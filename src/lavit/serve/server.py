@@ -13,7 +13,7 @@ import uvicorn
 from lavit.config import InputError
 from lavit.generate.pipeline import Pipeline
 from lavit.serve.app import create_app
-from lavit.serve.gate import is_loopback
+from lavit.serve.gate import PAGE, is_loopback
 from lavit.serve.limits import Limits
 from lavit.serve.worker import Worker
 
@@ -63,10 +63,11 @@ def serve(
     keys: Sequence[str] = (),
     fetch_hosts: Sequence[str] = (),
     limits: Limits | None = None,
+    web: bool = False,
 ) -> None:
-    """Serve a loaded model until the process is told to stop."""
+    """Serve a loaded model until the process is told to stop; `web`: with the page at /web."""
     limits = limits or Limits()
-    app = create_app(pipeline, keys=keys, limits=limits, fetch_hosts=fetch_hosts)
+    app = create_app(pipeline, keys=keys, limits=limits, fetch_hosts=fetch_hosts, web=web)
     config = uvicorn.Config(
         app,
         host=host,
@@ -77,4 +78,6 @@ def serve(
         timeout_graceful_shutdown=int(limits.stop_seconds + LAST_WORDS),
     )
     log.info("%s at http://%s:%d/v1", app.state.service.name, host, port)
+    if web:
+        log.info("the page is at http://%s:%d%s", host, port, PAGE)
     Server(config, app.state.service.worker, limits.stop_seconds).run()

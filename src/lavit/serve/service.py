@@ -7,7 +7,7 @@ import contextlib
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from fractions import Fraction
 from typing import Any, TypeVar
 
@@ -69,6 +69,22 @@ class Service:
         if not 1 <= n <= self.limits.choices:
             said = f"n is {n}: choose 1 to {self.limits.choices}"
             raise ApiError(400, said, param="n", code="invalid_value")
+
+    def check_words(self, texts: Iterable[str | None], param: str) -> None:
+        """Raise `ApiError` for texts that are longer than any prompt, or hold half a character.
+
+        Tokenising takes the engine's time, and every request waits for it.
+        """
+        given = [text for text in texts if text]
+        count, most = sum(map(len, given)), self.limits.characters
+        if count > most:
+            said = f"the texts have {count} characters, at most {most} are taken: shorten them"
+            raise ApiError(400, said, param=param, code="string_above_max_length")
+        try:
+            "".join(given).encode()
+        except UnicodeEncodeError as error:
+            said = "a text holds half a character: a surrogate of UTF-16 without the other"
+            raise ApiError(400, said, param=param, code="invalid_value") from error
 
     async def open(self, order: Order) -> tuple[Ticket, PromptSize]:
         """Begin a request: `Worker.open`, after what would stop its pictures at the end."""

@@ -7,20 +7,22 @@ stage 3   `pixel_feed`       pictures at the decoder's size, and their codes
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from PIL.Image import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as TextTokenizer
 
-from lavit.config import TrainConfig
+from lavit.config import InputError, TrainConfig
 from lavit.data.bulk import corpus_codes, tokenizer_hash
 from lavit.data.corpus import Corpus, load_corpus
 from lavit.data.documents import Documents
@@ -33,6 +35,7 @@ from lavit.data.features import (
 )
 from lavit.data.sources import Record
 from lavit.data.stream_documents import StreamingDocuments
+from lavit.files import load_tensors, save_tensors
 from lavit.images import levels
 from lavit.language.model import Language
 from lavit.model import LaVIT
@@ -110,13 +113,41 @@ def features_of(run: Run[Any], records: Sequence[Record], vision: Vision) -> Fea
 
 
 def tokens_of(run: Run[Any], tokenizer: VisualTokenizer, features: Features) -> VisualTokens:
-    """Visual tokens of cached features; each process makes a share of them."""
+    """Visual tokens of cached features, made once; each process makes a share of them."""
     rank, ranks = run.sharing["rank"], run.sharing["ranks"]
     share = torch.arange(len(features)).tensor_split(ranks)[rank]
     _, mine = nothing_read(run.config.vision)
     if len(share):
-        mine = tokenize_features(tokenizer, features, share)
+        name = f"tokens-{_key(tokenizer, features)}-{rank}-of-{ranks}.safetensors"
+        mine = _tokens_in(run.folder / "cache" / name, tokenizer, features, share)
     return VisualTokens.joined(gather_object([mine]))
+
+
+def _tokens_in(
+    path: Path, tokenizer: VisualTokenizer, features: Features, pictures: Int[Tensor, "images"]
+) -> VisualTokens:
+    """Tokens of these pictures from a file, which is written where it is not there."""
+    if path.exists():
+        try:
+            found = VisualTokens(**load_tensors(path))
+            if len(found.lengths) == len(pictures):
+                return found
+            log.warning("%s is of other pictures: its tokens are made anew", path)
+        except (InputError, TypeError) as error:
+            log.warning("%s is damaged (%s): its tokens are made anew", path, error)
+    made = tokenize_features(tokenizer, features, pictures)
+    new = path.with_name(f".{path.name}")
+    save_tensors(vars(made), new)
+    new.replace(path)  # whole, or not there
+    return made
+
+
+def _key(tokenizer: VisualTokenizer, features: Features) -> str:
+    """What decides over tokens of cached features: their file, and the tokenizer's weights."""
+    digest = hashlib.sha256(Path(getattr(features.array, "filename", "")).name.encode())
+    for name, tensor in tokenizer.state_dict().items():
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def feature_feed(run: Run[TrainConfig], encoded: Encoded) -> FeatureFeed:
@@ -153,7 +184,7 @@ def language_stage(
     """Stage 2 on the corpus; on codes made beforehand; or on a stream."""
     config, vision = run.training.language, run.config.vision
     make: dict[str, Any] = {"text": text, "vocabulary": language.vocabulary}
-    make["seed"] = run.training.seed
+    make |= {"seed": run.training.seed, "rows": language.reader.rows}
     if config.stream:
         make |= {"sizes": (vision.patches, vision.dim), **run.sharing}
         encoded.tokenizer.to(run.accelerator.device)

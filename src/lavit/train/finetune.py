@@ -3,8 +3,9 @@
 Encoder and tokenizer stay as they are; the LM, the visual rows and the reader train as in stage 2,
 on the assistant's turns alone. The new folder is a model folder of its own: other parts are copied.
 LoRA (arXiv 2106.09685) that was put in here is merged when the model is saved, so `language/` stays
-a plain causal LM; a model that *has* LoRA over a base (presets do) trains that on. The same command
-on the same folder goes on where it was.
+a plain causal LM, or kept as a PEFT adapter, whose base is in base/ (`keep_adapter`); a model that
+*has* LoRA over a base (presets do) trains that on. The same command on the same folder goes on
+where it was.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ from lavit.data.conversations import (
     Conversations,
     load_conversations,
 )
+from lavit.data.corpus import parse_mixture
 from lavit.data.features import nothing_read
+from lavit.data.sources import open_source
+from lavit.data.text import TextPieces, Texts
 from lavit.files import alone, naming
 from lavit.language.lora import inject_lora, merge_lora
 from lavit.language.model import Language
@@ -60,13 +64,22 @@ MEASURED = 3  # steps whose time says how many fit into some minutes
 
 
 def finetune_training(
-    model: str | Path, *, lora_rank: int | None = None, steps: int = 200, seed: int = 0
+    model: str | Path,
+    *,
+    lora_rank: int | None = None,
+    steps: int = 200,
+    seed: int = 0,
+    keep_adapter: bool = False,
+    images: str | Path | None = None,
+    replay: str = "",
 ) -> FinetuneTraining:
     """A training for a model folder: rows as in its stage 2 and a tenth of its rates (LoRA: its).
 
     A model that does not say how it was trained gets rows of its LM's own length, at most 2048
     tokens, and 2e-5 / 5e-5 (LoRA 2e-4).
     """
+    if keep_adapter and not lora_rank:
+        raise InputError("an adapter is kept where one trains: give its rank too (--lora 16)")
     model = model_folder(model)
     rates: dict[str, Any]
     if (model / "training.json").exists():
@@ -76,13 +89,19 @@ def finetune_training(
         rates = {"learning_rate": (1.0 if lora_rank else 0.1) * language.learning_rate}
         rates |= {"rows_rate": 0.1 * language.rows_rate, "reader_rate": 0.1 * language.reader_rate}
     else:
-        config = read_json(model / "language" / "config.json")
+        under = "language" if (model / "language" / "config.json").is_file() else "base"
+        config = read_json(model / under / "config.json")
         length = min(2048, int(config.get("max_position_embeddings", 2048)))
         rates = {"rows_rate": 5e-5, "reader_rate": 5e-5}
         rates["learning_rate"] = 2e-4 if lora_rank else 2e-5
         language = LanguageTraining(steps=steps, rows=8, tokens=length, **rates)
     language = replace(language, steps=steps, **rates)
-    return FinetuneTraining(language=language, lora_rank=lora_rank, seed=seed)
+    how: dict[str, Any] = {
+        "keep_adapter": keep_adapter,
+        "images": None if images is None else str(images),
+        "replay": replay,
+    }
+    return FinetuneTraining(language=language, lora_rank=lora_rank, seed=seed, **how)
 
 
 def finetune(
@@ -114,7 +133,8 @@ def finetune(
 
 def _train(run: Run[FinetuneTraining], source: Path, minutes: float | None) -> None:
     torch.manual_seed(run.training.seed)
-    conversations = load_conversations(Path(run.data))
+    images = run.training.images
+    conversations = load_conversations(Path(run.data), Path(images) if images else None)
     parts = TO_READ if conversations.pictures else TO_READ[1:]
     lavit = LaVIT.from_pretrained(source, device=run.accelerator.device, parts=parts)
     lavit.needs(*parts)
@@ -174,12 +194,33 @@ def _stage(run: Run[FinetuneTraining], model: LaVIT, conversations: Conversation
         tokens = tokens_of(run, model.visual_tokenizer, features)
     config, language = run.training.language, model.language
     codes = tuple(tuple(part.tolist()) for part in tokens.split())
-    make = {"vocabulary": language.vocabulary, "config": config, "seed": run.training.seed}
-    documents = ConversationDocuments(conversations, codes, text=model.text_tokenizer, **make)
+    make: dict[str, Any] = {"vocabulary": language.vocabulary, "config": config}
+    make |= {"text": model.text_tokenizer, "seed": run.training.seed}
+    make["rows"] = language.reader.rows
+    if run.training.replay:
+        make["texts"], make["text_rows"] = _replayed(run.training, model)
+    documents = ConversationDocuments(conversations, codes, **make)
     tokenizer = model.visual_tokenizer
     stage = LanguageStage(language, tokenizer, documents, features, tokens, config)
     stage.name = "finetune"
     return stage
+
+
+def _replayed(training: FinetuneTraining, model: LaVIT) -> tuple[TextPieces, int]:
+    """Texts alone, and how many rows of a step they fill."""
+    (name, share), *more = parse_mixture(training.replay)
+    rows, like = training.language.rows, "--replay TEXTS:0.25"
+    if more or not 0 < share < 1:
+        said = f"replay {training.replay!r} is not one source and a share of rows"
+        raise InputError(f"{said}: write {like}")
+    texts = open_source(name)
+    if not isinstance(texts, Texts):
+        raise InputError(f"{name} holds pictures: give texts alone to be replayed")
+    filled = min(rows - 1, max(1, round(share * rows)))
+    if filled < 1:
+        raise InputError(f"a step of {rows} row has no room for replay: use 2 rows or more")
+    end = model.language.vocabulary.end
+    return TextPieces(texts, model.text_tokenizer, training.language.tokens, end), filled
 
 
 def _take_steps(run: Run[FinetuneTraining], steps: int) -> None:
@@ -217,13 +258,23 @@ def _save_all(
     adapted: bool,
 ) -> None:
     """The whole model folder: language and reader of this training, everything else copied."""
-    for part in COPIED:
+    kept = not adapted and run.training.keep_adapter
+    for part in COPIED[:-1] if kept else COPIED:
         if (source / part).is_dir():
             shutil.copytree(source / part, run.folder / part, dirs_exist_ok=True)
     if (source / "training.json").exists():
         shutil.copy(source / "training.json", run.folder / "training.json")
     config = run.config
-    if not adapted:
+    if kept:
+        rank = run.training.lora_rank or 0
+        own: dict[str, Any] = {
+            "source": "base",
+            "architecture": {},
+            "sha256": None,
+            "lora_rank": rank,
+        }
+        config = replace(config, language=replace(config.language, **own))
+    elif not adapted:
         merge_lora(language.lm)
         config = replace(config, language=replace(config.language, lora_rank=0))
     LaVIT(config, language=language, text_tokenizer=text).save_pretrained(run.folder)

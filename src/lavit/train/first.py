@@ -1,4 +1,4 @@
-"""What stages 2 and 3 begin with: a language model and a decoder, random, given or trained."""
+"""What stages begin with: a tokenizer, a language model, a decoder; random, given or trained."""
 
 from __future__ import annotations
 
@@ -10,15 +10,25 @@ from transformers import PreTrainedTokenizerBase as TextTokenizer
 
 from lavit.config import InputError, TrainConfig
 from lavit.data.stream import stream_texts
-from lavit.files import replacing
+from lavit.files import load_strictly, load_tensors, replacing
 from lavit.language.model import Language
 from lavit.pixels.decoder import Pixels
 from lavit.storage import build_language, load_base, load_language
 from lavit.train.encoded import Encoded
 from lavit.train.language import train_text_tokenizer
+from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
 if TYPE_CHECKING:
     from lavit.train.run import Run
+
+
+def first_tokenizer(run: Run[TrainConfig]) -> VisualTokenizer:
+    """A new visual tokenizer; a selector that is given comes from RUN/selector/."""
+    tokenizer = VisualTokenizer(run.config.visual_tokenizer)
+    if run.training.tokenizer.given_selector:
+        where = run.folder / "selector" / "model.safetensors"
+        load_strictly(tokenizer.selector, load_tensors(where), where)
+    return tokenizer
 
 
 def first_language(run: Run[TrainConfig], encoded: Encoded) -> tuple[Language, TextTokenizer]:

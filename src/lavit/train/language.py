@@ -63,7 +63,11 @@ class LanguageStage(Stage):
         self.features, self.tokens, self.config = features, tokens, config
         self.steps, self.accumulate = config.steps, config.accumulate
         language.train().recompute(config.recompute)
-        language.merger.requires_grad_(config.train_merger)
+        for name, parameter in language.named_parameters():
+            if name.startswith("reader.merger."):
+                parameter.requires_grad_(config.train_merger)
+            elif name.startswith("lm.") and not config.train_lm:
+                parameter.requires_grad_(False)
         self._drawn: tuple[int, Batch, int] | None = None  # step, its batch, its targets
         self.streams = documents if isinstance(documents, StreamingDocuments) else None
 
@@ -81,7 +85,7 @@ class LanguageStage(Stage):
             {"params": parts["reader"], "lr": config.reader_rate, "weight_decay": decay},
         ]
         if config.optimizer == "adamw":
-            return groups
+            return [group for group in groups if group["params"]]
         _, head = table_and_head(self.module.lm)
         return matrices_apart(groups, self.module, but=(head,))
 

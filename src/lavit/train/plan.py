@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,17 +22,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lavit.config import InputError, ModelConfig, TrainConfig
 from lavit.language.lora import inject_lora
-from lavit.language.model import CHUNK, Language
+from lavit.language.model import CHUNK, Language, table_and_head
+from lavit.language.reader import MergerReader
 from lavit.language.smollm2 import SMOLLM2, smollm2_config, smollm2_file
-from lavit.visual_tokenizer.merger import Merger
+from lavit.visual_tokenizer.tokenizer import merger_of
 
 GIB = 2**30
 PARTS = {
     "lm": "language model",
     "rows": "visual rows",
     "head_rows": "visual head",
-    "merger": "reader: merger copy",
-    "to_language": "reader: projection",
+    "reader.merger": "reader: merger copy",
+    "reader.to_language": "reader: projection",
 }
 Parallelism = Literal["single", "ddp", "fsdp2"]
 TEXT = 32  # tokens of text that go with an image, where only their order of size matters
@@ -141,7 +142,8 @@ class _Counter:
         self.model, self.training, self.size, self.shards = model, training, size, shards
         self.lm_config = _architecture(model, training)
         self.language = _build(model, self.lm_config, self.lm_config.num_hidden_layers)
-        self.language.merger.requires_grad_(training.language.train_merger)
+        reader = cast("MergerReader", self.language.reader)
+        reader.merger.requires_grad_(training.language.train_merger)
         self.parts = _count(self.language)
 
     def gib(self, rows: int, *, recompute: bool) -> dict[str, float]:
@@ -224,7 +226,7 @@ class _Counter:
     def _reader_bytes(self) -> tuple[float, float]:
         """Bytes an image that autograd keeps in a block of the merger, and around the blocks."""
         config = self.model.visual_tokenizer  # a real merger: which rows stay is data
-        merger = Merger(config.dim, config.heads, 1, config.mlp_ratio)
+        merger = merger_of(replace(config, merger_depth=1))
         keep = (torch.arange(config.patches) < self._kept_patches).expand(2, -1)
         forward = partial(merger, torch.zeros(2, config.patches, config.dim), keep)
         whole = kept_bytes(forward, merger)
@@ -273,8 +275,8 @@ def _build(model: ModelConfig, config: Any, layers: int) -> Language:
     tokenizer = model.visual_tokenizer
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config)
-        merger = Merger(tokenizer.dim, tokenizer.heads, tokenizer.merger_depth, tokenizer.mlp_ratio)
-        language = Language(lm, merger, dim=tokenizer.dim, codes=tokenizer.codes, end=0)
+        reader = MergerReader(merger_of(tokenizer), table_and_head(lm)[0].shape[1])
+        language = Language(lm, reader, codes=tokenizer.codes, end=0)
         if model.language.lora_rank:
             inject_lora(language.lm, model.language)
     return language
@@ -283,7 +285,9 @@ def _build(model: ModelConfig, config: Any, layers: int) -> Language:
 def _count(language: Language) -> tuple[PartCount, ...]:
     counts: dict[str, list[int]] = {}
     for name, parameter in language.named_parameters():
-        part = "LoRA" if ".lora_" in name else PARTS[name.split(".")[0]]
+        first, second, *_ = f"{name}.".split(".")
+        part = PARTS[f"reader.{second}" if first == "reader" else first]
+        part = "LoRA" if ".lora_" in name else part
         counts.setdefault(part, [0, 0])[0 if parameter.requires_grad else 1] += parameter.numel()
     return tuple(PartCount(name, *pair) for name, pair in counts.items())
 

@@ -3,8 +3,8 @@
 The run folder *is* a model folder (`lavit caption --model RUN …`) with more in it: training.json,
 metrics.jsonl, samples.jsonl, README.md (the model card), tensorboard/, checkpoints/, cache/. The
 same command on the same folder goes on where it was; other settings of a stage that has begun are
-refused. `base/` and `decoder/` there are what a configuration without a source of its own starts
-from: a language model and a diffusers folder.
+refused. `base/`, `decoder/` and `selector/` there are what a configuration without a source of its
+own starts from: a language model, a diffusers folder and a selector that is given.
 
     run = open_run(folder, data, model, training)
     train_stages(run)
@@ -48,7 +48,7 @@ from lavit.train.card import write_card
 from lavit.train.checkpoint import latest_checkpoint, load_weights
 from lavit.train.encoded import Encoded, feature_feed, language_stage, pixel_feed
 from lavit.train.feeds import FeatureFeed, PixelFeed
-from lavit.train.first import begun_language, first_language, first_pixels
+from lavit.train.first import begun_language, first_language, first_pixels, first_tokenizer
 from lavit.train.health import parameter_lines
 from lavit.train.language import LanguageStage
 from lavit.train.loop import Report, Stage, train
@@ -172,7 +172,7 @@ def _agree(run: Run[TrainConfig], stages: Sequence[str]) -> None:
         write_json(path, saved)
 
 
-def _take_tokenizer(run: Run[TrainConfig], start: Path) -> None:
+def take_tokenizer(run: Run[TrainConfig], start: Path) -> None:
     """Copy stage 1 of another model, once, under this run's own configuration."""
     done = run.has_done("tokenizer")
     run.accelerator.wait_for_everyone()
@@ -182,26 +182,28 @@ def _take_tokenizer(run: Run[TrainConfig], start: Path) -> None:
         save_parts(run, model, *TO_SEE)
 
 
-def train_stages(run: Run[TrainConfig], stages: Sequence[str] = STAGES) -> Encoded:
+def train_stages(
+    run: Run[TrainConfig], stages: Sequence[str] = STAGES, encoded: Encoded | None = None
+) -> Encoded:
     """Train stages in order; one that is finished is not touched again. What was encoded for them
-    is returned.
+    is returned; it may be given, by a run on the same data with the same tokenizer.
     """
     for stage in stages:
         if stage not in STAGES:
             known = ", ".join(STAGES)
             raise InputError(f"there is no stage {stage!r}: choose from {known}, all")
-    encoded = Encoded(run)
+    encoded = encoded or Encoded(run)
     with alone(run.folder) if run.main else nullcontext():
         _agree(run, stages)
         if run.start:
-            _take_tokenizer(run, run.start)
+            take_tokenizer(run, run.start)
         for stage in stages:
             if run.has_done(stage):
                 log.info("%s is trained already", stage)
                 continue
             torch.manual_seed(run.training.seed)
             if stage == "tokenizer":
-                tokenizer = VisualTokenizer(run.config.visual_tokenizer)
+                tokenizer = first_tokenizer(run)
                 train_tokenizer(run, tokenizer, feature_feed(run, encoded), encoded.vision)
             elif stage == "language":
                 language, text = first_language(run, encoded)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lavit.config import TokenizerTraining
+from lavit.config import InputError, TokenizerTraining
 from lavit.train import health
 from lavit.train.batches import Randomness, Shard, seeded
 from lavit.train.feeds import FeatureBatch, FeatureFeed
@@ -45,6 +45,11 @@ class TokenizerStage(Stage):
         tokenizer.recompute(config.recompute)
         patches = feed.some(SOME)
         tokenizer.measure(patches)
+        if config.given_selector:
+            tokenizer.measure_lengths(patches)
+        elif tokenizer.keep.of_lengths:
+            said = f"keep={tokenizer.keep.kind!r} deals out what another run's selector keeps"
+            raise InputError(f"{said}: set given_selector")
         tokenizer.reconstructor.start_from(tokenizer.standard(patches).mean((0, 1)))
         self.use = health.CodeUse(tokenizer.codebook.size, WINDOW)
         # of the last step: vectors and codes of its parts, its loss, patches kept of its pictures
@@ -75,8 +80,12 @@ class TokenizerStage(Stage):
         return self.feed.batch(step, shard)
 
     def trains_selector(self, step: int) -> bool:
-        """Whether the selector learns in a step: in phase a, in phase b only if so configured."""
-        return step < self.config.steps_a or self.config.train_selector
+        """Whether the selector learns in a step: in phase a, in phase b only if so configured.
+
+        One that is given never does, nor one that the keep policy does not ask.
+        """
+        learns = self.module.keep.learnt and not self.config.given_selector
+        return learns and (step < self.config.steps_a or self.config.train_selector)
 
     def temperature(self, step: int) -> float:
         """Geometric from `temperature` to `final_temperature` over phase a."""

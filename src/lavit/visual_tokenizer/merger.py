@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -34,9 +34,38 @@ from lavit.visual_tokenizer.layers import (
     initialise,
 )
 
+Gathers = Literal["attend", "mean", "drop"]
+# parts of the cross-attention that give zeros: equal logits are a mean of the dropped patches
+SILENT: dict[Gathers, tuple[str, ...]] = {
+    "attend": (),
+    "mean": ("query",),
+    "drop": ("query", "key", "value", "out"),
+}
+
+
+class Zeros(nn.Module):
+    """Zeros in the shape of what comes in."""
+
+    def forward(self, x: Float[Tensor, "*shape dim"]) -> Float[Tensor, "*shape dim"]:
+        """As many zeros."""
+        return torch.zeros_like(x)
+
 
 class MergerBlock(CrossBlock):
-    """One block of the merger; see the file's header."""
+    """One block of the merger; see the file's header. `gathers` as in `TokenizerConfig`."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        mlp_ratio: float,
+        gathers: Gathers,
+        causal: bool,
+    ) -> None:
+        super().__init__(dim, heads, mlp_ratio)
+        self.causal = causal
+        for name in SILENT[gathers]:
+            setattr(self.cross_attention, name, Zeros())
 
     def forward(
         self,
@@ -47,7 +76,10 @@ class MergerBlock(CrossBlock):
         attends: Bool[Tensor, "images"],
     ) -> Float[Tensor, "kept dim"]:
         """Packed kept rows in and out; `attends` is False where an image dropped nothing."""
-        x = x + kept.pack(self.self_attention(kept.pad(self.norm_self(x)), causal=True))
+        # behind a causal mask no padding is seen
+        mask = None if self.causal or kept.even else kept.valid[:, None]
+        seen = self.self_attention(kept.pad(self.norm_self(x)), mask, causal=self.causal)
+        x = x + kept.pack(seen)
         x = x + self._cross(self.norm_cross(x), dropped, kept, rest, attends)
         return x + self.mlp(self.norm_mlp(x))
 
@@ -76,10 +108,21 @@ class MergerBlock(CrossBlock):
 class Merger(nn.Module):
     """A stack of merger blocks with one LayerNorm behind it; `dim` as the encoder's."""
 
-    def __init__(self, dim: int, heads: int, depth: int, mlp_ratio: float) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        depth: int,
+        mlp_ratio: float,
+        *,
+        gathers: Gathers = "attend",
+        causal: bool = True,
+    ) -> None:
         super().__init__()
+        self.dim, self.causal = dim, causal
         self.norm_patches = nn.LayerNorm(dim, eps=1e-5)
-        self.blocks = nn.ModuleList(MergerBlock(dim, heads, mlp_ratio) for _ in range(depth))
+        block = (dim, heads, mlp_ratio, gathers, causal)
+        self.blocks = nn.ModuleList(MergerBlock(*block) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-5)
         self.recompute = False  # activation checkpointing of the blocks
         initialise(self)
@@ -142,10 +185,11 @@ class Merger(nn.Module):
             x = block.padded(x, *inputs)
         return taken / len(self.blocks) * mask[..., None]
 
-    @staticmethod
-    def _self_weight(weight: Float[Tensor, "images rows"]) -> Float[Tensor, "images rows rows"]:
-        """Causal, times the key's weight; a row always sees itself."""
+    def _self_weight(
+        self, weight: Float[Tensor, "images rows"]
+    ) -> Float[Tensor, "images rows rows"]:
+        """What a row sees, times the key's weight; itself always."""
         rows = weight.shape[1]
-        causal = torch.ones(rows, rows, dtype=weight.dtype, device=weight.device).tril(-1)
         itself = torch.eye(rows, dtype=weight.dtype, device=weight.device)
-        return causal * weight[:, None, :] + itself
+        seen = torch.ones_like(itself).tril(-1) if self.causal else 1 - itself
+        return seen * weight[:, None, :] + itself

@@ -10,28 +10,32 @@ other tokens every time; here inference is deterministic but for the policy `sam
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lavit.config import InputError
 from lavit.visual_tokenizer.layers import Keep, Patches, initialise
 
-Baseline = Literal["random", "strided", "norm", "all"]
+Baseline = Literal["random", "strided", "norm", "all", "scattered", "dealt", "mean"]
+LEARNT = ("auto", "threshold", "top_k", "rate", "sample", "scattered", "dealt", "mean")
 PolicyKind = Literal["auto", "threshold", "top_k", "rate", "sample"] | Baseline
 
 
 @dataclass(frozen=True)
 class KeepPolicy:
-    """How many and which patches are kept at inference.
+    """How many and which patches are kept once the selector has learnt.
 
     auto: the expected count round(Σ p) of most probable patches; threshold: p > value; top_k: value
     patches; rate: value · N patches; sample: a Gumbel draw (needs a generator). Baselines for
     comparison at the rate `value`: random (needs a generator), strided, norm (largest feature
-    norm), and all. At least one patch is always kept.
+    norm), and all. Baselines whose numbers are the selector's: scattered (as many as `auto`,
+    anywhere), dealt (as many as `auto` keeps of some training picture), mean (as many as it keeps
+    on average); what they draw, the picture's features seed. At least one patch is always kept.
     """
 
     kind: PolicyKind = "auto"
@@ -50,6 +54,16 @@ class KeepPolicy:
             raise InputError(f"{self.kind} needs a share of patches in 0..1, not {self.value}")
         if self.kind == "threshold" and not 0 <= self.value <= 1:
             raise InputError(f"threshold needs a probability in 0..1, not {self.value}")
+
+    @property
+    def learnt(self) -> bool:
+        """Whether it needs a selector that has learnt."""
+        return self.kind in LEARNT
+
+    @property
+    def of_lengths(self) -> bool:
+        """Whether it needs the lengths of training pictures."""
+        return self.kind in ("dealt", "mean")
 
     @classmethod
     def parse(cls, keep: str | int | float | KeepPolicy) -> KeepPolicy:
@@ -126,22 +140,37 @@ def select(
     *,
     patches: Patches | None = None,
     generator: torch.Generator | None = None,
+    lengths: Int[Tensor, "pictures"] | None = None,
 ) -> Keep:
     """Keep mask of a policy, each image on its own.
 
-    `norm` needs the patches; `sample` and `random` need a generator, else `InputError`. Ties go to
-    the earlier patch.
+    `norm`, `scattered` and `dealt` need the patches; `sample` and `random` need a generator;
+    `dealt` and `mean` the lengths of training pictures, else `InputError`. Ties go to the earlier
+    patch.
     """
     probability = log_probs[..., 0].exp()
     images, total = probability.shape
-    rate = torch.full((images,), policy.value * total, device=probability.device)
+    value = min(policy.value, total)
+    rate = torch.full((images,), value * total, device=probability.device)
     score, count = probability, rate
-    if policy.kind == "auto":
+    if policy.kind in ("norm", "scattered", "dealt") and patches is None:
+        raise InputError(f"keep={policy.kind!r} looks at the features: give the patches")
+    if policy.of_lengths and lengths is None:
+        raise InputError(f"keep={policy.kind!r} needs a tokenizer that was trained with it")
+    if policy.kind in ("auto", "scattered"):
         count = probability.double().sum(1)
+    if policy.kind == "scattered" and patches is not None:
+        score = torch.stack([torch.rand(total, generator=seeded_by(one)) for one in patches])
+        score = score.to(probability.device)
+    elif policy.kind == "dealt" and patches is not None and lengths is not None:
+        places = [torch.randint(len(lengths), (), generator=seeded_by(one)) for one in patches]
+        count = lengths[torch.stack(places).to(lengths.device)]
+    elif policy.kind == "mean" and lengths is not None:
+        count = lengths.double().mean().expand(images)
     elif policy.kind == "threshold":
         count = (probability > policy.value).sum(1)
     elif policy.kind == "top_k":
-        count = torch.full_like(rate, policy.value)
+        count = torch.full_like(rate, value)
     elif policy.kind == "all":
         count = torch.full_like(rate, total)
     elif policy.kind in ("sample", "random") and generator is None:
@@ -156,12 +185,15 @@ def select(
         kept = max(1, round(policy.value * total))
         even = torch.linspace(0, total - 1, kept, device=probability.device).round().long()
         score = torch.zeros_like(probability).index_fill_(1, even, 1.0)
-    elif policy.kind == "norm":
-        if patches is None:
-            raise InputError("keep='norm' ranks patches by their features: give the patches")
+    elif policy.kind == "norm" and patches is not None:
         score = patches.float().norm(dim=-1)
-    elif policy.kind != "rate":
+    elif policy.kind not in ("auto", "rate"):
         raise InputError(f"there is no keep policy {policy.kind!r}")
     count = count.round().long().clamp(policy.min_tokens, min(policy.max_tokens or total, total))
     order = score.argsort(dim=1, descending=True, stable=True)
     return order.argsort(dim=1) < count[:, None]  # an order's own order is the rank
+
+
+def seeded_by(patches: Float[Tensor, "patches dim"]) -> torch.Generator:
+    """A generator that is a function of a picture's features."""
+    return torch.Generator().manual_seed(zlib.crc32(patches.cpu().contiguous().numpy().tobytes()))

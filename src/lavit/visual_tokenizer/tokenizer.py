@@ -8,7 +8,8 @@ reconstruction loss reaches the selector (method: "How it learns").
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,8 @@ from lavit.visual_tokenizer.layers import Keep, Patches, Ragged, place_code
 from lavit.visual_tokenizer.merger import Merger
 from lavit.visual_tokenizer.reconstructor import Reconstructor
 from lavit.visual_tokenizer.selector import KeepPolicy, Selector, select, straight_through
+
+LENGTHS = 512  # of training pictures, that some keep policies deal out
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,13 @@ class VisualTokenizer(nn.Module):
     place_code: Tensor
     mean: Tensor
     deviation: Tensor
+    lengths: Tensor | None  # sorted, of `measure_lengths`
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.keep = config, KeepPolicy.parse(config.keep)
         self.selector = Selector(config.dim)
-        self.merger = Merger(config.dim, config.heads, config.merger_depth, config.mlp_ratio)
+        self.merger = merger_of(config)
         self.codebook = Codebook(config.dim, config.codes, config.code_dim)
         self.reconstructor = Reconstructor(config)
         grid = round(config.patches**0.5)
@@ -57,6 +61,9 @@ class VisualTokenizer(nn.Module):
         if config.standardise:
             self.register_buffer("mean", torch.zeros(config.dim))
             self.register_buffer("deviation", torch.ones(config.dim))
+        self.register_buffer(
+            "lengths", torch.ones(LENGTHS, dtype=torch.long) if self.keep.of_lengths else None
+        )
 
     def recompute(self, on: bool) -> None:
         """Drop activations of merger and reconstructor in training and compute them again."""
@@ -69,6 +76,14 @@ class VisualTokenizer(nn.Module):
             rows = patches.double().flatten(0, 1)
             self.mean.copy_(rows.mean(0))
             self.deviation.copy_(rows.std(0).clamp(min=1e-6))
+
+    @torch.no_grad()
+    def measure_lengths(self, patches: Patches) -> None:
+        """Take what the selector keeps of training pictures, for policies that deal it out."""
+        if self.lengths is not None:
+            found = select(self.selector(self.prepare(patches)), KeepPolicy()).sum(1)
+            places = torch.arange(len(self.lengths)) * len(found) // len(self.lengths)
+            self.lengths.copy_(found.sort().values[places])
 
     def standard(self, patches: Patches) -> Patches:
         """Features as they are reconstructed; with `standardise` of mean 0 and deviation 1."""
@@ -90,9 +105,12 @@ class VisualTokenizer(nn.Module):
         *,
         generator: torch.Generator | None = None,
     ) -> Keep:
-        """Keep mask of each image under a policy (default: auto)."""
-        log_probs = self.selector(self.prepare(patches))
-        return select(log_probs, policy or KeepPolicy(), patches=patches, generator=generator)
+        """Keep mask of each image under a policy; `auto` (default) is the configuration's."""
+        given = policy or KeepPolicy()
+        if given.kind == "auto":
+            given = replace(given, kind=self.keep.kind, value=self.keep.value)
+        how: dict[str, Any] = {"generator": generator, "lengths": self.lengths}
+        return select(self.selector(self.prepare(patches)), given, patches=patches, **how)
 
     @torch.no_grad()
     def encode(
@@ -161,7 +179,7 @@ class VisualTokenizer(nn.Module):
         temperature: float = 1.0,
         train_selector: bool = True,
     ) -> TokenizerOutput:
-        """One training forward. `noise` is standard Gumbel, or None for the `auto` mask.
+        """One training forward. `noise` is standard Gumbel, or None for the mask of use.
 
         dense: every row is computed, so that dropped ones carry a gradient to the selector too.
         With a frozen selector the mask has no gradient and only kept rows are computed.
@@ -169,7 +187,7 @@ class VisualTokenizer(nn.Module):
         inputs = self.prepare(patches)
         with torch.set_grad_enabled(torch.is_grad_enabled() and train_selector):
             log_probs = self.selector(inputs)  # frozen, it is no part of the graph: DDP would wait
-            mask = self._mask(log_probs, noise, temperature)
+            mask = self._mask(patches, log_probs, noise, temperature)
         keep = mask.detach() > 0.5
         learns = train_selector and torch.is_grad_enabled()
         if learns:
@@ -196,10 +214,11 @@ class VisualTokenizer(nn.Module):
         probability = log_probs[..., 0].exp()
         return TokenizerOutput(features, mask, probability, vectors, quantised, norm)
 
-    @staticmethod
-    def _mask(log_probs: Tensor, noise: Tensor | None, temperature: float) -> Tensor:
+    def _mask(
+        self, patches: Tensor, log_probs: Tensor, noise: Tensor | None, temperature: float
+    ) -> Tensor:
         if noise is None:
-            return select(log_probs, KeepPolicy()).float()
+            return select(log_probs, self.keep, patches=patches, lengths=self.lengths).float()
         return straight_through(log_probs, noise, temperature=temperature)
 
     @torch.no_grad()
@@ -211,8 +230,14 @@ class VisualTokenizer(nn.Module):
         temperature: float = 1.0,
     ) -> Int[Tensor, "images"]:
         """Number of patches that `forward` with the same noise keeps of each image."""
-        mask = self._mask(self.selector(self.prepare(patches)), noise, temperature)
+        mask = self._mask(patches, self.selector(self.prepare(patches)), noise, temperature)
         return (mask > 0.5).sum(1)
+
+
+def merger_of(config: TokenizerConfig) -> Merger:
+    """A new merger: stage 1's, or the one that pictures are read with."""
+    size = config.dim, config.heads, config.merger_depth, config.mlp_ratio
+    return Merger(*size, gathers=config.gathers, causal=config.causal)
 
 
 def cosine_distance(

@@ -22,7 +22,7 @@ import itertools
 import json
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,9 +80,11 @@ def unit_at(split: str, index: int, *, seed: int = 0, rules: Rules | None = None
     scene = scene_at(split, index, seed=seed, rules=rules)
     luck = rng.random()
     change = None
-    if split == "train" and luck >= UNITS[0] + UNITS[1]:
+    if split != "train" or rules.plain:
+        pass
+    elif luck >= UNITS[0] + UNITS[1]:
         change = several(rng, rules)
-    elif split == "train" and luck >= UNITS[0]:
+    elif luck >= UNITS[0]:
         change = edit(scene, rng, rules)
     scenes = (*change.sources, change.target) if change else (scene,)
     return Unit(tuple(described(one, rng, rules) for one in scenes), change)
@@ -90,8 +92,12 @@ def unit_at(split: str, index: int, *, seed: int = 0, rules: Rules | None = None
 
 def described(scene: Scene, rng: np.random.Generator, rules: Rules) -> DescribedScene:
     """A scene in several wordings: the first description is plain, a second is not, the first
-    prompt says everything, the others may leave out.
+    prompt says everything, the others may leave out. In a plain world there are two wordings.
     """
+    if rules.plain:
+        said = dict.fromkeys((plainly(scene), plainly(scene, ground_first=True)))
+        asks = tuple(text.removesuffix(".") for text in said)
+        return DescribedScene(scene, tuple(said), asks, tuple(questions(scene, rng, rules, ASKED)))
     varied = [describe(scene, rng)] if rng.random() < VARIED else []
     texts = dict.fromkeys((plainly(scene), *varied))
     prompts = [prompt(scene, rng, full=True), *(prompt(scene, rng) for _ in range(PROMPTED - 1))]
@@ -149,7 +155,7 @@ def write_pool(
     origin = {
         "scenes": {
             "split": split, "pictures": pictures, "seed": seed, "size": size,
-            "conversations": conversations, **asdict(rules),
+            "conversations": conversations, **rules.options(),
         },
         "packages": versions(),
     }  # fmt: skip

@@ -61,12 +61,18 @@ def describe(scene: Scene, rng: Rng) -> str:
     return say(facts(scene), rng, order=scene.names) + "."
 
 
-def plainly(scene: Scene) -> str:
-    """The same in its plainest wording: things in reading order, background, relations."""
+def plainly(scene: Scene, *, ground_first: bool = False) -> str:
+    """The same in its plainest wording: things in reading order, background, relations.
+
+    `ground_first`: the background before the things, where there are some.
+    """
     said = facts(scene)
     ground = article(f"{said.pattern} {said.background} background")
     groups = sorted(said.groups, key=lambda group: scene.names.index(group.name))
-    words = [f"{listed([group_words(group) for group in groups]) or 'nothing'} on {ground}"]
+    things = listed([group_words(group) for group in groups])
+    words = [f"{things or 'nothing'} on {ground}"]
+    if ground_first and things:
+        words = [f"on {ground}, {things}"]
     relations = sorted(in_order(relation, scene.names) for relation in said.relations)
     relations.sort(key=lambda one: (scene.names.index(one[0]), scene.names.index(one[2])))
     for first, kind, second in relations:

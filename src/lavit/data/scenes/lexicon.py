@@ -81,11 +81,12 @@ def article(words: str) -> str:
 
 
 @cache
-def nouns() -> dict[tuple[str, ...], Noun]:
-    """All nouns, as tuples of words."""
+def nouns(count: int | None = None) -> dict[tuple[str, ...], Noun]:
+    """All nouns, as tuples of words; `count`: of the first objects of the list alone."""
     found: dict[tuple[str, ...], Noun] = {}
-    names = [(name, name, noun(name, 2)) for name in (*SHAPES, *(kind.name for kind in objects()))]
-    synonyms = [(kind.name, word, plural(word)) for kind in objects() for word in kind.synonyms]
+    kinds = objects()[:count]
+    names = [(name, name, noun(name, 2)) for name in (*SHAPES, *(kind.name for kind in kinds))]
+    synonyms = [(kind.name, word, plural(word)) for kind in kinds for word in kind.synonyms]
     for name, one, many in names + synonyms:
         for words in (one, many):
             meant = Noun(name, words == one, words == many)
@@ -145,15 +146,18 @@ def names_in(text: str) -> tuple[frozenset[str], frozenset[tuple[str, str]]]:
 
 
 @cache
-def vocabulary() -> frozenset[str]:
-    """Every word of the language: of descriptions, prompts, questions and edits."""
-    words = {word for key in nouns() for word in key}
+def vocabulary(count: int | None = None) -> frozenset[str]:
+    """Every word of the language: of descriptions, prompts, questions and edits.
+
+    `count`: the language of a world with no more than these first objects.
+    """
+    words = {word for key in nouns(count) for word in key}
     words |= {*BACKGROUNDS, *COLOURS, *PATTERN_WORDS, *SIZES, *PLACES, *NUMBERS, *SPELLINGS}
     return frozenset(words.union(OTHER_WORDS.split()))
 
 
-def unknown_words(text: str) -> list[str]:
-    """Words of a text that the language does not know, each once, in order."""
+def unknown_words(text: str, count: int | None = None) -> list[str]:
+    """Words of a text that the language (of `count` objects) does not know, each once, in order."""
     words = re.findall(r"[^\s.,:;?!\"()]+", _plain(text))
-    known = vocabulary() | set("123456789")
+    known = vocabulary(count) | set("123456789")
     return list(dict.fromkeys(word for word in words if word not in known))

@@ -11,14 +11,17 @@ import itertools
 from collections.abc import Iterator, Sequence
 from functools import cache
 
+import numpy as np
+
 from lavit.config import InputError
 from lavit.data.scenes import world
-from lavit.data.scenes.chance import Rng, pick
+from lavit.data.scenes.chance import Rng, pick, shuffled
 from lavit.data.scenes.splits import HELD_OUT_COLOURS, Rules, generator, share_of, valid_world
 from lavit.data.scenes.world import JITTER, Box, Cell, Scene, Size, Thing, apart, boxes_of, facts
 
 Layout = tuple[tuple[Cell, ...], ...]  # cells of each group
 TRIES = 20_000
+PATIENCE = 100  # attempts at the same kinds
 TURN = 8.0  # degrees, at most
 SHAPE_SHARE = 0.35  # of the groups
 NUMBERS = (0.03, 0.15, 0.27, 0.25, 0.3)  # shares of scenes with 0, 1, ... things in training
@@ -36,8 +39,11 @@ def scene_at(split: str, index: int, *, seed: int = 0, rules: Rules | None = Non
     """Picture `index` of a split. Raises `InputError` for an unknown split or negative numbers."""
     rules = rules or Rules()
     rng = generator(split, index, seed)
-    for _ in range(TRIES):
-        scene = _try(split, index, rng, rules)
+    for attempt in range(TRIES):
+        kinds = rng
+        if rules.plain and split == "train":  # kept for a while, so that none is met less often
+            kinds = np.random.default_rng([4, seed, index, attempt // PATIENCE])
+        scene = _try(split, index, rng, kinds, rules)
         if scene is not None and belongs(scene, split, rules):
             return scene
     raise InputError(
@@ -65,18 +71,22 @@ def belongs(scene: Scene, split: str, rules: Rules) -> bool:
     return split not in SHARES or share_of(facts(scene)) == SHARES[split]
 
 
-def _try(split: str, index: int, rng: Rng, rules: Rules) -> Scene | None:
-    """One attempt at a scene of a split; None if it cannot be laid out."""
+def _try(split: str, index: int, rng: Rng, of_kinds: Rng, rules: Rules) -> Scene | None:
+    """One attempt at a scene of a split; None if it cannot be laid out. `of_kinds` says which."""
     style = "noto" if split == "noto" else pick(rng, tuple(world.STYLES))
     turns = IN_TURN.get(split)
-    number = turns[index % len(turns)] if turns else int(rng.choice(len(NUMBERS), p=NUMBERS))
+    number = turns[index % len(turns)] if turns else int(of_kinds.choice(len(NUMBERS), p=NUMBERS))
     if "ladder" in split:
         return _ladder(rng, rules, number, style)
     counts: tuple[int, ...] = (1, 1)
     if split != "binding":
         least = min(2 if "pairs" in split else 1, number)
-        counts = pick(rng, [way for way in compositions(number) if len(way) >= least])
-    kinds = _kinds(rng, rules, len(counts), shapes_only=split == "binding")
+        ways = compositions(number)
+        counts = pick(of_kinds, [way for way in ways if least <= len(way) <= rules.most_kinds])
+    if rules.plain and split == "train":
+        kinds = _even(of_kinds, rules, len(counts))
+    else:
+        kinds = _kinds(rng, rules, len(counts), shapes_only=split == "binding")
     may_be_big = number <= world.MOST_BIG
     sizes: tuple[Size, ...] = tuple(
         "big" if may_be_big and rng.random() < 0.5 else "small" for _ in counts
@@ -111,6 +121,61 @@ def _kinds(rng: Rng, rules: Rules, count: int, shapes_only: bool = False) -> dic
         if name not in found and (colour is None or colour not in found.values()):
             found[name] = colour
     return found
+
+
+def _even(rng: Rng, rules: Rules, count: int) -> dict[str, str | None]:
+    """One kind or two that may stand together, so that each is met as often as every other."""
+    names, ways, one, two = even_shares(rules)
+    chosen: tuple[str, ...] = ()
+    if count == 1:
+        chosen = (names[int(rng.choice(len(names), p=one))],)
+    elif count == 2:
+        chosen = ways[int(rng.choice(len(ways), p=two))]
+        chosen = chosen if rng.random() < 0.5 else chosen[::-1]
+    colours = shuffled(rng, tuple(world.COLOURS))
+    return {name: colours.pop() if name in world.SHAPES else None for name in chosen}
+
+
+@cache
+def even_shares(
+    rules: Rules,
+) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...], np.ndarray, np.ndarray]:
+    """Names, pairs of them that training may show, and the shares of both among scenes of one kind
+    and of two: all objects, and all shapes, come equally often where the pairs allow it.
+    """
+    names = (*rules.objects_named, *world.SHAPES)
+    shape = np.array([name in world.SHAPES for name in names])
+    wanted = np.where(shape, SHAPE_SHARE / shape.sum(), (1 - SHAPE_SHARE) / (~shape).sum())
+    ways = [
+        (a, b)
+        for a, b in itertools.combinations(range(len(names)), 2)
+        if rules.pair_of(names[a], names[b]) == "train"
+    ]
+    allowed = np.zeros((len(names), len(names)))
+    for a, b in ways:
+        allowed[a, b] = allowed[b, a] = 1.0
+    scale = np.sqrt(wanted)
+    for _ in range(500):  # symmetric scaling to equal sums
+        scale = np.sqrt(scale * wanted / (allowed @ scale + 1e-12)) * allowed.any(1)
+    two = np.array([scale[a] * scale[b] for a, b in ways])
+    two /= two.sum()
+    met = np.zeros(len(names))
+    for (a, b), share in zip(ways, two, strict=True):
+        met[[a, b]] += share
+    kinds = _shares_of_kinds()  # scenes of one kind give what those of two lack
+    one = np.clip(wanted * (kinds[0] + 2 * kinds[1]) - met * kinds[1], 0.0, None)
+    pairs = tuple((names[a], names[b]) for a, b in ways)
+    return names, pairs, one / one.sum(), two
+
+
+def _shares_of_kinds() -> tuple[float, float]:
+    """Shares of a plain world's scenes with one kind and with two."""
+    found = [0.0, 0.0]
+    for number, share in enumerate(NUMBERS):
+        ways = [len(way) for way in compositions(number) if 1 <= len(way) <= 2]
+        for kinds in ways:
+            found[kinds - 1] += share / len(ways)
+    return found[0], found[1]
 
 
 @cache

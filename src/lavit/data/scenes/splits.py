@@ -23,8 +23,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -58,11 +59,14 @@ HELD_OUT_COLOURS = frozenset(
 class Rules:
     """The first `objects` of the list take part; `held_out_pairs` is the share of pairs held out.
 
-    Raises `InputError` for a number or share that is out of range.
+    A `plain` world is for studies: at most two kinds in a scene, in training each as often as every
+    other, two wordings, and single pictures alone. Raises `InputError` for a number or share that
+    is out of range.
     """
 
     objects: int = 48
     held_out_pairs: float = 0.1
+    plain: bool = False
 
     def __post_init__(self) -> None:
         most = len(objects())
@@ -71,6 +75,16 @@ class Rules:
         share = self.held_out_pairs
         if not 0 <= share <= 1 - VALID_PAIRS:
             raise InputError(f"held_out_pairs is {share}: give a share from 0 to {1 - VALID_PAIRS}")
+
+    @property
+    def most_kinds(self) -> int:
+        """Groups of a scene at most."""
+        return 2 if self.plain else world.MOST_GROUPS
+
+    def options(self) -> dict[str, Any]:
+        """As plain data, which says of a plain world alone that it is one."""
+        found = asdict(self)
+        return found if self.plain else {k: found[k] for k in found if k != "plain"}
 
     @property
     def objects_named(self) -> tuple[str, ...]:

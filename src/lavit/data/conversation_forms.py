@@ -1,0 +1,196 @@
+"""The forms in which conversations are shared, as messages in the form of Hugging Face chats.
+
+    messages    {"messages": [{"role", "content"}, …]}, with "images": [path, …] for the marks
+                <image> or {"type": "image"} of the contents, in order (TRL, LLaMA-Factory)
+    LLaVA       {"image": path or list, "conversations": [{"from": "human", "value": …}, …]}
+    ShareGPT    the same with "images", and "system" beside them
+    TRL         {"prompt": messages, "completion": messages}
+
+A file is of JSON lines, of one JSON list, or parquet (pictures inside as {"bytes", "path"}).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lavit.config import InputError, require
+from lavit.layout import ROLES
+
+MARK = "<image>"
+SUFFIXES = (".jsonl", ".json", ".parquet")
+KEYS = ("messages", "conversations", "prompt")
+NAMED = re.compile(rb'"(?:messages|conversations|completion)"\s*:\s*\[')
+HEAD = 65536  # bytes of a file that say what it is
+SPEAKERS = {"human": "user", "gpt": "assistant", "model": "assistant"} | {r: r for r in ROLES}
+
+MessageDict = dict[str, Any]
+
+
+def holds_conversations(path: Path) -> bool:
+    """Whether a file is of one of these forms, by its beginning or its columns."""
+    if path.suffix.lower() not in SUFFIXES or not path.is_file():
+        return False
+    if path.suffix.lower() == ".parquet":
+        names = require("pyarrow.parquet", extra="train").read_schema(path).names
+        return bool({"messages", "conversations"} & {*names}) or {"prompt", "completion"} <= {
+            *names
+        }
+    with path.open("rb") as file:
+        return bool(NAMED.search(file.read(HEAD)))
+
+
+def shared_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Names and rows of a file; a line that is no JSON is an `InputError` in place of its row.
+
+    Raises `InputError` for a file that cannot be read.
+    """
+    if path.suffix.lower() == ".parquet":
+        yield from _parquet_rows(path)
+        return
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} is not a readable file of conversations: {error}") from error
+    if path.suffix.lower() == ".json":
+        try:
+            rows = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path} is not JSON: {error}") from error
+        if not isinstance(rows, list):
+            raise InputError(f"{path} is no list of conversations")
+        yield from ((f"{path.name}[{number}]", row) for number, row in enumerate(rows))
+        return
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if line.strip():
+            try:
+                yield f"{path.name}:{number}", json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield f"{path.name}:{number}", InputError(str(error))
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    parquet = require("pyarrow.parquet", extra="train")
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                yield f"{path.name}[{number}]", row
+                number += 1
+    except (OSError, ValueError) as error:  # pyarrow's own errors are these
+        why = " ".join(str(error).split())[:200]
+        raise InputError(f"{path} is not a readable parquet file: {why}") from error
+
+
+def messages_of(row: Any) -> list[MessageDict]:
+    """The messages of a row in any of these forms.
+
+    Pictures are {"type": "image", "image": path or bytes}. Raises `InputError` for other forms, and
+    where marks and pictures differ in number.
+    """
+    if isinstance(row, InputError):
+        raise row
+    if not isinstance(row, Mapping) or not any(row.get(key) is not None for key in KEYS):
+        like = '{"messages": [{"role": "user", "content": …}, …]}'
+        raise InputError(f"no list of messages: a line is {like}")
+    if row.get("conversations") is not None:
+        said = _spoken(row)
+    elif row.get("messages") is not None:
+        said = row["messages"]
+    else:
+        said = [*_listed(row["prompt"]), *_listed(row.get("completion"))]
+    said = [_message(one) for one in _listed(said)]
+    images = row.get("images", row.get("image"))
+    return _with_pictures(said, [] if images is None else images)
+
+
+def _listed(value: Any) -> list[Any]:
+    if not isinstance(value, list) or not all(isinstance(one, Mapping) for one in value):
+        like = '{"messages": [{"role": "user", "content": …}, …]}'
+        raise InputError(f"no list of messages: a line is {like}")
+    return value
+
+
+def _spoken(row: Mapping[str, Any]) -> list[MessageDict]:
+    """Turns of {"from", "value"} as messages."""
+    system = row.get("system")
+    said = [{"role": "system", "content": system}] if system else []
+    for turn in _listed(row["conversations"]):
+        speaker = turn.get("from", turn.get("role"))
+        if speaker not in SPEAKERS:
+            raise InputError(f"a turn is from {speaker!r}: use human, gpt or system")
+        said.append({"role": SPEAKERS[speaker], "content": turn.get("value", turn.get("content"))})
+    return said
+
+
+def _message(message: Mapping[str, Any]) -> MessageDict:
+    """A message whose parts have no empty columns, which parquet adds."""
+    content = message.get("content")
+    if isinstance(content, list):
+        content = [
+            {k: v for k, v in part.items() if v is not None and k != "index"}
+            if isinstance(part, Mapping)
+            else part
+            for part in content
+        ]
+    return {**message, "content": content}
+
+
+def _with_pictures(messages: list[MessageDict], images: Any) -> list[MessageDict]:
+    """Pictures in place of their marks, in order; without marks, before the first question."""
+    pictures = [_picture(one) for one in (images if isinstance(images, list) else [images])]
+    if not pictures:
+        return messages
+    marked = sum(_marks(message["content"]) for message in messages)
+    if marked not in (0, len(pictures)):
+        raise InputError(f"{len(pictures)} pictures for {marked} marks ({MARK}): one mark each")
+    rest = iter(pictures)
+    found = []
+    for message in messages:
+        content = message["content"]
+        if not marked and message.get("role") == "user":
+            parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+            content = [*rest, *parts]  # all of them; none is left for the next
+        elif marked and _marks(content):
+            content = _filled(content, rest)
+        found.append({**message, "content": content})
+    return found
+
+
+def _marks(content: Any) -> int:
+    if isinstance(content, str):
+        return content.count(MARK)
+    parts = content if isinstance(content, list) else []
+    return sum(
+        "image" not in part if part.get("type") == "image" else str(part.get("text")).count(MARK)
+        for part in parts
+        if isinstance(part, Mapping)
+    )
+
+
+def _filled(content: Any, pictures: Iterator[MessageDict]) -> list[MessageDict]:
+    """A content with pictures where their marks were."""
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    found: list[MessageDict] = []
+    for part in parts:
+        if part.get("type") == "image":
+            found.append(part if "image" in part else next(pictures))
+            continue
+        for number, words in enumerate(str(part.get("text", "")).split(MARK)):
+            if number:
+                found.append(next(pictures))
+            if words.strip():
+                found.append({"type": "text", "text": words.strip("\n")})
+    return found
+
+
+def _picture(value: Any) -> MessageDict:
+    """A picture of a path, or of parquet's {"bytes", "path"}."""
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    if not isinstance(value, str | bytes):
+        raise InputError('a picture has no path: "images": ["a.png"]')
+    return {"type": "image", "image": value}

@@ -1,0 +1,68 @@
+"""What a step of stage 2 costs: its target tokens and its FLOPs, counted on real documents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
+
+from lavit.config import TrainConfig
+from lavit.data.documents import WINDOW
+from lavit.sequence import IGNORE
+from lavit.train.encoded import Encoded, language_stage
+from lavit.train.first import first_language
+from lavit.train.run import Run
+
+COUNTED = 3  # steps whose FLOPs are counted
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of stage 2; `steps` and `seconds` of a run, the others of a step."""
+
+    targets_per_step: float = 0.0
+    flops_per_step: float = 0.0
+    steps: int = 0
+    seconds: float = 0.0
+
+    @property
+    def targets(self) -> float:
+        """Target tokens of the run."""
+        return self.steps * self.targets_per_step
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of the run."""
+        return self.steps * self.flops_per_step
+
+
+def cost_of(run: Run[TrainConfig], encoded: Encoded) -> Cost:
+    """Target tokens of a window of rows, and FLOPs of some steps, forward and backward."""
+    torch.manual_seed(run.training.seed)
+    language, text = first_language(run, encoded)
+    stage = language_stage(run, encoded, language, text)
+    stage.accelerator = Accelerator()
+    steps = -(-WINDOW // run.training.language.rows)
+    targets = sum(int((stage.documents.batch(n).labels != IGNORE).sum()) for n in range(steps))
+    with FlopCounterMode(display=False, custom_mapping=_on_cpu()) as counter:
+        for step in range(min(COUNTED, steps)):
+            batch = stage.batch(step, stage.shard)
+            stage.losses(stage.module, batch, step)["loss"].backward()  # type: ignore[union-attr]
+    return Cost(targets / steps, counter.get_total_flops() / min(COUNTED, steps))
+
+
+def _on_cpu() -> dict[Any, Any]:
+    """Formulae of the attention that CPUs have, by the shapes of its arguments."""
+    name = "_scaled_dot_product_flash_attention_for_cpu"
+    forward, backward = (getattr(torch.ops.aten, f"{name}{end}") for end in ("", "_backward"))
+    return {
+        forward: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+        backward: lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4]),
+    }

@@ -1,0 +1,356 @@
+"""`lavit compare`: all arms of a study with several seeds, each part made once.
+
+    OUT/pools/KEY/          scenes
+    OUT/caches/KEY/         features and text tokenizer of a pool, for all runs on it
+    OUT/tokenizers/KEY-S/   stage 1 of seed S
+    OUT/models/KEY-S/       a run folder: that tokenizer, and stages 2 and 3 of an arm
+
+A key is a hash of all settings that the part depends on, so arms with equal settings share it, in
+other studies too. What is finished is skipped, what was killed goes on from its checkpoint.
+
+Budgets are equal in target tokens of stage 2, those that the first arm has in its preset's steps.
+Where an arm costs more than 5 % more or fewer FLOPs a token than the first, it is trained again for
+as many FLOPs as that one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lavit.config import InputError, read_config, read_json, to_json, write_json
+from lavit.data.lines import json_lines
+from lavit.data.scenes.dataset import write_pool
+from lavit.data.scenes.splits import Rules
+from lavit.evaluate.budget import Cost, cost_of
+from lavit.evaluate.evaluation import FIGURES
+from lavit.evaluate.exam import Exam, world_hash
+from lavit.evaluate.examinee import Missing, config_hash
+from lavit.evaluate.figures import nothing
+from lavit.evaluate.study import Study, in_model, in_training, retuned
+from lavit.files import replacing, save_tensors
+from lavit.presets import Preset
+from lavit.storage import export_lm, load_language, load_visual_tokenizer
+from lavit.train.encoded import Encoded
+from lavit.train.loop import Report
+from lavit.train.run import Run, open_run, take_tokenizer, train_stages
+
+TUNING = 1000  # the seed that rates are chosen with, and no figure is of
+TUNING_SHARE = 0.25  # of the budget
+TOLERANCE = 0.05  # of FLOPs, below which a second run would be the same
+COLUMNS = ("tokens", "flops")  # what is equal among arms
+Say = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run of an arm."""
+
+    folder: Path
+    cost: Cost
+    rate: float  # the multiple of the preset's rates
+
+
+class Bench:
+    """Makes the parts of a study's arms, each where its key says."""
+
+    def __init__(
+        self,
+        study: Study,
+        out: Path,
+        *,
+        watch: Callable[[Report], None] | None = None,
+        progress: Say = lambda what, done, of: None,
+    ) -> None:
+        self.study, self.out, self.watch, self.progress = study, out, watch, progress
+        self._encoded: tuple[Path, Encoded] | None = None  # the last tokenizer's
+
+    def pool(self, rules: Rules) -> Path:
+        """Scenes of some rules, drawn once."""
+        options = {"pictures": self.study.pictures, "size": self._size, **rules.options()}
+        folder = self.out / "pools" / key_of(options)
+        say = self._saying("pictures")
+        write_pool(folder, pictures=self.study.pictures, rules=rules, size=self._size, progress=say)
+        return folder
+
+    def data(self, name: str) -> Path:
+        """What an arm learns from: its pool, or what its `rows` leave of it."""
+        arm, pool = self.study.arms[name], self.pool(self.study.rules_of(name))
+        if arm.rows is None:
+            return pool
+        rows = list(arm.rows(row for _, row in json_lines(pool / "train" / "metadata.jsonl")))
+        folder = pool.with_name(f"{pool.name}-{key_of(rows)}")
+        if not folder.exists():
+            with replacing(folder) as new:
+                (new / "train").mkdir()
+                for row in rows:
+                    (new / "train" / row["file_name"]).hardlink_to(
+                        pool / "train" / row["file_name"]
+                    )
+                lines = "".join(json.dumps(row) + "\n" for row in rows)
+                (new / "train" / "metadata.jsonl").write_text(lines)
+                (new / "origin.json").write_bytes((pool / "origin.json").read_bytes())
+        return folder
+
+    @property
+    def _size(self) -> int:
+        return self.study.preset().model.vision.image_size
+
+    def _saying(self, what: str) -> Callable[[int, int], None]:
+        return lambda done, of: self.progress(what, done, of)
+
+    def tokenizer(self, name: str, seed: int) -> Path:
+        """Stage 1 of an arm."""
+        arm, preset = self.study.arms[name], self.study.preset_of(name)
+        given = self.tokenizer(arm.selector_of, seed) if arm.selector_of else None
+        folder = self.out / "tokenizers" / f"{self.tokenizer_key(name)}-{seed}"
+        if not (folder / "visual_tokenizer" / "done").exists():
+            if given is not None and not (folder / "selector").exists():
+                with replacing(folder / "selector") as new:
+                    trained = load_visual_tokenizer(read_config(given), given)
+                    save_tensors(trained.selector.state_dict(), new / "model.safetensors")
+            train_stages(self._run(folder, name, preset, seed), ("tokenizer",))
+        return folder
+
+    def tokenizer_key(self, name: str) -> str:
+        """A hash of all that stage 1 of an arm depends on, but for the seed."""
+        arm, preset = self.study.arms[name], self.study.preset_of(name)
+        given = self.tokenizer_key(arm.selector_of) if arm.selector_of else ""
+        parts: list[Any] = [to_json(preset.model.vision), to_json(preset.model.visual_tokenizer)]
+        parts += [to_json(preset.training.tokenizer), given, *self._shared(name)]
+        return key_of(parts)
+
+    def _shared(self, name: str) -> list[Any]:
+        """What all stages of an arm depend on."""
+        rules, rows = self.study.rules_of(name), self.study.arms[name].rows
+        source = "" if rows is None else inspect.getsource(inspect.getmodule(rows) or rows)
+        training = self.study.preset_of(name).training
+        return [rules.options(), source, self.study.pictures, training.clip, training.precision]
+
+    def _run(self, folder: Path, name: str, preset: Preset, seed: int, **options: Any) -> Run[Any]:
+        """A run on an arm's data, which shares the cache of all runs on them."""
+        data, training = self.data(name), replace(preset.training, seed=seed, sample_every=0)
+        shared = [data.name, to_json(preset.model.vision), training.text_vocabulary]
+        cache = self.out / "caches" / key_of(shared)
+        cache.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "cache").exists():
+            (folder / "cache").symlink_to(cache.resolve())
+        options |= {"watch": self.watch, "prepare": self.progress, "trackers": ()}
+        start = options.get("start")
+        model = preset.model if start is None else read_config(start)
+        return open_run(folder, data, model, training, **options)
+
+    def encoded(self, name: str, seed: int) -> Encoded:
+        """Data, features and tokens of an arm; those of the last tokenizer stay in memory."""
+        folder = self.tokenizer(name, seed)
+        if self._encoded is None or self._encoded[0] != folder:
+            preset = self.study.preset_of(name)
+            self._encoded = folder, Encoded(self._run(folder, name, preset, seed))
+        return self._encoded[1]
+
+    def rate(self, name: str) -> float:
+        """The multiple of the preset's rates that an arm reads best with after a quarter."""
+        if not self.study.arms[name].rates:
+            return 1.0
+        found = {}
+        for rate in self.study.rates:
+            tried = self._language(name, 0, rate, share=TUNING_SHARE, tuning=True)
+            seen = self.measured(tried.folder, (self.study.chosen_by,), valid=True)
+            found[rate] = seen["figures"][self.study.chosen_by]["value"] or 0.0
+        return max(found, key=lambda rate: found[rate])
+
+    def model(self, name: str, seed: int, column: str = "tokens") -> Trained | None:
+        """A finished arm; None where the column's run would be that of equal tokens."""
+        arm, rate = self.study.arms[name], self.rate(name)
+        if arm.tokenizer_alone:
+            return Trained(self.tokenizer(name, seed), Cost(), rate) if column == "tokens" else None
+        trained = self._language(name, seed, rate, share=arm.share)
+        if column == "flops":
+            first = next(iter(self.study.arms))
+            wanted = self._language(first, seed, self.rate(first), share=1.0).cost.flops
+            wanted *= arm.share
+            if abs(trained.cost.flops / wanted - 1) <= TOLERANCE:
+                return None
+            steps = max(1, round(wanted / trained.cost.flops_per_step))
+            trained = self._language(name, seed, rate, share=arm.share, steps=steps)
+        if arm.pixels and not (trained.folder / "pixels" / "done").exists():
+            self._train(name, seed, trained.folder, self._preset(name, rate, trained.cost.steps),
+                        ("language", "pixels"))  # fmt: skip
+        return trained
+
+    def _preset(self, name: str, rate: float, steps: int) -> Preset:
+        preset = retuned(self.study.preset_of(name), rate)
+        if self.study.arms[name].lm_of:
+            preset = in_model(preset, "language", source="folder", architecture={})
+        return in_training(preset, "language", steps=steps)
+
+    def _budget(self, seed: int) -> float:
+        """Target tokens of the first arm in its preset's steps."""
+        first = next(iter(self.study.arms))
+        steps = self.study.preset_of(first).training.language.steps
+        return steps * self._cost(first, seed).targets_per_step
+
+    def _cost(self, name: str, seed: int) -> Cost:
+        """What a step of stage 2 costs an arm: measured on its documents and kept.
+
+        An LM that another arm trains counts as a new one of its size.
+        """
+        path = self.tokenizer(name, seed) / f"cost-{self._language_key(name, seed)}.json"
+        if not path.exists():
+            preset, encoded = self.study.preset_of(name), self.encoded(name, seed)
+            with tempfile.TemporaryDirectory() as scratch:
+                start = self._start(name, seed)
+                run = self._run(Path(scratch), name, preset, seed, start=start)
+                write_json(path, to_json(cost_of(run, encoded)))
+        return Cost(**read_json(path))
+
+    def _language_key(self, name: str, seed: int) -> str:
+        arm, preset = self.study.arms[name], self.study.preset_of(name)
+        others = [self._language_key(one, seed) for one in (arm.lm_of, arm.goes_on) if one]
+        parts = [to_json(preset.model.language), to_json(preset.training.language), others]
+        return key_of([*parts, preset.training.text_vocabulary, *self._shared(name)])
+
+    def _language(
+        self,
+        name: str,
+        seed: int,
+        rate: float,
+        *,
+        share: float,
+        steps: int | None = None,
+        tuning: bool = False,
+    ) -> Trained:
+        """Stage 2 of an arm, of so many steps or for its share of the budget."""
+        cost = self._cost(name, seed)
+        steps = steps or max(1, round(share * self._budget(seed) / cost.targets_per_step))
+        cost = replace(cost, steps=steps)
+        pixels = to_json(self.study.preset_of(name).training.pixels)
+        parts = [self.tokenizer_key(name), self._language_key(name, seed), steps, rate, pixels]
+        folder = self.out / "models" / f"{key_of(parts)}-{TUNING + seed if tuning else seed}"
+        if not (folder / "language" / "done").exists():
+            seed_here = TUNING + seed if tuning else seed
+            preset = self._preset(name, rate, steps)
+            self._train(name, seed, folder, preset, ("language",), seed_here)
+        return Trained(folder, replace(cost, seconds=self._seconds(folder)), rate)
+
+    def _train(
+        self,
+        name: str,
+        seed: int,
+        folder: Path,
+        preset: Preset,
+        stages: tuple[str, ...],
+        seed_here: int | None = None,
+    ) -> None:
+        """Train stages of a run on an arm's tokenizer."""
+        encoded, tokenizer = self.encoded(name, seed), self.tokenizer(name, seed)
+        self._take_base(name, seed, folder)
+        start = self._start(name, seed)
+        seed_here = seed if seed_here is None else seed_here
+        run = self._run(folder, name, preset, seed_here, start=start)
+        last: list[Report] = []
+
+        def watch(report: Report) -> None:
+            last.append(report)
+            if self.watch:
+                self.watch(report)
+
+        run.watch = watch
+        if start is None:
+            take_tokenizer(run, tokenizer)
+        train_stages(run, stages, encoded)
+        if took := [one.steps / one.rate for one in last if one.stage == "language"]:
+            write_json(folder / "seconds.json", {"language": took[-1]})
+
+    def _take_base(self, name: str, seed: int, folder: Path) -> None:
+        """Put the language model that an arm begins with where its run looks for it."""
+        other = self.study.arms[name].lm_of
+        if other and not (folder / "base").exists():
+            trained = self.model(other, seed)
+            assert trained is not None
+            with replacing(folder / "base") as new:
+                export_lm(*load_language(read_config(trained.folder), trained.folder), new)
+
+    def _start(self, name: str, seed: int) -> Path | None:
+        """The model that an arm goes on from."""
+        other = self.study.arms[name].goes_on
+        trained = self.model(other, seed) if other else None
+        return None if trained is None else trained.folder
+
+    @staticmethod
+    def _seconds(folder: Path) -> float:
+        """Seconds of stage 2; 0 where a run was taken up after its last step."""
+        path = folder / "seconds.json"
+        return float(read_json(path)["language"]) if path.exists() else 0.0
+
+    def measured(
+        self, folder: Path, names: tuple[str, ...], *, valid: bool = False
+    ) -> dict[str, Any]:
+        """Figures of a model with the values of their items, and hashes, kept in its folder."""
+        said = [names, self.study.count, self.study.rules.options(), valid]
+        path = folder / f"figures-{key_of(said)}.json"
+        if not path.exists():
+            torch.manual_seed(0)
+            exam = Exam(
+                folder,
+                count=self.study.count,
+                rules=self.study.rules,
+                kept=folder / "predictions.jsonl",
+                progress=self.progress,
+                valid=valid,
+            )
+            found = {}
+            for name in names:
+                try:
+                    figure = FIGURES[name](exam)
+                except Missing as missing:
+                    figure = nothing(str(missing))
+                found[name] = figure.entry() | {"items": list(figure.items)}
+            hashes = {"weights_hash": exam.weights, "config_hash": config_hash(folder)}
+            hashes["world_hash"] = world_hash()
+            write_json(path, {"figures": found, **hashes})
+        return read_json(path)
+
+
+def key_of(said: Any) -> str:
+    """A short hash of plain data."""
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def compare(bench: Bench, seeds: int) -> dict[str, Any]:
+    """Train and measure every arm; gives all values as plain data.
+
+    Raises `InputError` for an unknown figure or fewer than one seed.
+    """
+    study = bench.study
+    if seeds < 1:
+        raise InputError(f"seeds is {seeds}: give 1 or more")
+    if wrong := [name for name in study.figures if name not in FIGURES]:
+        raise InputError(f"there is no figure {wrong[0]!r}: choose from {', '.join(FIGURES)}")
+    found: dict[str, Any] = {column: {} for column in COLUMNS}
+    for column in COLUMNS:
+        for name, arm in study.arms.items():
+            if not arm.measured:
+                continue
+            found[column][name] = [measured_run(bench, name, seed, column) for seed in range(seeds)]
+    return found
+
+
+def measured_run(bench: Bench, name: str, seed: int, column: str) -> dict[str, Any] | None:
+    """One arm of one seed as plain data; None where the column's run is that of equal tokens."""
+    trained = bench.model(name, seed, column)
+    if trained is None:
+        return None
+    measured = bench.measured(trained.folder, bench.study.figures)
+    where = trained.folder.relative_to(bench.out).as_posix()
+    cost = to_json(trained.cost)
+    return {"seed": seed, "run": where, "rate": trained.rate, "cost": cost, **measured}

@@ -1,0 +1,180 @@
+"""What a study found, as a page, a plot and plain data: docs/results.md holds a part of each study.
+
+Every value of every seed is said. A claim is stated only where all seeds agree in sign and the
+interval excludes 0 (differences.py); a result against the paper is said like any other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from lavit.config import write_json, write_whole
+from lavit.evaluate.differences import Difference, paired_difference
+from lavit.evaluate.study import Study
+
+Outcome = Mapping[str, Mapping[str, list[dict[str, Any] | None]]]  # column, arm, seed
+TITLES = {"tokens": "Equal target tokens", "flops": "Equal FLOPs"}
+HEAD = """# Results
+
+Written by `lavit compare`, a part for each study of recipes/studies/; the values of all items and
+the hashes of all weights are in the JSON files beside this page. A difference is stated as settled
+only if all seeds agree in sign and the 95 % interval (two-level bootstrap over seeds and items)
+excludes 0.
+"""
+
+
+def row_of(found: Outcome, column: str, arm: str, seed: int) -> dict[str, Any]:
+    """An arm's run in a column; where that of equal tokens is the same, this one."""
+    return found[column][arm][seed] or found["tokens"][arm][seed] or {}
+
+
+def values_of(found: Outcome, column: str, arm: str, figure: str) -> np.ndarray | None:
+    """Values [seeds items] of an arm: of items where they are kept, else the figure's alone; None
+    where a seed has none.
+    """
+    rows = []
+    for seed in range(len(found["tokens"][arm])):
+        entry = row_of(found, column, arm, seed)["figures"][figure]
+        if entry["value"] is None:
+            return None
+        rows.append(entry["items"] or [entry["value"]])
+    return np.array(rows, dtype=np.float64)
+
+
+def differences(study: Study, found: Outcome, column: str) -> list[Difference | None]:
+    """The study's comparisons; None where an arm lacks the figure."""
+    made: list[Difference | None] = []
+    for one in study.comparisons:
+        pair = [values_of(found, column, arm, one.figure) for arm in (one.arm, one.against)]
+        both = [values for values in pair if values is not None]
+        made.append(paired_difference(both[0], both[1]) if len(both) == 2 else None)
+    return made
+
+
+def write_results(study: Study, found: Outcome, docs: Path, command: str) -> Path:
+    """Write a study's part of docs/results.md, its JSON and its plot; returns the page."""
+    data: dict[str, Any] = {"study": study.name, "command": command, "runs": found}
+    data["differences"] = {
+        column: [
+            {"arm": one.arm, "against": one.against, "figure": one.figure}
+            | ({} if apart is None else {**vars(apart), "verdict": apart.verdict(one.claimed)})
+            for one, apart in zip(study.comparisons, differences(study, found, column), strict=True)
+        ]
+        for column in found
+    }
+    write_json(docs / f"results.{study.name}.json", data)
+    docs.mkdir(parents=True, exist_ok=True)
+    plot(study, found).save(docs / f"results.{study.name}.png")
+    page, begin = docs / "results.md", f"<!-- {study.name} -->"
+    end = f"<!-- end of {study.name} -->"
+    text = page.read_text(encoding="utf-8") if page.exists() else HEAD
+    part = f"{begin}\n{section(study, found, command)}\n{end}"
+    old = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    new = old.sub(lambda _: part, text) if old.search(text) else f"{text.rstrip()}\n\n{part}\n"
+    write_whole(page, new)
+    return page
+
+
+def section(study: Study, found: Outcome, command: str) -> str:
+    """A study in words and tables."""
+    seeds = len(next(iter(found["tokens"].values())))
+    items = f"{seeds} seeds, {study.count} items a figure, {study.pictures:,} pictures"
+    lines = [
+        f"## {study.name}",
+        "",
+        f"    {command}",
+        "",
+        f"Claimed: {study.claim}",
+        "",
+        items + ".",
+    ]
+    for column in found:
+        lines += ["", f"### {TITLES[column]}", "", *_values(study, found, column)]
+        lines += ["", *_compared(study, found, column)]
+    return "\n".join([*lines, "", f"At scale: {study.at_scale}"])
+
+
+def _values(study: Study, found: Outcome, column: str) -> list[str]:
+    """Arms and their figures: the mean, and each seed; what it cost; why a cell is empty."""
+    head = ["arm", *study.figures, "tokens", "FLOPs", "seconds", "rate"]
+    lines = [_line(head), _line(["---"] * len(head))]
+    notes: dict[str, int] = {}
+    for arm, own in found["tokens"].items():
+        rows = [row_of(found, column, arm, seed) for seed in range(len(own))]
+        cells = [
+            arm + ("*" if column != "tokens" and own and found[column][arm][0] is None else "")
+        ]
+        for figure in study.figures:
+            values = [row["figures"][figure]["value"] for row in rows]
+            if None in values:
+                reason = next(r["figures"][figure]["reason"] for r in rows)
+                notes[reason] = notes.get(reason, len(notes) + 1)
+                cells.append(f"none ({notes[reason]})")
+                continue
+            each = ", ".join(f"{value:.3f}" for value in values)
+            cells.append(f"**{float(np.mean(values)):.3f}** ({each})")
+        costs = [row["cost"] for row in rows]
+        tokens = np.mean([cost["steps"] * cost["targets_per_step"] for cost in costs])
+        flops = np.mean([cost["steps"] * cost["flops_per_step"] for cost in costs])
+        seconds = np.mean([cost["seconds"] for cost in costs])
+        cells += [f"{tokens:,.0f}", f"{flops:.3g}", f"{seconds:.0f}", f"{rows[0]['rate']:g}"]
+        lines.append(_line(cells))
+    if column != "tokens":
+        lines += ["", "\\* within 5 % of the first arm's FLOPs already: the run of equal tokens."]
+    lines += [f"\n({number}) {reason}." for reason, number in notes.items()]
+    return lines
+
+
+def _compared(study: Study, found: Outcome, column: str) -> list[str]:
+    """The study's comparisons, each with its verdict."""
+    head = ["comparison", "figure", "difference [95 %]", "each seed", "verdict"]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for one, apart in zip(study.comparisons, differences(study, found, column), strict=True):
+        cells = [f"{one.arm} against {one.against}", one.figure]
+        if apart is None:
+            lines.append(_line([*cells, "none", "none", "an arm has no such figure (above)"]))
+            continue
+        interval = f"{apart.value:+.3f} [{apart.low:+.3f}, {apart.high:+.3f}]"
+        each = ", ".join(f"{value:+.3f}" for value in apart.seeds)
+        lines.append(_line([*cells, interval, each, apart.verdict(one.claimed)]))
+    return lines
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def plot(study: Study, found: Outcome) -> Image.Image:
+    """Differences of both columns with their intervals, and a dot for each seed."""
+    rows = [
+        (column, one, apart)
+        for column in found
+        for one, apart in zip(study.comparisons, differences(study, found, column), strict=True)
+        if apart is not None
+    ]
+    left, width, step = 460, 900, 26
+    image = Image.new("RGB", (width, step * (len(rows) + 2)), "white")
+    draw = ImageDraw.Draw(image)
+    ends = [abs(v) for _, _, apart in rows for v in (apart.low, apart.high, *apart.seeds)]
+    reach = max([*ends, 1e-6]) * 1.05
+
+    def across(value: float) -> float:
+        return left + (width - left - 20) * (0.5 + value / reach / 2)
+
+    draw.line((across(0), step, across(0), step * (len(rows) + 1)), fill="gray")
+    for number, (column, one, apart) in enumerate(rows, 1):
+        y, colour = number * step + step // 2, "black" if apart.settled else "gray"
+        words = f"{one.arm} - {one.against}: {one.figure} ({column})"
+        draw.text((8, y - 6), words, fill=colour)
+        draw.line((across(apart.low), y, across(apart.high), y), fill=colour, width=2)
+        for value in apart.seeds:
+            draw.ellipse((across(value) - 3, y - 3, across(value) + 3, y + 3), outline=colour)
+    draw.text((left, 6), f"-{reach:.3g}", fill="gray")
+    draw.text((width - 60, 6), f"+{reach:.3g}", fill="gray")
+    return image

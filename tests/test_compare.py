@@ -1,0 +1,140 @@
+"""Studies: every arm runs from the one command at toy size, budgets hold, seeds alone differ."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import toy_config, toy_training
+from lavit.config import InputError, Mixture
+from lavit.evaluate import pace
+from lavit.evaluate.compare import Bench, compare
+from lavit.evaluate.differences import paired_difference
+from lavit.evaluate.results import write_results
+from lavit.evaluate.study import Arm, Comparison, Study, in_model, load_study
+from lavit.presets import Preset
+
+STUDIES = sorted((Path(__file__).parent.parent / "recipes" / "studies").glob("*.py"))
+
+
+def toy_preset() -> Preset:
+    model, training = toy_config(), toy_training(3)
+    language = replace(
+        training.language, tokens=192, mixture=Mixture(reading=3.0, writing=1.0), read_share=0.1
+    )
+    return Preset(model, replace(training, language=language, text_vocabulary=400), minutes=1)
+
+
+def small(study: Study) -> Study:
+    """The same arms with toys, two items and few scenes."""
+    rates = study.rates[:1]
+    return replace(study, preset=toy_preset, pictures=24, count=2, rates=rates)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=[pytest.mark.slow] * (p.stem != "input"), id=p.stem) for p in STUDIES],
+)
+def test_every_arm_of_a_study_runs(path: Path, tmp_path: Path) -> None:
+    study = small(load_study(path))
+    found = compare(Bench(study, tmp_path / "out"), 1)
+    page = write_results(study, found, tmp_path / "docs", f"lavit compare {path}")
+    text = page.read_text()
+    measured = [name for name, arm in study.arms.items() if arm.measured]
+    assert [*found["tokens"]] == measured and all(f"| {name} |" in text for name in measured)
+    first = found["tokens"][measured[0]][0]["cost"]
+    budget = first["steps"] * first["targets_per_step"]
+    for name in measured:
+        cost, share = found["tokens"][name][0]["cost"], study.arms[name].share
+        if cost["steps"]:  # to half a step
+            tokens = cost["steps"] * cost["targets_per_step"]
+            assert abs(tokens - share * budget) <= max(1, cost["targets_per_step"]) * 0.51
+        other = found["flops"][name][0]
+        if other is not None:
+            spent = other["cost"]["steps"] * cost["flops_per_step"]
+            wanted = share * first["steps"] * first["flops_per_step"]
+            assert other["cost"]["steps"] == 1 or abs(spent - wanted) <= cost["flops_per_step"] / 2
+    assert "| |" not in text  # no empty cell
+
+
+TWO = Study(
+    name="two",
+    claim="none",
+    at_scale="nothing",
+    arms={
+        "features": Arm(),
+        "codes": Arm(lambda preset: in_model(preset, "language", read_as="codes")),
+    },
+    figures=("kept_share", "noto"),
+    comparisons=(),
+)
+
+
+def test_finished_parts_are_not_made_again_and_seeds_differ_by_seed_alone(tmp_path: Path) -> None:
+    study = small(replace(TWO, figures=("kept_share",)))
+    found = compare(Bench(study, tmp_path), 2)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert compare(Bench(study, tmp_path), 2) == found
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert len([*(tmp_path / "tokenizers").iterdir()]) == 2  # shared by both arms, one a seed
+    for name in study.arms:
+        said = [
+            json.loads((tmp_path / one["run"] / "training.json").read_text())
+            for one in found["tokens"][name]
+        ]
+        seeds = [one["training"].pop("seed") for one in said]
+        steps = [one["training"]["language"].pop("steps") for one in said]  # by the same budget
+        assert seeds == [0, 1] and said[0] == said[1] and min(steps) > 0
+
+
+def test_a_study_is_checked(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is no figure 'noto'"):
+        compare(Bench(TWO, tmp_path), 1)
+    with pytest.raises(InputError, match="takes from 'none'"):
+        replace(TWO, arms={"one": Arm(lm_of="none")})
+    with pytest.raises(InputError, match="compares what it does not measure"):
+        replace(TWO, comparisons=(Comparison("features", "codes", "live_codes"),))
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(InputError, match="defines no STUDY"):
+        load_study(tmp_path / "empty.py")
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_a_plan_counts_runs(path: Path) -> None:
+    study = load_study(path)
+    lines = pace.plan_study(study, 3, pace.Pace(0.01, 1.0, 1.0, 1.0, 0.1))
+    counts = {line.what: line.count for line in lines}
+    trained = [arm for arm in study.arms.values() if not arm.tokenizer_alone]
+    assert counts["language models, equal tokens"] == 3 * len(trained)
+    assert 0 < counts["tokenizers"] <= 3 * len(study.arms)
+
+
+def test_two_levels_of_chance_have_the_width_that_they_should() -> None:
+    """Seeds of deviation 1 and items of deviation 2 give a variance of 1 / seeds + 4 / items."""
+    rng, seeds, items, covered, widths = np.random.default_rng(0), 12, 60, 0, []
+    expected = 2 * 1.96 * np.sqrt(1 / seeds + 4 / items)
+    for _ in range(100):
+        of_seeds, of_items = rng.normal(0, 1, (seeds, 1)), rng.normal(0, 2, (1, items))
+        found = paired_difference(0.5 + of_seeds + of_items, np.zeros((seeds, items)))
+        covered += found.low <= 0.5 <= found.high
+        widths.append(found.high - found.low)
+    assert 86 <= covered <= 99
+    assert np.mean(widths) == pytest.approx(expected, rel=0.1)
+
+
+def test_a_claim_needs_all_seeds_and_the_interval() -> None:
+    rng = np.random.default_rng(1)
+    noise = rng.normal(0, 0.1, (3, 200))
+    better = paired_difference(noise + 0.5, np.zeros((3, 200)))
+    assert better.settled and better.verdict(1) == "as claimed"
+    assert better.verdict(-1) == "against the claim" and better.verdict(0) == "more"
+    torn = paired_difference(noise + np.array([[0.9], [0.9], [-0.1]]), np.zeros((3, 200)))
+    assert not torn.settled and torn.verdict(1) == "not settled" and torn.seeds[2] < 0
+    alone = paired_difference(noise[:1] + 0.5, np.zeros((1, 200)))
+    assert not alone.settled  # one seed settles nothing
+    same = paired_difference(noise, noise)
+    assert (same.low, same.high) == (0, 0) and not same.settled
