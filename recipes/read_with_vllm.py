@@ -1,6 +1,6 @@
 """Read pictures through vLLM: a model's language/ as a plain causal LM, pictures as embeddings.
 
-    python recipes/read_with_vllm.py MODEL PICTURE …
+Command   python recipes/read_with_vllm.py MODEL PICTURE …
 
 Captions of vLLM beside those of this package, both greedy; exit status 1 if one differs. vLLM gets
 the prompt as `prompt_embeds`: rows of text, and features of the picture's kept patches. It writes

@@ -227,7 +227,9 @@ def test_the_log_says_what_is_loaded_and_what_is_fresh(
     lines = [line for line in caplog.messages if line.startswith("language: ")]
     said = {line.split(": ")[1]: line for line in lines}
     assert "fresh, train" in said["rows"] and "fresh, train" in said["lm"]
-    assert "copied from the tokenizer, train" in said["merger"]
+    reader = [line for line in lines if line.startswith("language: reader: ")]
+    assert any("copied from the tokenizer, train" in line for line in reader)
+    assert any("fresh, train" in line for line in reader)
     config = toy_config()
     visual = 2 + config.visual_tokenizer.codes
     width = config.language.architecture["hidden_size"]

@@ -117,11 +117,11 @@ def blocks_of(service: Service) -> gr.Blocks:
         with gr.Tab("Tokens"):
             see_note = gr.Markdown("Draw: the more there is to see, the more tokens it takes.")
             with gr.Row():
-                canvas = gr.HTML(
-                    html_template=CANVAS, css_template=CANVAS_CSS, js_on_load=_script(),
-                    apply_default_css=False,
-                    min_width=280,
-                )  # fmt: skip
+                with gr.Column(min_width=280):
+                    canvas = gr.HTML(
+                        html_template=CANVAS, css_template=CANVAS_CSS, js_on_load=_script(),
+                        apply_default_css=False,
+                    )  # fmt: skip
                 kept = shown(label="Kept patches")
                 merged = shown(label="Where the dropped ones flow")
         verbs = _Verbs(service)

@@ -232,7 +232,7 @@ def train_language(run: Run[TrainConfig], stage: LanguageStage, text: TextTokeni
     sharded = run.accelerator.is_fsdp2
     if base.lora_rank and not sharded and run.accelerator.mixed_precision == "bf16":
         halve_frozen(language)
-    origins = {"merger.": "copied from the tokenizer"}
+    origins = {"reader.merger.": "copied from the tokenizer"}
     if base.source != "random":
         origins["lm."] = f"loaded from {base.source}"
     if run.start:
