@@ -65,8 +65,10 @@ class Pipeline(Runner):
 
     `protocol` says how verbs sample and cut where a call does not: "default", "paper", "published",
     or a `Protocol`. `safety` (default: on for published weights): a written picture that the
-    checker refuses raises `Refused`; `watermark` is text to hide in them. Pictures are given as
-    paths, bytes, PIL images, arrays or tensors (`open_image`).
+    checker refuses raises `Refused`; `watermark` is text to hide in them. `compile` names a backend
+    of torch.compile ("inductor", "cudagraphs") for the LM's step over a static cache: each number
+    of lanes is compiled once, at first use. Pictures are given as paths, bytes, PIL images, arrays
+    or tensors (`open_image`).
     """
 
     @overload

@@ -74,8 +74,10 @@ class Runner:
         protocol: str | Protocol = "default",
         safety: bool | None = None,
         watermark: str | None = None,
+        compile: str | None = None,
     ) -> None:
         self.model, self.safety, self.watermark = model, safety, watermark
+        self.compile = compile
         if isinstance(protocol, str):
             protocol = protocol_of(protocol, model.config.visual_tokenizer.patches)
         self.protocol = protocol
@@ -84,7 +86,7 @@ class Runner:
     def engine(self) -> Engine:
         """The token engine over this model's language part."""
         self.model.needs("language")
-        return Engine(self.model.language)
+        return Engine(self.model.language, compile=self.compile)
 
     @cached_property
     def release(self) -> Release:

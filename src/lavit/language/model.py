@@ -223,6 +223,9 @@ class Language(nn.Module):
         if not isinstance(head, nn.Linear):
             raise InputError(f"the LM's head is a {type(head).__name__}, expected a plain Linear")
         weights, train = (head.weight, head.bias, self.visual_head), torch.is_grad_enabled()
+        kind = hidden.device.type
+        if torch.is_autocast_enabled(kind):  # else the head's products, a fifth of all, are fp32
+            hidden = hidden.to(torch.get_autocast_dtype(kind))
         apply: Callable[..., tuple[Tensor, Tensor, Tensor]] = HeadLoss.apply
         total, losses, correct = apply(hidden, labels, *weights, CHUNK, train)
         visual = self.vocabulary.is_visual(labels)

@@ -237,7 +237,8 @@ class Pixels(nn.Module):
             if callback is not None:
                 changed = callback(step, latents)
                 latents = latents if changed is None else changed
-        return self.decode(latents.to(weight)).clamp(-1, 1)
+        each = latents.to(weight).split(1)  # one by one: SDXL's autoencoder takes GBs a picture
+        return torch.cat([self.decode(one) for one in each]).clamp(-1, 1)
 
     def solver(
         self,

@@ -237,7 +237,8 @@ def _measure(run: Run[FinetuneTraining], stage: LanguageStage, minutes: float) -
         if step == 1:
             started = time.perf_counter()
         batch = stage.batch(step, stage.shard)
-        loss = stage.losses(module, batch, step)["loss"]
+        with accelerator.autocast():
+            loss = stage.losses(module, batch, step)["loss"]
         assert isinstance(loss, Tensor)
         loss.backward()
     module.zero_grad(set_to_none=True)

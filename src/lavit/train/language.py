@@ -125,7 +125,8 @@ class LanguageStage(Stage):
         """Cross-entropy over all target tokens of a step; loss and accuracy of text and codes."""
         device = self.accelerator.device
         rows = batch.rows.to(device)
-        patches = self.tokenizer.prepare(batch.patches).to(device)
+        where = self.tokenizer.place_code.device  # the CPU, where nothing else needs the tokenizer
+        patches = self.tokenizer.prepare(batch.patches.to(where)).to(device)
         out: LanguageLoss = module(rows, patches, batch.keep.to(device))
         loss = out.total / batch.targets * self.accelerator.num_processes
         return {

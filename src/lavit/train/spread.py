@@ -12,19 +12,23 @@ three lines give it back, so that the path of GPUs is tested on two gloo ranks.
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import Literal
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs as DDPKwargs
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import InitProcessGroupKwargs as Patience
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lavit.config import InputError
 from lavit.placement import share_cores
 
 Precision = Literal["auto", "fp32", "bf16"]
+WAIT = timedelta(hours=4)  # for other ranks: a first one may encode or save for longer than NCCL's
 
 
 def make_accelerator(precision: Precision = "auto", *, fsdp: bool = False) -> Accelerator:
@@ -43,6 +47,10 @@ def make_accelerator(precision: Precision = "auto", *, fsdp: bool = False) -> Ac
         wrap = "transformer_based_wrap"
         plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy=wrap)
     gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    if plugin is not None:
+        plugin.mixed_precision_policy = sharded_precision(
+            "bf16" if gpu and precision != "fp32" else "fp32"
+        )
     if precision == "bf16" and not gpu:
         said = "precision bf16 needs a GPU that has it (a CPU's bf16 products are far slower)"
         raise InputError(f"{said}: use fp32")
@@ -50,13 +58,22 @@ def make_accelerator(precision: Precision = "auto", *, fsdp: bool = False) -> Ac
         cpu=several and not torch.accelerator.is_available(),  # else each process trains alone
         mixed_precision="bf16" if gpu and precision != "fp32" else "no",
         fsdp_plugin=plugin,
-        kwargs_handlers=[DDPKwargs(find_unused_parameters=True)],
+        kwargs_handlers=[DDPKwargs(find_unused_parameters=True), Patience(timeout=WAIT)],
     )
     if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
         for state in (PartialState(), accelerator.state):  # the first is copied into the second
             state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
     return accelerator
+
+
+def sharded_precision(precision: str) -> MixedPrecisionPolicy:
+    """FSDP2's number types: products in bf16 on GPUs; gradients are summed, losses given in fp32.
+
+    Accelerate's own policy rounds both to bf16: gradients over many passes, and figures.
+    """
+    products = torch.bfloat16 if precision == "bf16" else None
+    return MixedPrecisionPolicy(products, torch.float32, torch.float32)
 
 
 def halve_frozen(module: nn.Module) -> None:

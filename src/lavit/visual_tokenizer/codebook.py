@@ -91,8 +91,11 @@ class Codebook(nn.Module):
         """Nearest code of each unit vector; inverse of `vector`. Ties go to the lower code.
 
         The distance is the true one: published codes need not be of length one to the last bit.
+        Autocast is off: products of bf16 would flip codes.
         """
-        return (vectors.float() @ self.vectors.T - self.vectors.square().sum(-1) / 2).argmax(-1)
+        with torch.autocast(vectors.device.type, enabled=False):
+            near = vectors.float() @ self.vectors.T
+        return (near - self.vectors.square().sum(-1) / 2).argmax(-1)
 
     def vector(self, codes: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape code_dim"]:
         """Vectors of codes."""

@@ -1,0 +1,164 @@
+"""Training, evaluation and generation on a second device (device.py): the values of the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from PIL import Image
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from conftest import toy_config, toy_training
+from device import DEVICE, NAME, waits
+from lavit.config import TrainConfig
+from lavit.generate.pipeline import Pipeline
+from lavit.generate.sampling import Sampling
+from lavit.language.model import Language
+from lavit.language.reader import MergerReader
+from lavit.model import LaVIT
+from lavit.train.run import open_run, train_stages
+from lavit.train.spread import WAIT, sharded_precision
+from lavit.visual_tokenizer.codebook import Codebook
+from lavit.visual_tokenizer.merger import Merger
+
+
+def test_the_device_refuses_what_cuda_refuses() -> None:
+    here, there = torch.ones(3), torch.ones(3, device=DEVICE)
+    for wrong in (
+        lambda: here + there,
+        lambda: here[torch.ones(3, dtype=torch.bool, device=DEVICE)],
+        lambda: there.numpy(),
+        lambda: torch.cat([here, there]),
+        lambda: torch.nn.Linear(3, 3)(there),
+    ):
+        with pytest.raises((RuntimeError, TypeError)):
+            wrong()
+    assert (there + torch.tensor(1.0)).cpu().tolist() == [2.0] * 3  # a scalar may enter
+    layer = torch.nn.Linear(3, 3).to(DEVICE)
+    with torch.autocast(NAME, torch.bfloat16):
+        assert layer(there).dtype == torch.bfloat16
+        assert torch.nn.functional.layer_norm(layer(there), (3,)).dtype == torch.float32
+    layer(there).sum().backward()
+    assert layer.weight.grad is not None and layer.weight.grad.device == DEVICE
+    with waits() as found:
+        float(there.sum())
+    assert not found  # no line of the package
+
+
+@pytest.fixture
+def on_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Trainings run on the second device, in bf16 autocast over fp32 weights as on a GPU."""
+
+    def accelerator(precision: str = "auto", *, fsdp: bool = False) -> Accelerator:
+        AcceleratorState._reset_state(True)
+        PartialState(cpu=True).device = DEVICE
+        return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
+
+    for module in ("run", "finetune"):
+        monkeypatch.setattr(f"lavit.train.{module}.make_accelerator", accelerator)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def streaming(training: TrainConfig) -> TrainConfig:
+    """All stages on streams."""
+    names = ("tokenizer", "language", "pixels")
+    return replace(training, **{n: replace(getattr(training, n), stream=True) for n in names})
+
+
+@pytest.mark.parametrize(("stream", "precision"), [(False, "bf16"), (True, "fp32")])
+def test_all_stages_train_on_it(
+    on_device: None,
+    toy_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stream: bool,
+    precision: Any,
+) -> None:
+    """With samples of stage 2; `lavit caption` and the like then run there too."""
+    monkeypatch.setattr("lavit.data.stream_documents.WINDOW", 2)
+    training = replace(toy_training(1), precision=precision)
+    training = streaming(training) if stream else training
+    run = open_run(tmp_path / "run", toy_data, toy_config(), training, trackers=())
+    assert run.accelerator.device == DEVICE
+    train_stages(run)
+
+
+def test_the_pipeline_gives_on_it_what_it_gives_on_the_cpu(toy_run: Path) -> None:
+    """Text, codes and pictures."""
+    picture = Image.new("RGB", (32, 32), (200, 30, 30))
+    words = Sampling(temperature=0.0, min_tokens=4, max_tokens=8)
+    found = []
+    for device in ("cpu", DEVICE):
+        pipe = Pipeline(LaVIT.from_pretrained(toy_run, device=device))
+        drawn = pipe.draw("a red square", seed=3, steps=2)
+        codes = pipe.tokenize(picture).codes.cpu().tolist()
+        found.append((pipe.caption(picture, sampling=words), codes, np.asarray(drawn, dtype=int)))
+    assert found[0][:2] == found[1][:2]
+    assert np.abs(np.subtract(found[0][2], found[1][2])).max() <= 1
+
+
+def test_products_of_a_step_are_bf16_but_not_those_that_choose_codes() -> None:
+    """Under autocast the head's products are bf16, its logits fp32; codes are those of fp32."""
+    torch.manual_seed(0)
+    codebook = Codebook(8, 64, 4)
+    vectors = torch.nn.functional.normalize(torch.randn(4000, 4), dim=-1)
+    wanted = codebook.index(vectors)
+    codebook, seen = codebook.to(DEVICE), []
+    language = toy_language()
+    language.loss(torch.randn(5, 48), torch.arange(5))
+    language.to(DEVICE)
+    monkey = pytest.MonkeyPatch()
+    plain = torch.mm
+
+    def product(*args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append(args[0].dtype)
+        return plain(*args, **kwargs)
+
+    with monkey.context() as patched, torch.autocast(NAME, torch.bfloat16):
+        patched.setattr("lavit.language.head.torch.mm", product)
+        found = codebook.index(vectors.to(DEVICE))
+        hidden = torch.randn(5, 48).to(DEVICE).requires_grad_()
+        loss = language.loss(hidden, torch.arange(5).to(DEVICE)).total
+    loss.backward()
+    assert torch.equal(found.cpu(), wanted)
+    assert set(seen) == {torch.bfloat16}
+    assert loss.dtype == hidden.grad.dtype == torch.float32
+
+
+def toy_language() -> Language:
+    """The toy's language part, random."""
+    torch.manual_seed(0)
+    config = toy_config()
+    options = {**config.language.architecture, "vocab_size": 300}
+    lm = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(options.pop("model_type"), **options)
+    )
+    reader = MergerReader(Merger(32, 2, 1, 2.0), 48)
+    return Language(lm, reader, codes=32, end=0)
+
+
+def test_sharded_training_sums_in_fp32() -> None:
+    policy = sharded_precision("bf16")
+    assert policy.param_dtype == torch.bfloat16
+    assert policy.reduce_dtype == policy.output_dtype == torch.float32
+    assert timedelta(hours=1) <= WAIT  # NCCL's ten minutes are less than an encoding takes
+
+
+def test_one_switch_compiles_the_step(toy_run: Path) -> None:
+    """A static cache and a compiled step say and write what the plain one does."""
+    model = LaVIT.from_pretrained(toy_run)
+    picture = Image.new("RGB", (32, 32), (200, 30, 30))
+    words = Sampling(temperature=0.0, min_tokens=4, max_tokens=8)
+    plain, compiled = Pipeline(model), Pipeline(model, compile="eager")
+    assert compiled.engine.decoder.static
+    said = [pipe.caption(picture, sampling=words) for pipe in (plain, compiled)]
+    assert said[0] == said[1]
