@@ -150,10 +150,10 @@ def nano() -> Preset:
             mixture=Mixture(reading=6.0, writing=1.0, question=0.6, edit=0.4),
         ),
         pixels=PixelsTraining(
-            steps=1000,
+            steps=4000,
             batch=16,
             learning_rate=2e-3,
-            ema=0.995,
+            ema=0.998,
             optimizer="muon",
         ),
     )
