@@ -16,7 +16,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-from vllm import LLM, SamplingParams
 
 import lavit
 from lavit.generate.prompts import captions_of, lay_prompt
@@ -27,6 +26,8 @@ TOKENS = 24  # of a caption
 
 def main() -> int:
     """Compare captions."""
+    from vllm import LLM, SamplingParams  # of an environment of its own
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("pictures", nargs="+", type=Path)

@@ -31,8 +31,6 @@ import speedrun
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.py")))
 def test_recipes_import(name: str) -> None:
-    if name == "read_with_vllm":
-        pytest.importorskip("vllm", reason="it needs an environment of its own")
     assert importlib.import_module(name).__doc__.count("Command   ") == 1
 
 

@@ -296,7 +296,8 @@ class Bench:
         self, folder: Path, names: tuple[str, ...], *, valid: bool = False
     ) -> dict[str, Any]:
         """Figures of a model with the values of their items, and hashes, kept in its folder."""
-        said = [names, self.study.count, self.study.rules.options(), valid]
+        paints = (folder / "pixels" / "done").exists()  # it may have come since
+        said = [names, self.study.count, self.study.rules.options(), valid, paints]
         path = folder / f"figures-{key_of(said)}.json"
         if not path.exists():
             torch.manual_seed(0)
