@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from threading import Barrier, Lock
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -313,14 +313,13 @@ def test_features_are_shared_by_chunks_and_taken_up_by_any_number_of_processes(
     records = [picture.record for picture in load_corpus(toy_data).pictures] * 2
     whole = compute_features(records, vision, tmp_path / "whole")
     encoded: list[int] = []
-    encode, one_at_a_time = vision.encode, Lock()  # threads stand for processes: hooks are shared
+    encode = vision.encode
 
     def counted(images: list) -> torch.Tensor:
-        with one_at_a_time:
-            encoded.append(len(images))
-            if sum(encoded) > 10:
-                raise KeyboardInterrupt
-            return encode(images)
+        encoded.append(len(images))
+        if sum(encoded) > 10:
+            raise KeyboardInterrupt
+        return encode(images)
 
     make = {"folder": tmp_path / "shared", "records": records, "vision": vision}
     monkeypatch.setattr(vision, "encode", counted)
@@ -381,6 +380,16 @@ def test_tokens_are_the_same_in_training_and_in_use(toy_run: Path, tmp_path: Pat
         used = [model.encode_images(batch) for batch in batches]
         assert torch.cat([tokens.codes for tokens in used]).equal(trained.codes)
         assert torch.cat([tokens.keep for tokens in used]).equal(trained.keep)
+
+
+def test_threads_that_share_an_encoder_see_their_own_pictures(toy_run: Path) -> None:
+    vision = LaVIT.from_pretrained(toy_run, parts=("vision",)).vision
+    images = [toy_picture(NAMES[number % 8]).rotate(9 * number) for number in range(16)]
+    alone = [vision.encode([image]) for image in images]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(10):
+            together = threads.map(lambda image: vision.encode([image]), images)
+            assert all(a.equal(b) for a, b in zip(together, alone, strict=True))
 
 
 def test_an_encoder_that_packs_pictures_is_refused() -> None:

@@ -177,7 +177,9 @@ def hash_of(paths: Iterable[Path]) -> str:
     """A short hash of the bytes of files."""
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(path.read_bytes())
+        with path.open("rb") as file:
+            while part := file.read(1 << 20):
+                digest.update(part)
     return digest.hexdigest()[:16]
 
 

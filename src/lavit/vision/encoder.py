@@ -14,6 +14,7 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from lavit.visual_tokenizer.layers import Patches
 
 EFFICIENTNET = "efficientnet-lite0"
 BLOCK = 8  # pictures encoded at a time: more do not fit a CPU's cache
+ONE_AT_A_TIME = Lock()  # threads encode in turn: hooks are of the encoder, not of a call
 BLIP = "blip_2_vision_model"  # which AutoModel does not know
 
 
@@ -104,12 +106,13 @@ class Vision(nn.Module):
         def keep(module: nn.Module, inputs: tuple[Any, ...], out: Tensor | tuple[Any, ...]) -> None:
             states.append(out[0] if isinstance(out, tuple) else out)
 
-        hooks = [block.register_forward_hook(keep) for block in self._blocks(self.encoder)]
-        try:
-            self.encoder(pixel_values=pixels)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with ONE_AT_A_TIME:
+            hooks = [block.register_forward_hook(keep) for block in self._blocks(self.encoder)]
+            try:
+                self.encoder(pixel_values=pixels)
+            finally:
+                for hook in hooks:
+                    hook.remove()
         return states
 
     @staticmethod

@@ -43,7 +43,7 @@ from lavit.evaluate.benchmarks.image_metrics import (
     kernel_distances,
 )
 from lavit.evaluate.benchmarks.layouts import Example, benchmark, load_examples
-from lavit.evaluate.examinee import SEED_STEP, config_hash, weights_hash
+from lavit.evaluate.examinee import SEED_STEP, config_hash, hash_of, weights_hash
 from lavit.evaluate.figures import (
     Figure,
     average,
@@ -351,17 +351,9 @@ def _hashed(path: Path | None) -> str | None:
     if path is None:
         return None
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return f"{path.name} {digest.hexdigest()[:16]}"
+    return f"{path.name} {hash_of(files)}"
 
 
 def code_hash() -> str:
     """A hash of this package's code."""
-    folder = Path(lavit.__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
+    return hash_of(sorted(Path(lavit.__file__).parent.rglob("*.py")))
