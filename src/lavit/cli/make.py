@@ -41,11 +41,11 @@ def train(
     --minutes scales the steps: about that long on two idle CPU cores. --lm and --encoder put a
     causal LM and a vision encoder of your own, transformers folders or hub names, in the place of
     the preset's. --lora R trains adapters of rank R on a frozen language model. --tracker
-    tensorboard, wandb or trackio, in addition to metrics.jsonl. --fsdp shards stage 2 over the processes of torchrun. --stream reads
-    the data as they come, shard by shard, in every stage, and keeps none of them; --tokens takes
-    the codes of stage 2 from a folder of `lavit tokenize-corpus`, and then nothing is read, only
-    written. --plan trains nothing: it computes the memory of stage 2 on --gpus GPUs of --memory
-    GiB each.
+    tensorboard, wandb or trackio, in addition to metrics.jsonl. --fsdp shards stage 2 over the
+    processes of torchrun. --stream reads the data as they come, shard by shard, in every stage, and
+    keeps none of them; --tokens takes the codes of stage 2 from a folder of `lavit
+    tokenize-corpus`, and then nothing is read, only written. --plan trains nothing: it computes the
+    memory of stage 2 on --gpus GPUs of --memory GiB each.
     """
     from dataclasses import replace
 
