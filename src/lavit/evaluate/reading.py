@@ -155,10 +155,11 @@ def answer_test(exam: Exam) -> Figure:
 
 
 def answer_blind(exam: Exam) -> Figure:
-    """The same when another scene's picture is shown."""
+    """The same when another scene's picture is shown, any one, which says nothing of this one."""
 
     def other(item: int) -> Image:
-        return exam.picture(exam.scene("test", item + 4))  # with as many things
+        away = int(exam.rng(item, 40).integers(1, 1000))
+        return exam.picture(exam.scene("test", item + away))
 
     return share(_answered(exam, "answer blind", other), floor=text_only(exam))
 
