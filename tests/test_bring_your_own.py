@@ -16,7 +16,7 @@ from lavit.cli import main
 from lavit.config import InputError
 from lavit.model import LaVIT
 from lavit.presets import Preset, lavit_7b, nano, with_encoder, with_lm
-from lavit.vision.encoder import vision_config
+from lavit.vision.encoder import encoder_at
 
 WIDE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 SEEN = WIDE | {"intermediate_size": 64, "image_size": 32, "patch_size": 8}
@@ -66,8 +66,8 @@ def test_an_lm_and_an_encoder_of_ones_own_are_trained_and_used(
 
 def test_what_is_no_encoder_is_said(tmp_path: Path, toy_run: Path) -> None:
     with pytest.raises(InputError, match=r"no vision encoder at .*preprocessor_config.json"):
-        vision_config(str(lm_folder("llama", toy_run, tmp_path / "lm")))
-    eyes = str(encoder_folder("dinov2", tmp_path / "encoder"))
+        encoder_at(str(lm_folder("llama", toy_run, tmp_path / "lm")))
+    eyes = encoder_at(str(encoder_folder("dinov2", tmp_path / "encoder")))
     with pytest.raises(InputError, match="lavit_7b cannot change its encoder"):
         with_encoder(lavit_7b(), eyes)
 

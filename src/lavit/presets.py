@@ -306,19 +306,16 @@ def with_lm(chosen: Preset, source: str) -> Preset:
     return replace(chosen, model=replace(chosen.model, language=language), training=training)
 
 
-def with_encoder(chosen: Preset, source: str) -> Preset:
-    """The preset on another vision encoder (`vision_config`): its sizes follow the features'.
+def with_encoder(chosen: Preset, vision: VisionConfig) -> Preset:
+    """The preset on another vision encoder (`vision.encoder.encoder_at`), sizes as its features'.
 
     Only presets with a decoder on the grid of features (nano and its like) can change their
     encoder so; others raise `InputError`.
     """
-    from lavit.vision.encoder import vision_config
-
     model = chosen.model
     if model.pixels.condition != "grid":
         said = "its decoder does not paint on a grid of features"
         raise InputError(f"preset {model.name} cannot change its encoder: {said}; use nano")
-    vision = vision_config(source)
     heads = max(n for n in range(1, max(1, vision.dim // 64) + 1) if vision.dim % n == 0)
     sizes = {"dim": vision.dim, "patches": vision.patches}
     unet = model.pixels.unet

@@ -53,12 +53,13 @@ def train(
     from lavit.presets import scaled, with_encoder, with_lm
     from lavit.train.run import open_run, train_stages
     from lavit.train.settings import STAGES
+    from lavit.vision.encoder import encoder_at
 
     chosen = find(preset)
     if lm is not None:
         chosen = with_lm(chosen, lm)
     if encoder is not None:
-        chosen = with_encoder(chosen, encoder)
+        chosen = with_encoder(chosen, encoder_at(encoder))
     model = chosen.model
     if lora is not None:
         model = replace(model, language=replace(model.language, lora_rank=lora))

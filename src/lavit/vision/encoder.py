@@ -122,7 +122,7 @@ class Vision(nn.Module):
         return max(lists, key=len)
 
 
-def vision_config(source: str) -> VisionConfig:
+def encoder_at(source: str) -> VisionConfig:
     """How pictures enter a transformers vision checkpoint, a folder or a hub name, by its files.
 
     Size, mean and deviation come from its preprocessor_config.json, patches and channels from its
