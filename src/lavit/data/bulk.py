@@ -38,6 +38,7 @@ from lavit.files import alone, sha256
 from lavit.model import LaVIT
 from lavit.sequence import VisualTokens
 from lavit.storage import model_folder
+from lavit.vision.encoder import product_type
 from lavit.visual_tokenizer.selector import KeepPolicy
 
 log = logging.getLogger(__name__)
@@ -87,8 +88,9 @@ class CorpusJob:
         return range(shard * self.shard_size, min(count, (shard + 1) * self.shard_size))
 
 
-def tokenizer_hash(model: LaVIT) -> str:
-    """SHA-256 of all that decides over tokens: weights and sizes of tokenizer and encoder.
+def tokenizer_hash(model: LaVIT, device: torch.device | str = "cpu") -> str:
+    """SHA-256 of all that decides over tokens: weights and sizes of tokenizer and encoder, and the
+    number type of the encoder's products on a device.
 
     An encoder that is only referenced (a package, a hub id) enters by its configuration.
     """
@@ -103,6 +105,7 @@ def tokenizer_hash(model: LaVIT) -> str:
     if config.vision.source == "folder":
         weights += sorted((folder / "vision").glob("*.safetensors"))
     said = [to_json(config.vision), to_json(config.visual_tokenizer), *map(sha256, weights)]
+    said.append(str(product_type(torch.device(device))))
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
@@ -148,7 +151,10 @@ class ShardWriter:
         self.records = load_records(job.data, job.split)
         where = {"device": job.device, "dtype": getattr(torch, job.dtype)}
         self.model = LaVIT.from_pretrained(job.model, **where, parts=TO_SEE)
-        self.policy, self.tokenizer = KeepPolicy.parse(job.keep), tokenizer_hash(self.model)
+        self.policy, self.tokenizer = (
+            KeepPolicy.parse(job.keep),
+            tokenizer_hash(self.model, job.device),
+        )
 
     def __call__(self, shard: int) -> int:
         """Write a shard, atomically; returns its number."""
@@ -245,7 +251,7 @@ def _settle(job: CorpusJob, records: Records, lavit: LaVIT) -> dict[str, Any]:
     edges = sorted({*range(0, len(records), job.shard_size), len(records) - 1})
     names = json.dumps([below(records[index].name, job.data) for index in edges])
     settings = {
-        "tokenizer": tokenizer_hash(lavit),
+        "tokenizer": tokenizer_hash(lavit, job.device),
         "dtype": job.dtype,
         "keep": job.keep,
         "seed": job.seed,
