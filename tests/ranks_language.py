@@ -31,7 +31,7 @@ def training() -> TrainConfig:
     toy = replace(toy_training(3), log_every=1, checkpoint_every=2)
     return replace(
         toy,
-        language=replace(toy.language, steps=4, rows=4, optimizer="muon"),
+        language=replace(toy.language, steps=4, rows=4, accumulate=2, optimizer="muon"),
         pixels=replace(toy.pixels, steps=4),
     )
 

@@ -89,10 +89,8 @@ class CorpusJob:
 
 
 def tokenizer_hash(model: LaVIT, device: torch.device | str = "cpu") -> str:
-    """SHA-256 of all that decides over tokens: weights and sizes of tokenizer and encoder, and the
-    number type of the encoder's products on a device.
-
-    An encoder that is only referenced (a package, a hub id) enters by its configuration.
+    """SHA-256 of what decides over tokens: weights and sizes of tokenizer and encoder (one that is
+    only referenced enters by its configuration), number type of its products on a device.
     """
     folder, config = model.folder, model.config
     if folder is None:
@@ -104,8 +102,9 @@ def tokenizer_hash(model: LaVIT, device: torch.device | str = "cpu") -> str:
         raise InputError(f"{lacks}: lavit train tokenizer --out {folder}")
     if config.vision.source == "folder":
         weights += sorted((folder / "vision").glob("*.safetensors"))
-    said = [to_json(config.vision), to_json(config.visual_tokenizer), *map(sha256, weights)]
-    said.append(str(product_type(torch.device(device))))
+    numbers = str(product_type(torch.device(device)))
+    said = [to_json(config.vision), to_json(config.visual_tokenizer), numbers]
+    said += map(sha256, weights)
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
@@ -219,10 +218,7 @@ def load_tokens(folder: str | Path, *, tokenizer: str | None = None) -> TokenCor
 
 
 def corpus_codes(
-    folder: str | Path,
-    corpus: Corpus,
-    *,
-    tokenizer: str,
+    folder: str | Path, corpus: Corpus, *, tokenizer: str
 ) -> tuple[tuple[int, ...], ...]:
     """Codes of every picture of a corpus, in its order, from tokens of its source of pictures.
 

@@ -155,7 +155,7 @@ def language_bytes(config: Any, lora: LanguageConfig, document: int, numbers: Nu
             shape = (1, documents * document)
             ids = torch.zeros(shape, dtype=torch.long)
             place = torch.arange(shape[1])[None]
-            packed = {"documents": place // document, "positions": place % document}
+            packed: dict[str, Any] = {"documents": place // document, "positions": place % document}
 
             def forward() -> Tensor:
                 with numbers_of(numbers):
@@ -173,7 +173,12 @@ def language_bytes(config: Any, lora: LanguageConfig, document: int, numbers: Nu
 
 
 def _small_tokenizer() -> TokenizerConfig:
-    sizes = {"merger_depth": 1, "reconstructor_depth": 1, "codes": CODES, "code_dim": 4}
+    sizes: dict[str, Any] = {
+        "merger_depth": 1,
+        "reconstructor_depth": 1,
+        "codes": CODES,
+        "code_dim": 4,
+    }
     return TokenizerConfig(dim=8, patches=4, heads=1, **sizes)
 
 
@@ -210,7 +215,11 @@ def tokenizer_bytes(config: TokenizerConfig, held: int, *, dense: bool, numbers:
     """Bytes a picture of stage 1 while its selector trains, `held` patches kept."""
 
     def at(channels: int, merger: int, reconstructor: int) -> Kept:
-        depths = {"merger_depth": merger, "reconstructor_depth": reconstructor, "codes": CODES}
+        depths: dict[str, Any] = {
+            "merger_depth": merger,
+            "reconstructor_depth": reconstructor,
+            "codes": CODES,
+        }
         dim = config.heads * channels
         tokenizer = VisualTokenizer(replace(config, dim=dim, **depths)).train()
 

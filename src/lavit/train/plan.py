@@ -17,17 +17,12 @@ from functools import cached_property
 from typing import Any, Literal, cast
 
 import torch
-from diffusers import AutoencoderKL
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from lavit.config import InputError, ModelConfig, TrainConfig
-from lavit.language.lora import inject_lora
 from lavit.language.model import CHUNK, Language, table_and_head
 from lavit.language.reader import MergerReader
-from lavit.language.smollm2 import SMOLLM2, smollm2_config, smollm2_file
 from lavit.pixels.condition import HEADS
-from lavit.pixels.diffusion import options
 from lavit.train.activations import (
     Kept,
     Numbers,
@@ -37,36 +32,21 @@ from lavit.train.activations import (
     reader_bytes,
     tokenizer_bytes,
 )
-from lavit.vision.encoder import EFFICIENTNET, load_vision
-from lavit.visual_tokenizer.tokenizer import VisualTokenizer, merger_of
+from lavit.train.parts import (
+    PartCount,
+    architecture_of,
+    autoencoder_of,
+    count_parts,
+    encoder_of,
+    language_of,
+    numel,
+)
+from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
 GIB = 2**30
-PARTS = {
-    "lm": "language model",
-    "rows": "visual rows",
-    "head_rows": "visual head",
-    "reader.merger": "reader: merger copy",
-    "reader.to_language": "reader: projection",
-}
 Parallelism = Literal["single", "ddp", "fsdp2"]
 TEXT = 32  # tokens of text that go with an image, where only their order of size matters
-STABLE_DIFFUSION_VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-}
 CONTEXT = 1.0  # GiB of a GPU that its driver, kernels and library take; the one figure assumed here
-
-
-@dataclass(frozen=True)
-class PartCount:
-    """Parameters of one part."""
-
-    name: str
-    trains: int
-    frozen: int
 
 
 @dataclass(frozen=True)
@@ -164,8 +144,6 @@ class _Counter:
     """Counts one stage of a model in a layout."""
 
     stage: str
-    parts: tuple[PartCount, ...]
-    kept: Kept  # of a picture, or a row
 
     def __init__(
         self,
@@ -216,6 +194,16 @@ class _Counter:
         raise NotImplementedError
 
     @property
+    def parts(self) -> tuple[PartCount, ...]:
+        """Its parts, and what lies frozen among them."""
+        raise NotImplementedError
+
+    @property
+    def kept(self) -> Kept:
+        """Bytes that autograd keeps of a picture, or a row."""
+        raise NotImplementedError
+
+    @property
     def frozen(self) -> float:
         """Bytes of what lies beside it: frozen parts, averaged weights."""
         raise NotImplementedError
@@ -232,13 +220,13 @@ class _Counter:
     def encoding(self) -> float:
         """Bytes of the encoder where pictures are encoded in line."""
         stream = getattr(self.training, self.stage).stream
-        return 4.0 * _numel(_encoder(self.model)) if stream else 0.0
+        return 4.0 * numel(encoder_of(self.model)) if stream else 0.0
 
     @property
     def tokenizer(self) -> float:
         """Bytes of the visual tokenizer."""
         with torch.device("meta"):
-            return 4.0 * _numel(VisualTokenizer(self.model.visual_tokenizer))
+            return 4.0 * numel(VisualTokenizer(self.model.visual_tokenizer))
 
 
 class _Tokenizer(_Counter):
@@ -254,7 +242,7 @@ class _Tokenizer(_Counter):
     @cached_property
     def parts(self) -> tuple[PartCount, ...]:
         children = self.module.named_children()
-        return tuple(PartCount(name, _numel(part), 0) for name, part in children)
+        return tuple(PartCount(name, numel(part), 0) for name, part in children)
 
     @property
     def frozen(self) -> float:
@@ -281,23 +269,20 @@ class _Pixels(_Counter):
 
     @cached_property
     def parts(self) -> tuple[PartCount, ...]:
-        trained = [PartCount(name, _numel(part), 0) for name, part in self.module.named_children()]
-        return (*trained, PartCount("autoencoder", 0, _numel(self.autoencoder)))
+        trained = [PartCount(name, numel(part), 0) for name, part in self.module.named_children()]
+        return (*trained, PartCount("autoencoder", 0, numel(self.autoencoder)))
 
     @cached_property
     def autoencoder(self) -> nn.Module:
-        config = options(self.model.pixels.vae)
-        with torch.device("meta"):
-            if not self.model.pixels.vae:
-                return nn.Identity()
-            return AutoencoderKL.from_config(config or options(STABLE_DIFFUSION_VAE))
+        """What pictures become latents by."""
+        return autoencoder_of(self.model.pixels)
 
     @property
     def frozen(self) -> float:
         """The averaged weights are a copy of all, and pictures become latents one by one."""
         widest = 4 * getattr(self.autoencoder, "config", {}).get("block_out_channels", (0,))[0]
         working = 4.0 * widest * self.model.pixels.size**2
-        own = 4.0 * _numel(self.module) + 8.0 * _numel(self.autoencoder)
+        own = 4.0 * numel(self.module) + 8.0 * numel(self.autoencoder)
         return own + working + self.tokenizer + self.encoding()
 
     @cached_property
@@ -313,18 +298,18 @@ class _Language(_Counter):
     @cached_property
     def lm_config(self) -> Any:
         """The base LM's configuration."""
-        return _architecture(self.model, self.training)
+        return architecture_of(self.model, self.training)
 
     @cached_property
     def module(self) -> Language:
-        return _build(self.model, self.lm_config)
+        return language_of(self.model, self.lm_config)
 
     def train_merger(self, on: bool) -> None:
         cast("MergerReader", self.module.reader).merger.requires_grad_(on)
 
     @property
-    def parts(self) -> tuple[PartCount, ...]:  # type: ignore[override]
-        return _count(self.module)
+    def parts(self) -> tuple[PartCount, ...]:
+        return count_parts(self.module)
 
     @property
     def frozen(self) -> float:
@@ -344,8 +329,8 @@ class _Language(_Counter):
         language = self.module
         if self.shards > 1:  # root and two units, and as much of their gradients
             names = language._no_split_modules
-            units = [_numel(m) for m in language.modules() if type(m).__name__ in names]
-            return self.size * (2 * (_numel(language) - sum(units)) + 4 * max(units))
+            units = [numel(m) for m in language.modules() if type(m).__name__ in names]
+            return self.size * (2 * (numel(language) - sum(units)) + 4 * max(units))
         table = table_and_head(language.lm)[0]
         looked_up = table.numel() if table.requires_grad and not language.tied else 0
         return 2.0 * (trains - looked_up) if self.size == 2 else 0.0
@@ -379,55 +364,3 @@ class _Language(_Counter):
 COUNTERS: dict[str, type[_Counter]] = {
     kind.stage: kind for kind in (_Tokenizer, _Language, _Pixels)
 }
-
-
-def _architecture(model: ModelConfig, training: TrainConfig) -> Any:
-    """The base LM's configuration, without the visual rows."""
-    source = model.language.source
-    if source == SMOLLM2:
-        return smollm2_config(smollm2_file())
-    options = {"vocab_size": training.text_vocabulary, **model.language.architecture}
-    if not model.language.architecture:
-        try:
-            return AutoConfig.from_pretrained(source)
-        except OSError as error:
-            why = str(error).splitlines()[0]
-            raise InputError(f"no language model at {source}: {why}") from error
-    if source == "folder":  # a saved language model has the joint vocabulary
-        options["vocab_size"] -= 2 + model.visual_tokenizer.codes
-    return AutoConfig.for_model(**options)
-
-
-def _build(model: ModelConfig, config: Any) -> Language:
-    """The model of stage 2 on the meta device."""
-    tokenizer = model.visual_tokenizer
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(config)
-        reader = MergerReader(merger_of(tokenizer), table_and_head(lm)[0].shape[1])
-        language = Language(lm, reader, codes=tokenizer.codes, end=0)
-        if model.language.lora_rank:
-            inject_lora(language.lm, model.language)
-    return language
-
-
-def _encoder(model: ModelConfig) -> nn.Module:
-    """The frozen encoder, on the meta device where a library can build it there."""
-    config = model.vision
-    if config.source == EFFICIENTNET or not config.architecture:
-        return load_vision(config)
-    with torch.device("meta"):
-        return load_vision(replace(config, source="random"))
-
-
-def _count(language: Language) -> tuple[PartCount, ...]:
-    counts: dict[str, list[int]] = {}
-    for name, parameter in language.named_parameters():
-        first, second, *_ = f"{name}.".split(".")
-        part = PARTS[f"reader.{second}" if first == "reader" else first]
-        part = "LoRA" if ".lora_" in name else part
-        counts.setdefault(part, [0, 0])[0 if parameter.requires_grad else 1] += parameter.numel()
-    return tuple(PartCount(name, *pair) for name, pair in counts.items())
-
-
-def _numel(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())

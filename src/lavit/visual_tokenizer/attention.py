@@ -45,8 +45,8 @@ class DocumentGroups:
 
     def to(self, device: torch.device | str) -> DocumentGroups:
         """The same on a device."""
-        parts = (part.to(device) for part in (self.places, self.pads, self.back))
-        return DocumentGroups(*parts, self.shapes)
+        places, pads, back = self.places.to(device), self.pads.to(device), self.back.to(device)
+        return DocumentGroups(places, pads, back, self.shapes)
 
 
 def group_documents(documents: Int[Tensor, "rows tokens"]) -> DocumentGroups:
