@@ -186,8 +186,8 @@ def test_fine_tuning_and_evaluation_run_on_it(
         exam.pipe = Pipeline(LaVIT.from_pretrained(toy_run, device=device))
         exam.model = exam.pipe.model
         found.append(measured(FIGURES, (), OwnPictures(exam, corpus)))
-    for name, figure in found[0].items():
-        assert found[1][name]["value"] == pytest.approx(figure["value"], abs=1e-4), name
+    for name, figure in found[0].items():  # other kernels round otherwise
+        assert found[1][name]["value"] == pytest.approx(figure["value"], abs=1e-3), name
 
 
 SAID = re.compile(r"#.*the host waits")  # of a line, or of one of the three above it

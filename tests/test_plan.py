@@ -125,10 +125,9 @@ def test_a_language_model_of_any_width_keeps_what_small_ones_say(
         lm = AutoModelForCausalLM.from_config(config)
         reader = MergerReader(merger_of(toy_config().visual_tokenizer), config.hidden_size)
         language = Language(lm, reader, codes=8, end=0).train()
+        language.to(torch.bfloat16 if numbers == "bf16" else torch.float32)
     with FakeTensorMode(allow_non_fake_inputs=True):
         language.to_empty(device="cpu")
-        if numbers == "bf16":
-            language.to(torch.bfloat16)
 
         def count() -> np.ndarray:
             ids = torch.zeros(1, documents * document, dtype=torch.long)
