@@ -117,7 +117,7 @@ def test_a_language_model_of_any_width_keeps_what_small_ones_say(
     """LLaMA's width and two blocks of it, in tensors without values: some GB."""
     shape = lavit_7b().model.language.architecture | {"num_hidden_layers": 2, "vocab_size": 64}
     config = AutoConfig.for_model(**shape)
-    document, documents = 64, 32
+    document, documents = 64, 40
     base = lavit_7b().model.language
     place = torch.arange(documents * document)[None]
     groups = group_documents(place // document)

@@ -37,7 +37,7 @@ from lavit.visual_tokenizer.tokenizer import VisualTokenizer, cosine_distance, m
 
 # fp32 weights; fp32 weights under autocast; bf16 weights
 Numbers = Literal["fp32", "autocast", "bf16"]
-Kept = np.ndarray  # bytes: whole, recomputed
+KeptBytes = np.ndarray  # bytes: whole, recomputed
 SMALL = (8, 16)  # channels of a head in the small copies
 CODES = 8  # of a small copy's codebook
 # of denoisers, that are computed again
@@ -72,7 +72,7 @@ def numbers_of(numbers: Numbers) -> Iterator[None]:
         yield
 
 
-def kept(forward: Callable[[], object], units: list[nn.Module]) -> Kept:
+def kept(forward: Callable[[], object], units: list[nn.Module]) -> KeptBytes:
     """What autograd keeps of a call; `units` are the modules that may be computed again."""
     outside: dict[int, Tensor] = {}
     inside: list[dict[int, Tensor]] = []
@@ -119,22 +119,22 @@ def _bytes(tensors: dict[int, Tensor], but: dict[int, Tensor] | None = None) -> 
     return sum(t.untyped_storage().nbytes() for t in left)
 
 
-def _each(count: Callable[[int], Kept], items: int) -> Kept:
+def _each(count: Callable[[int], KeptBytes], items: int) -> KeptBytes:
     """Bytes of one more item."""
     return (count(2 * items) - count(items)) / items
 
 
-def _drawn_out(measure: Callable[[int], Kept], width: float) -> Kept:
+def _drawn_out(measure: Callable[[int], KeptBytes], width: float) -> KeptBytes:
     """At `width`, a straight line through what is measured at the small ones."""
     low, high = (measure(small) for small in SMALL)
     return low + (high - low) * (width - SMALL[0]) / (SMALL[1] - SMALL[0])
 
 
-def language_bytes(config: Any, lora: LanguageConfig, document: int, numbers: Numbers) -> Kept:
+def language_bytes(config: Any, lora: LanguageConfig, document: int, numbers: Numbers) -> KeptBytes:
     """Bytes a token of a LM on packed documents; `config` is transformers' of the LM."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
-    def at(channels: int, layers: int) -> Kept:
+    def at(channels: int, layers: int) -> KeptBytes:
         fields = config.to_dict() | {"num_hidden_layers": layers, "vocab_size": 64}
         if fields.get("layer_types"):
             fields["layer_types"] = fields["layer_types"][:layers]
@@ -151,7 +151,7 @@ def language_bytes(config: Any, lora: LanguageConfig, document: int, numbers: Nu
             language.to(torch.bfloat16)
         blocks = max((part for part in lm.modules() if isinstance(part, nn.ModuleList)), key=len)
 
-        def count(documents: int) -> Kept:
+        def count(documents: int) -> KeptBytes:
             shape = (1, documents * document)
             ids = torch.zeros(shape, dtype=torch.long)
             place = torch.arange(shape[1])[None]
@@ -165,7 +165,7 @@ def language_bytes(config: Any, lora: LanguageConfig, document: int, numbers: Nu
 
         return _each(count, 2) / document
 
-    def whole(channels: int) -> Kept:
+    def whole(channels: int) -> KeptBytes:
         one, two = at(channels, 1), at(channels, 2)
         return one + (config.num_hidden_layers - 1) * (two - one)
 
@@ -182,17 +182,17 @@ def _small_tokenizer() -> TokenizerConfig:
     return TokenizerConfig(dim=8, patches=4, heads=1, **sizes)
 
 
-def reader_bytes(config: TokenizerConfig, held: int, numbers: Numbers) -> Kept:
+def reader_bytes(config: TokenizerConfig, held: int, numbers: Numbers) -> KeptBytes:
     """Bytes a picture of the merger and projection that read it, `held` patches kept."""
 
-    def at(channels: int, depth: int) -> Kept:
+    def at(channels: int, depth: int) -> KeptBytes:
         dim = config.heads * channels
         reader = MergerReader(merger_of(replace(config, dim=dim, merger_depth=depth)), 8)
         if numbers == "bf16":
             reader.to(torch.bfloat16)
         dtype = torch.bfloat16 if numbers == "bf16" else torch.float32
 
-        def count(pictures: int) -> Kept:
+        def count(pictures: int) -> KeptBytes:
             patches = torch.randn(pictures, config.patches, dim, dtype=dtype)
             keep = (torch.arange(config.patches) < held).expand(pictures, -1)
 
@@ -204,17 +204,19 @@ def reader_bytes(config: TokenizerConfig, held: int, numbers: Numbers) -> Kept:
 
         return _each(count, 2)
 
-    def whole(channels: int) -> Kept:
+    def whole(channels: int) -> KeptBytes:
         one, two = at(channels, 1), at(channels, 2)
         return one + (config.merger_depth - 1) * (two - one)
 
     return _drawn_out(whole, config.dim / config.heads)
 
 
-def tokenizer_bytes(config: TokenizerConfig, held: int, *, dense: bool, numbers: Numbers) -> Kept:
+def tokenizer_bytes(
+    config: TokenizerConfig, held: int, *, dense: bool, numbers: Numbers
+) -> KeptBytes:
     """Bytes a picture of stage 1 while its selector trains, `held` patches kept."""
 
-    def at(channels: int, merger: int, reconstructor: int) -> Kept:
+    def at(channels: int, merger: int, reconstructor: int) -> KeptBytes:
         depths: dict[str, Any] = {
             "merger_depth": merger,
             "reconstructor_depth": reconstructor,
@@ -223,7 +225,7 @@ def tokenizer_bytes(config: TokenizerConfig, held: int, *, dense: bool, numbers:
         dim = config.heads * channels
         tokenizer = VisualTokenizer(replace(config, dim=dim, **depths)).train()
 
-        def count(pictures: int) -> Kept:
+        def count(pictures: int) -> KeptBytes:
             patches = torch.randn(pictures, config.patches, dim)
             wanted = torch.arange(config.patches)[None, :, None] < held
             noise = torch.where(wanted ^ torch.tensor([False, True]), 99.0, -99.0)
@@ -239,7 +241,7 @@ def tokenizer_bytes(config: TokenizerConfig, held: int, *, dense: bool, numbers:
 
         return _each(count, 2)
 
-    def whole(channels: int) -> Kept:
+    def whole(channels: int) -> KeptBytes:
         one = at(channels, 1, 1)
         merger, rebuilt = at(channels, 2, 1) - one, at(channels, 1, 2) - one
         deeper = (config.merger_depth - 1) * merger
@@ -258,7 +260,7 @@ def denoiser_of(config: PixelsConfig) -> nn.Module:
     return made
 
 
-def pixels_bytes(config: PixelsConfig, numbers: Numbers) -> Kept:
+def pixels_bytes(config: PixelsConfig, numbers: Numbers) -> KeptBytes:
     """Bytes a picture of stage 3's denoiser, whole, in tensors without values."""
     latents = config.size // (8 if config.vae else config.patch)
     channels = config.unet.get("in_channels", 4)
@@ -268,7 +270,7 @@ def pixels_bytes(config: PixelsConfig, numbers: Numbers) -> Kept:
         unet = denoiser_of(config).train()
         units = [part for part in unet.modules() if type(part).__name__ in UNITS]
 
-        def count(pictures: int) -> Kept:
+        def count(pictures: int) -> KeptBytes:
             noisy = torch.empty(pictures, channels, latents, latents)
             times = torch.zeros(pictures, dtype=torch.long)
             how: dict[str, Any] = {}

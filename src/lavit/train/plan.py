@@ -24,7 +24,7 @@ from lavit.language.model import CHUNK, Language, table_and_head
 from lavit.language.reader import MergerReader
 from lavit.pixels.condition import HEADS
 from lavit.train.activations import (
-    Kept,
+    KeptBytes,
     Numbers,
     denoiser_of,
     language_bytes,
@@ -199,7 +199,7 @@ class _Counter:
         raise NotImplementedError
 
     @property
-    def kept(self) -> Kept:
+    def kept(self) -> KeptBytes:
         """Bytes that autograd keeps of a picture, or a row."""
         raise NotImplementedError
 
@@ -249,7 +249,7 @@ class _Tokenizer(_Counter):
         return self.encoding()
 
     @cached_property
-    def kept(self) -> Kept:
+    def kept(self) -> KeptBytes:
         config = self.model.visual_tokenizer
         dense = self.training.tokenizer.selector_gradient == "dense"
         return tokenizer_bytes(config, self.held, dense=dense, numbers=self.numbers)
@@ -286,7 +286,7 @@ class _Pixels(_Counter):
         return own + working + self.tokenizer + self.encoding()
 
     @cached_property
-    def kept(self) -> Kept:
+    def kept(self) -> KeptBytes:
         return pixels_bytes(self.model.pixels, self.numbers)
 
 
@@ -346,7 +346,7 @@ class _Language(_Counter):
         return 4 * made + logits + 2 * self.size * targets * language.width
 
     @cached_property
-    def kept(self) -> Kept:
+    def kept(self) -> KeptBytes:
         """Of a row: of its tokens, and of the pictures read in it."""
         base, config = self.model.language, self.training.language
         halved = self.size == 2 and (self.shards > 1 or base.lora_rank > 0)
