@@ -4,7 +4,7 @@ Command   torchrun --nproc-per-node 8 recipes/lavit_7b.py --stage tokenizer --ou
               --pairs PAIRS --text TEXT --vision EVA --language LLAMA --pixels SD
           then the same with --stage language (FSDP2) and --stage pixels (DDP); killed, each goes on
 Rehearsal python recipes/lavit_7b.py --rehearse OUT: all of it in small on two processes of a CPU,
-          in ten minutes (recipes/rehearsal.py)
+          in some minutes (recipes/rehearsal.py)
 Start     folders of your own, whose licences bind: EVA-CLIP ViT-g/14 as eva_vitg_psz14.bin in its
           published names or as a folder of transformers, LLaMA-7B of transformers, Stable
           Diffusion 1.5 of diffusers. Sizes are read from them
