@@ -5,7 +5,7 @@ the three stages on two processes, once without a stop and once with each stage 
 behind its first checkpoint and started again; compares the losses; evaluates, exports and draws.
 
 Command   python recipes/lavit_7b.py --rehearse OUT
-Cost      2m55.193s of CPU time in all, most of it for starting processes
+Cost      three minutes of CPU time and more, most of it for starting processes
 Expected  losses of both runs are equal, and every command ends with 0
 """
 
