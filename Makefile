@@ -31,7 +31,7 @@ check: .venv/installed
 	$(BIN)/mypy
 
 bench: .venv/installed
-	for name in merger pixels tokenizer generate serve; do \
+	for name in merger pixels tokenizer generate serve gpu; do \
 	    $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 runs/nano/pixels/done: .venv/installed

@@ -1,14 +1,17 @@
 """LaVIT 7B: the paper's model (arXiv 2309.04669), stages 1 to 3, on GPUs.
 
-Command   torchrun --nproc-per-node 8 recipes/lavit_7b.py DATA RUN tokenizer          (DDP)
-          torchrun --nproc-per-node 8 recipes/lavit_7b.py DATA RUN language           (FSDP2)
-          torchrun --nproc-per-node 8 recipes/lavit_7b.py DATA RUN pixels             (DDP)
-Start     folders of your own, whose licences bind: RUN/vision (EVA-CLIP ViT-g/14) and RUN/base
-          (LLaMA-7B) of transformers, RUN/decoder (Stable Diffusion 1.5) of diffusers
-Data      PAIRS,TEXT:0.12, pictures with texts and text alone. A document of text fills a row and
-          one of a pair has some 120 tokens, so 0.12 of them to 1 is 2 : 1 in tokens
-Memory    lavit train language --preset lavit_7b --plan --gpus 8 --memory 80
-          (and --lora 16 --gpus 1 --memory 24)
+Command   torchrun --nproc-per-node 8 recipes/lavit_7b.py --stage tokenizer --out RUN
+              --pairs PAIRS --text TEXT --vision EVA --language LLAMA --pixels SD
+          then the same with --stage language (FSDP2) and --stage pixels (DDP); killed, each goes on
+Rehearsal python recipes/lavit_7b.py --rehearse OUT: all of it in small on two processes of a CPU,
+          in some minutes (recipes/rehearsal.py)
+Start     folders of your own, whose licences bind: EVA-CLIP ViT-g/14 as eva_vitg_psz14.bin in its
+          published names or as a folder of transformers, LLaMA-7B of transformers, Stable
+          Diffusion 1.5 of diffusers. Sizes are read from them
+Data      PAIRS, pictures with texts, and TEXT alone: tars, parquet, hub names. Text is drawn so
+          that 2 : 1 of the tokens are text, by the lengths of each source's first 10,000 texts
+Memory    lavit train STAGE --preset lavit_7b --plan --gpus 8 --memory 80
+          (and language --lora 16 --gpus 1 --memory 24)
 Cost      stage 2 alone is 30,000 steps of 2,048 rows of 2,048 tokens: 126 G tokens, 5e21 FLOPs,
           10,500 A100-hours at 45 % MFU, a third more with recomputing. It was not run here; what
           the paper's run took is not known to us
@@ -27,31 +30,40 @@ ours where nobody says.
               rates 1e-5 for the LM, 1e-4 for what is visual        A (order of size)
               weight decay 0.1, betas 0.9 and 0.95, clip 1, bf16    V
               2,000 steps of warm-up                                V
-              text : pairs about 2 : 1 (DATA), pairs both ways      A
+              text : pairs about 2 : 1 in tokens, pairs both ways  A
               10 % of drawings lose their prompt                    ours
     stage 3   20,000 steps from Stable Diffusion 1.5, ε             P
               rate 1e-4, 10 % lose their condition                  ours
 
 One pass does not hold 256 rows or pictures on a GPU: `accumulate` and `recompute` below are what
-the plan finds for stage 2 on 8 × 80 GB, and for stages 1 and 3 estimates. All stages read DATA as a
-stream (tars, parquet, hub names); nothing of it is kept.
+the plan finds on 8 x 80 GB. All stages read their data as streams; nothing of it is kept.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
-from lavit.config import Mixture, TrainConfig
+import tyro
+from transformers import AutoConfig, AutoTokenizer
+
+from lavit.config import InputError, Mixture, ModelConfig, TrainConfig, VisionConfig, read_json
+from lavit.convert import convert_encoder, sizes
+from lavit.convert.tensors import read_pickle
+from lavit.data.stream import stream_texts
 from lavit.presets import lavit_7b
 from lavit.train.run import open_run, train_stages
 
+TEXT_TO_PAIRS = 2.0  # tokens of text for each of pairs
 
-def settings() -> TrainConfig:
-    """The preset's training, divided for 8 GPUs of 80 GB."""
+
+def settings(*, small: bool = False) -> TrainConfig:
+    """The preset's training, divided for 8 GPUs of 80 GB; `small`: its rehearsal on two CPUs."""
     training = lavit_7b().training
-    tokenizer = replace(training.tokenizer, accumulate=4, recompute=True, stream=True)
+    tokenizer = replace(training.tokenizer, accumulate=8, recompute=True, stream=True)
     pixels = replace(training.pixels, accumulate=32, recompute=True, stream=True)
     language = replace(
         training.language,
@@ -61,15 +73,109 @@ def settings() -> TrainConfig:
         accumulate=8,
         recompute=True,
     )
+    if small:
+        few: dict[str, Any] = {"accumulate": 2, "warmup": 0.1}
+        pictures = {**few, "batch": 8}
+        tokenizer = replace(tokenizer, steps_a=6, steps_b=6, k_means_vectors=200, **pictures)
+        language = replace(language, steps=10, rows=8, tokens=128, **few)
+        pixels = replace(pixels, steps=10, **pictures)
     stages = {"tokenizer": tokenizer, "language": language, "pixels": pixels}
-    return replace(training, **stages, checkpoint_every=500, keep_last=3, precision="bf16")
+    loop: dict[str, Any] = {"checkpoint_every": 500, "precision": "bf16"}
+    if small:
+        loop = {"checkpoint_every": 2, "precision": "fp32", "log_every": 1}
+    return replace(training, **stages, keep_last=3, **loop)
 
 
-def main(data: str, out: str, stage: str) -> None:
-    """Train one stage on this process's GPU."""
-    run = open_run(Path(out), data, lavit_7b().model, settings(), fsdp=stage == "language")
+def encoder_of(vision: Path) -> VisionConfig:
+    """The encoder's sizes, of a folder of transformers or of a file in the published names."""
+    if vision.is_file():
+        return replace(sizes.vision_config(read_pickle(vision)), architecture={})
+    found = AutoConfig.from_pretrained(vision)
+    found = getattr(found, "vision_config", found)
+    size, grid = found.image_size, found.image_size // found.patch_size
+    config = replace(lavit_7b().model.vision, architecture={})
+    return replace(config, image_size=size, grid=grid, dim=found.hidden_size)
+
+
+def model_of(vision: Path, pixels: Path, *, small: bool = False) -> ModelConfig:
+    """The preset around the parts that are given."""
+    preset, encoder = lavit_7b().model, encoder_of(vision)
+    tokenizer = replace(preset.visual_tokenizer, dim=encoder.dim, patches=encoder.patches)
+    if small:
+        tokenizer = replace(tokenizer, merger_depth=2, reconstructor_depth=2, codes=64)
+    unet, vae, text = (
+        read_json(pixels / part / "config.json") for part in ("unet", "vae", "text_encoder")
+    )
+    decoder = replace(
+        preset.pixels,
+        size=unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1),
+        features_dim=encoder.dim,
+        patches=encoder.patches,
+        condition_dim=unet["cross_attention_dim"],
+        null_tokens=text["max_position_embeddings"],
+    )
+    language = replace(preset.language, architecture={})
+    parts = {"vision": encoder, "visual_tokenizer": tokenizer, "pixels": decoder}
+    return replace(preset, **parts, language=language)
+
+
+def mixed(pairs: str, text: str, language: Path, config: ModelConfig, rate: float) -> str:
+    """Both sources, text weighed so that its tokens are `TEXT_TO_PAIRS` times those of pairs."""
+    tokenizer = AutoTokenizer.from_pretrained(language)
+
+    def length(source: str) -> float:
+        """Mean tokens of a source's texts."""
+        texts = stream_texts(source).parts[0].texts
+        if not texts:
+            raise InputError(f"{source!r} has no texts among its first records")
+        ids = tokenizer(list(texts), add_special_tokens=False).input_ids
+        return sum(map(len, ids)) / len(ids) + 1  # the end
+
+    pair = length(pairs) + rate * config.vision.patches + 2  # image start and end
+    return f"{pairs},{text}:{TEXT_TO_PAIRS * pair / length(text):.4g}"
+
+
+def place(run: Path, vision: Path, language: Path, pixels: Path) -> None:
+    """Put the parts that training begins with where a run looks for them, once."""
+    if not (run / "vision").exists():
+        if vision.is_file():
+            convert_encoder(vision, run / "vision")
+        else:
+            shutil.copytree(vision, run / "vision")
+    for name, given in (("base", language), ("decoder", pixels)):
+        if not (run / name).exists():
+            (run / name).symlink_to(given.resolve(), target_is_directory=True)
+
+
+def main(
+    stage: Literal["tokenizer", "language", "pixels"] = "tokenizer",
+    out: Path | None = None,
+    pairs: str = "",
+    text: str = "",
+    vision: Path | None = None,
+    language: Path | None = None,
+    pixels: Path | None = None,
+    small: bool = False,
+    rehearse: Path | None = None,
+) -> None:
+    """Train one stage on this process's GPU, or rehearse all of them."""
+    if rehearse is not None:
+        from rehearsal import rehearsal
+
+        return rehearsal(rehearse)
+    if not (out and pairs and text and vision and language and pixels):
+        raise InputError("a training needs --out, --pairs, --text, --vision, --language, --pixels")
+    training, config = settings(small=small), model_of(vision, pixels, small=small)
+    data = mixed(pairs, text, language, config, training.tokenizer.rate)
+    run = open_run(out, data, config, training, fsdp=stage == "language", trackers=())
+    with run.accelerator.main_process_first():
+        place(out, vision, language, pixels)
     train_stages(run, (stage,))
+    return None
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        tyro.cli(main)
+    except InputError as error:
+        sys.exit(f"error: {error}")

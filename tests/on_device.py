@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -16,18 +17,24 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from conftest import toy_config, toy_training
+import lavit
+from conftest import NAMES, toy_config, toy_training
 from device import DEVICE, NAME, waits
 from lavit.config import TrainConfig
+from lavit.evaluate.examinee import Examinee, measured
+from lavit.evaluate.folder import FIGURES, OwnPictures, held_out
 from lavit.generate.pipeline import Pipeline
 from lavit.generate.sampling import Sampling
 from lavit.language.model import Language
 from lavit.language.reader import MergerReader
 from lavit.model import LaVIT
+from lavit.train import loop
+from lavit.train.finetune import finetune, finetune_training
 from lavit.train.run import open_run, train_stages
 from lavit.train.spread import WAIT, sharded_precision
 from lavit.visual_tokenizer.codebook import Codebook
 from lavit.visual_tokenizer.merger import Merger
+from test_conversations import drawn, read, write
 
 
 def test_the_device_refuses_what_cuda_refuses() -> None:
@@ -162,3 +169,49 @@ def test_one_switch_compiles_the_step(toy_run: Path) -> None:
     assert compiled.engine.decoder.static
     said = [pipe.caption(picture, sampling=words) for pipe in (plain, compiled)]
     assert said[0] == said[1]
+
+
+def test_fine_tuning_and_evaluation_run_on_it(
+    on_device: None, toy_run: Path, toy_data: Path, tmp_path: Path
+) -> None:
+    """Conversations with pictures on both sides; the figures of any data are those of the CPU."""
+    data = write(tmp_path, [read(name) for name in NAMES[:4]] + [drawn(name) for name in NAMES[4:]])
+    training = finetune_training(toy_run, steps=2)
+    finetune(tmp_path / "new", data, toy_run, training, trackers=())
+    assert (tmp_path / "new" / "language" / "done").exists()
+    corpus, _ = held_out(str(toy_data))
+    found = []
+    for device in ("cpu", DEVICE):
+        exam = Examinee(toy_run)
+        exam.pipe = Pipeline(LaVIT.from_pretrained(toy_run, device=device))
+        exam.model = exam.pipe.model
+        found.append(measured(FIGURES, (), OwnPictures(exam, corpus)))
+    for name, figure in found[0].items():  # other kernels round otherwise
+        assert found[1][name]["value"] == pytest.approx(figure["value"], abs=1e-3), name
+
+
+SAID = re.compile(r"#.*the host waits")  # of a line, or of one of the three above it
+
+
+def test_a_step_says_why_where_the_host_waits_for_the_device(
+    on_device: None, toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what runs in every step: forward, backward, and what follows the optimiser."""
+    found: set[tuple[str, int]] = set()
+    plain = loop.step_once
+
+    def watched(*args: Any, **options: Any) -> Any:
+        with waits() as here:
+            done = plain(*args, **options)
+        found.update(here)
+        return done
+
+    monkeypatch.setattr(loop, "step_once", watched)
+    training = replace(toy_training(2), precision="bf16", sample_every=0)
+    train_stages(open_run(tmp_path / "run", toy_data, toy_config(), training, trackers=()))
+    silent = []
+    for file, number in sorted(found):
+        lines = (Path(lavit.__file__).parent / file).read_text().splitlines()
+        if not any(SAID.search(line) for line in lines[max(0, number - 4) : number]):
+            silent.append(f"{file}:{number} {lines[number - 1].strip()}")
+    assert found and not silent, "\n".join(silent)

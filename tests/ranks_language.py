@@ -12,12 +12,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate.state import AcceleratorState
+from torch.distributed.tensor import DTensor
 
 from conftest import toy_config, toy_training
-from lavit.config import TrainConfig
+from lavit.config import TrainConfig, write_json
 from lavit.train import loop
 from lavit.train.run import open_run, train_stages
 from lavit.train.settings import STAGES
@@ -28,7 +31,7 @@ def training() -> TrainConfig:
     toy = replace(toy_training(3), log_every=1, checkpoint_every=2)
     return replace(
         toy,
-        language=replace(toy.language, steps=4, rows=4, optimizer="muon"),
+        language=replace(toy.language, steps=4, rows=4, accumulate=2, optimizer="muon"),
         pixels=replace(toy.pixels, steps=4),
     )
 
@@ -52,6 +55,27 @@ def stop_once(save: Callable[..., None]) -> Callable[..., None]:
     return then_stop
 
 
+def noting(save: Callable[..., None]) -> Callable[..., None]:
+    """A `save_checkpoint` that also writes what this rank holds, in bytes."""
+
+    def local(tensor: torch.Tensor) -> int:
+        own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        return own.nbytes
+
+    def then_note(
+        folder: Path, step: int, module: Any, optimizer: Any, *rest: Any, **how: Any
+    ) -> None:
+        save(folder, step, module, optimizer, *rest, **how)
+        moments = (t for one in optimizer.state.values() for t in one.values())
+        held = {
+            "weights": sum(map(local, module.parameters())),
+            "moments": sum(map(local, moments)),
+        }
+        write_json(folder.parent.parent / f"held-{dist.get_rank()}.json", held)
+
+    return then_note
+
+
 def on_streams(data: str, whole: Path, stopped: Path) -> None:
     """Three stages, once without a stop and once with three."""
     train_stages(open_run(whole, data, toy_config(), streaming(), trackers=()))
@@ -72,6 +96,7 @@ def main(data: str, ddp: str, fsdp: str, whole: str, stopped: str) -> None:
     on_streams(data, Path(whole), Path(stopped))
     # the ranks stay together, the layout is another
     AcceleratorState._reset_state(reset_partial_state=False)
+    loop.save_checkpoint = noting(loop.save_checkpoint)
     run = open_run(Path(fsdp), data, toy_config(), training(), trackers=(), fsdp=True)
     train_stages(run, ("language",))
 

@@ -70,6 +70,14 @@ def test_shards_hold_the_tokens_of_each_picture_alone(
     assert_one_by_one(corpus, toy_tokenizer, toy_data)
 
 
+def test_the_hash_knows_the_encoders_number_type(toy_tokenizer: Path) -> None:
+    """On CUDA the encoder's products are fp16, in training and in use: some codes are others."""
+    model = LaVIT.from_pretrained(toy_tokenizer)
+    assert tokenizer_hash(model) == tokenizer_hash(model, torch.device("cpu"))
+    assert tokenizer_hash(model, "cuda") == tokenizer_hash(model, torch.device("cuda", 1))
+    assert tokenizer_hash(model, "cuda") != tokenizer_hash(model, "cpu")
+
+
 @pytest.mark.filterwarnings("ignore:::ray")  # its own deprecations
 def test_ray_workers_write_what_one_process_writes(
     toy_data: Path,

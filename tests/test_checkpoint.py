@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lavit.config import InputError
@@ -137,3 +139,27 @@ def test_another_configuration_is_refused(tmp_path: Path) -> None:
     other.module[0] = nn.Linear(5, 3)
     with pytest.raises(InputError, match="another configuration"):
         other.load(latest_checkpoint(tmp_path))
+
+
+def test_a_checkpoint_takes_the_memory_of_one_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors that are gathered from ranks are written one after the other and dropped."""
+    gathered: list[weakref.ref[Tensor]] = []
+    most: list[int] = []
+
+    def whole(tensor: Tensor) -> Tensor:
+        most.append(sum(one() is not None for one in gathered))
+        full = tensor.clone()
+        gathered.append(weakref.ref(full))
+        return full
+
+    monkeypatch.setattr(room, "whole", whole)
+    stage = Weights()
+    stage.step()
+    stage.save(tmp_path, 3)
+    assert len(most) > 10 and max(most) <= 1  # the one before
+    written = load_file(tmp_path / "3" / "module.safetensors")
+    wanted = {n: t for n, t in stage.module.state_dict().items() if n != "0.bias"}
+    assert written.keys() == wanted.keys()
+    assert all(torch.equal(written[name], tensor) for name, tensor in wanted.items())

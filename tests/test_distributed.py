@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import toy_config
-from lavit.config import InputError
+from lavit.config import InputError, read_json
 from lavit.model import LaVIT
+from lavit.train.plan import GIB, plan_stage
 from lavit.train.run import open_run, train_stages
 from lavit.train.spread import make_accelerator
 from ranks_language import training
@@ -111,6 +113,19 @@ def test_ddp_on_two_ranks_is_one_process(
 def test_fsdp2_on_two_ranks_is_one_process(on_two_ranks: dict[str, Path], alone: Path) -> None:
     assert figures_apart(on_two_ranks["fsdp"], alone, "language") == []
     assert weights_apart(on_two_ranks["fsdp"], alone, "language") == set()
+
+
+def test_a_rank_of_fsdp2_holds_what_the_plan_says(on_two_ranks: dict[str, Path]) -> None:
+    """Weights and moments of its shards, to 10 %."""
+    model, out = toy_config(), on_two_ranks["fsdp"]
+    found = LaVIT.from_pretrained(out).language.lm.config
+    architecture = model.language.architecture | {"vocab_size": found.vocab_size - 2 - 32}
+    model = replace(model, language=replace(model.language, architecture=architecture))
+    plan = plan_stage("language", model, training(), gpus=2, precision="fp32")
+    for rank in range(2):
+        held = read_json(out / f"held-{rank}.json")
+        for name in ("weights", "moments"):
+            assert plan.gib[name] * GIB == pytest.approx(held[name], rel=0.1), name
 
 
 def test_a_checkpoint_of_fsdp2_goes_on_in_one_process(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from lavit.generate.score import text_likelihood
 from lavit.language.lora import merge_lora
 from lavit.model import LaVIT
 from lavit.sequence import Text, lay_out, pack
+from lavit.train import finetune as finetune_room
 from lavit.train.finetune import finetune, finetune_training, prepare_lora
 from lavit.train.loop import Report
 from test_conversations import drawn, read, write
@@ -149,8 +151,23 @@ def test_bad_input_is_one_clear_line(toy_run: Path, data: Path, tmp_path: Path) 
         finetune(tmp_path / "new", data, toy_run, training)
 
 
-def test_minutes_become_steps_that_stay(toy_run: Path, data: Path, tmp_path: Path) -> None:
+def test_minutes_become_steps_that_stay(
+    toy_run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is measured are whole steps, the optimiser's too, and they move nothing."""
+    measured: list[bool] = []
+    plain = finetune_room.step_once
+
+    def watched(stage: Any, module: Any, optimizer: Any, step: int, **options: Any) -> Any:
+        before = [p.detach().clone() for p in module.parameters()]
+        done = plain(stage, module, optimizer, step, **options)
+        assert optimizer.state  # it has made its moments
+        measured.append(all(map(torch.equal, before, module.parameters())))
+        return done
+
+    monkeypatch.setattr(finetune_room, "step_once", watched)
     run = finetune(tmp_path / "new", data, toy_run, settings(toy_run), minutes=0.005)
+    assert measured == [True] * (finetune_room.MEASURED + 1)
     steps = run.training.language.steps
     assert steps >= 1 and len(losses(tmp_path / "new")) == steps
     again = finetune(tmp_path / "new", data, toy_run, settings(toy_run), minutes=0.005)

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import importlib
 import json
-import re
 import sys
 from dataclasses import replace
 from importlib.metadata import distribution
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 
+from conftest import toy_config
 from lavit.data.corpus import load_corpus
-from lavit.data.documents import Documents
+from lavit.data.stream import Streams
 from lavit.presets import nano
-from lavit.sequence import Image, lay_out
 from lavit.train.language import train_text_tokenizer
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
-from lavit.vocabulary import Vocabulary
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 sys.path.insert(0, str(RECIPES))
@@ -35,21 +35,24 @@ def test_recipes_import(name: str) -> None:
 
 
 def test_the_papers_mixture_is_two_of_text_to_one_of_pairs(toy_data: Path, tmp_path: Path) -> None:
-    """In tokens, where pairs are a third of 256 patches and a caption; no caption comes alone."""
-    (tmp_path / "text.txt").write_text("It reads what the selector keeps. " * 5000)
-    weight = re.search(r"TEXT:([\d.]+)", lavit_7b.__doc__)[1]
-    corpus = load_corpus(f"{toy_data},{tmp_path / 'text.txt'}:{weight}")
-    text = train_text_tokenizer(corpus, 300)
-    make = {"vocabulary": Vocabulary(len(text), 32, text.eos_token_id), "seed": 0}
-    codes = tuple((1,) * 92 for _ in corpus.pictures)
-    documents = Documents(corpus, codes, text=text, config=lavit_7b.settings().language, **make)
-    rng, tokens = np.random.default_rng(0), {True: 0, False: 0}
-    for _ in range(1000):
-        drawn = documents.draw(rng)
-        shown = any(isinstance(segment, Image) for segment in drawn)
-        assert shown or len(drawn[0].ids) > 100
-        tokens[shown] += len(lay_out(drawn, documents.vocabulary))
-    assert 1.5 < tokens[False] / tokens[True] < 3
+    """In tokens of a stream, where pairs are a third of the patches and a caption."""
+    text, config, rate = tmp_path / "text", toy_config(), 1 / 3
+    text.mkdir()
+    for shard in range(2):
+        texts = [f"It reads what the selector keeps, {n} times. " * (1 + n) for n in range(20)]
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), text / f"{shard}.parquet")
+    tokenizer = train_text_tokenizer(load_corpus(toy_data), 300)
+    tokenizer.save_pretrained(tmp_path / "llama")
+    data = lavit_7b.mixed(str(toy_data), str(text), tmp_path / "llama", config, rate)
+    streams, rng, tokens = Streams(data), np.random.default_rng(0), {True: 0.0, False: 0.0}
+    for _ in range(2000):
+        taken = streams.take(rng)
+        ids = tokenizer(taken.record.texts[0], add_special_tokens=False).input_ids
+        tokens[taken.pictured] += len(ids) + 1
+        tokens[taken.pictured] += (rate * config.vision.patches + 2) * taken.pictured
+    assert tokens[False] / tokens[True] == pytest.approx(lavit_7b.TEXT_TO_PAIRS, rel=0.15)
+    mixture = lavit_7b.settings().language.mixture
+    assert (mixture.reading, mixture.writing, mixture.text) == (1.0, 1.0, 0.0)
 
 
 def test_prose_keeps_english_sentences_and_takes_markup_out() -> None:

@@ -134,7 +134,7 @@ def nano() -> Preset:
             selector_gradient="ragged",
             selector_rate=0.5,  # at 1 chance orders the patches when it decides
             decided_weight=2.0,
-            k_means_vectors=40_000,
+            k_means_vectors=41_000,
             optimizer="muon",
         ),
         language=LanguageTraining(

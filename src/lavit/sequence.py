@@ -125,7 +125,7 @@ def image_ids(codes: tuple[int, ...], vocabulary: Vocabulary) -> tuple[int, ...]
 
 def slot_lengths(slots: Bool[Tensor, "rows tokens"]) -> list[int]:
     """Numbers of slots of the read images of packed rows, in order."""
-    edges = F.pad(slots.int(), (1, 1)).diff(dim=1)
+    edges = F.pad(slots.int(), (1, 1)).diff(dim=1)  # the host waits: how many is data
     return ((edges < 0).nonzero() - (edges > 0).nonzero())[:, 1].tolist()
 
 
@@ -322,7 +322,7 @@ def fill_slots(
 
     Raises `InputError` with both counts if they disagree: one keep mask must have made both.
     """
-    wanted, given = int(slots.sum()), len(features)
+    wanted, given = int(slots.sum()), len(features)  # the host waits: one number
     if wanted != given:
         counts = f"{wanted} image slots but {given} image features"
         raise InputError(f"{counts}: codes and features must come from the same keep mask")

@@ -45,7 +45,7 @@ def train(
     processes of torchrun. --stream reads the data as they come, shard by shard, in every stage, and
     keeps none of them; --tokens takes the codes of stage 2 from a folder of `lavit
     tokenize-corpus`, and then nothing is read, only written. --plan trains nothing: it computes the
-    memory of stage 2 on --gpus GPUs of --memory GiB each.
+    memory of each stage on --gpus GPUs of --memory GiB each.
     """
     from dataclasses import replace
 
@@ -63,16 +63,6 @@ def train(
     model = chosen.model
     if lora is not None:
         model = replace(model, language=replace(model.language, lora_rank=lora))
-    if plan:
-        from lavit.train.plan import plan_language
-
-        if stage != "language":
-            raise InputError("--plan computes stage 2, the largest: lavit train language --plan")
-        print("\n".join(plan_language(model, chosen.training, gpus=gpus, memory=memory).lines()))
-        return
-    if not data or out is None:
-        needed = "--data (what to learn from) and --out (the run's folder)"
-        raise InputError(f"a training needs {needed}")
     training = replace(chosen.training, seed=seed)
     if minutes is not None:
         training = scaled(training, minutes / chosen.minutes)
@@ -81,6 +71,16 @@ def train(
         training = replace(training, **fed)
     if tokens is not None:
         training = replace(training, language=replace(training.language, token_corpus=str(tokens)))
+    if plan:
+        from lavit.train.plan import plan_stage
+
+        for one in STAGES if stage == "all" else (stage,):
+            found = plan_stage(one, model, training, gpus=gpus, memory=memory)
+            print("\n".join(found.lines()))
+        return
+    if not data or out is None:
+        needed = "--data (what to learn from) and --out (the run's folder)"
+        raise InputError(f"a training needs {needed}")
     with ProgressBar() as progress:
         run = open_run(
             out,

@@ -36,6 +36,7 @@ from lavit.convert.folders import (
 )
 from lavit.convert.tensors import read_pickle, write_pickle
 from lavit.files import load_tensors, replacing, save_tensors
+from lavit.vision.encoder import load_vision
 from lavit.vocabulary import MARKERS
 
 EVA = "visual_tokenizer/eva_vitg_psz14.bin"
@@ -198,6 +199,23 @@ def convert_published(folder: Path | str, out: Path | str) -> Converted:
         _write_configs(new, found)
         manifest.write()
     return _summary(manifest)
+
+
+def convert_encoder(path: Path, out: Path) -> None:
+    """Write the published encoder alone (`eva_vitg_psz14.bin`) as a transformers folder.
+
+    Raises `InputError` for a tensor that is missing, unknown or of another shape.
+    """
+    eva = read_pickle(path)
+    renames = names.vision(names.depth_of(eva))
+    tensors = names.convert_all(eva, renames, where=path.name, aside=names.VISION_ASIDE)
+    config = sizes.vision_config(eva)
+    with torch.device("meta"):
+        expected = load_vision(replace(config, source="random")).encoder.state_dict()
+    sizes.check_shapes(tensors, expected, where=path.name)
+    with replacing(out) as new:
+        save_tensors(tensors, new / WEIGHTS)
+        write_json(new / "config.json", config.architecture)
 
 
 def convert_reverse(folder: Path | str, out: Path | str) -> Converted:

@@ -38,6 +38,7 @@ from lavit.files import alone, sha256
 from lavit.model import LaVIT
 from lavit.sequence import VisualTokens
 from lavit.storage import model_folder
+from lavit.vision.encoder import product_type
 from lavit.visual_tokenizer.selector import KeepPolicy
 
 log = logging.getLogger(__name__)
@@ -87,10 +88,9 @@ class CorpusJob:
         return range(shard * self.shard_size, min(count, (shard + 1) * self.shard_size))
 
 
-def tokenizer_hash(model: LaVIT) -> str:
-    """SHA-256 of all that decides over tokens: weights and sizes of tokenizer and encoder.
-
-    An encoder that is only referenced (a package, a hub id) enters by its configuration.
+def tokenizer_hash(model: LaVIT, device: torch.device | str = "cpu") -> str:
+    """SHA-256 of what decides over tokens: weights and sizes of tokenizer and encoder (one that is
+    only referenced enters by its configuration), number type of its products on a device.
     """
     folder, config = model.folder, model.config
     if folder is None:
@@ -102,7 +102,9 @@ def tokenizer_hash(model: LaVIT) -> str:
         raise InputError(f"{lacks}: lavit train tokenizer --out {folder}")
     if config.vision.source == "folder":
         weights += sorted((folder / "vision").glob("*.safetensors"))
-    said = [to_json(config.vision), to_json(config.visual_tokenizer), *map(sha256, weights)]
+    numbers = str(product_type(torch.device(device)))
+    said = [to_json(config.vision), to_json(config.visual_tokenizer), numbers]
+    said += map(sha256, weights)
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
@@ -148,7 +150,10 @@ class ShardWriter:
         self.records = load_records(job.data, job.split)
         where = {"device": job.device, "dtype": getattr(torch, job.dtype)}
         self.model = LaVIT.from_pretrained(job.model, **where, parts=TO_SEE)
-        self.policy, self.tokenizer = KeepPolicy.parse(job.keep), tokenizer_hash(self.model)
+        self.policy, self.tokenizer = (
+            KeepPolicy.parse(job.keep),
+            tokenizer_hash(self.model, job.device),
+        )
 
     def __call__(self, shard: int) -> int:
         """Write a shard, atomically; returns its number."""
@@ -213,10 +218,7 @@ def load_tokens(folder: str | Path, *, tokenizer: str | None = None) -> TokenCor
 
 
 def corpus_codes(
-    folder: str | Path,
-    corpus: Corpus,
-    *,
-    tokenizer: str,
+    folder: str | Path, corpus: Corpus, *, tokenizer: str
 ) -> tuple[tuple[int, ...], ...]:
     """Codes of every picture of a corpus, in its order, from tokens of its source of pictures.
 
@@ -245,7 +247,7 @@ def _settle(job: CorpusJob, records: Records, lavit: LaVIT) -> dict[str, Any]:
     edges = sorted({*range(0, len(records), job.shard_size), len(records) - 1})
     names = json.dumps([below(records[index].name, job.data) for index in edges])
     settings = {
-        "tokenizer": tokenizer_hash(lavit),
+        "tokenizer": tokenizer_hash(lavit, job.device),
         "dtype": job.dtype,
         "keep": job.keep,
         "seed": job.seed,

@@ -49,7 +49,8 @@ def _alone(model: LaVIT, parts: list[Part]) -> float:
     language = model.language
     ids, end = partial(ids_of, model.text_tokenizer), language.vocabulary.end
     document = segments(parts, ids, lambda part: part.codes or (), end)
-    return float(model(pack([[lay_out(document, language.vocabulary)]], language.vocabulary)))
+    rows = pack([[lay_out(document, language.vocabulary)]], language.vocabulary)
+    return float(model(rows.to(model.device)))
 
 
 def ranked(model: LaVIT, seen: Prompt, texts: Sequence[str]) -> list[str]:

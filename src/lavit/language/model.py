@@ -31,7 +31,11 @@ from lavit.config import InputError
 from lavit.language.head import HeadLoss
 from lavit.language.reader import Reader
 from lavit.sequence import IGNORE, Batch, attention_mask, check_slots, fill_slots
-from lavit.visual_tokenizer.attention import attend_by_document, group_documents
+from lavit.visual_tokenizer.attention import (
+    DocumentGroups,
+    attend_by_document,
+    group_documents,
+)
 from lavit.visual_tokenizer.layers import Keep, Patches
 from lavit.visual_tokenizer.merger import MergerBlock
 from lavit.vocabulary import Vocabulary
@@ -172,11 +176,15 @@ class Language(nn.Module):
         *,
         documents: Int[Tensor, "rows tokens"],
         positions: Int[Tensor, "rows tokens"],
+        groups: DocumentGroups | None = None,
     ) -> Float[Tensor, "rows tokens width"]:
-        """Hidden states of packed rows; attention stays inside each document."""
+        """Hidden states of packed rows; attention stays inside each document.
+
+        `groups` are those of `group_documents`, where they are known already.
+        """
         if self.by_document:
             nothing = embeddings.new_zeros(1, 1, 1, 1)  # four dimensions: the LM makes no mask
-            how = {"attention_mask": nothing, "groups": group_documents(documents)}
+            how = {"attention_mask": nothing, "groups": groups or group_documents(documents)}
         else:
             mask = attention_mask(documents)
             bias = embeddings.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
@@ -189,11 +197,12 @@ class Language(nn.Module):
         batch: Batch,
         patches: Patches | None = None,
         keep: Keep | None = None,
+        groups: DocumentGroups | None = None,
     ) -> LanguageLoss:
         """Next-id cross-entropy over text and codes with one softmax (Eq. 6), summed over targets.
 
         `patches` and `keep` are those of `batch.images`, in order; without them, or where pictures
-        are read as codes, slots take the rows of their codes.
+        are read as codes, slots take the rows of their codes. `groups` are those of the documents.
         """
         if self.read_as == "codes":
             patches = None
@@ -201,6 +210,7 @@ class Language(nn.Module):
         if patches is not None and len(patches):
             if keep is None:
                 raise InputError("patches of pictures were given without `keep`: give both")
+            # the host waits: a mask that is not the codes' would train on other features
             check_slots(batch.slots, [self.reader.rows(kept) for kept in keep.sum(1).tolist()])
             features = self.read(patches, keep)
         embeddings = self.embed(batch.ids, slots=batch.slots, features=features)
@@ -209,8 +219,9 @@ class Language(nn.Module):
             blank = patches.new_zeros(1, *patches.shape[1:])
             nothing = self.read(blank, blank.new_ones(blank.shape[:2], dtype=torch.bool)).sum()
             embeddings = embeddings + 0.0 * nothing.to(embeddings.dtype)
-        hidden = self.hidden(embeddings, documents=batch.documents, positions=batch.positions)
-        wanted = batch.labels != IGNORE
+        packed = {"documents": batch.documents, "positions": batch.positions}
+        hidden = self.hidden(embeddings, **packed, groups=groups)
+        wanted = batch.labels != IGNORE  # the host waits: the head takes no rows without target
         return self.loss(hidden[wanted], batch.labels[wanted])
 
     def loss(

@@ -134,7 +134,8 @@ class Pixels(nn.Module):
         if self.vae is None:
             return F.pixel_unshuffle(pictures, self.config.patch)
         vae = self._steady_vae()
-        latents = vae.encode(pictures.to(vae.dtype)).latent_dist.mode()
+        each = pictures.to(vae.dtype).split(1)  # one by one, as they are decoded
+        latents = torch.cat([vae.encode(one).latent_dist.mode() for one in each])
         mean, deviation = self._latent_moments(latents)
         return ((latents - mean) / deviation).to(pictures.dtype)
 

@@ -14,6 +14,7 @@ crash while saving loses nothing.
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from lavit.config import InputError, read_json, write_json
-from lavit.files import load_tensors, replacing, save_tensors
+from lavit.files import load_tensors, replacing, save_tensors, write_tensors
 from lavit.train.spread import assign, whole
 
 if TYPE_CHECKING:
@@ -50,14 +51,12 @@ def save_checkpoint(
 ) -> None:
     """Write `folder/<step>`, drop all but the newest `keep`. Every rank calls, the first writes."""
     main = accelerator.is_main_process
-    trained = _gather(_trained(module), main)
-    moments = _gather(_moments(module, optimizer), main)
     random, state = _random_states(accelerator), stage.state()
-    if not main:
-        return
-    with replacing(folder / str(step)) as new:
-        save_tensors(trained, new / "module.safetensors")
-        save_tensors(moments, new / "optimizer.safetensors")
+    with replacing(folder / str(step)) if main else nullcontext() as new:
+        _save_whole(_trained(module), new and new / "module.safetensors")
+        _save_whole(_moments(module, optimizer), new and new / "optimizer.safetensors")
+        if new is None:
+            return
         save_tensors(state, new / "state.safetensors")
         save_tensors(random, new / "random.safetensors")
         write_json(new / "step.json", {"step": step, "stage": stage.name})
@@ -121,14 +120,15 @@ def _trained(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in module.state_dict().items() if name not in others}
 
 
-def _gather(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Whole tensors, one at a time, kept on the CPU of ranks that write."""
-    found = {}
-    for name, tensor in tensors.items():
-        full = whole(tensor.detach())
-        if keep:
-            found[name] = full.cpu()
-    return found
+def _save_whole(tensors: dict[str, Tensor], path: Path | None) -> None:
+    """Gather tensors one at a time; the rank that has a path writes each at once."""
+    names = sorted(tensors, key=lambda name: -tensors[name].element_size())  # stays aligned
+    tensors = {name: tensors[name] for name in names}
+    gathered = (whole(tensor.detach()) for tensor in tensors.values())
+    if path is not None:
+        write_tensors(tensors, gathered, path)
+    for _ in gathered:  # of the other ranks: all must gather
+        pass
 
 
 def _moments(module: nn.Module, optimizer: Any) -> dict[str, Tensor]:

@@ -192,7 +192,8 @@ def language_stage(
         return LanguageStage(language, encoded.tokenizer, streams, None, None, config)
     mixture = config.mixture
     if config.token_corpus:
-        hashed = tokenizer_hash(LaVIT(run.config, folder=run.folder))
+        model = LaVIT(run.config, folder=run.folder)
+        hashed = tokenizer_hash(model, run.accelerator.device)
         codes = corpus_codes(config.token_corpus, encoded.corpus, tokenizer=hashed)
         features, tokens = nothing_read(vision)
         mixture = replace(mixture, reading=0.0, question=0.0)

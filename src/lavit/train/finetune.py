@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lavit.config import (
@@ -52,8 +51,9 @@ from lavit.model import LaVIT
 from lavit.storage import model_folder
 from lavit.train.encoded import features_of, tokens_of
 from lavit.train.language import LanguageStage
-from lavit.train.loop import Report
+from lavit.train.loop import Report, step_once
 from lavit.train.metrics import check_trackers
+from lavit.train.muon import Muon
 from lavit.train.run import Run, train_loop
 from lavit.train.spread import make_accelerator
 
@@ -229,18 +229,16 @@ def _take_steps(run: Run[FinetuneTraining], steps: int) -> None:
 
 
 def _measure(run: Run[FinetuneTraining], stage: LanguageStage, minutes: float) -> None:
-    """Settle the steps: time some forward and backward, and agree on rank 0's answer."""
+    """Settle the steps: time some whole ones that move nothing, and agree on rank 0's answer."""
     accelerator = run.accelerator
     device, module = accelerator.device, stage.module.to(accelerator.device)
     stage.accelerator = accelerator
+    still = [group | {"lr": 0.0, "weight_decay": 0.0} for group in stage.parameter_groups()]
+    optimizer = Muon(still, fused=True)  # costs what a step costs, and moves nothing
     for step in range(MEASURED + 1):
         if step == 1:
             started = time.perf_counter()
-        batch = stage.batch(step, stage.shard)
-        with accelerator.autocast():
-            loss = stage.losses(module, batch, step)["loss"]
-        assert isinstance(loss, Tensor)
-        loss.backward()
+        step_once(stage, module, optimizer, step, clip=run.training.clip)
     module.zero_grad(set_to_none=True)
     seconds = (time.perf_counter() - started) / MEASURED
     found = torch.tensor([max(1, round(60 * minutes / seconds))], device=device)

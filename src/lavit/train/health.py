@@ -35,6 +35,7 @@ class CodeUse:
 
     def add(self, codes: Int[Tensor, "total"], *, revived: int = 0) -> None:
         """Count one step's codes, and how many were revived after it."""
+        # the host waits: the window of counts is kept off the device
         self.counts.append(torch.bincount(codes.cpu(), minlength=self.codes))
         self.revived.append(revived)
 
@@ -95,7 +96,7 @@ def selector_figures(
 
 def check_features(patches: Tensor, step: int) -> None:
     """Raise `Alarm` if the encoder's features hold something that is not a number."""
-    if not torch.isfinite(patches).all():
+    if not torch.isfinite(patches).all():  # the host waits: one bad value spoils all weights
         raise Alarm(
             f"the encoder's features at step {step} are not all finite: they are kept in float16 "
             "(up to 65504), so give an earlier layer or another encoder, and delete the run's cache"
@@ -104,6 +105,7 @@ def check_features(patches: Tensor, step: int) -> None:
 
 def check_finite(loss: Tensor, parameters: Iterable[Tensor], step: int) -> None:
     """Raise `Alarm` if the loss, or any weight after the step, is not a number."""
+    # the host waits, once a step: what is no number must not be saved
     if not torch.isfinite(loss) or not torch.nn.utils.get_total_norm(parameters).isfinite():
         raise Alarm(
             f"the loss is {float(loss):.4g} at step {step} and loss or weights are no longer "

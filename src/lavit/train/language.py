@@ -27,6 +27,7 @@ from lavit.sequence import IGNORE, Batch, VisualTokens, slot_lengths
 from lavit.train.batches import Shard
 from lavit.train.loop import Metric, Stage
 from lavit.train.muon import matrices_apart
+from lavit.visual_tokenizer.attention import group_documents
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
 END = "<|endoftext|>"
@@ -119,15 +120,16 @@ class LanguageStage(Stage):
         if self.streams is not None and dist.is_initialized():
             count = count.to(next(self.tokenizer.parameters()).device)
             dist.all_reduce(count)
-        return int(count)
+        return int(count)  # the host waits: the loss is divided by it
 
     def losses(self, module: nn.Module, batch: LanguageBatch, step: int) -> dict[str, Metric]:
         """Cross-entropy over all target tokens of a step; loss and accuracy of text and codes."""
         device = self.accelerator.device
+        groups = group_documents(batch.rows.documents).to(device)  # from the CPU: nobody waits
         rows = batch.rows.to(device)
         where = self.tokenizer.place_code.device  # the CPU, where nothing else needs the tokenizer
         patches = self.tokenizer.prepare(batch.patches.to(where)).to(device)
-        out: LanguageLoss = module(rows, patches, batch.keep.to(device))
+        out: LanguageLoss = module(rows, patches, batch.keep.to(device), groups)
         loss = out.total / batch.targets * self.accelerator.num_processes
         return {
             "loss": loss,

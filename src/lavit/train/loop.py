@@ -208,7 +208,9 @@ def step_once(
     accelerator, parts, figures = stage.accelerator, stage.accumulate, []
     for number in range(parts):
         batch = stage.batch(step, stage.shard.part(number, parts))
-        with contextlib.nullcontext() if number + 1 == parts else accelerator.no_sync(module):
+        # FSDP2 sums in every part: what waits for the last one would be whole gradients
+        sums = number + 1 == parts or accelerator.is_fsdp2
+        with contextlib.nullcontext() if sums else accelerator.no_sync(module):
             with accelerator.autocast():
                 losses = stage.losses(module, batch, step)
             accelerator.backward(losses["loss"])

@@ -1,63 +1,63 @@
-"""Memory of stage 2 before a machine is rented: computed from the configuration, not guessed.
+"""Memory of a training before a machine is rented: computed from the configuration.
 
     weights, gradients, moments    counted on the meta device; FSDP2 divides what trains by the GPUs
-    activations                    bytes that autograd keeps, counted by its hooks on one and on two
-                                   blocks of the real architecture and drawn out to its depth; with
-                                   recomputing, a block's input each and one block
+    activations                    bytes that autograd keeps, counted on small copies of the model
+                                   and drawn out to its size (activations.py)
     head                           one chunk of logits, and the gradients that the loss makes
     gathered, cast                 what a pass needs whole: FSDP2's units, autocast's bf16 copies
+    beside it                      frozen parts that encode in line, averaged weights, DDP's buckets
 
-The test holds parameter bytes to the byte, and the total to 25 % of a step's peak on a CPU.
+Tests hold parameter bytes to the byte, and what autograd keeps to 10 % of a real model of a GB.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from functools import cached_property
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch import nn
 
 from lavit.config import InputError, ModelConfig, TrainConfig
-from lavit.language.lora import inject_lora
 from lavit.language.model import CHUNK, Language, table_and_head
 from lavit.language.reader import MergerReader
-from lavit.language.smollm2 import SMOLLM2, smollm2_config, smollm2_file
-from lavit.visual_tokenizer.tokenizer import merger_of
+from lavit.pixels.condition import HEADS
+from lavit.train.activations import (
+    KeptBytes,
+    Numbers,
+    denoiser_of,
+    language_bytes,
+    pixels_bytes,
+    reader_bytes,
+    tokenizer_bytes,
+)
+from lavit.train.parts import (
+    PartCount,
+    architecture_of,
+    autoencoder_of,
+    count_parts,
+    encoder_of,
+    language_of,
+    numel,
+)
+from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
 GIB = 2**30
-PARTS = {
-    "lm": "language model",
-    "rows": "visual rows",
-    "head_rows": "visual head",
-    "reader.merger": "reader: merger copy",
-    "reader.to_language": "reader: projection",
-}
 Parallelism = Literal["single", "ddp", "fsdp2"]
 TEXT = 32  # tokens of text that go with an image, where only their order of size matters
-SHORT = 16  # tokens of a document in counts: meta attention keeps squares, real kernels do not
 CONTEXT = 1.0  # GiB of a GPU that its driver, kernels and library take; the one figure assumed here
-
-
-@dataclass(frozen=True)
-class PartCount:
-    """Parameters of one part."""
-
-    name: str
-    trains: int
-    frozen: int
 
 
 @dataclass(frozen=True)
 class Plan:
     """What one GPU (or this machine) must hold during a step, in GiB by kind, and if it does."""
 
+    stage: str
     layout: Parallelism
     gpus: int
     precision: Literal["fp32", "bf16"]
-    rows: int  # packed rows in one pass of one GPU
+    rows: int  # packed rows, or pictures, in one pass of one GPU
     accumulate: int
     recompute: bool
     merger: bool  # whether the second merger trains
@@ -77,9 +77,10 @@ class Plan:
 
     def lines(self) -> list[str]:
         """The plan as a table."""
-        lines = [f"{'part':<24}{'train':>16}{'frozen':>16}"]
+        lines = [f"{self.stage:<24}{'train':>16}{'frozen':>16}"]
         lines += [f"{part.name:<24}{part.trains:>16,}{part.frozen:>16,}" for part in self.parts]
-        rows = f"{self.rows} rows a pass, accumulate {self.accumulate}"
+        what = "rows" if self.stage == "language" else "pictures"
+        rows = f"{self.rows} {what} a pass, accumulate {self.accumulate}"
         kept = "recomputed" if self.recompute else "kept"
         how = f"{self.layout} on {self.gpus}, {self.precision}, {rows}, {kept} activations"
         lines += ["", f"GiB each ({how})"]
@@ -87,10 +88,14 @@ class Plan:
         if not self.merger:
             lines.append("  (the second merger is frozen: train_merger=False)")
         verdict = {None: "", True: ": fits into {}", False: ": does NOT fit into {}"}[self.fits]
-        return [*lines, f"  {'total':<30}{self.total:>10.2f}{verdict.format(self.memory)}"]
+        return [
+            *lines,
+            f"  {'total':<30}{self.total:>10.2f}{verdict.format(f'{self.memory or 0:.4g}')}",
+        ]
 
 
-def plan_language(
+def plan_stage(
+    stage: str,
     model: ModelConfig,
     training: TrainConfig,
     *,
@@ -100,83 +105,239 @@ def plan_language(
     lora: int | None = None,
     precision: Literal["fp32", "bf16"] = "bf16",
 ) -> Plan:
-    """Plan stage 2. `memory` is one GPU's in GiB; `lora` a rank that replaces the configuration's.
+    """Plan a stage. `memory` is one GPU's in GiB; `lora` a rank that replaces the configuration's.
 
     If the configuration does not fit into the memory given, recomputing is switched on, then rows
-    are divided by accumulation down to one a pass, then under LoRA the second merger is frozen.
-    `layout` defaults to FSDP2 on several GPUs.
+    or pictures are divided by accumulation down to one a pass, then under LoRA the second merger
+    is frozen. `layout` defaults to FSDP2 for stage 2 on several GPUs, to DDP for the others.
     """
     if gpus < 1 or (memory is not None and memory <= 0):
         raise InputError(f"a plan needs at least one GPU with memory, not {gpus} with {memory} GiB")
-    layout = layout or ("fsdp2" if gpus > 1 else "single")
+    several: Parallelism = "fsdp2" if stage == "language" else "ddp"
+    layout = layout or (several if gpus > 1 else "single")
     if lora is not None:
         model = replace(model, language=replace(model.language, lora_rank=lora))
-    config = training.language
-    here = max(1, config.rows // gpus)
+    config: Any = getattr(training, stage)
+    here = max(1, (config.rows if stage == "language" else config.batch) // gpus)
+    merger = stage != "language" or config.train_merger
     wanted = min(here, max(1, config.accumulate))
-    tries = [(config.train_merger, wanted, config.recompute)]
+    tries = [(merger, wanted, config.recompute)]
     if memory is not None:
         divisions = [number for number in range(wanted, here + 1) if here % number == 0]
-        tries += [(config.train_merger, number, True) for number in divisions]
-        tries += [(False, number, True) for number in divisions if model.language.lora_rank]
-
-    @cache
-    def counted(merger: bool) -> _Counter:
-        trained = replace(training, language=replace(config, train_merger=merger))
-        size, shards = 2 if precision == "bf16" else 4, gpus if layout == "fsdp2" else 0
-        return _Counter(model, trained, size, shards)
-
-    for merger, accumulate, recompute in tries:
-        rows, counter = -(-here // accumulate), counted(merger)
-        how = (layout, gpus, precision, rows, accumulate, recompute, merger)
-        plan = Plan(*how, counter.parts, counter.gib(rows, recompute=recompute), memory)
-        if memory is None or plan.fits:
-            break
+        tries += [(merger, number, True) for number in divisions]
+        if stage == "language" and model.language.lora_rank:
+            tries += [(False, number, True) for number in divisions]
+    with torch.random.fork_rng(devices=[]):
+        counter = COUNTERS[stage](model, training, precision, layout, gpus)
+        for merger, accumulate, recompute in tries:
+            rows = -(-here // accumulate)
+            counter.train_merger(merger)
+            how = (stage, layout, gpus, precision, rows, accumulate, recompute, merger)
+            found = counter.gib(rows, recompute=recompute)
+            plan = Plan(*how, counter.parts, found, memory)
+            if memory is None or plan.fits:
+                break
     return plan
 
 
 class _Counter:
-    """Counts one model; `size` is of activations in bytes, `shards` FSDP2's GPUs, 0 without it."""
+    """Counts one stage of a model in a layout."""
 
-    def __init__(self, model: ModelConfig, training: TrainConfig, size: int, shards: int) -> None:
-        self.model, self.training, self.size, self.shards = model, training, size, shards
-        self.lm_config = _architecture(model, training)
-        self.language = _build(model, self.lm_config, self.lm_config.num_hidden_layers)
-        reader = cast("MergerReader", self.language.reader)
-        reader.merger.requires_grad_(training.language.train_merger)
-        self.parts = _count(self.language)
+    stage: str
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        training: TrainConfig,
+        precision: Literal["fp32", "bf16"],
+        layout: Parallelism,
+        gpus: int,
+    ) -> None:
+        self.model, self.training, self.layout = model, training, layout
+        self.size = 2 if precision == "bf16" else 4  # bytes of a product's numbers
+        self.shards = gpus if layout == "fsdp2" else 1
+        self.numbers: Numbers = "autocast" if precision == "bf16" else "fp32"
+
+    def train_merger(self, on: bool) -> None:
+        """Whether the second merger of stage 2 trains."""
+
+    @property
+    def held(self) -> int:
+        """Patches that are kept of a picture."""
+        patches = self.model.visual_tokenizer.patches
+        return max(1, round(self.training.tokenizer.rate * patches))
 
     def gib(self, rows: int, *, recompute: bool) -> dict[str, float]:
-        """GiB by kind at so many packed rows a pass."""
-        each, trains = max(1, self.shards), sum(part.trains for part in self.parts)
-        frozen = sum(part.frozen for part in self.parts)
-        frozen *= self.size if each == 1 else 4  # train/run.py halves what is not sharded
-        found = {
-            "weights": (4 * trains + frozen) / each,
-            "gradients": 4 * trains / each,
-            "moments of AdamW": 8 * trains / each,
-            "gathered or cast weights": self._working(),
-            "activations": self._activations(rows, recompute),
-            "head: logits and gradients": self._head(rows),
-        }
+        """GiB by kind at so many packed rows or pictures a pass."""
+        found = self.bytes(rows, recompute)
         if self.size == 2:
             found["context (assumed)"] = CONTEXT * GIB
-        return {name: count / GIB for name, count in found.items()}
+        return {name: count / GIB for name, count in found.items() if count}
 
-    def _working(self) -> float:
+    def bytes(self, rows: int, recompute: bool) -> dict[str, float]:
+        """Bytes by kind."""
+        trains = sum(part.trains for part in self.parts)
+        buckets = 4.0 * trains if self.layout == "ddp" else 0.0
+        return {
+            "weights": 4 * trains / self.shards,
+            "gradients": 4 * trains / self.shards,
+            "moments": (8 * trains - 4 * self.turning) / self.shards,
+            "buckets of DDP": buckets,
+            "cast weights": 2.0 * trains if self.size == 2 else 0.0,
+            "frozen parts": self.frozen,
+            "activations": rows * float(self.kept[int(recompute)]),
+        }
+
+    @cached_property
+    def module(self) -> nn.Module:
+        """What trains, on the meta device."""
+        raise NotImplementedError
+
+    @property
+    def parts(self) -> tuple[PartCount, ...]:
+        """Its parts, and what lies frozen among them."""
+        raise NotImplementedError
+
+    @property
+    def kept(self) -> KeptBytes:
+        """Bytes that autograd keeps of a picture, or a row."""
+        raise NotImplementedError
+
+    @property
+    def frozen(self) -> float:
+        """Bytes of what lies beside it: frozen parts, averaged weights."""
+        raise NotImplementedError
+
+    @property
+    def turning(self) -> int:
+        """Weights that Muon moves, with one moment in place of two."""
+        if getattr(self.training, self.stage).optimizer == "adamw":
+            return 0
+        kinds = (nn.Linear, nn.Conv2d)
+        layers = (part for part in self.module.modules() if isinstance(part, kinds))
+        return sum(part.weight.numel() for part in layers if part.weight.requires_grad)
+
+    def encoding(self) -> float:
+        """Bytes of the encoder where pictures are encoded in line."""
+        stream = getattr(self.training, self.stage).stream
+        return 4.0 * numel(encoder_of(self.model)) if stream else 0.0
+
+    @property
+    def tokenizer(self) -> float:
+        """Bytes of the visual tokenizer."""
+        with torch.device("meta"):
+            return 4.0 * numel(VisualTokenizer(self.model.visual_tokenizer))
+
+
+class _Tokenizer(_Counter):
+    """Stage 1, while its selector trains."""
+
+    stage = "tokenizer"
+
+    @cached_property
+    def module(self) -> nn.Module:
+        with torch.device("meta"):
+            return VisualTokenizer(self.model.visual_tokenizer)
+
+    @cached_property
+    def parts(self) -> tuple[PartCount, ...]:
+        children = self.module.named_children()
+        return tuple(PartCount(name, numel(part), 0) for name, part in children)
+
+    @property
+    def frozen(self) -> float:
+        return self.encoding()
+
+    @cached_property
+    def kept(self) -> KeptBytes:
+        config = self.model.visual_tokenizer
+        dense = self.training.tokenizer.selector_gradient == "dense"
+        return tokenizer_bytes(config, self.held, dense=dense, numbers=self.numbers)
+
+
+class _Pixels(_Counter):
+    """Stage 3: denoiser and condition, their averaged weights, a frozen autoencoder."""
+
+    stage = "pixels"
+
+    @cached_property
+    def module(self) -> nn.Module:
+        config = self.model.pixels
+        with torch.device("meta"):
+            parts = {"denoiser": denoiser_of(config), "condition": HEADS[config.condition](config)}
+            return nn.ModuleDict(parts)
+
+    @cached_property
+    def parts(self) -> tuple[PartCount, ...]:
+        trained = [PartCount(name, numel(part), 0) for name, part in self.module.named_children()]
+        return (*trained, PartCount("autoencoder", 0, numel(self.autoencoder)))
+
+    @cached_property
+    def autoencoder(self) -> nn.Module:
+        """What pictures become latents by."""
+        return autoencoder_of(self.model.pixels)
+
+    @property
+    def frozen(self) -> float:
+        """The averaged weights are a copy of all, and pictures become latents one by one."""
+        widest = 4 * getattr(self.autoencoder, "config", {}).get("block_out_channels", (0,))[0]
+        working = 4.0 * widest * self.model.pixels.size**2
+        own = 4.0 * numel(self.module) + 8.0 * numel(self.autoencoder)
+        return own + working + self.tokenizer + self.encoding()
+
+    @cached_property
+    def kept(self) -> KeptBytes:
+        return pixels_bytes(self.model.pixels, self.numbers)
+
+
+class _Language(_Counter):
+    """Stage 2."""
+
+    stage = "language"
+
+    @cached_property
+    def lm_config(self) -> Any:
+        """The base LM's configuration."""
+        return architecture_of(self.model, self.training)
+
+    @cached_property
+    def module(self) -> Language:
+        return language_of(self.model, self.lm_config)
+
+    def train_merger(self, on: bool) -> None:
+        cast("MergerReader", self.module.reader).merger.requires_grad_(on)
+
+    @property
+    def parts(self) -> tuple[PartCount, ...]:
+        return count_parts(self.module)
+
+    @property
+    def frozen(self) -> float:
+        return self.encoding() + (self.tokenizer if self.training.language.stream else 0.0)
+
+    def bytes(self, rows: int, recompute: bool) -> dict[str, float]:
+        found, trains = super().bytes(rows, recompute), sum(part.trains for part in self.parts)
+        frozen = sum(part.frozen for part in self.parts)
+        frozen *= self.size if self.shards == 1 else 4  # train/run.py halves what is not sharded
+        found["weights"] = (4 * trains + frozen) / self.shards
+        found["cast weights"] = 0.0
+        found["gathered or cast weights"] = self._working(trains)
+        return found | {"head: logits and gradients": self._head(rows)}
+
+    def _working(self, trains: int) -> float:
         """Copies of weights that a pass needs besides the kept ones."""
-        language = self.language
-        if self.shards:  # root and two units, and as much of their gradients
+        language = self.module
+        if self.shards > 1:  # root and two units, and as much of their gradients
             names = language._no_split_modules
-            units = [_numel(m) for m in language.modules() if type(m).__name__ in names]
-            return self.size * (2 * (_numel(language) - sum(units)) + 4 * max(units))
-        if self.size == 4:
-            return 0.0
-        return 2.0 * sum(part.trains for part in self.parts)  # autocast's bf16 copies
+            units = [numel(m) for m in language.modules() if type(m).__name__ in names]
+            return self.size * (2 * (numel(language) - sum(units)) + 4 * max(units))
+        table = table_and_head(language.lm)[0]
+        looked_up = table.numel() if table.requires_grad and not language.tied else 0
+        return 2.0 * (trains - looked_up) if self.size == 2 else 0.0
 
     def _head(self, rows: int) -> float:
         """A chunk of logits, and gradients that are made with them."""
-        language, config = self.language, self.training.language
+        language, config = self.module, self.training.language
         targets = rows * config.tokens
         visual = language.rows if language.head_rows is None else language.head_rows
         text = language.lm.get_output_embeddings().weight
@@ -184,113 +345,22 @@ class _Counter:
         logits = min(CHUNK, targets) * language.vocabulary.size * (4 if self.size == 4 else 8)
         return 4 * made + logits + 2 * self.size * targets * language.width
 
-    def _activations(self, rows: int, recompute: bool) -> float:
-        """Bytes kept between forward and backward: LM and reader."""
-        tokens, depth = rows * self.training.language.tokens, self.lm_config.num_hidden_layers
-        block, rest = self._lm_bytes
-        inputs = self.language.width * self.size
-        lm = rest + (depth * inputs + block if recompute else depth * block)
-        block, rest = self._reader_bytes
-        tokenizer = self.model.visual_tokenizer
-        depth, inputs = tokenizer.merger_depth, tokenizer.dim * self.size
-        inputs *= self._kept_patches
-        reader = rest + (depth * inputs + block if recompute else depth * block)
-        mixture = self.training.language.mixture
-        read = (mixture.reading + mixture.question) / sum(vars(mixture).values())
-        images = tokens / (self._kept_patches + 2 + TEXT) * read
-        return tokens * lm + images * reader
-
-    @property
-    def _kept_patches(self) -> int:
-        return max(1, round(self.training.tokenizer.rate * self.model.visual_tokenizer.patches))
-
     @cached_property
-    def _lm_bytes(self) -> tuple[float, float]:
-        """Bytes a token that autograd keeps in a block of the LM, and around the blocks."""
-        rows, tokens = 4, 4 * SHORT
-        documents = torch.arange(tokens).expand(rows, -1) // SHORT
-        positions = (torch.arange(tokens) % SHORT).expand(rows, -1).to("meta")
-        found = []
-        for layers in (1, 2):
-            language = _build(self.model, self.lm_config, layers)
-            dtype = torch.bfloat16 if self.size == 2 else torch.float32
-            lm: nn.Module = language.lm
-            lm.to(dtype)
-            entered = torch.empty(rows, tokens, language.width, device="meta", dtype=dtype)
-            packed = {"documents": documents, "positions": positions}
-            forward = partial(language.hidden, entered.requires_grad_(), **packed)
-            found.append(kept_bytes(forward, language) / (rows * tokens))
-        return found[1] - found[0], 2 * found[0] - found[1]
-
-    @cached_property
-    def _reader_bytes(self) -> tuple[float, float]:
-        """Bytes an image that autograd keeps in a block of the merger, and around the blocks."""
-        config = self.model.visual_tokenizer  # a real merger: which rows stay is data
-        merger = merger_of(replace(config, merger_depth=1))
-        keep = (torch.arange(config.patches) < self._kept_patches).expand(2, -1)
-        forward = partial(merger, torch.zeros(2, config.patches, config.dim), keep)
-        whole = kept_bytes(forward, merger)
-        merger.blocks = nn.ModuleList()
-        around = kept_bytes(forward, merger)
-        return (whole - around) / 2 * self.size / 4, around / 2 * self.size / 4
+    def kept(self) -> KeptBytes:
+        """Of a row: of its tokens, and of the pictures read in it."""
+        base, config = self.model.language, self.training.language
+        halved = self.size == 2 and (self.shards > 1 or base.lora_rank > 0)
+        numbers: Numbers = "bf16" if halved else self.numbers
+        document = self.held + 2 + TEXT
+        tokens = config.tokens * language_bytes(self.lm_config, base, document, numbers)
+        numbers = "bf16" if halved and self.shards > 1 else self.numbers
+        reader = reader_bytes(self.model.visual_tokenizer, self.held, numbers)
+        read = (config.mixture.reading + config.mixture.question) / sum(
+            vars(config.mixture).values()
+        )
+        return tokens + config.tokens / document * read * reader
 
 
-def kept_bytes(forward: Any, module: nn.Module) -> int:
-    """Bytes that autograd keeps of a call for its backward pass, each storage once, no weights."""
-    weights = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        forward()
-    return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in weights)
-
-
-def _architecture(model: ModelConfig, training: TrainConfig) -> Any:
-    """The base LM's configuration, without the visual rows."""
-    source = model.language.source
-    if source == SMOLLM2:
-        return smollm2_config(smollm2_file())
-    options = {"vocab_size": training.text_vocabulary, **model.language.architecture}
-    if not model.language.architecture:
-        try:
-            return AutoConfig.from_pretrained(source)
-        except OSError as error:
-            why = str(error).splitlines()[0]
-            raise InputError(f"no language model at {source}: {why}") from error
-    if source == "folder":  # a saved language model has the joint vocabulary
-        options["vocab_size"] -= 2 + model.visual_tokenizer.codes
-    return AutoConfig.for_model(**options)
-
-
-def _build(model: ModelConfig, config: Any, layers: int) -> Language:
-    """The model of stage 2 on the meta device, with so many blocks in its LM."""
-    fields = {**config.to_dict(), "num_hidden_layers": layers}
-    if fields.get("layer_types"):
-        fields["layer_types"] = fields["layer_types"][:layers]
-    config = type(config).from_dict(fields)
-    tokenizer = model.visual_tokenizer
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(config)
-        reader = MergerReader(merger_of(tokenizer), table_and_head(lm)[0].shape[1])
-        language = Language(lm, reader, codes=tokenizer.codes, end=0)
-        if model.language.lora_rank:
-            inject_lora(language.lm, model.language)
-    return language
-
-
-def _count(language: Language) -> tuple[PartCount, ...]:
-    counts: dict[str, list[int]] = {}
-    for name, parameter in language.named_parameters():
-        first, second, *_ = f"{name}.".split(".")
-        part = PARTS[f"reader.{second}" if first == "reader" else first]
-        part = "LoRA" if ".lora_" in name else part
-        counts.setdefault(part, [0, 0])[0 if parameter.requires_grad else 1] += parameter.numel()
-    return tuple(PartCount(name, *pair) for name, pair in counts.items())
-
-
-def _numel(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+COUNTERS: dict[str, type[_Counter]] = {
+    kind.stage: kind for kind in (_Tokenizer, _Language, _Pixels)
+}

@@ -121,7 +121,7 @@ class TokenizerStage(Stage):
             loss = loss + config.decided_weight * surer * undecided
         # the part's share of the step's tokens, times the parts that losses are meant over
         parts = self.accelerator.num_processes * self.accumulate
-        share = len(out.vectors) * parts / int(self.kept.sum())
+        share = len(out.vectors) * parts / int(self.kept.sum())  # the host waits: one number
         figures = {"reconstruction": reconstruction, "vector_norm": out.norm * share}
         if out.quantised is not None:
             self.codes.append(out.quantised.codes)
@@ -185,6 +185,7 @@ class TokenizerStage(Stage):
     def after_step(self, step: int) -> dict[str, float]:
         """Move the codes and count their use; `Alarm` if loss, selector or codebook is failing."""
         config, patches = self.config, self.module.config.patches
+        # the host waits: an alarm must come before the step is saved
         health.check_finite(self.loss, self.module.parameters(), step)
         if self.trains_selector(step):
             health.check_selector(float(self.kept.float().mean()) / patches, step, patches=patches)

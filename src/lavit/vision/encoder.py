@@ -34,6 +34,11 @@ ONE_AT_A_TIME = Lock()  # threads encode in turn: hooks are of the encoder, not 
 BLIP = "blip_2_vision_model"  # which AutoModel does not know
 
 
+def product_type(device: torch.device) -> torch.dtype:
+    """Number type of the encoder's products on a device, in training and in use alike."""
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
 class Vision(nn.Module):
     """Frozen encoder: eval mode and no gradient, whatever the surroundings do."""
 
@@ -64,7 +69,8 @@ class Vision(nn.Module):
         """
         weight = next(self.parameters())
         blocks = pixels.to(weight.device, weight.dtype).split(BLOCK)
-        with torch.autocast(weight.device.type, torch.float16, enabled=weight.is_cuda):
+        halved = product_type(weight.device) == torch.float16
+        with torch.autocast(weight.device.type, torch.float16, enabled=halved):
             return torch.cat([self(block).half() for block in blocks]).float()
 
     @torch.no_grad()

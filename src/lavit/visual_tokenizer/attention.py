@@ -43,9 +43,15 @@ class DocumentGroups:
     back: Int[Tensor, "total"]
     shapes: tuple[tuple[int, int], ...]
 
+    def to(self, device: torch.device | str) -> DocumentGroups:
+        """The same on a device."""
+        places, pads, back = self.places.to(device), self.pads.to(device), self.back.to(device)
+        return DocumentGroups(places, pads, back, self.shapes)
+
 
 def group_documents(documents: Int[Tensor, "rows tokens"]) -> DocumentGroups:
     """Group the documents of packed rows by length, half an octave to a group."""
+    # shapes are data: the host waits, unless rows come from the CPU, as in training they do
     device, documents = documents.device, documents.cpu()
     opens = torch.ones_like(documents, dtype=torch.bool)
     opens[:, 1:] = documents[:, 1:] != documents[:, :-1]
@@ -65,9 +71,8 @@ def group_documents(documents: Int[Tensor, "rows tokens"]) -> DocumentGroups:
         places.append(place.flatten())
         shapes.append((len(start), longest))
         filled += place.numel()
-    parts = torch.cat(places), torch.cat(pads), back
-    placed, padding, backward = (part.to(device) for part in parts)
-    return DocumentGroups(placed, padding, backward, tuple(shapes))
+    groups = DocumentGroups(torch.cat(places), torch.cat(pads), back, tuple(shapes))
+    return groups.to(device)
 
 
 class _Reorder(torch.autograd.Function):

@@ -125,7 +125,7 @@ class Codebook(nn.Module):
             nearest, codes = _nearest(vectors, centres)
             mass = torch.bincount(codes, minlength=self.size).float()
             sums = torch.zeros_like(centres).index_add_(0, codes, vectors)
-            empty = (mass == 0).nonzero()[:, 0]
+            empty = (mass == 0).nonzero()[:, 0]  # the host waits: how many is data
             farthest = nearest.argsort()[: len(empty)]
             sums[empty[: len(farthest)]] = vectors[farthest]
             found = sums.norm(dim=-1, keepdim=True) > 0
@@ -164,6 +164,7 @@ class Codebook(nn.Module):
         placed = self.sums.norm(dim=-1, keepdim=True) > 1e-8
         moved = torch.where(placed, F.normalize(self.sums, dim=-1), self.vectors)
         self.vectors.copy_(moved)
+        # the host waits: whether and how many are revived is data
         dead = (self.idle >= patience).nonzero()[:, 0] if patience else self.idle[:0]
         if len(dead):
             pool = gather_rows(vectors)

@@ -32,19 +32,19 @@ class Ragged:
     @cached_property
     def valid(self) -> Bool[Tensor, "images longest"]:
         """Which places of the padded form hold a row."""
-        longest = int(self.lengths.max())
+        longest = int(self.lengths.max())  # the host waits: a shape
         return torch.arange(longest, device=self.lengths.device) < self.lengths[:, None]
 
     @cached_property
     def even(self) -> bool:
         """True if all images have the same number of rows: then padding is a view."""
-        return bool((self.lengths == self.lengths[0]).all())
+        return bool((self.lengths == self.lengths[0]).all())  # the host waits: which way to go
 
     def pad(self, rows: Float[Tensor, "total dim"]) -> Float[Tensor, "images longest dim"]:
         """Padded form, zeros behind the last row of each image; inverse of `pack`."""
         if self.even:
             return rows.unflatten(0, (len(self.lengths), -1))
-        valid = self.valid
+        valid = self.valid  # the host waits below: ragged rows are gathered by a mask
         padded = rows.new_zeros(*valid.shape, rows.shape[-1])
         padded[valid] = rows
         return padded

@@ -136,6 +136,7 @@ class Merger(nn.Module):
         attends = ~keep.all(1)
         context = ~keep | ~attends[:, None]  # where nothing was dropped: all, uniformly
         rows = Ragged(keep.sum(1)), Ragged(context.sum(1)), attends
+        # the host waits twice: how many rows stay is data, and only they are computed
         dropped = self.norm_patches(patches[context])
         x = patches[keep]
         again = self.recompute and torch.is_grad_enabled()
@@ -160,7 +161,7 @@ class Merger(nn.Module):
         x, weight = patches, mask
         if not dense:
             keep = mask.detach() > 0.5
-            rows = Ragged(keep.sum(1))
+            rows = Ragged(keep.sum(1))  # the host waits below: only kept rows are computed
             x, weight = rows.pad(patches[keep]), rows.pad(mask[keep][:, None])[..., 0]
         self_weight = self._self_weight(weight)
         context = self.norm_patches(patches)

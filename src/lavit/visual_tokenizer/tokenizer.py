@@ -143,6 +143,7 @@ class VisualTokenizer(nn.Module):
     ) -> Patches:
         """Features of images given as codes; only spatial positions need `keep`."""
         most = self.config.patches
+        # the host waits: positions behind the last one would be another picture's
         if int(lengths.max()) > most or int(lengths.min()) < 1:
             raise InputError(f"an image has 1 to {most} codes, not {lengths.tolist()}")
         return self._rebuild(self.codebook.vector(codes), lengths, keep)
@@ -198,10 +199,10 @@ class VisualTokenizer(nn.Module):
         else:
             rows = self.merger(inputs, keep)
             here = rows.new_ones(len(rows), dtype=torch.bool)
-        raw = self.codebook.embed(rows)
+        raw = self.codebook.embed(rows)  # the host waits below: kept rows alone have codes
         norm = raw.detach()[here].norm(dim=-1).mean()
         codes = F.normalize(raw, dim=-1)
-        vectors = codes[here]
+        vectors = codes[here]  # the host waits
         quantised = self.codebook.quantise(vectors) if quantise else None
         if quantised is not None:
             codes = codes.masked_scatter(here[..., None], quantised.vectors)

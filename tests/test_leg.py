@@ -1,0 +1,88 @@
+"""Trainings in legs: a packed state goes on elsewhere as if nothing had happened, and is small."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import toy_config, toy_training
+from lavit.config import InputError, Terminated
+from lavit.pixels.decoder import Pixels
+from lavit.presets import preset
+from lavit.train.loop import Report
+from lavit.train.plan import plan_stage
+from lavit.train.run import open_run, train_stages
+from lavit.train.settings import STAGES
+from lavit.visual_tokenizer.tokenizer import VisualTokenizer
+from test_train import losses
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
+import leg
+
+
+def test_a_training_in_legs_is_one_in_a_piece(
+    toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every stage is stopped on its way by the loop's own SIGTERM, packed, and the run deleted."""
+    monkeypatch.setattr("lavit.data.stream_documents.WINDOW", 2)
+    monkeypatch.setattr(leg, "PIECE", 2**19)
+    training = replace(toy_training(3), log_every=1)
+    training = replace(
+        training, **{one: replace(getattr(training, one), stream=True) for one in STAGES}
+    )
+    whole, state, stops = tmp_path / "whole", tmp_path / "state", []
+    train_stages(open_run(whole, toy_data, toy_config(), training, trackers=()))
+
+    def stop(report: Report) -> None:
+        if report.step == 2 and report.stage not in stops:
+            stops.append(report.stage)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    for number in range(len(STAGES) + 1):
+        run = tmp_path / f"leg-{number}"
+        leg.unpack(state, run)
+        opened = open_run(run, toy_data, toy_config(), training, trackers=(), watch=stop)
+        if number < len(STAGES):
+            with pytest.raises(Terminated):
+                train_stages(opened)
+        else:
+            train_stages(opened)
+        assert leg.pack(run, state) == len(list(state.iterdir())) <= leg.PIECES
+        assert all(path.stat().st_size <= leg.PIECE for path in state.iterdir())
+    assert stops == list(STAGES)
+    assert losses(run) == losses(whole)
+
+
+@pytest.mark.parametrize("name", ["nano", "mini"])
+def test_states_of_the_small_presets_fit(name: str) -> None:
+    """The largest of them, uncompressed: stage 2's, beside the parts that are done."""
+    found = preset(name)
+    with torch.device("meta"):
+        tokenizer = VisualTokenizer(found.model.visual_tokenizer)
+        pixels = Pixels.build(found.model.pixels)
+    plan = plan_stage("language", found.model, found.training, precision="fp32")
+    trains = sum(part.trains for part in plan.parts)
+    frozen = sum(part.frozen for part in plan.parts)
+    before = sum(t.nbytes for t in tokenizer.state_dict().values())
+    assert frozen > 1e8 if name == "mini" else frozen == 0  # a frozen base is never packed
+    language = 4 * 3 * trains + before
+    decoder = before + 4 * trains + 5 * sum(p.nbytes for p in pixels.parameters())
+    assert max(language, decoder) < leg.PIECE * leg.PIECES
+
+
+def test_what_is_no_state_is_said(tmp_path: Path) -> None:
+    run, state = tmp_path / "run", tmp_path / "state"
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    leg.pack(run, state)
+    (state / "0-of-1").rename(state / "0-of-2")
+    with pytest.raises(InputError, match="1 files of 2"):
+        leg.unpack(state, tmp_path / "next")
+    with pytest.raises(InputError, match="write -- train"):
+        leg.main(state, run, ("eval", "nano"))
