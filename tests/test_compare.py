@@ -106,7 +106,7 @@ def test_a_study_is_checked(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_a_plan_counts_runs(path: Path) -> None:
     study = load_study(path)
-    lines = pace.plan_study(study, 3, pace.Pace(0.01, 1.0, 1.0, 1.0, 0.1))
+    lines = pace.plan_study(study, 3, {"": pace.Pace(0.01, 1.0, 1.0, 1.0, 0.1)})
     counts = {line.what: line.count for line in lines}
     trained = [arm for arm in study.arms.values() if not arm.tokenizer_alone]
     assert counts["language models, equal tokens"] == 3 * len(trained)

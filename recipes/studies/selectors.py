@@ -15,9 +15,11 @@ Merger, codebook, reconstructor and LM are LaVIT's and trained alike; what choos
     clusters    the same, and a cluster's mean in place of the merger, as there
     oracle      a selector of LaVIT's form, fitted to the true places of things: patches on them
 
-Nested-dropout registers with a length rule (One-D-Piece, KARL) choose no patches: not here. Stage 1
-has its own rate in each arm no more than LaVIT's arms of other studies; that of stage 2 is the best
-of 1 and 2 times the preset's, by reading on validation after a quarter of the budget.
+    registers   no patches at all: learnt queries under nested dropout, and a rule of how many are
+                enough (One-D-Piece, KARL; see `Registers`)
+
+All have LaVIT's rate in stage 1; that of stage 2 is for each the best of 1 and 2 times the
+preset's, by reading on validation after a quarter of the budget.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ ARMS = {
     "attention": {"keep": f"rate:{RATE}", "rival": {"_class_name": "Attended"}},
     "leaders": {"rival": {"_class_name": "Clusters", "rate": RATE, "pooled": False}},
     "clusters": {"rival": {"_class_name": "Clusters", "rate": RATE}},
+    "registers": {"rival": {"_class_name": "Registers"}},
 }
 FIGURES = (
     "kept_share",

@@ -292,7 +292,8 @@ def load_language(config: ModelConfig, folder: Path) -> tuple[Language, PreTrain
     lm, text = load_base(config.language, folder / "language")
     if text is None:
         raise InputError(f"{folder} names no language model that was trained: train that stage")
-    tokenizer, merger = config.visual_tokenizer, merger_of(config.visual_tokenizer)
+    tokenizer = config.visual_tokenizer
+    merger = build_tokenizer(tokenizer).merger if tokenizer.rival else merger_of(tokenizer)
     read = load_tensors(folder / "reader" / "model.safetensors")
     tensors = {f"reader.{name}": tensor for name, tensor in read.items()}
     if not config.language.lora_rank:

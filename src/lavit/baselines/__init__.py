@@ -10,11 +10,11 @@ from typing import Any
 
 from lavit.baselines.emu import EmuReader
 from lavit.baselines.readers import LinearReader, QFormer, Resampler
+from lavit.baselines.registers import Registers
 from lavit.baselines.regression import GoalReader
 from lavit.baselines.selectors import Attended, Clusters
 from lavit.baselines.vqgan import Vqgan
 
-RIVALS: dict[str, type[Any]] = {
-    kind.__name__: kind
-    for kind in (LinearReader, Resampler, QFormer, EmuReader, GoalReader, Attended, Clusters, Vqgan)
-}
+READERS = (LinearReader, Resampler, QFormer, EmuReader, GoalReader)
+TOKENIZERS = (Attended, Clusters, Registers, Vqgan)
+RIVALS: dict[str, type[Any]] = {kind.__name__: kind for kind in (*READERS, *TOKENIZERS)}

@@ -30,7 +30,7 @@ from lavit.data.documents import Documents
 from lavit.language.reader import projection
 from lavit.layout import Part
 from lavit.model import LaVIT
-from lavit.sequence import Document, Image, VisualTokens, lay_out, supervise_some
+from lavit.sequence import Document, Image, Text, VisualTokens, lay_out, supervise_some
 from lavit.sequence import Sequence as Laid
 from lavit.train.encoded import Encoded
 from lavit.train.language import LanguageBatch, LanguageStage
@@ -83,7 +83,8 @@ class EmuDocuments(Documents):
         """All of a written picture is learnt, and a share of one that is read."""
         laid = lay_out(document, self.vocabulary, supervise_read_images=True)
         self.check_length(laid)
-        written = isinstance(document[-2], Image)  # only the end of the text stands behind it
+        last = document[-1]  # behind a written picture only the end of the text
+        written = isinstance(last, Text) and last.ids == (self.vocabulary.end,)
         return laid if written else supervise_some(laid, self.config.read_share, rng)
 
 

@@ -33,6 +33,14 @@ def log_probs_of(logits: Float[Tensor, "images patches"]) -> Float[Tensor, "imag
     return torch.stack([F.logsigmoid(logits), F.logsigmoid(-logits)], -1)
 
 
+class Everything(nn.Module):
+    """A selector to which all patches are alike: of these, policies keep the first."""
+
+    def forward(self, patches: Patches) -> Float[Tensor, "images patches 2"]:
+        """Log-probabilities of 1 and 0."""
+        return log_probs_of(patches.new_full(patches.shape[:2], SURE))
+
+
 class ReceivedAttention(nn.Module):
     """What patches receive from all others, relative to its mean."""
 

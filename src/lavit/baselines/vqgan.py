@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lavit.baselines.selectors import Everything
 from lavit.config import InputError, TokenizerConfig, TokenizerTraining
 from lavit.pixels.perceptual import Perceptual
 from lavit.presets import efficientnet_lite0
@@ -104,15 +105,6 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last: Tensor) -
         for loss in (reconstruction, adversarial)
     )
     return ADVERSARIAL * (rec / (gen + TINY)).clamp(0, LARGEST).detach()
-
-
-class Everything(nn.Module):
-    """A selector that keeps all."""
-
-    def forward(self, patches: Patches) -> Float[Tensor, "images patches 2"]:
-        """Log-probabilities."""
-        kept = patches.new_zeros(patches.shape[:2])
-        return torch.stack([kept, kept - math.inf], -1)
 
 
 class VqganStage(Stage):
