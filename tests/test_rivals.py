@@ -251,7 +251,7 @@ def test_received_attention_is_its_formula() -> None:
 
 def test_registers_are_prefixes_and_as_many_as_are_enough() -> None:
     config = replace(toy_config().visual_tokenizer, rival={"_class_name": "Registers"})
-    tokenizer, patches = Registers(config, slack=0.02), torch.randn(6, 16, DIM)
+    tokenizer, patches = Registers(config, slack=0.0), torch.randn(6, 16, DIM)
     loud(tokenizer)
     keep = tokenizer.select(patches)
     counts = keep.sum(1).tolist()
@@ -263,9 +263,9 @@ def test_registers_are_prefixes_and_as_many_as_are_enough() -> None:
             found = tokenizer.reconstruct(picture, prefix, quantise=False)
             return float(cosine_distance(found, picture))
 
-        enough = 1.02 * far(16) + 1e-6
-        assert far(count) <= enough
-        assert all(far(fewer) > enough for fewer in (1, 2, 4, 8) if fewer < count)
+        enough = far(16)
+        assert far(count) <= enough + 1e-5
+        assert all(far(fewer) > enough - 1e-5 for fewer in (1, 2, 4, 8) if fewer < count)
     assert torch.equal(keep, torch.arange(16) < keep.sum(1, keepdim=True))
     assert tokenizer.select(patches, KeepPolicy("top_k", 3)).nonzero()[:3, 1].tolist() == [0, 1, 2]
     # early rows do not change when the tail is dropped, and training drops it anywhere

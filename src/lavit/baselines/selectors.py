@@ -63,7 +63,7 @@ class Attended(VisualTokenizer):
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__(config)
-        self.selector: nn.Module = ReceivedAttention(self.place_code)
+        self.selector: Any = ReceivedAttention(self.place_code)
 
 
 class Leaders(nn.Module):

@@ -39,14 +39,14 @@ from lavit.visual_tokenizer.codebook import Codebook, Quantised
 from lavit.visual_tokenizer.layers import Keep, Patches
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
-Pictures = Float[Tensor, "images 3 height width"]
+Painting = Float[Tensor, "images 3 height width"]
 GROUPS = 8
 ADVERSARIAL, TINY, LARGEST = 0.8, 1e-4, 1e4  # λ
 PERCEPTUAL = 1.0
 QUIET = 0.5  # share of the steps before the discriminator counts
 
 
-class Block(nn.Sequential):
+class ConvBlock(nn.Sequential):
     """Two convolutions, to be added to what comes in."""
 
     def __init__(self, width: int) -> None:
@@ -63,16 +63,18 @@ def encoder(widths: list[int]) -> nn.Sequential:
     """Pictures to a grid; each width after the first halves the sides, as does the folding."""
     layers: list[nn.Module] = [nn.PixelUnshuffle(2), nn.Conv2d(12, widths[0], 3, padding=1)]
     for before, width in pairwise(widths):
-        layers += [Block(before), nn.Conv2d(before, width, 3, stride=2, padding=1)]
-    return nn.Sequential(*layers, Block(widths[-1]), nn.GroupNorm(GROUPS, widths[-1]), nn.SiLU())
+        layers += [ConvBlock(before), nn.Conv2d(before, width, 3, stride=2, padding=1)]
+    return nn.Sequential(
+        *layers, ConvBlock(widths[-1]), nn.GroupNorm(GROUPS, widths[-1]), nn.SiLU()
+    )
 
 
 def decoder(widths: list[int], channels: int) -> nn.Sequential:
     """A grid of `channels` to pictures; the mirror of `encoder`."""
-    layers: list[nn.Module] = [nn.Conv2d(channels, widths[-1], 3, padding=1), Block(widths[-1])]
+    layers: list[nn.Module] = [nn.Conv2d(channels, widths[-1], 3, padding=1), ConvBlock(widths[-1])]
     for before, width in pairwise(widths[::-1]):
         layers += [nn.Upsample(scale_factor=2), nn.Conv2d(before, width, 3, padding=1)]
-        layers.append(Block(width))
+        layers.append(ConvBlock(width))
     last = nn.Conv2d(widths[0], 12, 3, padding=1)
     return nn.Sequential(
         *layers, nn.GroupNorm(GROUPS, widths[0]), nn.SiLU(), last, nn.PixelShuffle(2)
@@ -209,11 +211,11 @@ class Vqgan(VisualTokenizer):
         self.selector: Any = Everything()
         self.reconstructor: Any = nn.Identity()
 
-    def fold(self, patches: Patches) -> Pictures:
+    def fold(self, patches: Patches) -> Painting:
         """Pictures of patches of pixels; inverse of `unfold`."""
         return F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (self.grid, -1)), self.patch)
 
-    def unfold(self, pictures: Pictures) -> Patches:
+    def unfold(self, pictures: Painting) -> Patches:
         """Patches of pixels."""
         return F.pixel_unshuffle(pictures, self.patch).flatten(2).transpose(1, 2)
 
@@ -221,13 +223,13 @@ class Vqgan(VisualTokenizer):
         """Unit vectors of all places of the grid."""
         return self.codebook.project(self.encoder(self.fold(patches)).flatten(2).transpose(1, 2))
 
-    def painted(self, vectors: Float[Tensor, "images patches code_dim"]) -> Pictures:
+    def painted(self, vectors: Float[Tensor, "images patches code_dim"]) -> Painting:
         """Pictures of vectors of codes."""
         return self.decoder(vectors.transpose(1, 2).unflatten(2, (self.grid, -1)))
 
     def forward(  # type: ignore[override]  # its stage alone calls it
         self, patches: Patches, *, quantise: bool
-    ) -> tuple[Pictures, Float[Tensor, "total code_dim"], Quantised | None]:
+    ) -> tuple[Painting, Float[Tensor, "total code_dim"], Quantised | None]:
         """Pictures made again, the vectors before the look-up, and the look-up."""
         vectors = self.vectors(patches)
         rows = vectors.flatten(0, 1)
