@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from lavit.config import (
@@ -287,6 +288,47 @@ def preset(name: str) -> Preset:
     if name not in PRESETS:
         raise InputError(f"there is no preset {name!r}: choose from {', '.join(PRESETS)}")
     return PRESETS[name]()
+
+
+def with_lm(chosen: Preset, source: str) -> Preset:
+    """The preset around a trained causal LM: a transformers folder or a hub name.
+
+    Its own text tokenizer is used. The LM learns at a tenth of the rate of a new one, so that it
+    keeps what it knows; visual rows and reader are new and keep theirs.
+    """
+    if Path(source).is_dir():
+        source = str(Path(source).resolve())  # a run goes on from any directory
+    language = replace(chosen.model.language, source=source, architecture={})
+    rate = chosen.training.language.learning_rate / 10
+    training = replace(
+        chosen.training, language=replace(chosen.training.language, learning_rate=rate)
+    )
+    return replace(chosen, model=replace(chosen.model, language=language), training=training)
+
+
+def with_encoder(chosen: Preset, source: str) -> Preset:
+    """The preset on another vision encoder (`vision_config`): its sizes follow the features'.
+
+    Only presets with a decoder on the grid of features (nano and its like) can change their
+    encoder so; others raise `InputError`.
+    """
+    from lavit.vision.encoder import vision_config
+
+    model = chosen.model
+    if model.pixels.condition != "grid":
+        said = "its decoder does not paint on a grid of features"
+        raise InputError(f"preset {model.name} cannot change its encoder: {said}; use nano")
+    vision = vision_config(source)
+    heads = max(n for n in range(1, max(1, vision.dim // 64) + 1) if vision.dim % n == 0)
+    sizes = {"dim": vision.dim, "patches": vision.patches}
+    unet = model.pixels.unet
+    model = replace(
+        model,
+        vision=vision,
+        visual_tokenizer=replace(model.visual_tokenizer, heads=heads, **sizes),
+        pixels=folded_pixels(vision, width=unet["width"], depth=unet["depth"]),
+    )
+    return replace(chosen, model=model)
 
 
 def scaled(training: TrainConfig, factor: float) -> TrainConfig:

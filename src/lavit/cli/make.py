@@ -24,6 +24,8 @@ def train(
     minutes: float | None = None,
     seed: int = 0,
     lora: int | None = None,
+    lm: str | None = None,
+    encoder: str | None = None,
     tracker: tuple[str, ...] = ("tensorboard",),
     fsdp: bool = False,
     stream: bool = False,
@@ -36,22 +38,27 @@ def train(
 
     The same command goes on after an interruption.
 
-    --minutes scales the steps: about that long on two idle CPU cores. --lora R trains adapters of
-    rank R on a frozen language model. --tracker tensorboard, wandb or trackio, in
-    addition to metrics.jsonl. --fsdp shards stage 2 over the processes of torchrun. --stream reads
-    the data as they come, shard by shard, in every stage, and keeps none of them; --tokens takes
-    the codes of stage 2 from a folder of `lavit tokenize-corpus`, and then nothing is read, only
-    written. --plan trains nothing: it computes the memory of stage 2 on --gpus GPUs of --memory
-    GiB each.
+    --minutes scales the steps: about that long on two idle CPU cores. --lm and --encoder put a
+    causal LM and a vision encoder of your own, transformers folders or hub names, in the place of
+    the preset's. --lora R trains adapters of rank R on a frozen language model. --tracker
+    tensorboard, wandb or trackio, in addition to metrics.jsonl. --fsdp shards stage 2 over the
+    processes of torchrun. --stream reads the data as they come, shard by shard, in every stage, and
+    keeps none of them; --tokens takes the codes of stage 2 from a folder of `lavit
+    tokenize-corpus`, and then nothing is read, only written. --plan trains nothing: it computes the
+    memory of stage 2 on --gpus GPUs of --memory GiB each.
     """
     from dataclasses import replace
 
     from lavit.presets import preset as find
-    from lavit.presets import scaled
+    from lavit.presets import scaled, with_encoder, with_lm
     from lavit.train.run import open_run, train_stages
     from lavit.train.settings import STAGES
 
     chosen = find(preset)
+    if lm is not None:
+        chosen = with_lm(chosen, lm)
+    if encoder is not None:
+        chosen = with_encoder(chosen, encoder)
     model = chosen.model
     if lora is not None:
         model = replace(model, language=replace(model.language, lora_rank=lora))

@@ -141,6 +141,37 @@ class PixelPatches(nn.Module):
         return F.pixel_unshuffle(pixels, self.patch).flatten(2).transpose(1, 2)
 
 
+def vision_config(source: str) -> VisionConfig:
+    """How pictures enter a transformers vision checkpoint, a folder or a hub name, by its files.
+
+    Size, mean and deviation come from its preprocessor_config.json, patches and channels from its
+    config.json (the vision part of CLIP, SigLIP and the like). Raises `InputError` if either lacks.
+    """
+    from transformers import AutoConfig
+    from transformers.image_processing_utils import BaseImageProcessor
+
+    if Path(source).is_dir():
+        source = str(Path(source).resolve())
+    try:
+        found = AutoConfig.from_pretrained(source)
+        shown, _ = BaseImageProcessor.get_image_processor_dict(source)
+        found = getattr(found, "vision_config", found)
+        size = shown.get("crop_size") or shown["size"]
+        side = size if isinstance(size, int) else size.get("height") or size["shortest_edge"]
+        return VisionConfig(
+            source=source,
+            image_size=side,
+            grid=side // found.patch_size,
+            dim=found.hidden_size,
+            mean=tuple(shown["image_mean"]),
+            std=tuple(shown["image_std"]),
+        )
+    except Exception as error:  # configurations fail in ways of their own
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        expected = "expected a config.json and a preprocessor_config.json of a ViT"
+        raise InputError(f"no vision encoder at {source}: {why}; {expected}") from error
+
+
 def load_vision(config: VisionConfig, folder: Path | None = None) -> Vision:
     """Build the encoder that `config` names, in fp32; `folder` is where that of "folder" lies."""
     if config.source == EFFICIENTNET:
