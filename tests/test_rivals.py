@@ -261,7 +261,7 @@ def test_registers_are_prefixes_and_as_many_as_are_enough() -> None:
         def far(first: int, picture: Tensor = picture) -> float:
             prefix = (torch.arange(16) < first)[None]
             found = tokenizer.reconstruct(picture, prefix, quantise=False)
-            return float(cosine_distance(found, picture))
+            return float(cosine_distance(found, picture).detach())
 
         enough = far(16)
         assert far(count) <= enough + 1e-5

@@ -6,7 +6,7 @@ Score     docs/results.md
 
 The same LM over 100 codes of a picture of the size that LaVIT's decoder paints; it reads them as
 codes and writes all of them, painted by VQGAN's own decoder. LaVIT writes a quarter as many and has
-a diffusion decoder. VQGAN's stage 1 has 1,500 steps of 16 pictures at 1e-3, about as long as
+a diffusion decoder. VQGAN's stage 1 has 700 steps of 16 pictures at 1e-3, about as long as
 LaVIT's tokenizer and decoder take together; the rates of stage 2 are for each arm the best of 0.5,
 1 and 2 times the preset's, by reading on validation after a quarter of the budget.
 lavit.baselines.vqgan says what is taken from the paper, and what differs.
@@ -93,7 +93,7 @@ def of_pixels(preset: Preset) -> Preset:
     preset = replace(
         preset, model=replace(model, vision=vision, visual_tokenizer=tokenizer, pixels=pixels)
     )
-    long = {"steps_a": 2 * small.steps_a // 3, "steps_b": small.steps_a + small.steps_b * 5}
+    long = {"steps_a": max(1, small.steps_a // 3), "steps_b": 3 * small.steps_b}
     rates = {"learning_rate": 1e-3, "weight_decay": 0.0, "commitment": 0.25, "optimizer": "adamw"}
     preset = in_training(preset, "tokenizer", batch=min(16, small.batch), **rates, **long)
     return in_model(preset, "language", read_as="codes")

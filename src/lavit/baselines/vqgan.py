@@ -39,7 +39,7 @@ from lavit.visual_tokenizer.codebook import Codebook, Quantised
 from lavit.visual_tokenizer.layers import Keep, Patches
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
-Painting = Float[Tensor, "images 3 height width"]
+Paintings = Float[Tensor, "images 3 height width"]
 GROUPS = 8
 ADVERSARIAL, TINY, LARGEST = 0.8, 1e-4, 1e4  # λ
 PERCEPTUAL = 1.0
@@ -211,11 +211,11 @@ class Vqgan(VisualTokenizer):
         self.selector: Any = Everything()
         self.reconstructor: Any = nn.Identity()
 
-    def fold(self, patches: Patches) -> Painting:
+    def fold(self, patches: Patches) -> Paintings:
         """Pictures of patches of pixels; inverse of `unfold`."""
         return F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (self.grid, -1)), self.patch)
 
-    def unfold(self, pictures: Painting) -> Patches:
+    def unfold(self, pictures: Paintings) -> Patches:
         """Patches of pixels."""
         return F.pixel_unshuffle(pictures, self.patch).flatten(2).transpose(1, 2)
 
@@ -223,13 +223,13 @@ class Vqgan(VisualTokenizer):
         """Unit vectors of all places of the grid."""
         return self.codebook.project(self.encoder(self.fold(patches)).flatten(2).transpose(1, 2))
 
-    def painted(self, vectors: Float[Tensor, "images patches code_dim"]) -> Painting:
+    def painted(self, vectors: Float[Tensor, "images patches code_dim"]) -> Paintings:
         """Pictures of vectors of codes."""
         return self.decoder(vectors.transpose(1, 2).unflatten(2, (self.grid, -1)))
 
     def forward(  # type: ignore[override]  # its stage alone calls it
         self, patches: Patches, *, quantise: bool
-    ) -> tuple[Painting, Float[Tensor, "total code_dim"], Quantised | None]:
+    ) -> tuple[Paintings, Float[Tensor, "total code_dim"], Quantised | None]:
         """Pictures made again, the vectors before the look-up, and the look-up."""
         vectors = self.vectors(patches)
         rows = vectors.flatten(0, 1)
