@@ -182,6 +182,8 @@ def test_emu_feeds_back_what_it_predicts() -> None:
     guided = replace(drawn[0], sampling=Sampling(guidance=2.0, max_tokens=16))
     with pytest.raises(InputError, match="without guidance: use mode 'image' and guidance=1"):
         Engine(language).complete([guided])
+    with pytest.raises(InputError, match="the prompt and its picture have 257 tokens"):
+        Engine(language).complete([replace(drawn[0], ids=(5,) * 253)])
 
 
 def test_all_pictures_of_emu_are_rows_and_written_ones_are_learnt_whole() -> None:
@@ -273,7 +275,8 @@ def test_registers_are_prefixes_and_as_many_as_are_enough() -> None:
     whole = tokenizer.merger(patches, torch.ones_like(keep))
     torch.testing.assert_close(rows, whole.unflatten(0, (6, 16))[keep])
     tokenizer.train()
-    lengths = (tokenizer(patches, None, quantise=False, dense=False).mask > 0.5).sum(1)
+    how = {"quantise": False, "dense": False, "train_selector": False}
+    lengths = (tokenizer(patches, None, **how).mask > 0.5).sum(1)
     assert len(lengths.unique()) > 2
 
 

@@ -70,6 +70,10 @@ class Engine:
         if self.language.embeds and (request.guided or request.mode == "mixed"):
             said = "this model writes pictures as embeddings, alone and without guidance"
             raise InputError(f"{said}: use mode 'image' and guidance=1")
+        needed = len(request.ids) + self.language.embeds
+        if self.language.embeds and request.mode == "image" and needed > self.decoder.context:
+            said = f"the prompt and its picture have {needed} tokens"
+            raise InputError(f"{said}, the language model attends to {self.decoder.context}")
 
     def complete(self, requests: Sequence[Request]) -> list[Completion]:
         """Run to the end: the completion of each request."""
