@@ -138,3 +138,15 @@ def test_a_claim_needs_all_seeds_and_the_interval() -> None:
     assert not alone.settled  # one seed settles nothing
     same = paired_difference(noise, noise)
     assert (same.low, same.high) == (0, 0) and not same.settled
+
+
+@pytest.mark.slow
+def test_arms_of_other_parts_have_a_pace_of_their_own() -> None:
+    study = small(load_study(STUDIES[0].with_name("emu.py")))
+    paces = pace.paces_of(study)
+    assert set(paces) == {"", "Emu"}
+    lines = {line.what: line for line in pace.plan_study(study, 3, paces)}
+    steps = toy_preset().training.language.steps
+    mean = sum(one.language for one in paces.values()) / 2
+    language = lines["language models, equal tokens"]
+    assert language.minutes == pytest.approx(steps * mean / 60)
