@@ -35,7 +35,11 @@ from lavit.sequence import Sequence as Laid
 from lavit.train.encoded import Encoded
 from lavit.train.language import LanguageBatch, LanguageStage
 from lavit.visual_tokenizer.layers import CrossBlock, Keep, Patches, initialise
-from lavit.visual_tokenizer.tokenizer import cosine_distance, foreground_weights
+from lavit.visual_tokenizer.tokenizer import (
+    VisualTokenizer,
+    cosine_distance,
+    foreground_weights,
+)
 
 
 class Rebuild(nn.Module):
@@ -177,14 +181,20 @@ class Emu(LaVIT):
         return cast("EmuReader", self.language.reader)
 
 
-class _FromNumbers(nn.Module):
-    """Features, rebuilt from rows, of pictures that are given by number."""
+class _FromNumbers(VisualTokenizer):
+    """Features, rebuilt from rows, of pictures that are given by number; it decodes alone."""
 
     def __init__(self, model: Emu, features: Any) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.model, self.features = model, features
 
-    def decode(self, codes: Int[Tensor, "images"], lengths: Int[Tensor, "images"]) -> Patches:
+    def decode(
+        self,
+        codes: Int[Tensor, "images"],
+        lengths: Int[Tensor, "images"],
+        *,
+        keep: Keep | None = None,
+    ) -> Patches:
         return self.model.decode(list(self.model.rows(self.features.rows(codes))))
 
 
