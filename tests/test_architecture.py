@@ -25,12 +25,12 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("visual_tokenizer",),
     ("vision",),
     ("language", "pixels"),
-    ("baselines",),
     ("storage",),
     ("placement", "processing"),
     ("model",),
     ("data", "generate"),
     ("train", "visualize"),
+    ("baselines",),
     ("evaluate",),
     ("convert",),
     ("serve",),
@@ -75,6 +75,14 @@ def test_imports_go_one_way(path: Path) -> None:
 
 def test_nothing_imports_integrations() -> None:
     assert not [path.name for path in FILES if "integrations" in imports(path)]
+
+
+def test_nothing_imports_rivals() -> None:
+    """They are found by the name that a configuration says."""
+    known = [
+        path for path in FILES if room_of(path) != "baselines" and "baselines" in imports(path)
+    ]
+    assert not known
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import Blip2QFormerModel
 
 from conftest import toy_config, toy_training
-from lavit.baselines import baseline_reader
 from lavit.baselines.readers import LinearReader, QFormer, Resampler
 from lavit.config import InputError, Mixture
 from lavit.generate.pipeline import Pipeline
+from lavit.language.reader import Reader
 from lavit.model import LaVIT
+from lavit.storage import baseline
 from lavit.train.language import LanguageStage
 from lavit.train.run import open_run, train_stages
 from lavit.visual_tokenizer.merger import Merger
@@ -108,10 +109,12 @@ def test_the_linear_reader_takes_every_patch() -> None:
 
 
 def test_unknown_readers_and_sizes_are_named() -> None:
-    with pytest.raises(InputError, match="no reader 'Other': choose from LinearReader"):
-        baseline_reader({"_class_name": "Other"}, DIM, WIDTH)
+    with pytest.raises(InputError, match="no Reader 'Other': choose from LinearReader"):
+        baseline({"_class_name": "Other"}, Reader, DIM, WIDTH)
+    with pytest.raises(InputError, match="no Reader 'Clusters'"):
+        baseline({"_class_name": "Clusters"}, Reader, DIM, WIDTH)
     with pytest.raises(InputError, match="beams"):
-        baseline_reader({"_class_name": "Resampler", "beams": 3}, DIM, WIDTH)
+        baseline({"_class_name": "Resampler", "beams": 3}, Reader, DIM, WIDTH)
 
 
 def test_a_reader_with_other_numbers_trains_and_reads_behind_a_frozen_lm(

@@ -106,7 +106,7 @@ def test_a_study_is_checked(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_a_plan_counts_runs(path: Path) -> None:
     study = load_study(path)
-    lines = pace.plan_study(study, 3, pace.Pace(0.01, 1.0, 1.0, 1.0, 0.1))
+    lines = pace.plan_study(study, 3, {"": pace.Pace(0.01, 1.0, 1.0, 1.0, 0.1)})
     counts = {line.what: line.count for line in lines}
     trained = [arm for arm in study.arms.values() if not arm.tokenizer_alone]
     assert counts["language models, equal tokens"] == 3 * len(trained)
@@ -138,3 +138,15 @@ def test_a_claim_needs_all_seeds_and_the_interval() -> None:
     assert not alone.settled  # one seed settles nothing
     same = paired_difference(noise, noise)
     assert (same.low, same.high) == (0, 0) and not same.settled
+
+
+@pytest.mark.slow
+def test_arms_of_other_parts_have_a_pace_of_their_own() -> None:
+    study = small(load_study(STUDIES[0].with_name("emu.py")))
+    paces = pace.paces_of(study)
+    assert set(paces) == {"", "Emu"}
+    lines = {line.what: line for line in pace.plan_study(study, 3, paces)}
+    steps = toy_preset().training.language.steps
+    mean = sum(one.language for one in paces.values()) / 2
+    language = lines["language models, equal tokens"]
+    assert language.minutes == pytest.approx(steps * mean / 60)

@@ -81,6 +81,8 @@ class TokenizerConfig:
     # to mean 0 and deviation 1, measured and saved: convolutional features share a large part
     standardise: bool = False
     keep: str = "auto"  # patches that get a token, in training, tokenising and use (`KeepPolicy`)
+    # in place of all of it: {"_class_name": a class of lavit/baselines/, its sizes}
+    rival: dict[str, Any] = field(default_factory=dict)
     # what kept patches take of the dropped ones: what they attend to, their mean, nothing
     gathers: Literal["attend", "mean", "drop"] = "attend"
     causal: bool = True  # self-attention of the merger
@@ -98,7 +100,7 @@ class LanguageConfig:
     lora_targets: tuple[str, ...] = LINEAR
     # read images enter as continuous merger features (the paper) or as the rows of their codes
     read_as: Literal["features", "codes"] = "features"
-    # in place of merger and projection: {"_class_name": a class of lavit/baselines/, its sizes}
+    # in place of merger and projection, as `rival` above
     reader: dict[str, Any] = field(default_factory=dict)
     sha256: str | None = None
 
@@ -245,8 +247,7 @@ class LanguageTraining(StageTraining):
     # they outnumber the words about them, which a small LM learns that much later
     read_share: float = 1.0
     unconditional_fraction: float = 0.1  # of [text, image] documents lose their prompt
-    # folder of `lavit tokenize-corpus` whose codes are used; reading needs features, so nothing is
-    # read then (data/bulk.py)
+    # folder of `lavit tokenize-corpus` whose codes are used; nothing is read then (data/bulk.py)
     token_corpus: str = ""
     mixture: Mixture = Mixture(reading=1.0, writing=1.0, question=0.5, edit=0.5, text=0.25)
 
@@ -277,8 +278,7 @@ class LoopConfig:
     keep_last: int = 2  # checkpoints
     log_every: int = 10  # steps
     clip: float = 1.0  # gradient norm
-    # "auto": bf16 products over fp32 weights on GPUs that have them, fp32 elsewhere
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16 products on GPUs that have them
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,13 +12,14 @@ pixels/            a diffusers folder
 
 from __future__ import annotations
 
+import importlib
 import logging
 import re
-from collections.abc import Sequence
-from copy import copy, deepcopy
+from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -30,18 +31,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lavit.baselines import baseline_reader
-from lavit.config import PARTS, InputError, LanguageConfig, ModelConfig, require
+from lavit.config import PARTS, InputError, LanguageConfig, ModelConfig, TokenizerConfig, require
 from lavit.files import load_strictly, load_tensors, pretrained, replacing, save_tensors, sha256
 from lavit.language.lora import inject_lora, merge_lora
 from lavit.language.model import Language, table_and_head
-from lavit.language.reader import MergerReader
+from lavit.language.reader import MergerReader, Reader
 from lavit.language.smollm2 import SMOLLM2, load_smollm2, load_smollm2_text, smollm2_file
 from lavit.visual_tokenizer.merger import Merger
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer, merger_of
 from lavit.vocabulary import MARKERS
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 WEIGHTS = Path(__file__).parent / "weights"  # a folder for each model that comes with this package
 IN_PEFT = "base_model.model."  # peft's names of an adapter's tensors begin with it
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -121,6 +122,31 @@ def load_base(
         raise InputError(f"no language model at {where}{named}: {why}") from error
 
 
+def build_tokenizer(config: TokenizerConfig) -> VisualTokenizer:
+    """A new visual tokenizer, or the rival of it that the configuration names."""
+    if not config.rival:
+        return VisualTokenizer(config)
+    return baseline(config.rival, VisualTokenizer, config)
+
+
+def baseline(sizes: Mapping[str, Any], kind: type[T], *given: Any) -> T:
+    """What `sizes` name ("_class_name"), one of the rivals in lavit/baselines/, of some kind.
+
+    Nothing else imports those. Raises `InputError` for an unknown name or size.
+    """
+    rivals = importlib.import_module("lavit.baselines").RIVALS
+    known = {name: one for name, one in rivals.items() if issubclass(one, kind)}
+    name, rest = sizes.get("_class_name"), dict(sizes)
+    if name not in known:
+        what = kind.__name__
+        raise InputError(f"there is no {what} {name!r}: choose from {', '.join(known)}")
+    rest.pop("_class_name")
+    try:
+        return getattr(known[name], "beside", known[name])(*given, **rest)
+    except TypeError as error:
+        raise InputError(f"{name}: {error} (given {rest})") from error
+
+
 def build_language(
     lm: PreTrainedModel,
     merger: Merger,
@@ -130,10 +156,10 @@ def build_language(
     """A new `Language` around a base LM: fresh rows, the stage-1 merger copied, LoRA if asked."""
     width = table_and_head(lm)[0].shape[1]
     if config.language.reader:
-        reader = baseline_reader(config.language.reader, config.vision.dim, width)
+        reader = baseline(config.language.reader, Reader, merger, width)
     else:
-        reader = MergerReader(deepcopy(merger), width)
-    language = Language(
+        reader = MergerReader.beside(merger, width)
+    language = reader.language(
         lm,
         reader,
         codes=config.visual_tokenizer.codes,
@@ -234,7 +260,7 @@ def export_lm(language: Language, text: PreTrainedTokenizerBase, folder: Path) -
 
 def load_visual_tokenizer(config: ModelConfig, folder: Path) -> VisualTokenizer:
     """Read `visual_tokenizer/` of a model folder (fp32); raises `InputError` if it does not fit."""
-    tokenizer = VisualTokenizer(config.visual_tokenizer)
+    tokenizer = build_tokenizer(config.visual_tokenizer)
     where = folder / "visual_tokenizer" / "model.safetensors"
     tensors = load_tensors(where)
     known = {"codebook.vectors", "codebook.mass"} <= tensors.keys()
@@ -266,7 +292,8 @@ def load_language(config: ModelConfig, folder: Path) -> tuple[Language, PreTrain
     lm, text = load_base(config.language, folder / "language")
     if text is None:
         raise InputError(f"{folder} names no language model that was trained: train that stage")
-    tokenizer, merger = config.visual_tokenizer, merger_of(config.visual_tokenizer)
+    tokenizer = config.visual_tokenizer
+    merger = build_tokenizer(tokenizer).merger if tokenizer.rival else merger_of(tokenizer)
     read = load_tensors(folder / "reader" / "model.safetensors")
     tensors = {f"reader.{name}": tensor for name, tensor in read.items()}
     if not config.language.lora_rank:

@@ -1,27 +1,20 @@
-"""Rivals of LaVIT in its own frame: same encoder, LM, data and steps, one thing swapped."""
+"""Rivals of LaVIT in its own frame: same encoder, LM, data and steps, one thing swapped.
+
+A configuration names them (`language.reader`, `visual_tokenizer.rival`); only `storage.baseline`
+looks here for a name, and nothing else but studies knows them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
+from lavit.baselines.emu import EmuReader
 from lavit.baselines.readers import LinearReader, QFormer, Resampler
-from lavit.config import InputError
-from lavit.language.reader import Reader
+from lavit.baselines.registers import Registers
+from lavit.baselines.regression import GoalReader
+from lavit.baselines.selectors import Attended, Clusters
+from lavit.baselines.vqgan import Vqgan
 
-READERS = {kind.__name__: kind for kind in (LinearReader, Resampler, QFormer)}
-
-
-def baseline_reader(sizes: Mapping[str, Any], dim: int, width: int) -> Reader:
-    """The reader that `LanguageConfig.reader` names, from `dim` channels to the LM's `width`.
-
-    Raises `InputError` for an unknown name or size.
-    """
-    name = sizes.get("_class_name")
-    if name not in READERS:
-        raise InputError(f"there is no reader {name!r}: choose from {', '.join(READERS)}")
-    rest = {key: value for key, value in sizes.items() if key != "_class_name"}
-    try:
-        return READERS[name](dim, width, **rest)
-    except TypeError as error:
-        raise InputError(f"language.reader {dict(sizes)}: {error}") from error
+READERS = (LinearReader, Resampler, QFormer, EmuReader, GoalReader)
+TOKENIZERS = (Attended, Clusters, Registers, Vqgan)
+RIVALS: dict[str, type[Any]] = {kind.__name__: kind for kind in (*READERS, *TOKENIZERS)}

@@ -24,7 +24,7 @@ def compare(
     """
     from lavit.evaluate.compare import Bench
     from lavit.evaluate.compare import compare as run
-    from lavit.evaluate.pace import pace_of, plan_study
+    from lavit.evaluate.pace import paces_of, plan_study
     from lavit.evaluate.results import write_results
     from lavit.evaluate.study import load_study
     from lavit.files import alone
@@ -32,7 +32,7 @@ def compare(
     found = load_study(study)
     count = found.seeds if seeds is None else seeds
     if plan:
-        lines = plan_study(found, count, pace_of(found))
+        lines = plan_study(found, count, paces_of(found))
         print(f"{'what':<40}{'runs':>6}{'minutes':>10}{'in all':>10}")
         for line in lines:
             print(f"{line.what:<40}{line.count:>6}{line.minutes:>10.1f}{line.total:>10.0f}")

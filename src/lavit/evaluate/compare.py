@@ -1,6 +1,7 @@
 """`lavit compare`: all arms of a study with several seeds, each part made once.
 
     OUT/pools/KEY/          scenes
+    OUT/texts/KEY.jsonl     texts without pictures
     OUT/caches/KEY/         features and text tokenizer of a pool, for all runs on it
     OUT/tokenizers/KEY-S/   stage 1 of seed S
     OUT/models/KEY-S/       a run folder: that tokenizer, and stages 2 and 3 of an arm
@@ -15,8 +16,6 @@ as many FLOPs as that one.
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import json
 import tempfile
 from collections.abc import Callable
@@ -24,17 +23,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from lavit.config import InputError, read_config, read_json, to_json, write_json
+from lavit.config import InputError, read_config, read_json, to_json, write_json, write_whole
 from lavit.data.lines import json_lines
 from lavit.data.scenes.dataset import write_pool
 from lavit.data.scenes.splits import Rules
 from lavit.evaluate.budget import Cost, cost_of
-from lavit.evaluate.evaluation import FIGURES
-from lavit.evaluate.exam import Exam, world_hash
-from lavit.evaluate.examinee import Missing, config_hash
-from lavit.evaluate.figures import nothing
+from lavit.evaluate.measure import Say, key_of, known_figures, measure, source_of
 from lavit.evaluate.study import Study, in_model, in_training, retuned
 from lavit.files import replacing, save_tensors
 from lavit.presets import Preset
@@ -47,7 +41,6 @@ TUNING = 1000  # the seed that rates are chosen with, and no figure is of
 TUNING_SHARE = 0.25  # of the budget
 TOLERANCE = 0.05  # of FLOPs, below which a second run would be the same
 COLUMNS = ("tokens", "flops")  # what is equal among arms
-Say = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -71,7 +64,7 @@ class Bench:
         progress: Say = lambda what, done, of: None,
     ) -> None:
         self.study, self.out, self.watch, self.progress = study, out, watch, progress
-        self._encoded: tuple[Path, Encoded] | None = None  # the last tokenizer's
+        self._encoded: tuple[tuple[Path, str], Encoded] | None = None  # the last tokenizer's
 
     def pool(self, rules: Rules) -> Path:
         """Scenes of some rules, drawn once."""
@@ -100,6 +93,17 @@ class Bench:
                 (new / "origin.json").write_bytes((pool / "origin.json").read_bytes())
         return folder
 
+    def source(self, name: str, data: Path) -> str:
+        """An arm's data with the texts that are mixed in, as the data of a run are named."""
+        weight = self.study.arms[name].texts
+        if not weight:
+            return str(data)
+        lines = [json.dumps({"text": text}) for text in self.study.texts()]
+        path = self.out / "texts" / f"{key_of(lines)}.jsonl"
+        if not path.exists():
+            write_whole(path, "\n".join(lines) + "\n")
+        return f"{data},{path}:{weight:g}"
+
     @property
     def _size(self) -> int:
         return self.study.preset().model.vision.image_size
@@ -113,32 +117,51 @@ class Bench:
         given = self.tokenizer(arm.selector_of, seed) if arm.selector_of else None
         folder = self.out / "tokenizers" / f"{self.tokenizer_key(name)}-{seed}"
         if not (folder / "visual_tokenizer" / "done").exists():
-            if given is not None and not (folder / "selector").exists():
+            weights: dict[str, Any] = {}
+            if arm.selector is not None:
+                weights = arm.selector(self.study, preset, seed)
+            elif given is not None:
+                weights = load_visual_tokenizer(read_config(given), given).selector.state_dict()
+            if weights and not (folder / "selector").exists():
                 with replacing(folder / "selector") as new:
-                    trained = load_visual_tokenizer(read_config(given), given)
-                    save_tensors(trained.selector.state_dict(), new / "model.safetensors")
-            train_stages(self._run(folder, name, preset, seed), ("tokenizer",))
+                    save_tensors(weights, new / "model.safetensors")
+            train_stages(self._run(folder, name, preset, seed, texts=False), ("tokenizer",))
         return folder
 
     def tokenizer_key(self, name: str) -> str:
         """A hash of all that stage 1 of an arm depends on, but for the seed."""
         arm, preset = self.study.arms[name], self.study.preset_of(name)
         given = self.tokenizer_key(arm.selector_of) if arm.selector_of else ""
-        parts: list[Any] = [to_json(preset.model.vision), to_json(preset.model.visual_tokenizer)]
+        given += "" if arm.selector is None else source_of(arm.selector)
+        tokenizer = to_json(preset.model.visual_tokenizer)
+        if not tokenizer["rival"]:
+            tokenizer.pop("rival")  # keys of runs that are older than rivals stay
+        parts: list[Any] = [to_json(preset.model.vision), tokenizer]
         parts += [to_json(preset.training.tokenizer), given, *self._shared(name)]
         return key_of(parts)
 
     def _shared(self, name: str) -> list[Any]:
         """What all stages of an arm depend on."""
         rules, rows = self.study.rules_of(name), self.study.arms[name].rows
-        source = "" if rows is None else inspect.getsource(inspect.getmodule(rows) or rows)
+        source = "" if rows is None else source_of(rows)
         training = self.study.preset_of(name).training
         return [rules.options(), source, self.study.pictures, training.clip, training.precision]
 
-    def _run(self, folder: Path, name: str, preset: Preset, seed: int, **options: Any) -> Run[Any]:
+    def _run(
+        self,
+        folder: Path,
+        name: str,
+        preset: Preset,
+        seed: int,
+        *,
+        texts: bool = True,
+        **options: Any,
+    ) -> Run[Any]:
         """A run on an arm's data, which shares the cache of all runs on them."""
         data, training = self.data(name), replace(preset.training, seed=seed, sample_every=0)
+        source = self.source(name, data) if texts else str(data)
         shared = [data.name, to_json(preset.model.vision), training.text_vocabulary]
+        shared += [source] * (source != str(data))
         cache = self.out / "caches" / key_of(shared)
         cache.mkdir(parents=True, exist_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
@@ -147,14 +170,15 @@ class Bench:
         options |= {"watch": self.watch, "prepare": self.progress, "trackers": ()}
         start = options.get("start")
         model = preset.model if start is None else read_config(start)
-        return open_run(folder, data, model, training, **options)
+        return open_run(folder, source, model, training, **options)
 
     def encoded(self, name: str, seed: int) -> Encoded:
         """Data, features and tokens of an arm; those of the last tokenizer stay in memory."""
         folder = self.tokenizer(name, seed)
-        if self._encoded is None or self._encoded[0] != folder:
-            preset = self.study.preset_of(name)
-            self._encoded = folder, Encoded(self._run(folder, name, preset, seed))
+        key = folder, self.source(name, self.data(name))
+        if self._encoded is None or self._encoded[0] != key:
+            run = self._run(folder, name, self.study.preset_of(name), seed, texts=False)
+            self._encoded = key, Encoded(replace(run, data=key[1]))
         return self._encoded[1]
 
     def rate(self, name: str) -> float:
@@ -164,7 +188,7 @@ class Bench:
         found = {}
         for rate in self.study.rates:
             tried = self._language(name, 0, rate, share=TUNING_SHARE, tuning=True)
-            seen = self.measured(tried.folder, (self.study.chosen_by,), valid=True)
+            seen = self.measured(name, tried.folder, (self.study.chosen_by,), valid=True)
             found[rate] = seen["figures"][self.study.chosen_by]["value"] or 0.0
         return max(found, key=lambda rate: found[rate])
 
@@ -172,7 +196,7 @@ class Bench:
         """A finished arm; None where the column's run would be that of equal tokens."""
         arm, rate = self.study.arms[name], self.rate(name)
         if arm.tokenizer_alone:
-            return Trained(self.tokenizer(name, seed), Cost(), rate) if column == "tokens" else None
+            return Trained(self._alone(name, seed), Cost(), rate) if column == "tokens" else None
         trained = self._language(name, seed, rate, share=arm.share)
         if column == "flops":
             first = next(iter(self.study.arms))
@@ -186,6 +210,18 @@ class Bench:
             self._train(name, seed, trained.folder, self._preset(name, rate, trained.cost.steps),
                         ("language", "pixels"))  # fmt: skip
         return trained
+
+    def _alone(self, name: str, seed: int) -> Path:
+        """An arm's tokenizer, or a run that has it and a decoder."""
+        if not self.study.arms[name].pixels:
+            return self.tokenizer(name, seed)
+        preset = self.study.preset_of(name)
+        parts = [to_json(preset.model.pixels), to_json(preset.training.pixels)]
+        key = key_of([self.tokenizer_key(name), *parts])
+        folder = self.out / "models" / f"{key}-{seed}"
+        if not (folder / "pixels" / "done").exists():
+            self._train(name, seed, folder, preset, ("pixels",))
+        return folder
 
     def _preset(self, name: str, rate: float, steps: int) -> Preset:
         preset = retuned(self.study.preset_of(name), rate)
@@ -217,7 +253,8 @@ class Bench:
         arm, preset = self.study.arms[name], self.study.preset_of(name)
         others = [self._language_key(one, seed) for one in (arm.lm_of, arm.goes_on) if one]
         parts = [to_json(preset.model.language), to_json(preset.training.language), others]
-        return key_of([*parts, preset.training.text_vocabulary, *self._shared(name)])
+        texts = [arm.texts, *self.study.texts()] if arm.texts else []
+        return key_of([*parts, *texts, preset.training.text_vocabulary, *self._shared(name)])
 
     def _language(
         self,
@@ -253,6 +290,8 @@ class Bench:
     ) -> None:
         """Train stages of a run on an arm's tokenizer."""
         encoded, tokenizer = self.encoded(name, seed), self.tokenizer(name, seed)
+        if "pixels" in stages and (conditioned := self.study.arms[name].conditioned):
+            encoded = conditioned(folder, encoded)
         self._take_base(name, seed, folder)
         start = self._start(name, seed)
         seed_here = seed if seed_here is None else seed_here
@@ -293,38 +332,10 @@ class Bench:
         return float(read_json(path)["language"]) if path.exists() else 0.0
 
     def measured(
-        self, folder: Path, names: tuple[str, ...], *, valid: bool = False
+        self, name: str, folder: Path, names: tuple[str, ...], *, valid: bool = False
     ) -> dict[str, Any]:
-        """Figures of a model with the values of their items, and hashes, kept in its folder."""
-        paints = (folder / "pixels" / "done").exists()  # it may have come since
-        said = [names, self.study.count, self.study.rules.options(), valid, paints]
-        path = folder / f"figures-{key_of(said)}.json"
-        if not path.exists():
-            torch.manual_seed(0)
-            exam = Exam(
-                folder,
-                count=self.study.count,
-                rules=self.study.rules,
-                kept=folder / "predictions.jsonl",
-                progress=self.progress,
-                valid=valid,
-            )
-            found = {}
-            for name in names:
-                try:
-                    figure = FIGURES[name](exam)
-                except Missing as missing:
-                    figure = nothing(str(missing))
-                found[name] = figure.entry() | {"items": list(figure.items)}
-            hashes = {"weights_hash": exam.weights, "config_hash": config_hash(folder)}
-            hashes["world_hash"] = world_hash()
-            write_json(path, {"figures": found, **hashes})
-        return read_json(path)
-
-
-def key_of(said: Any) -> str:
-    """A short hash of plain data."""
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
+        """Figures of an arm's model; see `measure`."""
+        return measure(self.study, name, folder, names, valid=valid, progress=self.progress)
 
 
 def compare(bench: Bench, seeds: int) -> dict[str, Any]:
@@ -335,8 +346,9 @@ def compare(bench: Bench, seeds: int) -> dict[str, Any]:
     study = bench.study
     if seeds < 1:
         raise InputError(f"seeds is {seeds}: give 1 or more")
-    if wrong := [name for name in study.figures if name not in FIGURES]:
-        raise InputError(f"there is no figure {wrong[0]!r}: choose from {', '.join(FIGURES)}")
+    known = known_figures(study)
+    if wrong := [name for name in study.figures if name not in known]:
+        raise InputError(f"there is no figure {wrong[0]!r}: choose from {', '.join(known)}")
     found: dict[str, Any] = {column: {} for column in COLUMNS}
     for column in COLUMNS:
         for name, arm in study.arms.items():
@@ -351,7 +363,7 @@ def measured_run(bench: Bench, name: str, seed: int, column: str) -> dict[str, A
     trained = bench.model(name, seed, column)
     if trained is None:
         return None
-    measured = bench.measured(trained.folder, bench.study.figures)
+    measured = bench.measured(name, trained.folder, bench.study.figures)
     where = trained.folder.relative_to(bench.out).as_posix()
     cost = to_json(trained.cost)
     return {"seed": seed, "run": where, "rate": trained.rate, "cost": cost, **measured}

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -47,7 +48,7 @@ def written(exam: Exam, task: str, items: Sequence[int], parts: PartsOf) -> list
         prompts = [mixed(parts(number), read=False) for number in numbers]
         jobs = image_jobs(exam.model, exam.pipe.protocol, prompts, seed=exam.seeds(numbers))
         done = exam.pipe.engine.complete([job.request for job in jobs])
-        return [list(completion.images[0]) for completion in done]
+        return [exam.written_codes(completion) for completion in done]
 
     return exam.made(f"write {task}", items, make)
 
@@ -109,9 +110,8 @@ def seen_drawn(exam: Exam, split: str) -> list[Seen]:
 def seen_rebuilt(exam: Exam, split: str) -> list[Seen]:
     """What is seen of a split's pictures after their own tokens and the decoder."""
     exam.needs("visual_tokenizer", "pixels")
-    _, tokens = exam.encoded(split, exam.count)
-    codes = [one.tolist() for one in tokens.split()]
-    pictures = painted(exam, f"reconstruct {split}", range(exam.count), codes)
+    items, codes = range(exam.count), exam.true_codes(split)
+    pictures = painted(exam, f"reconstruct {split}", items, codes)
     return seen(exam, f"reconstruct {split}", pictures)
 
 
@@ -184,6 +184,21 @@ def draw_swaps(exam: Exam) -> Figure:
 
     hits = swapped(seen_drawn(exam, "binding"))
     return share(hits, floor=("true tokens", average(swapped(seen_rebuilt(exam, "binding")))))
+
+
+def reconstruct_atoms(exam: Exam) -> Figure:
+    """Mean share of a test picture's facts that are right after tokens and decoder alone."""
+    return mean(atoms_of(wanted(exam, "test"), seen_rebuilt(exam, "test")), within=(0.0, 1.0))
+
+
+def reconstruct_error(exam: Exam) -> Figure:
+    """Mean squared difference from the true picture there, of levels from 0 to 1."""
+    exam.needs("visual_tokenizer", "pixels")
+    items = range(exam.count)
+    found = painted(exam, "reconstruct test", items, exam.true_codes("test"))
+    true = [exam.small(exam.scene("test", item)) for item in items]
+    levels = ([np.asarray(one) / 255.0 for one in pictures] for pictures in (found, true))
+    return mean([float(np.square(a - b).mean()) for a, b in zip(*levels, strict=True)])
 
 
 def reconstruct_all(exam: Exam) -> Figure:

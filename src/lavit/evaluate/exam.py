@@ -23,6 +23,7 @@ from lavit.data.scenes.splits import Rules
 from lavit.data.scenes.world import Scene
 from lavit.evaluate.examinee import BATCH, Examinee, Missing, hash_of
 from lavit.evaluate.kept import Progress
+from lavit.generate.request import Completion
 from lavit.sequence import VisualTokens
 from lavit.visual_tokenizer.layers import Patches
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
@@ -106,6 +107,19 @@ class Exam(Examinee):
             features = torch.cat(parts)
             self.cache["encoded", split, count] = features, self.tokenizer.encode(features)
         return self.cache["encoded", split, count]
+
+    def true_codes(self, split: str) -> list[Any]:
+        """What the first pictures of a split are painted from, as plain data: their codes."""
+        _, tokens = self.encoded(split, self.count)
+        return [one.tolist() for one in tokens.split()]
+
+    def written_codes(self, completion: Completion) -> list[Any]:
+        """What was written of a picture, as plain data: its codes."""
+        return list(completion.images[0])
+
+    def rebuilt(self, features: Patches) -> Patches:
+        """Features through what a picture is painted from."""
+        return rebuilt(self.tokenizer, features)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from lavit.config import PARTS, TO_READ, InputError, read_json
 from lavit.data.corpus import origin_of
 from lavit.evaluate.figures import Figure, nothing
 from lavit.evaluate.kept import Kept, Progress
+from lavit.generate.pipeline import Pipeline
 from lavit.model import LaVIT
 from lavit.storage import has_part, model_folder
 from lavit.visual_tokenizer.layers import Patches
@@ -51,8 +52,7 @@ class Examinee:
         if count is not None and count < 1:
             raise InputError(f"count is {count}: give the number of items of a figure, 1 or more")
         self.folder = model_folder(model)
-        # what is measured is not released; the pixel decoder is loaded for figures that need it
-        self.pipe = lavit.load(self.folder, safety=False, parts=TO_READ)
+        self.pipe = self.opened()
         self.model = self.pipe.model
         self.asked, self.count = count, count or COUNT  # items of a figure
         self.seed, self.progress = seed, progress
@@ -63,6 +63,10 @@ class Examinee:
         self.made = self.kept.made  # what the model said and drew
         self.cache: dict[Any, Any] = {}  # what several figures need, in memory
         self.items: list[Any] | None = None  # a user's own (evaluate/own.py)
+
+    def opened(self) -> Pipeline:
+        """The model as it is measured: unreleased, its decoder loaded for figures that need it."""
+        return lavit.load(self.folder, safety=False, parts=TO_READ)
 
     def scaled(self, default: int) -> int:
         """`default` items, scaled by the user's count over the default of 500."""

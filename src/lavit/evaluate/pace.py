@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
-from lavit.config import TrainConfig
+from lavit.config import TrainConfig, to_json
 from lavit.data.scenes.dataset import write_pool
-from lavit.evaluate.compare import Bench
+from lavit.evaluate.compare import TUNING_SHARE, Bench
+from lavit.evaluate.measure import key_of
 from lavit.evaluate.study import Study
 from lavit.generate.pipeline import Pipeline
 from lavit.model import LaVIT
+from lavit.presets import Preset
 from lavit.train.loop import Report
 from lavit.train.run import open_run, train_stages
 
 SCENES, TIMED = 48, 8  # drawn for the timing; encoded and described
 STEPS = 4
+# figures for which each item is described or drawn, which is most of what measuring costs
+WORDY = ("read_", "answer_", "draw_", "write_", "edit_", "compose_", "cycle_", "chat")
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,22 @@ class PlanLine:
         return self.count * self.minutes
 
 
-def pace_of(study: Study) -> Pace:
-    """Time single steps of the study's preset; all that is made is thrown away."""
-    preset = study.preset()
+def paces_of(study: Study) -> dict[str, Pace]:
+    """The pace of the study's preset, "", and those of arms that a rival's part makes others."""
+    found, known = {"": pace_of(study.preset(), study)}, dict[str, Pace]()
+    for name in study.arms:
+        preset = study.preset_of(name)
+        model, base = preset.model, preset.model.language
+        if model.visual_tokenizer.rival or base.reader:
+            key = key_of([to_json(model), to_json(preset.training)])
+            if key not in known:
+                known[key] = pace_of(preset, study)
+            found[name] = known[key]
+    return found
+
+
+def pace_of(preset: Preset, study: Study) -> Pace:
+    """Time single steps of a preset on the study's scenes; all that is made is thrown away."""
     t = preset.training
     training: TrainConfig = replace(
         t,
@@ -90,29 +107,49 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def plan_study(study: Study, seeds: int, pace: Pace) -> list[PlanLine]:
-    """What `compare` makes, and how long that takes at a pace; shared parts count once."""
-    bench, preset = Bench(study, Path()), study.preset()
-    t, arms = preset.training, study.arms
+def plan_study(study: Study, seeds: int, paces: Mapping[str, Pace]) -> list[PlanLine]:
+    """What `compare` makes, and how long that takes at a pace; shared parts count once.
+
+    `paces` are those of `paces_of`; an arm without its own has that of "".
+    """
+    bench, arms, usual = Bench(study, Path()), study.arms, paces[""]
     pools = {str((study.rules_of(name).options(), arm.rows)) for name, arm in arms.items()}
-    stage_1 = {bench.tokenizer_key(name): study.preset_of(name).training for name in arms}
-    steps_1 = max(one.tokenizer.steps for one in stage_1.values())
-    trained = [arm for arm in arms.values() if not arm.tokenizer_alone]
-    share = sum(arm.share for arm in trained) / max(1, len(trained))
-    language = t.language.steps * pace.language / 60
-    measured = sum(arm.measured for arm in arms.values())
-    tried = sum(arm.rates for arm in trained) * len(study.rates)
-    item = study.count * pace.caption / 60
-    return [
-        PlanLine("pools and features", len(pools), study.pictures * pace.picture / 60),
-        PlanLine("tokenizers", len(stage_1) * seeds, steps_1 * pace.tokenizer / 60),
-        PlanLine("language models, equal tokens", len(trained) * seeds, share * language),
-        PlanLine("language models, equal FLOPs, most", (len(trained) - 1) * seeds, language),
-        PlanLine("quarter runs that choose rates", tried, language / 4 + item),
-        PlanLine(
-            "decoders",
-            sum(arm.pixels for arm in trained) * seeds,
-            t.pixels.steps * pace.pixels / 60,
-        ),
-        PlanLine("measurements", measured * seeds, item * len(study.figures)),
+    stage_1 = {bench.tokenizer_key(name): name for name in arms}
+
+    def of_arm(name: str, stage: str) -> float:
+        """Minutes of a stage with the preset's steps."""
+        pace = paces.get(name, usual)
+        steps = getattr(study.preset_of(name).training, stage).steps
+        return steps * getattr(pace, stage) / 60
+
+    trained = {name: arm for name, arm in arms.items() if not arm.tokenizer_alone}
+    language = [arm.share * of_arm(name, "language") for name, arm in trained.items()]
+    others = [of_arm(name, "language") for name in list(trained)[1:]]
+    item = study.count * usual.caption / 60
+    tries = [
+        TUNING_SHARE * of_arm(name, "language") + item for name, arm in trained.items() if arm.rates
     ]
+    # arms that only what measures them sets apart share their decoder
+    painting = {(bench.tokenizer_key(n), _later(study, n)): n for n, a in arms.items() if a.pixels}
+    measured = sum(arm.measured for arm in arms.values())
+    wordy = sum(name.startswith(WORDY) for name in study.figures)
+
+    def line(what: str, minutes: Sequence[float], times: int) -> PlanLine:
+        each = sum(minutes) / max(1, len(minutes))
+        return PlanLine(what, len(minutes) * times, each)
+
+    return [
+        PlanLine("pools and features", len(pools), study.pictures * usual.picture / 60),
+        line("tokenizers", [of_arm(name, "tokenizer") for name in stage_1.values()], seeds),
+        line("language models, equal tokens", language, seeds),
+        line("language models, equal FLOPs, most", others, seeds),
+        line("quarter runs that choose rates", tries, len(study.rates)),
+        line("decoders", [of_arm(name, "pixels") for name in painting.values()], seeds),
+        PlanLine("measurements", measured * seeds, item * max(1, wordy)),
+    ]
+
+
+def _later(study: Study, name: str) -> str:
+    """What an arm's stages 2 and 3 depend on."""
+    preset = study.preset_of(name)
+    return repr((preset.model.language, preset.model.pixels, preset.training))

@@ -27,7 +27,7 @@ from torch import Tensor
 from lavit.data.scenes.sample import nominal, scene_at
 from lavit.data.scenes.world import BACKGROUNDS, CELLS, PATTERNS, SHAPES, Box, Facts, Scene
 from lavit.evaluate.drawing import prompt_of, wanted, written
-from lavit.evaluate.exam import Exam, rebuilt
+from lavit.evaluate.exam import Exam
 from lavit.evaluate.examinee import BATCH
 from lavit.evaluate.figures import Figure, average, ratio, turned
 from lavit.evaluate.tokens import OTHER_SEED
@@ -131,7 +131,7 @@ class SceneRows:
     def add(self, scenes: Sequence[Scene], features: Patches) -> None:
         """The rows of pictures with these encoder features."""
         tokenizer, grid = self.exam.tokenizer, self.exam.model.config.vision.grid
-        seen, again = tokenizer.standard(features), rebuilt(tokenizer, features)
+        seen, again = tokenizer.standard(features), self.exam.rebuilt(features)
         for number, scene in enumerate(scenes):
             at = (self.count, {"seen": seen[number], "rebuilt": again[number]})
             free = set(range(grid * grid))
@@ -241,7 +241,7 @@ def write_identity(exam: Exam) -> Figure:
         for kind, probe, rows, prompts in (
             ("written", rebuilds, from_codes, said),
             ("another", rebuilds, from_codes, turned(said)),
-            ("true", rebuilds, rebuilt(exam.tokenizer, part), said),
+            ("true", rebuilds, exam.rebuilt(part), said),
             ("seen", sees, exam.tokenizer.standard(part), said),
         ):
             pairs = zip(rows, prompts[here], strict=True)

@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from lavit.config import InputError
 from lavit.data.scenes.splits import Rules
+from lavit.evaluate.exam import Exam
+from lavit.evaluate.figures import Figure
 from lavit.presets import Preset, pico
+from lavit.train.encoded import Encoded
 
+MakeSelector = Callable[["Study", Preset, int], dict[str, Tensor]]  # the last is the seed
 RowFilter = Callable[[Iterable[dict[str, Any]]], Iterable[dict[str, Any]]]
 
 
@@ -26,13 +32,18 @@ class Arm:
 
     change: Callable[[Preset], Preset] = lambda preset: preset
     selector_of: str = ""  # the arm whose selector it has from the start
+    selector: MakeSelector | None = None  # makes the weights of the one that it has from the start
     lm_of: str = ""  # the arm whose language model it begins with, without what knows pictures
     goes_on: str = ""  # the arm whose whole language part it trains further
     share: float = 1.0  # of the study's target tokens
     rates: bool = False  # whether its learning rate is chosen from the study's
     pixels: bool = False  # whether a decoder is trained
+    # what it learns from, where that is not codes, by the folder of stage 2 and what is encoded
+    conditioned: Callable[[Path, Encoded], Encoded] | None = None
     measured: bool = True  # False: it is there for other arms
-    tokenizer_alone: bool = False  # without language: its figures are the tokenizer's
+    tokenizer_alone: bool = False  # without language: figures of tokenizer and decoder alone
+    exam: type[Exam] = Exam  # what measures it
+    texts: float = 0.0  # documents of the study's texts for each one of pictures
     rules: Rules | None = None  # of its training scenes, where they are not the study's
     rows: RowFilter | None = None  # of its pool's metadata, what is left of them, and how
 
@@ -51,7 +62,8 @@ class Comparison:
 class Study:
     """Arms by name, the first of which sets the budget: the target tokens of the preset's steps.
 
-    `figures` are names of `lavit eval`; all arms are measured by `rules` on `count` items.
+    `figures` are names of `lavit eval` or of the study's `own`; all arms are measured by `rules`
+    on `count` items.
     """
 
     name: str
@@ -67,6 +79,8 @@ class Study:
     count: int = 200
     rates: tuple[float, ...] = ()  # a multiple of all the preset's rates of stage 2
     chosen_by: str = "read_pairs_exact"  # on the validation splits, after a quarter of the budget
+    own: Mapping[str, Callable[[Exam], Figure]] = field(default_factory=dict)
+    texts: Callable[[], Sequence[str]] = tuple  # without pictures, that arms may mix in
 
     def __post_init__(self) -> None:
         for name, arm in self.arms.items():
@@ -82,7 +96,7 @@ class Study:
     def preset_of(self, name: str) -> Preset:
         """An arm's preset."""
         arm, found = self.arms[name], self.preset()
-        if arm.selector_of:
+        if arm.selector_of or arm.selector:
             found = in_training(found, "tokenizer", given_selector=True)
         return arm.change(found)
 

@@ -169,8 +169,12 @@ class Decoder:
 
     def step(self, ids: Int[Tensor, "lanes"], memory: LaneCache) -> Hidden:
         """Read one joint id per lane; returns its hidden state."""
-        hidden = self._forward(self._body, self.language.embed(ids[:, None]), memory)
-        memory.advance([1] * len(ids))
+        return self.read(self.language.embed(ids[:, None]), memory)
+
+    def read(self, embeddings: Float[Tensor, "lanes 1 width"], memory: LaneCache) -> Hidden:
+        """Read one embedding per lane; returns its hidden state."""
+        hidden = self._forward(self._body, embeddings, memory)
+        memory.advance([1] * len(embeddings))
         return hidden[:, 0]
 
     def _forward(self, body: Callable[..., Any], embeddings: Tensor, memory: LaneCache) -> Tensor:

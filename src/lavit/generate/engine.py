@@ -17,11 +17,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lavit.config import InputError
 from lavit.generate.decoder import Decoder, Hidden, LaneCache
 from lavit.generate.packed import decoder_for
 from lavit.generate.request import Completion, Event, Request, collect
 from lavit.generate.sampling import choose, guide
-from lavit.generate.writer import Beams, Writer
+from lavit.generate.writer import Beams, Embeddings, Writer
 from lavit.language.model import Language
 
 LANES = 32  # rows of one forward at most, unless a single request needs more
@@ -66,6 +67,13 @@ class Engine:
     def check(self, request: Request) -> None:
         """Raise `InputError` for a request that the LM cannot serve."""
         request.check(self.vocabulary, self.decoder.context)
+        if self.language.embeds and (request.guided or request.mode == "mixed"):
+            said = "this model writes pictures as embeddings, alone and without guidance"
+            raise InputError(f"{said}: use mode 'image' and guidance=1")
+        needed = len(request.ids) + self.language.embeds
+        if self.language.embeds and request.mode == "image" and needed > self.decoder.context:
+            said = f"the prompt and its picture have {needed} tokens"
+            raise InputError(f"{said}, the language model attends to {self.decoder.context}")
 
     def complete(self, requests: Sequence[Request]) -> list[Completion]:
         """Run to the end: the completion of each request."""
@@ -81,7 +89,7 @@ class Session:
         self.decoder = engine.decoder
         self.vocabulary = engine.vocabulary
         self.waiting: deque[tuple[int, Request]] = deque()
-        self.streams: list[Writer | Beams] = []
+        self.streams: list[Writer | Beams | Embeddings] = []
         self.memory: LaneCache | None = None
         self._numbers = 0
         self._layout: list[int] = []  # lanes of each stream in the cache, in the order of streams
@@ -122,15 +130,22 @@ class Session:
             for place, stream in enumerate(self.streams):
                 if isinstance(stream, Beams):
                     events += stream.take(logits[place])
+                elif isinstance(stream, Embeddings):
+                    lane = hidden[sum(self._layout[:place])]
+                    events += stream.take(self.engine.language.next_embedding(lane[None])[0])
                 else:
                     events += stream.take(chosen[place])
         return events
 
     def _read(self) -> Hidden | None:
         parents, ids, at = [], [], 0
+        given: dict[int, Tensor] = {}  # embeddings, by lane
         for stream, lanes in zip(self.streams, self._layout, strict=True):
             parents += [at + lane if lane >= 0 else -1 for lane, _ in stream.moves]
-            ids += [id for _, id in stream.moves]
+            for _, moved in stream.moves:
+                if isinstance(moved, Tensor):
+                    given[len(ids)] = moved
+                ids.append(self.vocabulary.end if isinstance(moved, Tensor) else moved)
             at += lanes
         self.streams = [stream for stream in self.streams if stream.moves]
         self._layout = [len(stream.moves) for stream in self.streams]
@@ -139,7 +154,10 @@ class Session:
             return None
         assert self.memory is not None
         self.memory.keep(parents)
-        return self.decoder.step(torch.tensor(ids, device=self.decoder.device), self.memory)
+        read = self.engine.language.embed(torch.tensor(ids, device=self.decoder.device)[:, None])
+        for lane, embedding in given.items():
+            read[lane, 0] = embedding
+        return self.decoder.read(read, self.memory)
 
     def _admit(self, hidden: Hidden | None) -> tuple[Tensor | None, list[Event]]:
         """Read the prompts that there is room for, each once, and give them lanes."""
@@ -155,9 +173,7 @@ class Session:
         events: list[Event] = []
         for row, (number, request) in enumerate(admitted):
             room = self.decoder.context - len(request.ids) - (request.mode == "image")
-            kind: type[Beams] | type[Writer]
-            kind = Beams if request.sampling.beams > 1 else Writer
-            stream = kind(number, request, self.vocabulary, room)
+            stream = self._stream(number, request, room)
             rows += [row, len(admitted)][: stream.lanes] if stream.inside else [row] * stream.lanes
             self.streams.append(stream)
             self._layout.append(stream.lanes)
@@ -170,6 +186,14 @@ class Session:
             return last, events
         self.memory.join(memory)
         return torch.cat([hidden, last]), events
+
+    def _stream(self, number: int, request: Request, room: int) -> Writer | Beams | Embeddings:
+        """What follows a request."""
+        if (count := self.engine.language.embeds) and request.mode == "image":
+            return Embeddings(number, count, self.vocabulary)
+        kind: type[Beams] | type[Writer]
+        kind = Beams if request.sampling.beams > 1 else Writer
+        return kind(number, request, self.vocabulary, room)
 
     def _prefill(self, requests: list[Request]) -> tuple[LaneCache, Float[Tensor, "prompts width"]]:
         """Prompts in order; behind them a bare image start, the unconditional one, if wanted."""
@@ -204,13 +228,18 @@ class Session:
         lanes = torch.arange(len(hidden), device=hidden.device).split(self._layout)
         heads = (self.decoder.text_logits, self.decoder.writing_logits)
         for inside, head in enumerate(heads):
-            places = [at for at, stream in enumerate(self.streams) if stream.inside == inside]
+            places = [
+                at
+                for at, stream in enumerate(self.streams)
+                if stream.inside == inside and not isinstance(stream, Embeddings)
+            ]
             if not places:
                 continue
             logits = head(hidden[torch.cat([lanes[place] for place in places])])
             each = logits.split([self._layout[place] for place in places])
             for place, own in zip(places, each, strict=True):
                 stream = self.streams[place]
+                assert not isinstance(stream, Embeddings)
                 if inside and len(own) == 2:
                     own = guide(own[:1], own[1:], own.new_tensor([stream.sampling.guidance]))
                 elif isinstance(stream, Writer) and stream.may_open:
@@ -224,7 +253,7 @@ class Session:
         groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
         writers: dict[int, Writer] = {}
         for place, stream in enumerate(self.streams):
-            if isinstance(stream, Beams):
+            if not isinstance(stream, Writer):
                 continue
             if (forced := stream.forced()) is not None:
                 chosen[place] = forced

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from lavit.generate.decoder import Decoder, Hidden, LaneCache
@@ -91,12 +91,12 @@ class PackedDecoder(Decoder):
         self.text_head = Packed.of(language.lm.get_output_embeddings())
         self.visual_head = Packed(self._head_rows[language.vocabulary.writing])
 
-    def step(self, ids: Int[Tensor, "lanes"], memory: LaneCache) -> Hidden:
-        """Read one joint id per lane; returns its hidden state."""
-        x = self.language.embed(ids[:, None])
+    def read(self, embeddings: Float[Tensor, "lanes 1 width"], memory: LaneCache) -> Hidden:
+        """Read one embedding per lane; returns its hidden state."""
+        x = embeddings
         positions, mask = memory.begin(1, x.dtype)
         cos, sin = self.body.rotary_emb(x, positions)
-        x, lanes, dim = x[:, 0], len(ids), cos.shape[-1]
+        x, lanes, dim = x[:, 0], len(x), cos.shape[-1]
         turn = torch.cat([-sin[..., : dim // 2], sin[..., dim // 2 :]], -1)  # the turned half
         heads, pairs = self.config.num_attention_heads, self.config.num_key_value_heads
         for number, layer in enumerate(self.layers):

@@ -102,6 +102,7 @@ class Event:
     id: int | None = None  # joint id; None where kind is "finished"
     reason: Reason | None = None  # where kind is "finished"
     score: float | None = None  # of a finished beam: log-probability / length ** penalty
+    embedding: Float[Tensor, "width"] | None = None  # a rival's (`Language.embeds`), in place of id
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ class Completion:
     segments: Document
     reason: Reason
     score: float | None = None
+    embeddings: tuple[Float[Tensor, "width"], ...] = ()  # of all pictures, where they are no codes
 
     @property
     def text(self) -> tuple[int, ...]:
@@ -129,12 +131,15 @@ class Collector:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
         self.segments: list[Segment] = []
+        self.embeddings: list[Tensor] = []
 
     def take(self, event: Event) -> None:
         """Add what an event brings."""
         last = self.segments[-1] if self.segments else None
         if event.kind == "image_start":
             self.segments.append(Image((), read=False))
+        elif event.embedding is not None:
+            self.embeddings.append(event.embedding)
         elif event.kind == "code" and isinstance(last, Image):
             code = int(self.vocabulary.codes_of(torch.tensor(event.id)))
             self.segments[-1] = replace(last, codes=(*last.codes, code))
@@ -154,6 +159,6 @@ def collect(events: Iterable[Event], vocabulary: Vocabulary) -> dict[int, Comple
         collector.take(event)
         if event.kind == "finished":
             assert event.reason is not None
-            segments = tuple(collector.segments)
-            done[event.request] = Completion(segments, event.reason, event.score)
+            parts = tuple(collector.segments), event.reason, event.score
+            done[event.request] = Completion(*parts, tuple(collector.embeddings))
     return done

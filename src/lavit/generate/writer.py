@@ -102,6 +102,29 @@ class Writer:
         return Event(self.number, kind, id, reason)
 
 
+class Embeddings:
+    """A picture of a rival that writes embeddings (`Language.embeds`): what a lane predicts is what
+    it reads next, a fixed number of times.
+    """
+
+    inside = True
+    lanes = most_lanes = 1
+
+    def __init__(self, number: int, count: int, vocabulary: Vocabulary) -> None:
+        self.number, self.left, self.vocabulary = number, count, vocabulary
+        self.moves: list[tuple[int, Tensor]] = []
+
+    def take(self, embedding: Float[Tensor, "width"]) -> list[Event]:
+        """Go on with an embedding: set `moves` and return what happened."""
+        self.left -= 1
+        self.moves = [(0, embedding)] if self.left else []
+        events = [Event(self.number, "code", embedding=embedding)]
+        if not self.left:
+            events.append(Event(self.number, "image_end", self.vocabulary.image_end))
+            events.append(Event(self.number, "finished", reason="end"))
+        return events
+
+
 class Beams:
     """Beam search of one request, a lane a beam, as `transformers.generate(num_beams=…)` has it.
 

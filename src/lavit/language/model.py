@@ -94,6 +94,15 @@ class Language(nn.Module):
         self._no_split_modules = [*(lm._no_split_modules or ()), MergerBlock.__name__]
 
     @property
+    def embeds(self) -> int:
+        """Embeddings of a picture that is written, for rivals that write no codes: 0."""
+        return 0
+
+    def next_embedding(self, hidden: Float[Tensor, "lanes width"]) -> Float[Tensor, "lanes width"]:
+        """What rivals that write embeddings read next."""
+        raise NotImplementedError("this model writes codes")
+
+    @property
     def body(self) -> nn.Module:
         """The LM without its head: ids or embeddings in, hidden states out."""
         return self.lm.base_model
@@ -204,6 +213,18 @@ class Language(nn.Module):
         `patches` and `keep` are those of `batch.images`, in order; without them, or where pictures
         are read as codes, slots take the rows of their codes. `groups` are those of the documents.
         """
+        hidden, _ = self.states(batch, patches, keep, groups)
+        wanted = batch.labels != IGNORE  # the host waits: the head takes no rows without target
+        return self.loss(hidden[wanted], batch.labels[wanted])
+
+    def states(
+        self,
+        batch: Batch,
+        patches: Patches | None,
+        keep: Keep | None,
+        groups: DocumentGroups | None = None,
+    ) -> tuple[Float[Tensor, "rows tokens width"], Float[Tensor, "total width"] | None]:
+        """Hidden states of packed rows, and the rows of pictures that stand at their slots."""
         if self.read_as == "codes":
             patches = None
         features = None
@@ -220,9 +241,7 @@ class Language(nn.Module):
             nothing = self.read(blank, blank.new_ones(blank.shape[:2], dtype=torch.bool)).sum()
             embeddings = embeddings + 0.0 * nothing.to(embeddings.dtype)
         packed = {"documents": batch.documents, "positions": batch.positions}
-        hidden = self.hidden(embeddings, **packed, groups=groups)
-        wanted = batch.labels != IGNORE  # the host waits: the head takes no rows without target
-        return self.loss(hidden[wanted], batch.labels[wanted])
+        return self.hidden(embeddings, **packed, groups=groups), features
 
     def loss(
         self,
@@ -249,6 +268,9 @@ class Language(nn.Module):
             (correct & ~visual).sum(),
             (correct & visual).sum(),
         )
+
+
+Reader.language = Language
 
 
 def table_and_head(lm: PreTrainedModel) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,8 @@ affair; where they are as many as the picture has codes, the codes can be their 
 from __future__ import annotations
 
 from abc import abstractmethod
+from copy import deepcopy
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -18,6 +20,16 @@ from lavit.visual_tokenizer.merger import Merger
 
 class Reader(nn.Module):
     """Patches and keep to packed rows."""
+
+    language: ClassVar[Any]  # class of the language part that reads by it: `Language`, or a rival
+    # classes of its training, where they are not the usual ones: documents and stage
+    documents: ClassVar[Any] = None
+    stage: ClassVar[Any] = None
+
+    @classmethod
+    def beside(cls, merger: Merger, width: int, **sizes: Any) -> Reader:
+        """A new one for an LM of `width`, where stage 1 has this merger."""
+        return cls(merger.dim, width, **sizes)
 
     @abstractmethod
     def rows(self, kept: int) -> int:
@@ -35,6 +47,11 @@ class MergerReader(Reader):
         super().__init__()
         self.merger = merger
         self.to_language = projection(merger.dim, width)
+
+    @classmethod
+    def beside(cls, merger: Merger, width: int, **sizes: Any) -> Reader:
+        """One that begins with a copy of the merger."""
+        return cls(deepcopy(merger), width, **sizes)
 
     def rows(self, kept: int) -> int:
         """As many as kept patches."""

@@ -200,6 +200,10 @@ def language_stage(
     else:
         codes = tuple(tuple(part.tolist()) for part in encoded.tokens.split())
         features, tokens = encoded.features, encoded.tokens
-    documents = Documents(encoded.corpus, codes, config=replace(config, mixture=mixture), **make)
+    kinds = language.reader.documents or Documents, language.reader.stage or LanguageStage
+    documents = kinds[0](encoded.corpus, codes, config=replace(config, mixture=mixture), **make)
     encoded.leave_device()
-    return LanguageStage(language, encoded.tokenizer, documents, features, tokens, config)
+    stage: LanguageStage = kinds[1](
+        language, encoded.tokenizer, documents, features, tokens, config
+    )
+    return stage

@@ -13,7 +13,7 @@ from lavit.data.stream import stream_texts
 from lavit.files import load_strictly, load_tensors, replacing
 from lavit.language.model import Language
 from lavit.pixels.decoder import Pixels
-from lavit.storage import build_language, load_base, load_language
+from lavit.storage import build_language, build_tokenizer, load_base, load_language
 from lavit.train.encoded import Encoded
 from lavit.train.language import train_text_tokenizer
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def first_tokenizer(run: Run[TrainConfig]) -> VisualTokenizer:
     """A new visual tokenizer; a selector that is given comes from RUN/selector/."""
-    tokenizer = VisualTokenizer(run.config.visual_tokenizer)
+    tokenizer = build_tokenizer(run.config.visual_tokenizer)
     if run.training.tokenizer.given_selector:
         where = run.folder / "selector" / "model.safetensors"
         load_strictly(tokenizer.selector, load_tensors(where), where)

@@ -129,7 +129,8 @@ class LanguageStage(Stage):
         rows = batch.rows.to(device)
         where = self.tokenizer.place_code.device  # the CPU, where nothing else needs the tokenizer
         patches = self.tokenizer.prepare(batch.patches.to(where)).to(device)
-        out: LanguageLoss = module(rows, patches, batch.keep.to(device), groups)
+        keep = batch.keep.to(device)
+        out: LanguageLoss = module(rows, patches, keep, groups, *self.goals(batch))
         loss = out.total / batch.targets * self.accelerator.num_processes
         return {
             "loss": loss,
@@ -139,6 +140,10 @@ class LanguageStage(Stage):
             "code_accuracy": (out.visual_correct, out.visual_tokens),
             "useful": ((rows.documents >= 0).sum(), torch.tensor(rows.documents.numel())),
         }
+
+    def goals(self, batch: LanguageBatch) -> tuple[Tensor, ...]:
+        """What the module of a rival takes besides: nothing."""
+        return ()
 
     def state(self) -> dict[str, Tensor]:
         """Places in streams."""

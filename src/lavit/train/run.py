@@ -220,7 +220,8 @@ def train_tokenizer(
 ) -> None:
     """Stage 1; the encoder is saved beside what was trained on its features."""
     config = run.training.tokenizer
-    stage = TokenizerStage(tokenizer, feed, config, seed=run.training.seed)
+    kind = tokenizer.stage or TokenizerStage
+    stage = kind(tokenizer, feed, config, seed=run.training.seed)
     train_loop(run, stage, warmup=config.warmup)
     save_parts(run, LaVIT(run.config, vision=vision, visual_tokenizer=tokenizer), *TO_SEE)
 

@@ -69,6 +69,7 @@ class TokenizerStage(Stage):
             {"params": rest, "lr": config.learning_rate, "weight_decay": decay},
             {"params": selector, "lr": selector_rate, "weight_decay": decay},
         ]
+        groups = [group for group in groups if group["params"]]
         if config.optimizer == "adamw":
             return groups
         return matrices_apart(groups, self.module, but=selector)
@@ -82,9 +83,10 @@ class TokenizerStage(Stage):
     def trains_selector(self, step: int) -> bool:
         """Whether the selector learns in a step: in phase a, in phase b only if so configured.
 
-        One that is given never does, nor one that the keep policy does not ask.
+        One that is given never does, nor one without weights or that the keep policy does not ask.
         """
-        learns = self.module.keep.learnt and not self.config.given_selector
+        has = any(True for _ in self.module.selector.parameters())
+        learns = has and self.module.keep.learnt and not self.config.given_selector
         return learns and (step < self.config.steps_a or self.config.train_selector)
 
     def temperature(self, step: int) -> float:

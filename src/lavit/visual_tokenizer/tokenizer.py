@@ -9,7 +9,7 @@ reconstruction loss reaches the selector (method: "How it learns").
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,8 @@ class TokenizerOutput:
 
 class VisualTokenizer(nn.Module):
     """Selector, merger, codebook and reconstructor over the features of a frozen encoder."""
+
+    stage: ClassVar[Any] = None  # class of a rival's stage 1
 
     place_code: Tensor
     mean: Tensor

@@ -1,0 +1,83 @@
+"""Replay: what is text worth that is mixed in while the language model learns pictures?
+
+Command   lavit compare recipes/studies/replay.py
+Cost      lavit compare recipes/studies/replay.py --plan
+Score     docs/results.md
+
+All arms begin with one language model of the same seed (`texts`), trained on prose and, for a
+third of its tokens, on texts of scenes without pictures; it is measured for what is forgotten, and
+cannot read. Then it learns to read and write pictures: `with text` goes on seeing the prose,
+one document of it (480 tokens) for 25 of pictures, a third of its target tokens;
+`without text` never sees it again, and so has half as many tokens of pictures more. The prose is
+Python's manual, as CPython carries it; every fifth topic is held out.
+
+From the paper: text beside pairs, about 2 : 1 ([A]; Sec. 3.2). Different here: 0.5 : 1, a manual in
+place of RedPajama, a small LM. Each arm's rates: the best of 0.5, 1 and 2 times the preset's, by
+reading on validation after a quarter of the budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pydoc_data.topics import topics
+
+import numpy as np
+
+from lavit.config import Mixture
+from lavit.evaluate.exam import Exam
+from lavit.evaluate.figures import Figure, mean
+from lavit.evaluate.study import Arm, Comparison, Study, in_training
+from lavit.evaluate.text import perplexity
+from lavit.presets import Preset
+
+WEIGHT, FIRST = 0.04, 0.1  # of prose, to 1 of pictures; to 1 of their texts
+FIGURES = {"text_nats": -1, "read_test_exact": 0, "read_pairs_exact": 0, "write_identity": 0}
+
+
+def manual(held_out: bool) -> Sequence[str]:
+    """Topics of Python's manual: every fifth, or the others."""
+    return [topics[name] for n, name in enumerate(sorted(topics)) if (n % 5 == 0) == held_out]
+
+
+def seen() -> Sequence[str]:
+    """The topics that are mixed in."""
+    return manual(held_out=False)
+
+
+def text_nats(exam: Exam) -> Figure:
+    """Nats a token of held-out topics, topic by topic; codes take their share of the softmax."""
+    exam.needs("language")
+    text, language = exam.model.text_tokenizer, exam.model.language
+    passages = manual(held_out=True)[: exam.count]
+    found = [perplexity([one], text, language, None, where="manual").value for one in passages]
+    return mean(np.log(np.array(found, dtype=np.float64)))
+
+
+def texts(preset: Preset) -> Preset:
+    """Prompts alone, without their pictures; the study's prose comes beside them."""
+    return in_training(preset, "language", mixture=Mixture(text=1.0))
+
+
+STUDY = Study(
+    name="replay",
+    claim="text mixed in keeps the LM's language (Sec. 3.2; no ablation is given)",
+    at_scale="an LM of billions of weights that was trained on trillions of tokens has more to "
+    "forget, and more room to keep it",
+    arms={
+        "without text": Arm(lm_of="texts", rates=True),
+        "with text": Arm(lm_of="texts", texts=WEIGHT, rates=True),
+        "texts": Arm(texts, texts=FIRST),
+    },
+    figures=tuple(FIGURES),
+    comparisons=(
+        *(
+            Comparison("with text", "without text", figure, better)
+            for figure, better in FIGURES.items()
+        ),
+        Comparison("without text", "texts", "text_nats", 1),
+        Comparison("with text", "texts", "text_nats"),
+    ),
+    rates=(0.5, 1.0, 2.0),
+    own={"text_nats": text_nats},
+    texts=seen,
+)
