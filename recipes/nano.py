@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from lavit.train.card import write_card
 
-SHIPPED = ("config.json", "eval.jsonl", "visual_tokenizer", "language", "reader", "pixels")
+PARTS = ("vision", "visual_tokenizer", "language", "reader", "pixels")  # vision: if it is own
+SHIPPED = ("config.json", "eval.jsonl", *PARTS)
 SAID = {
     "license": "CC-BY-SA 4.0, as are the OpenMoji drawings that it was trained on",
     "license_of_data": "Twemoji, copyright Twitter, Inc and other contributors (CC-BY 4.0); "
@@ -46,7 +47,8 @@ def ship(run: Path, out: Path, said: dict[str, str]) -> float:
         halves = {k: v.half() if v.is_floating_point() else v for k, v in kept.items()}
         save_file(halves, path, metadata={"format": "pt"})
     for path in out.rglob("tokenizer.json"):  # half of it is white space
-        path.write_text(json.dumps(json.loads(path.read_text()), ensure_ascii=False))
+        whole = json.loads(path.read_text())
+        path.write_text(json.dumps(whole, ensure_ascii=False, separators=(",", ":")))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = {line["stage"]: json.dumps(line) for line in lines}
     (out / "metrics.jsonl").write_text("\n".join(last.values()) + "\n")

@@ -202,7 +202,7 @@ def mini() -> Preset:
         tokenizer=replace(t.tokenizer, steps_a=3000, steps_b=5000, k_means_vectors=60_000),
         language=replace(
             t.language,
-            steps=6400,
+            steps=8000,
             rows=2,
             learning_rate=1e-3,
             rows_rate=2e-3,
