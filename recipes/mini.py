@@ -73,11 +73,11 @@ def main(run: Path, /, hours: float = 20.0, minutes: float | None = None) -> Non
     with make_accelerator().main_process_first():
         collect(scenes, texts, min(1.0, share))
     signal.signal(signal.SIGTERM, end_leg)
-    if minutes is not None:
-        leg = threading.Timer(60 * minutes, os.kill, (os.getpid(), signal.SIGTERM))
-        leg.daemon = True
-        leg.start()
     try:
+        if minutes is not None:
+            leg = threading.Timer(60 * minutes, os.kill, (os.getpid(), signal.SIGTERM))
+            leg.daemon = True
+            leg.start()
         with ProgressBar() as progress:
             how = {"watch": progress.report, "prepare": progress.count}
             data = f"{scenes},{texts}:{TEXT}"

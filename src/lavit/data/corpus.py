@@ -83,8 +83,8 @@ class Corpus:
 
     def __post_init__(self) -> None:
         if not self.parts:
-            kinds = (self.pictures, self.questions, self.edits, self.talks)
-            numbers = (range(len(found)) for found in kinds)
+            pictures, questions = range(len(self.pictures)), range(len(self.questions))
+            numbers = pictures, questions, range(len(self.edits)), range(len(self.talks))
             object.__setattr__(self, "parts", (CorpusPart("", 1.0, *numbers),))
 
     def __len__(self) -> int:
@@ -142,33 +142,41 @@ def origin_of(data: str | Path) -> dict[str, Any]:
     return next((read_json(place) for place in places if place.is_file()), {})
 
 
-def load_corpus(data: str | Path, splits: Sequence[str] = ("train",)) -> Corpus:
+def load_corpus(
+    data: str | Path, splits: Sequence[str] = ("train",), *, talks: bool = False
+) -> Corpus:
     """Open splits of a source or mixture; raises `InputError` if no picture of it can be read.
 
-    Questions and edits are those whose pictures are all in these splits; talks belong to train, and
-    so do texts alone. A source of a mixture may lack splits other than train, as long as one source
-    has them.
+    Questions and edits are those whose pictures are all in these splits; texts alone belong to
+    train. A source of a mixture may lack splits other than train, as long as one source has them.
+    With `talks` come conversations and their pictures, which belong to no split.
     """
     mixture = parse_mixture(data)
     pictures: list[Picture] = []
     questions: list[Question] = []
     edits: list[Edit] = []
-    talks: list[Conversation] = []
+    said: list[Conversation] = []
     broken: Broken = []
     parts: list[CorpusPart] = []
     lacking: list[InputError] = []
     for name, weight in mixture:
         try:
-            found = _load_source(name, splits, first=len(pictures))
+            found = _load_source(name, splits, talks, first=len(pictures))
         except InputError as error:
             if len(mixture) == 1 or "train" in splits:
                 raise
             lacking.append(error)
             continue
-        spans = []
-        for whole, own in zip((pictures, questions, edits, talks), found, strict=False):
-            spans.append(range(len(whole), len(whole) + len(own)))
-            whole += own
+        spans = (
+            range(len(pictures), len(pictures) + len(found[0])),
+            range(len(questions), len(questions) + len(found[1])),
+            range(len(edits), len(edits) + len(found[2])),
+            range(len(said), len(said) + len(found[3])),
+        )
+        pictures += found[0]
+        questions += found[1]
+        edits += found[2]
+        said += found[3]
         broken += found[4]
         parts.append(CorpusPart(name, weight, *spans, found[5]))
     if not parts:
@@ -180,15 +188,15 @@ def load_corpus(data: str | Path, splits: Sequence[str] = ("train",)) -> Corpus:
         if any(len(part.texts) for part in parts):
             why = "texts alone: add a source of pictures"
         raise InputError(f"{data} has no readable picture in {', '.join(splits)} ({why})")
-    found = (tuple(one) for one in (pictures, questions, edits, talks, broken, parts))
-    return Corpus(*found)
+    about = tuple(questions), tuple(edits), tuple(said)
+    return Corpus(tuple(pictures), *about, tuple(broken), tuple(parts))
 
 
 Broken = list[tuple[str, str]]
 Loaded = tuple[list[Picture], list[Question], list[Edit], list[Conversation], Broken, Sequence[str]]
 
 
-def _load_source(name: str, splits: Sequence[str], first: int) -> Loaded:
+def _load_source(name: str, splits: Sequence[str], with_talks: bool, first: int) -> Loaded:
     """Pictures of one source, numbered from `first`, those of its talks last; questions, edits,
     talks, what is broken, texts.
     """
@@ -224,7 +232,7 @@ def _load_source(name: str, splits: Sequence[str], first: int) -> Loaded:
     if silent:
         log.info("%d of %d pictures of %s have no text", silent, len(records), name)
     talks: list[Conversation] = []
-    if "train" in splits and (path := folder / "conversations.jsonl").is_file():
+    if with_talks and (path := folder / "conversations.jsonl").is_file():
         said = load_conversations(path, first=first + len(records))
         talks += said.items
         records += said.pictures
