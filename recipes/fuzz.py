@@ -36,7 +36,8 @@ from conftest import NAMES, toy_config, toy_picture, toy_training
 from lavit.cli import main as command_line
 from lavit.config import InputError
 from lavit.data.bulk import load_tokens
-from lavit.data.conversations import ConversationDocuments, load_conversations
+from lavit.data.conversation_documents import ConversationDocuments
+from lavit.data.conversations import load_conversations
 from lavit.evaluate.own import load_items
 from lavit.model import LaVIT
 from lavit.train.finetune import finetune_training

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from lavit.train.card import write_card
 
-SHIPPED = ("config.json", "eval.jsonl", "visual_tokenizer", "language", "reader", "pixels")
+PARTS = ("vision", "visual_tokenizer", "language", "reader", "pixels")  # vision: if it is own
+SHIPPED = ("config.json", "eval.jsonl", *PARTS)
 SAID = {
     "license": "CC-BY-SA 4.0, as are the OpenMoji drawings that it was trained on",
     "license_of_data": "Twemoji, copyright Twitter, Inc and other contributors (CC-BY 4.0); "
@@ -29,8 +30,10 @@ SAID = {
 }
 
 
-def main(run: Path, out: Path, /) -> None:
-    """Write the parts of a run that a user loads, weights in half precision, and its card."""
+def ship(run: Path, out: Path, said: dict[str, str]) -> float:
+    """Write the parts of a run that a user loads, weights in half precision, and its card, which
+    says what `said` adds to training.json; returns megabytes.
+    """
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     for name in SHIPPED:
@@ -43,14 +46,21 @@ def main(run: Path, out: Path, /) -> None:
         kept = {k: v for k, v in load_file(path).items() if k != "codebook.sums"}
         halves = {k: v.half() if v.is_floating_point() else v for k, v in kept.items()}
         save_file(halves, path, metadata={"format": "pt"})
+    for path in out.rglob("tokenizer.json"):  # half of it is white space
+        whole = json.loads(path.read_text())
+        path.write_text(json.dumps(whole, ensure_ascii=False, separators=(",", ":")))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = {line["stage"]: json.dumps(line) for line in lines}
     (out / "metrics.jsonl").write_text("\n".join(last.values()) + "\n")
     settings = json.loads((run / "training.json").read_text()) | {"data": "data/scenes"}
-    (out / "training.json").write_text(json.dumps(settings | SAID, indent=1) + "\n")
+    (out / "training.json").write_text(json.dumps(settings | said, indent=1) + "\n")
     write_card(out)
-    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    print(f"{out}: {size / 1e6:.1f} MB")
+    return sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) / 1e6
+
+
+def main(run: Path, out: Path, /) -> None:
+    """Write a run of nano as the package ships it."""
+    print(f"{out}: {ship(run, out, SAID):.1f} MB")
 
 
 if __name__ == "__main__":

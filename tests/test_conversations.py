@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from conftest import NAMES, toy_picture, toy_training
 from lavit.config import InputError
+from lavit.data.conversation_documents import ConversationDocuments
 from lavit.data.conversation_forms import holds_conversations
-from lavit.data.conversations import ConversationDocuments, load_conversations
+from lavit.data.conversations import load_conversations
 from lavit.data.corpus import load_corpus
 from lavit.sequence import IGNORE, unpack
 from lavit.train.language import train_text_tokenizer

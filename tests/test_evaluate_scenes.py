@@ -394,7 +394,7 @@ def test_all_replies_of_a_conversation_must_be_right(
     one = Exam(run, count=3)
     with pytest.raises(Missing, match="was not trained on conversations"):
         FIGURES["chat4_all"](one)
-    (run / "finetune.json").write_text("{}")
+    one.trained["training"]["language"]["mixture"]["conversation"] = 1.0
     talks = conversing.chat_items(one)
     turn = {}
 

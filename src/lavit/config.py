@@ -217,15 +217,13 @@ class TokenizerTraining(StageTraining):
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
-    """Relative number of documents of each kind that a source of pictures gives.
-
-    data/documents.py draws them; a source of text has a weight of its own.
-    """
+    """Relative number of documents of each kind that pictures give (data/documents.py)."""
 
     reading: float = 0.0
     writing: float = 0.0
     question: float = 0.0
     edit: float = 0.0
+    conversation: float = 0.0  # one turn of the assistant's, and what stands before it
     text: float = 0.0  # prompts without their picture
 
 

@@ -18,11 +18,14 @@ def scenes(
     seed: int = 0,
     size: int = 160,
     conversations: int = 0,
+    free_words: bool = False,
 ) -> None:
     """Write scenes, described, asked about and edited, as an ordinary data set.
 
     --objects N takes the first N of the list; --held-out-pairs is the share of pairs of things that
-    training never shows together. --conversations N writes N of them for `lavit train finetune`.
+    training never shows together. --conversations N writes N of them, for `lavit train finetune`
+    and for presets whose mixture has them. --free-words asks for things in more ways than one, for
+    models that begin with a trained language model.
     The same options give the same files, whatever the number of processes.
     """
     from lavit.data.scenes.dataset import write_pool
@@ -34,6 +37,7 @@ def scenes(
             out,
             pictures=pictures,
             conversations=conversations,
+            free_words=free_words,
             split=split,
             seed=seed,
             size=size,

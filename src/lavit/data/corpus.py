@@ -2,9 +2,10 @@
 
 Any source of data/sources.py gives pictures and texts, or texts alone. A column `prompts` holds
 texts that ask for a picture where its captions do not. A folder may give more: questions.jsonl and
-edits.jsonl about its pictures. Several sources are one string, `pictures,shapes:0.5,a.jsonl:0.2`: a
-document of training comes from each in proportion to the weight behind its colon (1 where none
-stands). Broken pictures are left out, counted and named; those without texts serve stages 1 and 3.
+edits.jsonl about its pictures, conversations.jsonl with pictures of their own. Several sources are
+one string, `pictures,shapes:0.5,a.jsonl:0.2`: a document of training comes from each in proportion
+to the weight behind its colon (1 where none stands). Broken pictures are left out, counted and
+named; those without texts serve stages 1 and 3.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lavit.config import InputError, read_json
+from lavit.data.conversations import Conversation, load_conversations
 from lavit.data.lines import json_lines
 from lavit.data.sources import Record, below, open_source, readable, texts_of
 from lavit.data.text import Texts
@@ -54,19 +56,20 @@ class Edit:
 
 @dataclass(frozen=True)
 class CorpusPart:
-    """One source of a corpus: its pictures, questions, edits or texts, and its weight."""
+    """One source of a corpus: its pictures, questions, edits, talks or texts, and its weight."""
 
     name: str
     weight: float
     pictures: range = range(0)
     questions: range = range(0)
     edits: range = range(0)
+    talks: range = range(0)
     texts: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Pictures, questions and edits about them, and the broken ones with reasons.
+    """Pictures, questions, edits and talks about them, and the broken ones with reasons.
 
     `parts` are its sources (none given: one, of everything).
     """
@@ -74,12 +77,14 @@ class Corpus:
     pictures: tuple[Picture, ...]
     questions: tuple[Question, ...] = ()
     edits: tuple[Edit, ...] = ()
+    talks: tuple[Conversation, ...] = ()
     broken: tuple[tuple[str, str], ...] = ()
     parts: tuple[CorpusPart, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.parts:
-            numbers = range(len(self.pictures)), range(len(self.questions)), range(len(self.edits))
+            pictures, questions = range(len(self.pictures)), range(len(self.questions))
+            numbers = pictures, questions, range(len(self.edits)), range(len(self.talks))
             object.__setattr__(self, "parts", (CorpusPart("", 1.0, *numbers),))
 
     def __len__(self) -> int:
@@ -137,34 +142,43 @@ def origin_of(data: str | Path) -> dict[str, Any]:
     return next((read_json(place) for place in places if place.is_file()), {})
 
 
-def load_corpus(data: str | Path, splits: Sequence[str] = ("train",)) -> Corpus:
+def load_corpus(
+    data: str | Path, splits: Sequence[str] = ("train",), *, talks: bool = False
+) -> Corpus:
     """Open splits of a source or mixture; raises `InputError` if no picture of it can be read.
 
-    Questions and edits are those whose pictures are all in these splits. A source of a mixture may
-    lack splits other than train, as long as one source has them; texts alone belong to train.
+    Questions and edits are those whose pictures are all in these splits; texts alone belong to
+    train. A source of a mixture may lack splits other than train, as long as one source has them.
+    With `talks` come conversations and their pictures, which belong to no split.
     """
     mixture = parse_mixture(data)
     pictures: list[Picture] = []
     questions: list[Question] = []
     edits: list[Edit] = []
+    said: list[Conversation] = []
     broken: Broken = []
     parts: list[CorpusPart] = []
     lacking: list[InputError] = []
     for name, weight in mixture:
         try:
-            found = _load_source(name, splits, first=len(pictures))
+            found = _load_source(name, splits, talks, first=len(pictures))
         except InputError as error:
             if len(mixture) == 1 or "train" in splits:
                 raise
             lacking.append(error)
             continue
-        at, asked, changed = len(pictures), len(questions), len(edits)
+        spans = (
+            range(len(pictures), len(pictures) + len(found[0])),
+            range(len(questions), len(questions) + len(found[1])),
+            range(len(edits), len(edits) + len(found[2])),
+            range(len(said), len(said) + len(found[3])),
+        )
         pictures += found[0]
         questions += found[1]
         edits += found[2]
-        broken += found[3]
-        spans = range(at, len(pictures)), range(asked, len(questions)), range(changed, len(edits))
-        parts.append(CorpusPart(name, weight, *spans, found[4]))
+        said += found[3]
+        broken += found[4]
+        parts.append(CorpusPart(name, weight, *spans, found[5]))
     if not parts:
         raise lacking[0]
     for name, reason in broken:
@@ -174,15 +188,18 @@ def load_corpus(data: str | Path, splits: Sequence[str] = ("train",)) -> Corpus:
         if any(len(part.texts) for part in parts):
             why = "texts alone: add a source of pictures"
         raise InputError(f"{data} has no readable picture in {', '.join(splits)} ({why})")
-    return Corpus(tuple(pictures), tuple(questions), tuple(edits), tuple(broken), tuple(parts))
+    about = tuple(questions), tuple(edits), tuple(said)
+    return Corpus(tuple(pictures), *about, tuple(broken), tuple(parts))
 
 
 Broken = list[tuple[str, str]]
-Loaded = tuple[list[Picture], list[Question], list[Edit], Broken, Sequence[str]]
+Loaded = tuple[list[Picture], list[Question], list[Edit], list[Conversation], Broken, Sequence[str]]
 
 
-def _load_source(name: str, splits: Sequence[str], first: int) -> Loaded:
-    """Pictures of one source, numbered from `first`; questions, edits, what is broken, texts."""
+def _load_source(name: str, splits: Sequence[str], with_talks: bool, first: int) -> Loaded:
+    """Pictures of one source, numbered from `first`, those of its talks last; questions, edits,
+    talks, what is broken, texts.
+    """
     folder = Path(name)
     records: list[Record] = []
     broken: Broken = []
@@ -191,7 +208,7 @@ def _load_source(name: str, splits: Sequence[str], first: int) -> Loaded:
         if isinstance(found, Texts):
             if split != "train":
                 raise InputError(f"{name} holds texts alone and has no split {split!r}")
-            return [], [], [], [], found
+            return [], [], [], [], [], found
         good, bad = readable(found)
         records += good
         broken += bad
@@ -214,7 +231,14 @@ def _load_source(name: str, splits: Sequence[str], first: int) -> Loaded:
     silent = sum(not record.texts for record in records)
     if silent:
         log.info("%d of %d pictures of %s have no text", silent, len(records), name)
-    return [_picture(record) for record in records], questions, edits, broken, ()
+    talks: list[Conversation] = []
+    if with_talks and (path := folder / "conversations.jsonl").is_file():
+        said = load_conversations(path, first=first + len(records))
+        talks += said.items
+        records += said.pictures
+        broken += said.broken
+    pictures = [_picture(record) for record in records]
+    return pictures, questions, edits, talks, broken, ()
 
 
 def _picture(record: Record) -> Picture:

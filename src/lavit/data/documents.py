@@ -1,8 +1,9 @@
 """Documents of stage 2, drawn from a corpus and packed into rows: a function of (seed, step).
 
-Their kinds are those of `Mixture` (edits are of one picture or several); layout.py says how each
-looks. A picture that has several questions is asked up to `ASKED` of them in one
-document, since reading it is most of the cost.
+Their kinds are those of `Mixture` (edits are of one picture or several; of a conversation it is one
+turn of the assistant's, and what stands before it); layout.py says how each looks. A picture that
+has several questions is asked up to `ASKED` of them in one document, since reading it is most of
+the cost.
 
 Each document comes from one source of the corpus, chosen by the sources' weights, and is of a kind
 that this source has. A source of texts gives pieces of them (data/text.py). A share of the writing
@@ -37,6 +38,7 @@ from lavit.layout import (
     editing,
     ids_of,
     reading,
+    replies,
     segments,
 )
 from lavit.sequence import (
@@ -73,6 +75,7 @@ class Source:
             "writing": self.written,
             "question": part.questions,
             "edit": part.edits,
+            "conversation": part.talks,
             "text": self.written,
         }
         weights = np.array([getattr(mixture, kind) * (len(have[kind]) > 0) for kind in KINDS])
@@ -199,6 +202,10 @@ class Documents(Rows):
     def _edit(self, source: Source, rng: Rng) -> list[Part]:
         edit = self.corpus.edits[_one(source.part.edits, rng)]
         return editing(edit.sources, edit.prompt, edit.target)
+
+    def _conversation(self, source: Source, rng: Rng) -> list[Part]:
+        talk = self.corpus.talks[_one(source.part.talks, rng)]
+        return _one(replies(talk.messages, self.tokenizer), rng)
 
     def _text(self, source: Source, rng: Rng) -> list[Part]:
         prompts = self.corpus.pictures[_one(source.written, rng)].prompts

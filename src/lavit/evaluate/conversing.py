@@ -32,7 +32,8 @@ def chat_items(exam: Exam) -> list[SceneConversation]:
 
 def chat_all(exam: Exam) -> Figure:
     """Share of conversations in which all four replies are right."""
-    if not (exam.folder / "finetune.json").is_file() and not exam.trained.get("conversations"):
+    mixture = exam.trained.get("training", {}).get("language", {}).get("mixture", {})
+    if not (exam.folder / "finetune.json").is_file() and not mixture.get("conversation"):
         raise Missing("this model was not trained on conversations")
     exam.needs("language", "pixels")
     talks = chat_items(exam)

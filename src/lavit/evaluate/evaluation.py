@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from lavit.config import InputError
 from lavit.data.scenes import frozen
 from lavit.data.scenes.splits import Rules
+from lavit.data.scenes.world import objects
 from lavit.evaluate.allocation import allocation_gain
 from lavit.evaluate.conversing import chat_all
 from lavit.evaluate.copies import draw_copies
@@ -28,7 +29,7 @@ from lavit.evaluate.figures import Figure
 from lavit.evaluate.judging import false_accepts, judge_test
 from lavit.evaluate.known import trained_rules
 from lavit.evaluate.ladder import ladder_blank, ladder_spearman
-from lavit.evaluate.own import OWN, load_items
+from lavit.evaluate.own import OWN, OWN_ITEMS, load_items
 from lavit.evaluate.probes import background_kept, identity_kept, write_identity
 from lavit.evaluate.reading import READING, answer_blind, answer_test, cycle_text
 from lavit.evaluate.text import text_ratio
@@ -78,7 +79,11 @@ def evaluate(
     items: Path | None = None,
     figures: Mapping[str, Callable[[Exam], Figure]] = FIGURES,
 ) -> dict[str, Any]:
-    """Figures of a model on scenes as plain data; `items` is a file of a user's own."""
+    """Figures of a model on scenes as plain data; `items` is a file of a user's own (default: the
+    package's own, for a model that knows everything they name).
+    """
+    if items is None and exam.rules.objects == len(objects()):
+        items = OWN_ITEMS
     exam.items = None if items is None else load_items(items)
     apart = exam.valid or (len(names) > 0 and set(names) <= set(OWN))  # from the test sets
     return {

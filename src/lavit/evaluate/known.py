@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lavit.config import InputError
 from lavit.data.scenes.lexicon import PATTERN_WORDS, PLACES, SIZES, unknown_words
+from lavit.data.scenes.rewording import words_of_rewording
 from lavit.data.scenes.splits import Rules
 from lavit.data.scenes.world import BACKGROUNDS, COLOURS, SHAPES, STYLES, objects
 from lavit.evaluate.examinee import scenes_of
@@ -34,10 +35,12 @@ def rules_of(
 
 def strange_words(folder: Path, texts: Iterable[str]) -> list[str]:
     """Words that a model's own scenes lack, each once; none for a model of other data."""
-    if scenes_of(folder) is None:
+    if (scenes := scenes_of(folder)) is None:
         return []
     count = rules_of(folder).objects
-    return list(dict.fromkeys(word for text in texts for word in unknown_words(text, count)))
+    more = words_of_rewording() if scenes.get("free_words") else frozenset()
+    found = dict.fromkeys(word for text in texts for word in unknown_words(text, count))
+    return [word for word in found if word not in more]
 
 
 def known_words(folder: Path) -> dict[str, list[str]]:

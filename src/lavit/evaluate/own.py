@@ -12,6 +12,10 @@ Pictures are paths below the file's folder. In place of pictures a "scene" may s
 that is read, the facts are its own unless given. "facts" are a sentence in the language of scenes;
 what it does not say is free. "answers" are all right answers. A turn of a chat that has facts is
 answered by a picture, one with answers by words.
+
+own_items.jsonl has a hundred in free English, worded as no training words them; they are asked
+where nobody gives others, of models that know all their things. "as" there says a question in the
+language of scenes, so that tests can tell that its answers are right.
 """
 
 from __future__ import annotations
@@ -42,6 +46,7 @@ from lavit.files import sha256
 from lavit.images import open_image
 from lavit.layout import Reply as Kind
 
+OWN_ITEMS = Path(__file__).with_name("own_items.jsonl")
 KINDS = ("read", "draw", "ask", "edit", "chat")
 
 

@@ -67,8 +67,10 @@ class Encoded:
 
     @cached_property
     def corpus(self) -> Corpus:
-        """The training split."""
-        return load_corpus(self.run.data)
+        """The training split, with conversations where the mixture has them."""
+        config = self.run.training.language
+        talks = config.mixture.conversation > 0 and not config.token_corpus
+        return load_corpus(self.run.data, talks=talks)
 
     @cached_property
     def vision(self) -> Vision:
@@ -196,7 +198,7 @@ def language_stage(
         hashed = tokenizer_hash(model, run.accelerator.device)
         codes = corpus_codes(config.token_corpus, encoded.corpus, tokenizer=hashed)
         features, tokens = nothing_read(vision)
-        mixture = replace(mixture, reading=0.0, question=0.0)
+        mixture = replace(mixture, reading=0.0, question=0.0, conversation=0.0)
     else:
         codes = tuple(tuple(part.tolist()) for part in encoded.tokens.split())
         features, tokens = encoded.features, encoded.tokens

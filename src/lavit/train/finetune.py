@@ -35,11 +35,8 @@ from lavit.config import (
     to_json,
     write_json,
 )
-from lavit.data.conversations import (
-    ConversationDocuments,
-    Conversations,
-    load_conversations,
-)
+from lavit.data.conversation_documents import ConversationDocuments
+from lavit.data.conversations import Conversations, load_conversations
 from lavit.data.corpus import parse_mixture
 from lavit.data.features import nothing_read
 from lavit.data.sources import open_source

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lavit.config import InputError, LanguageTraining
-from lavit.data.conversations import ConversationDocuments
+from lavit.data.conversation_documents import ConversationDocuments
 from lavit.data.corpus import Corpus
 from lavit.data.documents import Documents
 from lavit.data.features import Features

@@ -22,7 +22,7 @@ import itertools
 import json
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from lavit.data.scenes.frozen import versions
 from lavit.data.scenes.language import describe, plainly, prompt
 from lavit.data.scenes.questions import SceneQuestion, questions
 from lavit.data.scenes.render import render
+from lavit.data.scenes.rewording import FREE, reworded, reworded_talk
 from lavit.data.scenes.sample import scene_at
 from lavit.data.scenes.splits import SPLITS, Rules
 from lavit.data.scenes.tasks import scene_conversation, several
@@ -136,11 +137,13 @@ def write_pool(
     rules: Rules | None = None,
     size: int = SIZE,
     conversations: int = 0,
+    free_words: bool = False,
     processes: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, int]:
     """Write the first `pictures` pictures of a split as a data set; returns what it holds, counted.
 
+    With `free_words` most of what is asked for is asked in free English (rewording.py).
     The folder appears when it is whole. Raises `InputError` where something is there already with
     other options, for an unknown split, numbers below one, or a missing package of drawings.
     """
@@ -152,13 +155,10 @@ def write_pool(
             f"{pictures} pictures of {size} pixels, seed {seed}, {conversations} conversations: "
             "give one picture or more, of at least 16 pixels, and numbers from 0"
         )
-    origin = {
-        "scenes": {
-            "split": split, "pictures": pictures, "seed": seed, "size": size,
-            "conversations": conversations, **rules.options(),
-        },
-        "packages": versions(),
-    }  # fmt: skip
+    options = {"split": split, "pictures": pictures, "seed": seed, "size": size}
+    options |= {"conversations": conversations, **rules.options()}
+    options |= {"free_words": True} if free_words else {}
+    origin = {"scenes": options, "packages": versions()}
     if (out / "origin.json").exists():
         if read_json(out / "origin.json") == origin:
             return read_json(out / "counts.json")
@@ -170,7 +170,7 @@ def write_pool(
         rows: list[dict[str, Any]] = []
         asked: list[dict[str, Any]] = []
         changes: list[dict[str, Any]] = []
-        draw = partial(_chunk, split=split, seed=seed, rules=rules, size=size)
+        draw = partial(_chunk, split=split, seed=seed, rules=rules, size=size, free=free_words)
         for unit, encoded in _drawn(draw, pictures, processes):
             names = []
             for one, data in zip(unit.pictures, encoded, strict=False):
@@ -190,7 +190,8 @@ def write_pool(
         _lines(new / "questions.jsonl", asked)
         _lines(new / "edits.jsonl", changes)
         if conversations:
-            _lines(new / "conversations.jsonl", _talks(new, conversations, seed, rules, size))
+            talks = _talks(new, conversations, seed, rules, size, free_words)
+            _lines(new / "conversations.jsonl", talks)
         edits = sum(len(change["sources"]) == 1 for change in changes)
         counts = {
             "pictures": len(rows),
@@ -223,11 +224,31 @@ def _drawn(draw: Callable[[int], list[Drawn]], pictures: int, processes: int) ->
                 return
 
 
-def _chunk(number: int, *, split: str, seed: int, rules: Rules, size: int) -> list[Drawn]:
+def _chunk(
+    number: int, *, split: str, seed: int, rules: Rules, size: int, free: bool
+) -> list[Drawn]:
     """Units of one chunk."""
     indices = range(number * CHUNK, (number + 1) * CHUNK)
     units = [unit_at(split, index, seed=seed, rules=rules) for index in indices]
+    if free:
+        rng = np.random.default_rng([6, seed, number])
+        units = [in_free_words(unit, rng) for unit in units]
     return [(unit, [png(one.scene, size) for one in unit.pictures]) for unit in units]
+
+
+def in_free_words(unit: Unit, rng: np.random.Generator) -> Unit:
+    """A unit of which most prompts (never the first), questions and edits are reworded."""
+
+    def maybe(text: str) -> str:
+        return reworded(text, rng) if rng.random() < FREE else text
+
+    pictures = []
+    for one in unit.pictures:
+        prompts = dict.fromkeys((one.prompts[0], *map(maybe, one.prompts[1:])))
+        asked = tuple(replace(q, question=maybe(q.question)) for q in one.questions)
+        pictures.append(replace(one, prompts=tuple(prompts), questions=asked))
+    change = unit.change and replace(unit.change, prompt=maybe(unit.change.prompt))
+    return Unit(tuple(pictures), change)
 
 
 def png(scene: Scene, size: int) -> bytes:
@@ -237,12 +258,15 @@ def png(scene: Scene, size: int) -> bytes:
     return stream.getvalue()
 
 
-def _talks(folder: Path, count: int, seed: int, rules: Rules, size: int) -> Iterator[Any]:
+def _talks(
+    folder: Path, count: int, seed: int, rules: Rules, size: int, free: bool
+) -> Iterator[Any]:
     """Conversations of 2 to 4 turns as messages; their pictures are written to files."""
     (folder / "conversations").mkdir()
     for number in range(count):
         rng = np.random.default_rng([3, seed, number])
         talk = scene_conversation(rng, rules, 2 + number % 3)
+        talk = reworded_talk(talk, rng) if free else talk
         messages = []
         for at, message in enumerate(talk.messages):
             content = []
