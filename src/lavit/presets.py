@@ -332,12 +332,12 @@ def with_encoder(chosen: Preset, vision: VisionConfig) -> Preset:
         said = "its decoder does not paint on a grid of features"
         raise InputError(f"preset {model.name} cannot change its encoder: {said}; use nano")
     heads = max(n for n in range(1, max(1, vision.dim // 64) + 1) if vision.dim % n == 0)
-    sizes = {"dim": vision.dim, "patches": vision.patches}
+    seeing = replace(model.visual_tokenizer, heads=heads, dim=vision.dim, patches=vision.patches)
     unet = model.pixels.unet
     model = replace(
         model,
         vision=vision,
-        visual_tokenizer=replace(model.visual_tokenizer, heads=heads, **sizes),
+        visual_tokenizer=seeing,
         pixels=folded_pixels(vision, width=unet["width"], depth=unet["depth"]),
     )
     return replace(chosen, model=model)

@@ -156,7 +156,8 @@ def build_language(
     """A new `Language` around a base LM: fresh rows, the stage-1 merger copied, LoRA if asked."""
     width = table_and_head(lm)[0].shape[1]
     if config.language.reader:
-        reader = baseline(config.language.reader, Reader, merger, width)
+        kind: Any = Reader  # abstract
+        reader = baseline(config.language.reader, kind, merger, width)
     else:
         reader = MergerReader.beside(merger, width)
     language = reader.language(

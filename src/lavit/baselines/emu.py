@@ -203,7 +203,7 @@ class EmuEncoded(Encoded):
 
     def __init__(self, folder: Path, encoded: Encoded) -> None:
         super().__init__(encoded.run)
-        model = Emu.from_pretrained(folder, parts=TO_READ)
+        model = cast(Emu, Emu.from_pretrained(folder, parts=TO_READ))
         count = len(encoded.features)
         keep = torch.zeros(count, model.config.vision.patches, dtype=torch.bool)
         numbers = torch.arange(count)

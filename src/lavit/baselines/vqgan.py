@@ -56,7 +56,10 @@ class ConvBlock(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` and what is added to it."""
-        return x + super().forward(x)
+        found = x
+        for part in self:
+            found = part(found)
+        return x + found
 
 
 def encoder(widths: list[int]) -> nn.Sequential:

@@ -138,7 +138,9 @@ class Session:
         return events
 
     def _read(self) -> Hidden | None:
-        parents, ids, at = [], [], 0
+        parents: list[int] = []
+        ids: list[int] = []
+        at = 0
         given: dict[int, Tensor] = {}  # embeddings, by lane
         for stream, lanes in zip(self.streams, self._layout, strict=True):
             parents += [at + lane if lane >= 0 else -1 for lane, _ in stream.moves]
