@@ -197,7 +197,9 @@ def test_layouts_divide_what_they_say() -> None:
         assert ddp.gib[name] == alone.gib[name]
         assert fsdp.gib[name] == pytest.approx(alone.gib[name] / 4)
     assert (alone.rows, ddp.rows, fsdp.rows) == (8, 2, 2)
-    assert fsdp.gib["activations"] == pytest.approx(alone.gib["activations"] / 4)
+    assert ddp.gib["activations"] == pytest.approx(alone.gib["activations"] / 4)
+    # FSDP2 casts weights, autocast products alone: norms and the like stay fp32 there
+    assert 0.5 < fsdp.gib["activations"] / ddp.gib["activations"] < 1
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "pixels"])

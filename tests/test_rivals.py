@@ -108,7 +108,7 @@ def test_image_positions_regress_and_words_stay_as_they_are(goals: str) -> None:
         (Image((4, 6), True, 1), Text((15, 0))),
     )
     given = torch.randn(5, reader.head.out_features)
-    loss = language(batch, patches, keep, given)
+    loss = language(batch, patches, keep, None, given)
     hidden, _ = language.states(batch, patches, keep)
     before = torch.zeros_like(batch.slots)
     before[:, :-1] = batch.slots[:, 1:]
@@ -124,7 +124,7 @@ def test_image_positions_regress_and_words_stay_as_they_are(goals: str) -> None:
     # a share of positions: those whose labels are left
     labels = batch.labels.clone()
     labels[before] = torch.where(torch.arange(5) % 2 == 0, labels[before], IGNORE)
-    some = language(replace(batch, labels=labels), patches, keep, given)
+    some = language(replace(batch, labels=labels), patches, keep, None, given)
     torch.testing.assert_close(some.total, rest.total + 0.5 * errors[::2].sum())
 
 

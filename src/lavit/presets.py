@@ -48,16 +48,15 @@ def efficientnet_lite0(*, image_size: int) -> VisionConfig:
     )
 
 
-def folded_pixels(vision: VisionConfig, *, width: int, depth: int) -> PixelsConfig:
-    """8 px a patch, folded onto the grid of features; the picture is predicted.
+def folded_pixels(vision: VisionConfig, *, patch: int, width: int, depth: int) -> PixelsConfig:
+    """8 px for each patch of features, folded `patch` x `patch` to one; the picture is predicted.
 
     Predicting ε leaves its error as grain until training is long, and weighting as Eq. 5 does gives
     the noisiest levels, which alone need the features, next to no weight: here all count alike.
     """
-    patch = 8
     folded = 3 * patch**2
     return PixelsConfig(
-        size=vision.grid * patch,
+        size=vision.grid * 8,
         features_dim=vision.dim,
         patches=vision.patches,
         condition="grid",
@@ -120,7 +119,8 @@ def nano() -> Preset:
                 "tie_word_embeddings": True,
             },
         ),
-        pixels=folded_pixels(vision, width=96, depth=4),
+        # a fold of 8 px has 192 channels, more than the stream holds, and draws half as much right
+        pixels=folded_pixels(vision, patch=4, width=96, depth=4),
     )
     training = TrainConfig(
         tokenizer=TokenizerTraining(
@@ -151,7 +151,7 @@ def nano() -> Preset:
             mixture=Mixture(reading=6.0, writing=1.0, question=0.6, edit=0.4),
         ),
         pixels=PixelsTraining(
-            steps=4000,
+            steps=1500,
             batch=16,
             learning_rate=2e-3,
             ema=0.998,
@@ -197,7 +197,7 @@ def mini() -> Preset:
         visual_tokenizer=tokenizer,
         language=LanguageConfig(source="smollm2-135m", lora_rank=8),
         # wider than the 192 channels of 8 x 8 pixels, or its stream cannot hold the picture
-        pixels=replace(folded_pixels(vision, width=256, depth=4), size=128, steps=8),
+        pixels=replace(folded_pixels(vision, patch=8, width=256, depth=4), size=128, steps=8),
     )
     training = TrainConfig(
         tokenizer=replace(t.tokenizer, steps_a=3000, steps_b=5000, k_means_vectors=60_000),
@@ -338,7 +338,9 @@ def with_encoder(chosen: Preset, vision: VisionConfig) -> Preset:
         model,
         vision=vision,
         visual_tokenizer=seeing,
-        pixels=folded_pixels(vision, width=unet["width"], depth=unet["depth"]),
+        pixels=folded_pixels(
+            vision, patch=model.pixels.patch, width=unet["width"], depth=unet["depth"]
+        ),
     )
     return replace(chosen, model=model)
 
