@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from lavit.config import Mixture
 from lavit.data.scenes.dataset import write_pool
-from lavit.presets import nano
+from lavit.presets import nano, scaled
 from lavit.train.card import write_card
 from lavit.train.run import open_run, train_stages
 from lavit.train.spread import make_accelerator
@@ -68,8 +68,11 @@ def ship(run: Path, out: Path, said: dict[str, str]) -> float:
     return sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) / 1e6
 
 
-def train(run: Path, /) -> None:
-    """Train all three stages; RUN/talk holds the language model before it is asked more."""
+def train(run: Path, /, share: float = 1.0) -> None:
+    """Train all three stages; RUN/talk holds the language model before it is asked more.
+
+    share: of the pictures and steps, to try it.
+    """
     preset = nano()
     t = preset.training
     first = replace(
@@ -84,16 +87,18 @@ def train(run: Path, /) -> None:
         language=then,
         pixels=replace(t.pixels, steps=10_000),
     )
-    data, before = run / "data", run / "talk"
+    before, training = (
+        scaled(replace(training, language=language), share) for language in (first, then)
+    )
+    data, talk = run / "data", run / "talk"
     with make_accelerator().main_process_first():
-        write_pool(data, pictures=100_000, processes=2)
-    begun = open_run(before, str(data), preset.model, replace(training, language=first))
-    train_stages(begun, ("tokenizer", "language"))
+        write_pool(data, pictures=round(share * 100_000), processes=2)
+    train_stages(open_run(talk, str(data), preset.model, before), ("tokenizer", "language"))
     with make_accelerator().main_process_first():
         if not (run / "visual_tokenizer").exists():
-            ignored = shutil.ignore_patterns("language", "reader", "*.json", "*.jsonl")
-            shutil.copytree(before, run, ignore=ignored, dirs_exist_ok=True)
-            kept = sorted((before / "checkpoints" / "language").iterdir())[-1]
+            ignored = shutil.ignore_patterns("language", "reader", "config.json", "training.json")
+            shutil.copytree(talk, run, ignore=ignored, dirs_exist_ok=True)
+            kept = max((talk / "checkpoints" / "language").iterdir(), key=lambda at: int(at.name))
             shutil.copytree(kept, run / "checkpoints" / "language" / kept.name)
     train_stages(open_run(run, str(data), preset.model, training), ("language", "pixels"))
 

@@ -1,4 +1,4 @@
-"""Readers: do people who see drawings alone see in them what the judge sees?
+"""Readers: do those who see drawings alone see in them what the judge sees?
 
 Command   python recipes/readers.py sheets MODEL OUT        (100 drawings, ten a sheet, no prompts)
           python recipes/readers.py compare OUT READINGS    (what a reader wrote, and the judge)
