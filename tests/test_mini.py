@@ -29,7 +29,7 @@ from lavit.presets import Preset
 from lavit.presets import mini as mini_preset
 from lavit.sequence import Image
 from lavit.train.language import train_text_tokenizer
-from lavit.train.plan import plan_language
+from lavit.train.plan import plan_stage
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 from lavit.vocabulary import Vocabulary
 
@@ -124,7 +124,7 @@ def test_its_weights_fit_what_may_be_shipped() -> None:
     assert model.pixels.unet["width"] >= pixels.latent_channels  # no bottleneck in its stream
     tokenizer = VisualTokenizer(model.visual_tokenizer)
     assert megabytes(tokenizer) + megabytes(MergerReader(tokenizer.merger, width)) <= 10
-    parts = plan_language(model, preset.training, precision="fp32").parts
+    parts = plan_stage("language", model, preset.training, precision="fp32").parts
     trained = {part.name: part.trains for part in parts}
     assert 2e-6 * (trained["LoRA"] + trained["visual rows"]) + 1.6 <= 12
 
