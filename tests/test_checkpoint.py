@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,15 +91,18 @@ def test_a_failure_while_saving_leaves_the_last_one(
     """The disk is full in the middle of a file."""
     stage = Weights()
     stage.save(tmp_path, 1, keep=1)
-    whole = room.save_tensors
 
-    def fail(tensors: dict[str, Tensor], path: Path) -> None:
-        if path.name == file:
-            path.write_bytes(b"half")
-            raise OSError(28, "No space left on device")
-        whole(tensors, path)
+    def failing(writer: Callable[..., None]) -> Callable[..., None]:
+        def fail(*given: Any) -> None:
+            if (path := given[-1]).name == file:
+                path.write_bytes(b"half")
+                raise OSError(28, "No space left on device")
+            writer(*given)
 
-    monkeypatch.setattr(room, "save_tensors", fail)
+        return fail
+
+    for name in ("save_tensors", "write_tensors"):
+        monkeypatch.setattr(room, name, failing(getattr(room, name)))
     with pytest.raises(OSError, match="No space"):
         stage.save(tmp_path, 2, keep=1)
     assert latest_checkpoint(tmp_path).name == "1"
