@@ -239,4 +239,4 @@ def test_litellm(address: str) -> None:
     assert shown["image_url"]["url"].startswith("data:image/png;base64,")
     picture = litellm.image_generation("a red star", model="openai/nano", **how)
     data = base64.b64decode(picture.data[0].b64_json)
-    assert Image.open(io.BytesIO(data)).size == (96, 96)
+    assert Image.open(io.BytesIO(data)).size == (80, 80)
