@@ -116,7 +116,7 @@ def test_fsdp2_on_two_ranks_is_one_process(on_two_ranks: dict[str, Path], alone:
 
 
 def test_a_rank_of_fsdp2_holds_what_the_plan_says(on_two_ranks: dict[str, Path]) -> None:
-    """Weights of its shards, to 10 %."""
+    """Weights and moments of its shards, to 10 %."""
     model, out = toy_config(), on_two_ranks["fsdp"]
     found = LaVIT.from_pretrained(out).language.lm.config
     architecture = model.language.architecture | {"vocab_size": found.vocab_size - 2 - 32}
@@ -124,7 +124,8 @@ def test_a_rank_of_fsdp2_holds_what_the_plan_says(on_two_ranks: dict[str, Path])
     plan = plan_stage("language", model, training(), gpus=2, precision="fp32")
     for rank in range(2):
         held = read_json(out / f"held-{rank}.json")
-        assert plan.gib["weights"] * GIB == pytest.approx(held["weights"], rel=0.1)
+        for name in ("weights", "moments"):
+            assert plan.gib[name] * GIB == pytest.approx(held[name], rel=0.1), name
 
 
 def test_a_checkpoint_of_fsdp2_goes_on_in_one_process(

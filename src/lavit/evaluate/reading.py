@@ -155,11 +155,10 @@ def answer_test(exam: Exam) -> Figure:
 
 
 def answer_blind(exam: Exam) -> Figure:
-    """The same when another scene's picture is shown, any one, which says nothing of this one."""
+    """The same when another scene's picture is shown."""
 
     def other(item: int) -> Image:
-        away = int(exam.rng(item, 40).integers(1, 1000))
-        return exam.picture(exam.scene("test", item + away))
+        return exam.picture(exam.scene("test", item + 4))  # with as many things
 
     return share(_answered(exam, "answer blind", other), floor=text_only(exam))
 

@@ -87,17 +87,23 @@ def orthogonal(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows col
     return wide.T if matrix.shape[0] > matrix.shape[1] else wide
 
 
-def matrices_apart(
-    groups: Iterable[dict[str, Any]], module: nn.Module, *, but: Iterable[Tensor] = ()
-) -> list[dict[str, Any]]:
-    """Parameter groups with the weights of linear and convolutional layers apart, for `Muon`.
+def matrices(module: nn.Module, *, but: Iterable[Tensor] = ()) -> list[Tensor]:
+    """Weights of linear and convolutional layers, which `Muon` moves by orthogonal steps.
 
-    Embeddings, heads tied to them, and the tensors in `but` stay where they are.
+    Embeddings, heads tied to them, and the tensors in `but` are left out.
     """
     kept = {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Embedding)}
     kept |= {id(tensor) for tensor in but}
     kinds = (nn.Linear, nn.Conv2d)
-    linear = {id(layer.weight) for layer in module.modules() if isinstance(layer, kinds)} - kept
+    found = {id(part.weight): part.weight for part in module.modules() if isinstance(part, kinds)}
+    return [weight for number, weight in found.items() if number not in kept]
+
+
+def matrices_apart(
+    groups: Iterable[dict[str, Any]], module: nn.Module, *, but: Iterable[Tensor] = ()
+) -> list[dict[str, Any]]:
+    """Parameter groups with the `matrices` of a module apart, for `Muon`."""
+    linear = {id(weight) for weight in matrices(module, but=but)}
     found = []
     for group in groups:
         rest = [parameter for parameter in group["params"] if id(parameter) not in linear]

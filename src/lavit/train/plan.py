@@ -12,12 +12,13 @@ Tests hold parameter bytes to the byte, and what autograd keeps to 10 % of a rea
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lavit.config import InputError, ModelConfig, TrainConfig
 from lavit.language.model import CHUNK, Language, table_and_head
@@ -32,6 +33,7 @@ from lavit.train.activations import (
     reader_bytes,
     tokenizer_bytes,
 )
+from lavit.train.muon import matrices
 from lavit.train.parts import (
     PartCount,
     architecture_of,
@@ -131,7 +133,8 @@ def plan_stage(
         counter = COUNTERS[stage](model, training, precision, layout, gpus)
         for merger, accumulate, recompute in tries:
             rows = -(-here // accumulate)
-            counter.train_merger(merger)
+            if isinstance(counter, _Language):
+                counter.train_merger(merger)
             how = (stage, layout, gpus, precision, rows, accumulate, recompute, merger)
             found = counter.gib(rows, recompute=recompute)
             plan = Plan(*how, counter.parts, found, memory)
@@ -140,7 +143,7 @@ def plan_stage(
     return plan
 
 
-class _Counter:
+class _Counter(ABC):
     """Counts one stage of a model in a layout."""
 
     stage: str
@@ -157,9 +160,6 @@ class _Counter:
         self.size = 2 if precision == "bf16" else 4  # bytes of a product's numbers
         self.shards = gpus if layout == "fsdp2" else 1
         self.numbers: Numbers = "autocast" if precision == "bf16" else "fp32"
-
-    def train_merger(self, on: bool) -> None:
-        """Whether the second merger of stage 2 trains."""
 
     @property
     def held(self) -> int:
@@ -188,34 +188,38 @@ class _Counter:
             "activations": rows * float(self.kept[int(recompute)]),
         }
 
-    @cached_property
+    @property
+    @abstractmethod
     def module(self) -> nn.Module:
         """What trains, on the meta device."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def parts(self) -> tuple[PartCount, ...]:
         """Its parts, and what lies frozen among them."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def kept(self) -> KeptBytes:
         """Bytes that autograd keeps of a picture, or a row."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def frozen(self) -> float:
         """Bytes of what lies beside it: frozen parts, averaged weights."""
-        raise NotImplementedError
+
+    @property
+    def by_adamw(self) -> list[Tensor]:
+        """Matrices that Muon does not move, as the stage says."""
+        return []
 
     @property
     def turning(self) -> int:
         """Weights that Muon moves, with one moment in place of two."""
         if getattr(self.training, self.stage).optimizer == "adamw":
             return 0
-        kinds = (nn.Linear, nn.Conv2d)
-        layers = (part for part in self.module.modules() if isinstance(part, kinds))
-        return sum(part.weight.numel() for part in layers if part.weight.requires_grad)
+        found = matrices(self.module, but=self.by_adamw)
+        return sum(weight.numel() for weight in found if weight.requires_grad)
 
     def encoding(self) -> float:
         """Bytes of the encoder where pictures are encoded in line."""
@@ -238,6 +242,10 @@ class _Tokenizer(_Counter):
     def module(self) -> nn.Module:
         with torch.device("meta"):
             return VisualTokenizer(self.model.visual_tokenizer)
+
+    @property
+    def by_adamw(self) -> list[Tensor]:
+        return list(cast(VisualTokenizer, self.module).selector.parameters())
 
     @cached_property
     def parts(self) -> tuple[PartCount, ...]:
@@ -304,7 +312,12 @@ class _Language(_Counter):
     def module(self) -> Language:
         return language_of(self.model, self.lm_config)
 
+    @property
+    def by_adamw(self) -> list[Tensor]:
+        return [table_and_head(self.module.lm)[1]]
+
     def train_merger(self, on: bool) -> None:
+        """Whether the second merger trains."""
         cast("MergerReader", self.module.reader).merger.requires_grad_(on)
 
     @property
