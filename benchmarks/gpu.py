@@ -49,6 +49,7 @@ from lavit.language.reader import MergerReader
 from lavit.pixels.decoder import Pixels
 from lavit.presets import lavit_7b, nano
 from lavit.sequence import IGNORE, Batch
+from lavit.train.parts import STABLE_DIFFUSION_VAE
 from lavit.vision.encoder import BLOCK, load_vision
 from lavit.visual_tokenizer.merger import Merger
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
@@ -60,14 +61,7 @@ SD15 = {
     "cross_attention_dim": 768,
     "attention_head_dim": 8,
 }
-VAE = {
-    "_class_name": "AutoencoderKL",
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-}
+VAE = {"_class_name": "AutoencoderKL", **STABLE_DIFFUSION_VAE}
 
 
 @dataclass(frozen=True)
@@ -286,6 +280,7 @@ def paint(size: Size, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def main() -> None:
+    """Measure the four rates, print them, and write them where --json says."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=("large", "small"))
     parser.add_argument("--rounds", type=int, default=5)

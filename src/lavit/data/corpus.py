@@ -152,54 +152,56 @@ def load_corpus(
     With `talks` come conversations and their pictures, which belong to no split.
     """
     mixture = parse_mixture(data)
-    pictures: list[Picture] = []
-    questions: list[Question] = []
-    edits: list[Edit] = []
-    said: list[Conversation] = []
+    kinds = ("pictures", "questions", "edits", "talks")
+    every: dict[str, list[Any]] = {kind: [] for kind in kinds}
     broken: Broken = []
     parts: list[CorpusPart] = []
     lacking: list[InputError] = []
     for name, weight in mixture:
         try:
-            found = _load_source(name, splits, talks, first=len(pictures))
+            found = _load_source(name, splits, talks, first=len(every["pictures"]))
         except InputError as error:
             if len(mixture) == 1 or "train" in splits:
                 raise
             lacking.append(error)
             continue
-        spans = (
-            range(len(pictures), len(pictures) + len(found[0])),
-            range(len(questions), len(questions) + len(found[1])),
-            range(len(edits), len(edits) + len(found[2])),
-            range(len(said), len(said) + len(found[3])),
-        )
-        pictures += found[0]
-        questions += found[1]
-        edits += found[2]
-        said += found[3]
-        broken += found[4]
-        parts.append(CorpusPart(name, weight, *spans, found[5]))
+        spans = {}
+        for kind, known in every.items():
+            before = len(known)
+            known += getattr(found, kind)
+            spans[kind] = range(before, len(known))
+        broken += found.broken
+        parts.append(CorpusPart(name, weight, **spans, texts=found.texts))
     if not parts:
         raise lacking[0]
     for name, reason in broken:
         log.warning("left out %s: %s", name, reason)
-    if not pictures:
+    if not every["pictures"]:
         why = f"{len(broken)} broken"
         if any(len(part.texts) for part in parts):
             why = "texts alone: add a source of pictures"
         raise InputError(f"{data} has no readable picture in {', '.join(splits)} ({why})")
-    about = tuple(questions), tuple(edits), tuple(said)
-    return Corpus(tuple(pictures), *about, tuple(broken), tuple(parts))
+    whole = {kind: tuple(known) for kind, known in every.items()}
+    return Corpus(**whole, broken=tuple(broken), parts=tuple(parts))
 
 
 Broken = list[tuple[str, str]]
-Loaded = tuple[list[Picture], list[Question], list[Edit], list[Conversation], Broken, Sequence[str]]
 
 
-def _load_source(name: str, splits: Sequence[str], with_talks: bool, first: int) -> Loaded:
-    """Pictures of one source, numbered from `first`, those of its talks last; questions, edits,
-    talks, what is broken, texts.
-    """
+@dataclass(frozen=True)
+class _Source:
+    """What one source holds, pictures of its talks last: lists, or texts alone."""
+
+    pictures: Sequence[Picture] = ()
+    questions: Sequence[Question] = ()
+    edits: Sequence[Edit] = ()
+    talks: Sequence[Conversation] = ()
+    broken: Sequence[tuple[str, str]] = ()
+    texts: Sequence[str] = ()
+
+
+def _load_source(name: str, splits: Sequence[str], with_talks: bool, first: int) -> _Source:
+    """One source, its pictures numbered from `first`."""
     folder = Path(name)
     records: list[Record] = []
     broken: Broken = []
@@ -208,7 +210,7 @@ def _load_source(name: str, splits: Sequence[str], with_talks: bool, first: int)
         if isinstance(found, Texts):
             if split != "train":
                 raise InputError(f"{name} holds texts alone and has no split {split!r}")
-            return [], [], [], [], [], found
+            return _Source(texts=found)
         good, bad = readable(found)
         records += good
         broken += bad
@@ -238,7 +240,7 @@ def _load_source(name: str, splits: Sequence[str], with_talks: bool, first: int)
         records += said.pictures
         broken += said.broken
     pictures = [_picture(record) for record in records]
-    return pictures, questions, edits, talks, broken, ()
+    return _Source(pictures, questions, edits, talks, broken)
 
 
 def _picture(record: Record) -> Picture:
