@@ -4,7 +4,7 @@ Command   OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 recipes/nano.py train RU
           python recipes/nano.py ship RUN src/lavit/weights/nano     (half precision, with its card)
           lavit eval nano
 Data      100,000 scenes of 48 objects and 48 coloured shapes, made on the spot
-Cost      three hours and a half on two idle cores; goes on where it was stopped
+Cost      some three hours on two idle cores; goes on where it was stopped
 Score     the card in src/lavit/weights/nano/README.md; LOG.md has the tables
 
 `make train-nano` is the same in half an hour: fewer pictures and steps, and mostly reading. Here
