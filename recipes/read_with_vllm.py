@@ -41,13 +41,13 @@ def main() -> int:
             ids, slots = torch.tensor([laid.ids]), torch.tensor([laid.slots])
             found = model.language.embed(ids, slots=slots, features=laid.features)
             prompts.append({"prompt_embeds": found[0].float()})
-    greedy = lavit.Sampling(max_tokens=TOKENS)
+    greedy = lavit.Sampling(temperature=0, max_tokens=TOKENS)
     ours = pipe.caption(options.pictures, sampling=greedy)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         engine = LLM(
             f"{folder}/language", dtype="float32", enforce_eager=True, enable_prompt_embeds=True,
-            max_model_len=1024, max_num_seqs=len(prompts),
+            max_model_len=1024, max_num_seqs=len(prompts), gpu_memory_utilization=0.2,
         )  # fmt: skip
         text = list(range(model.language.vocabulary.text_size))
         how = SamplingParams(temperature=0, max_tokens=TOKENS, allowed_token_ids=text)
