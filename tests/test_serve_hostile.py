@@ -224,6 +224,27 @@ def test_a_process_whose_client_is_killed_and_that_is_stopped() -> None:
         assert not answers(f"{address}/health")
 
 
+@pytest.mark.slow
+def test_replicas_share_one_address_and_finish_what_runs() -> None:
+    pytest.importorskip("ray.serve")
+    drawing = {"prompt": "an owl", "seed": 1, "quality": "low"}
+    with process("--replicas", "2") as (running, address):
+        asked = [httpx2.get(f"{address}/v1/models").json() for _ in range(20)]
+        assert len({one["data"][0]["created"] for one in asked}) == 2  # each has its own start
+        found = [httpx2.post(address + DRAW, json=drawing, timeout=60).json() for _ in range(4)]
+        own = lavit.load("nano").draw("an owl", steps=6, seed=1)
+        assert {one["data"][0]["b64_json"] for one in found} == {encode(own)}
+        refused = httpx2.post(address + DRAW, json={"prompt": 3})
+        assert refused.status_code == 422 and "prompt" in refused.json()["error"]["message"]
+
+        body = {"prompt": "an owl", "n": 4, "stream": True}
+        with httpx2.stream("POST", address + DRAW, json=body, timeout=60) as answer:
+            running.send_signal(signal.SIGTERM)
+            lines = [line for line in answer.iter_lines() if line.startswith("event: ")]
+        assert lines == ["event: image_generation.completed"] * 4
+        assert running.wait(60) == 128 + signal.SIGTERM
+
+
 @pytest.mark.skipif(not importlib.util.find_spec("litellm"), reason="needs litellm")
 def test_litellm(address: str) -> None:
     import litellm
