@@ -18,13 +18,13 @@ with nano's documents, templates and losses. Arms of a seed take turns, so that 
 machine. The clock starts at the first rendered picture; evaluation is not counted. A learning rate
 is chosen on the first seed, by what is read of `valid_pairs` at a quarter of the steps. An arm
 stops where it reads TARGET of `valid_pairs`, and says what it reads of `pairs` then.
+A stopped race goes on with the same command.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -39,6 +39,7 @@ from rich.table import Table
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from lavit.config import write_json
 from lavit.data.corpus import Corpus, load_corpus
 from lavit.data.documents import Documents
 from lavit.data.features import Features, compute_features, tokenize_features
@@ -47,10 +48,12 @@ from lavit.data.scenes.render import render
 from lavit.data.scenes.sample import scene_at
 from lavit.data.scenes.world import Facts, facts
 from lavit.evaluate.reading import exact
+from lavit.files import load_tensors, replacing, save_tensors
 from lavit.generate.pipeline import Pipeline
 from lavit.model import LaVIT
 from lavit.presets import Preset, nano
 from lavit.storage import build_language, load_base
+from lavit.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from lavit.train.feeds import CorpusFeatures
 from lavit.train.language import LanguageStage, train_text_tokenizer
 from lavit.train.loop import Stage, schedule, step_once
@@ -68,6 +71,7 @@ ARMS = tuple(KEEP)
 class World:
     """What all arms share, and the seconds that it took."""
 
+    folder: Path
     preset: Preset
     corpus: Corpus
     vision: Vision
@@ -77,35 +81,67 @@ class World:
 
 
 @dataclass
-class Racer:
-    """One language model on its way."""
+class Training:
+    """A stage on its way, of `steps`."""
 
+    stage: Stage
+    steps: int
+    betas: tuple[float, float]
+    at: int = 0  # steps done
+
+    def __post_init__(self) -> None:
+        self.stage.accelerator = Accelerator()
+        optimizer = Muon(self.stage.parameter_groups(), betas=self.betas, eps=1e-6, fused=True)
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.module, self.optimizer = self.stage.accelerator.prepare(self.stage.module, optimizer)
+
+    def go_to(self, step: int) -> None:
+        """Train until so many steps are done."""
+        while self.at < step:
+            share = schedule(self.at, self.steps, self.stage.config.warmup)
+            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+                group["lr"] = rate * share
+            step_once(self.stage, self.module, self.optimizer, self.at, clip=1.0)
+            self.at += 1
+
+
+@dataclass
+class Racer:
+    """One language model on its way, in a folder where it goes on after a stop."""
+
+    folder: Path
     arm: str
     rate: float
     seed: int
     tokenizer: VisualTokenizer
-    stage: LanguageStage
+    training: Training
     before: float  # seconds until its first step
     seconds: float = 0.0  # in its steps
     curve: list[tuple[int, float, float]] = field(default_factory=list)  # step, seconds, reading
+
+    def __post_init__(self) -> None:
+        if (path := latest_checkpoint(self.folder / "checkpoints")) is not None:
+            t = self.training
+            how = {"accelerator": t.stage.accelerator}
+            t.at = load_checkpoint(path, t.module, t.optimizer, t.stage, **how)
+            kept = json.loads((self.folder / "clock.json").read_text())
+            self.before = kept["before"]
+            self.curve = [tuple(point) for point in kept["curve"] if point[0] <= t.at]
+            self.seconds = self.curve[-1][1]
 
     @property
     def done(self) -> bool:
         """Whether it reads what it should."""
         return bool(self.curve) and self.curve[-1][2] >= TARGET
 
-
-def training(stage: Stage, steps: int, *, betas: tuple[float, float]) -> Iterator[int]:
-    """Take a stage's steps one by one; gives the number of steps done."""
-    stage.accelerator = Accelerator()
-    optimizer = Muon(stage.parameter_groups(), betas=betas, eps=1e-6, fused=True)
-    rates = [group["lr"] for group in optimizer.param_groups]
-    module, optimizer = stage.accelerator.prepare(stage.module, optimizer)
-    for step in range(steps):
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * schedule(step, steps, stage.config.warmup)
-        step_once(stage, module, optimizer, step, clip=1.0)
-        yield step + 1
+    def save(self) -> None:
+        """Write where it is: its clock, then its weights."""
+        t = self.training
+        checkpoints = self.folder / "checkpoints"
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / "clock.json", {"before": self.before, "curve": self.curve})
+        how = {"accelerator": t.stage.accelerator, "keep": 1}
+        save_checkpoint(checkpoints, t.at, t.module, t.optimizer, t.stage, **how)
 
 
 def prepared(folder: Path, pictures: int) -> World:
@@ -121,7 +157,7 @@ def prepared(folder: Path, pictures: int) -> World:
     kept = folder / "seconds.json"  # what is there already took its time when it was made
     if not kept.exists():
         kept.write_text(json.dumps(time.perf_counter() - started))
-    return World(preset, corpus, vision, features, text, json.loads(kept.read_text()))
+    return World(folder, preset, corpus, vision, features, text, json.loads(kept.read_text()))
 
 
 def tokenizer_of(
@@ -130,18 +166,23 @@ def tokenizer_of(
     seed: int,
     learned: VisualTokenizer | None,
 ) -> tuple[VisualTokenizer, float]:
-    """An arm's visual tokenizer after stage 1, and the seconds that took."""
+    """An arm's visual tokenizer after stage 1, and the seconds that took; made once."""
     torch.manual_seed(seed)
     started = time.perf_counter()
     tokenizer = VisualTokenizer(replace(world.preset.model.visual_tokenizer, keep=KEEP[arm]))
-    config = replace(world.preset.training.tokenizer, given_selector=learned is not None)
-    if learned is not None:
-        tokenizer.selector.load_state_dict(learned.selector.state_dict())
-    feed = CorpusFeatures(world.features, batch=config.batch, seed=seed)
-    stage = TokenizerStage(tokenizer, feed, config, seed=seed)
-    for _ in training(stage, config.steps, betas=(0.9, 0.99)):
-        pass
-    return tokenizer.eval(), time.perf_counter() - started
+    made = world.folder / "tokenizers" / f"{arm}-{seed}"
+    if not made.exists():
+        config = replace(world.preset.training.tokenizer, given_selector=learned is not None)
+        if learned is not None:
+            tokenizer.selector.load_state_dict(learned.selector.state_dict())
+        feed = CorpusFeatures(world.features, batch=config.batch, seed=seed)
+        stage = TokenizerStage(tokenizer, feed, config, seed=seed)
+        Training(stage, config.steps, betas=(0.9, 0.99)).go_to(config.steps)
+        with replacing(made) as new:
+            save_tensors(tokenizer.state_dict(), new / "model.safetensors")
+            (new / "seconds.json").write_text(json.dumps(time.perf_counter() - started))
+    tokenizer.load_state_dict(load_tensors(made / "model.safetensors"))
+    return tokenizer.eval(), json.loads((made / "seconds.json").read_text())
 
 
 def racer(
@@ -152,8 +193,10 @@ def racer(
     steps: int,
     tokenizer: VisualTokenizer,
     before: float,
+    *,
+    tried: bool = False,
 ) -> Racer:
-    """A new language model behind a visual tokenizer."""
+    """A language model behind a visual tokenizer: a new one, or where it stopped."""
     torch.manual_seed(seed)
     started = time.perf_counter()
     tokens = tokenize_features(tokenizer, world.features)
@@ -169,13 +212,16 @@ def racer(
     made: dict[str, Any] = {"config": config, "text": world.text, "seed": seed}
     documents = Documents(world.corpus, codes, vocabulary=vocabulary, **made)
     stage = LanguageStage(language, tokenizer, documents, world.features, tokens, config)
-    return Racer(arm, rate, seed, tokenizer, stage, before + time.perf_counter() - started)
+    before += time.perf_counter() - started
+    training = Training(stage, steps, betas=(0.9, 0.95))
+    folder = world.folder / "racers" / f"{arm}-{rate:g}-{seed}{'-tried' * tried}"
+    return Racer(folder, arm, rate, seed, tokenizer, training, before)
 
 
 def reads(racer: Racer, world: World, pictures: list[Image], said: list[Facts]) -> float:
     """Share of free captions that state all facts of their picture and nothing else."""
     parts: dict[str, nn.Module] = {"vision": world.vision, "visual_tokenizer": racer.tokenizer}
-    language = racer.stage.module
+    language = racer.training.stage.module
     model = LaVIT(world.preset.model, language=language.eval(), text_tokenizer=world.text, **parts)
     right = exact(Pipeline(model).caption(pictures), said)
     language.train()
@@ -185,7 +231,6 @@ def reads(racer: Racer, world: World, pictures: list[Image], said: list[Facts]) 
 def race(
     racers: list[Racer],
     world: World,
-    steps: int,
     *,
     until: int,
     every: int,
@@ -195,17 +240,15 @@ def race(
     scenes = [scene_at("valid_pairs", item) for item in range(count)]
     pictures = [render(scene, world.preset.model.vision.image_size) for scene in scenes]
     said = [facts(scene) for scene in scenes]
-    running = {id(one): training(one.stage, steps, betas=(0.9, 0.95)) for one in racers}
     for done in range(every, until + 1, every):
         for one in racers:
-            if one.done:
+            if one.done or one.training.at >= done:
                 continue
             started = time.perf_counter()
-            for step in running[id(one)]:
-                if step == done:
-                    break
+            one.training.go_to(done)
             one.seconds += time.perf_counter() - started
             one.curve.append((done, one.seconds, reads(one, world, pictures, said)))
+            one.save()
             share, clock = one.curve[-1][2], f"{one.seconds:.0f} s"
             print(f"seed {one.seed} {one.arm} {one.rate:g}: step {done}, {clock}: {share:.1%}")
 
@@ -231,7 +274,7 @@ def main(
     seeds: int = 3,
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3),
 ) -> None:
-    """Race, and print the median and range of every arm; results of finished seeds are kept."""
+    """Race, and print the median and range of every arm; what is done is kept."""
     world = prepared(out, pictures)
     path = out / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {"rates": {}, "racers": []}
@@ -243,15 +286,19 @@ def main(
         tokenizers |= {arm: tokenizer_of(arm, world, seed, learned) for arm in ARMS[1:]}
         if not results["rates"]:
             share = {"until": steps // 4, "every": steps // 4, "count": count}
-            tries = [racer(a, r, world, seed, steps, *tokenizers[a]) for a in ARMS for r in rates]
-            race(tries, world, steps, **share)
+            tries = [
+                racer(arm, rate, world, seed, steps, *tokenizers[arm], tried=True)
+                for arm in ARMS
+                for rate in rates
+            ]
+            race(tries, world, **share)
             for arm in ARMS:
                 own = [one for one in tries if one.arm == arm]
                 results["rates"][arm] = max(own, key=lambda one: one.curve[-1][2]).rate
         racers = [
             racer(arm, results["rates"][arm], world, seed, steps, *tokenizers[arm]) for arm in ARMS
         ]
-        race(racers, world, steps, until=steps, every=every, count=count)
+        race(racers, world, until=steps, every=every, count=count)
         results["racers"] += [result(one, world, count) for one in racers]
         path.write_text(json.dumps(results, indent=1) + "\n")
     show(results)

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from importlib.metadata import distribution
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -108,12 +109,28 @@ def test_speedrun_races_three_selections(
     stages = replace(training, tokenizer=tokenizer, language=language)
     small = replace(preset, model=model, training=stages)
     monkeypatch.setattr(speedrun, "nano", lambda: small)
-    speedrun.main(tmp_path, pictures=24, steps=4, every=4, count=1, seeds=1, rates=(1e-3,))
+    how: dict[str, Any] = {"pictures": 24, "steps": 4, "every": 2, "count": 1, "seeds": 1}
+    looked, reads = [], speedrun.reads
+
+    def stopped(*given: Any) -> float:
+        looked.append(given)
+        if len(looked) == 5:  # three tries, and one of the first round
+            raise KeyboardInterrupt
+        return reads(*given)
+
+    monkeypatch.setattr(speedrun, "reads", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        speedrun.main(tmp_path, rates=(1e-3,), **how)
+    assert "seed 0 learned 0.001: step 2" in capsys.readouterr().out
+    monkeypatch.setattr(speedrun, "reads", reads)
+    speedrun.main(tmp_path, rates=(1e-3,), **how)  # goes on
     said = capsys.readouterr().out
-    assert all(f"seed 0 {arm} " in said for arm in speedrun.ARMS) and "not reached by 1" in said
+    assert "step 1," not in said and "learned 0.001: step 2" not in said
+    assert all(f"seed 0 {arm} 0.001: step 4" in said for arm in speedrun.ARMS)
+    assert "not reached by 1" in said
     results = json.loads((tmp_path / "results.json").read_text())
-    assert [len(found["curve"]) for found in results["racers"]] == [1, 1, 1]
-    speedrun.main(tmp_path, pictures=24, steps=4, every=4, count=1, seeds=1)
+    assert [len(found["curve"]) for found in results["racers"]] == [2, 2, 2]
+    speedrun.main(tmp_path, **how)
     assert "seed 0" not in capsys.readouterr().out  # a finished seed is kept
 
 
