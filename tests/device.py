@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import backend_registration as registration
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -190,4 +191,7 @@ def _making(make: Any) -> Any:
     return call
 
 
+# torch must know both as they are, or `with torch.device("meta")` misses them: transformers then
+# takes rotary frequencies, which are in no checkpoint, for made, and leaves them uninitialised
+_device_constructors()
 torch.tensor, torch.as_tensor = _making(torch.tensor), _making(torch.as_tensor)

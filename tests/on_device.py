@@ -53,6 +53,8 @@ def test_the_device_refuses_what_cuda_refuses() -> None:
     with torch.autocast(NAME, torch.bfloat16):
         assert layer(there).dtype == torch.bfloat16
         assert torch.nn.functional.layer_norm(layer(there), (3,)).dtype == torch.float32
+    with torch.device("meta"):
+        assert torch.tensor([]).is_meta  # by which transformers sees that it makes no weights yet
     layer(there).sum().backward()
     assert layer.weight.grad is not None and layer.weight.grad.device == DEVICE
     with waits() as found:
@@ -186,8 +188,9 @@ def test_fine_tuning_and_evaluation_run_on_it(
         exam.pipe = Pipeline(LaVIT.from_pretrained(toy_run, device=device))
         exam.model = exam.pipe.model
         found.append(measured(FIGURES, (), OwnPictures(exam, corpus)))
-    for name, figure in found[0].items():  # other kernels round otherwise
-        assert found[1][name]["value"] == pytest.approx(figure["value"], abs=1e-3), name
+    for name, figure in found[0].items():
+        near = 1e-5 if name in ("tokenizer_distance", "caption_loss") else 0.0  # features: 8e-6
+        assert found[1][name]["value"] == pytest.approx(figure["value"], rel=0, abs=near), name
 
 
 SAID = re.compile(r"#.*the host waits")  # of a line, or of one of the three above it

@@ -18,12 +18,19 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from conftest import toy_config, toy_training
 from lavit.config import TrainConfig, write_json
+from lavit.files import save_tensors
 from lavit.train import loop
-from lavit.train.run import open_run, train_stages
+from lavit.train.encoded import Encoded
+from lavit.train.first import first_language
+from lavit.train.run import Run, open_run, train_stages
 from lavit.train.settings import STAGES
+from lavit.train.spread import shard, whole
 
 
 def training() -> TrainConfig:
@@ -87,6 +94,35 @@ def on_streams(data: str, whole: Path, stopped: Path) -> None:
     train_stages(open_run(stopped, data, toy_config(), streaming(), trackers=()))
 
 
+class Held(TorchDispatchMode):
+    """Bytes of tensors made inside that live together, at most; those on meta have none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.living, self.most = WeakIdKeyDictionary(), 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = op(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and not isinstance(tensor, DTensor):
+                storage = tensor.untyped_storage()
+                self.living[storage] = 0 if tensor.is_meta else storage.nbytes()
+        self.most = max(self.most, sum(self.living.values()))
+        return out
+
+
+def note_loading(run: Run) -> None:
+    """Load stage 2 as it begins; write the weights, and what this rank held of them at most."""
+    torch.manual_seed(run.training.seed)
+    with Held() as held:
+        language, _ = first_language(run, Encoded(run))
+        shard(language, run.accelerator)
+    write_json(run.folder / f"loading-{dist.get_rank()}.json", {"peak": held.most})
+    weights = {name: whole(weight.detach()) for name, weight in language.named_parameters()}
+    if run.main:
+        save_tensors(weights, run.folder / "loaded.safetensors")
+
+
 def main(data: str, ddp: str, fsdp: str, whole: str, stopped: str) -> None:
     """Train on this rank: stages 2 and 3 under DDP, all on streams, and stage 2 under FSDP2."""
     torch.set_num_threads(1)
@@ -98,6 +134,7 @@ def main(data: str, ddp: str, fsdp: str, whole: str, stopped: str) -> None:
     AcceleratorState._reset_state(reset_partial_state=False)
     loop.save_checkpoint = noting(loop.save_checkpoint)
     run = open_run(Path(fsdp), data, toy_config(), training(), trackers=(), fsdp=True)
+    note_loading(run)
     train_stages(run, ("language",))
 
 

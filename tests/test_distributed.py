@@ -17,12 +17,15 @@ from safetensors.torch import load_file
 from conftest import toy_config
 from lavit.config import InputError, read_json
 from lavit.model import LaVIT
+from lavit.train.encoded import Encoded
+from lavit.train.first import first_language
 from lavit.train.plan import GIB, plan_stage
 from lavit.train.run import open_run, train_stages
 from lavit.train.spread import make_accelerator
 from ranks_language import training
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.xdist_group("ranks")  # one worker: each would start the ranks for itself
 
 
 def figures(run: Path, stage: str) -> list[dict]:
@@ -87,6 +90,7 @@ def on_two_ranks(tokenizer_run: Path, toy_data: Path) -> dict[str, Path]:
         "PYTHONPATH": paths,
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",  # as `accelerate launch --use_fsdp` has it
     }
     command = [
         sys.executable,
@@ -97,8 +101,8 @@ def on_two_ranks(tokenizer_run: Path, toy_data: Path) -> dict[str, Path]:
         "2",
     ]
     command += [str(HERE / "ranks_language.py"), str(toy_data), *map(str, runs.values())]
-    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-12000:]
     return runs
 
 
@@ -113,6 +117,25 @@ def test_ddp_on_two_ranks_is_one_process(
 def test_fsdp2_on_two_ranks_is_one_process(on_two_ranks: dict[str, Path], alone: Path) -> None:
     assert figures_apart(on_two_ranks["fsdp"], alone, "language") == []
     assert weights_apart(on_two_ranks["fsdp"], alone, "language") == set()
+
+
+def test_only_the_first_rank_of_fsdp2_loads_the_whole(
+    on_two_ranks: dict[str, Path], tokenizer_run: Path, toy_data: Path
+) -> None:
+    """The other one holds its shards and a tensor; the weights are those of one process."""
+    out = tokenizer_run.with_name("begun")
+    shutil.copytree(tokenizer_run, out)
+    run = open_run(out, toy_data, toy_config(), training(), trackers=())
+    torch.manual_seed(run.training.seed)
+    language, _ = first_language(run, Encoded(run))
+    wanted = dict(language.named_parameters())
+    found = load_file(on_two_ranks["fsdp"] / "loaded.safetensors")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in found)
+    peaks = [read_json(on_two_ranks["fsdp"] / f"loading-{rank}.json")["peak"] for rank in (0, 1)]
+    sizes = [weight.nbytes for weight in found.values()]
+    # a half, and of one tensor what was sent, and its part
+    assert peaks[1] < sum(sizes) / 2 + 2.1 * max(sizes) < sum(sizes) < peaks[0]
 
 
 def test_a_rank_of_fsdp2_holds_what_the_plan_says(on_two_ranks: dict[str, Path]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -16,14 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, Blip2VisionModel
 
 from conftest import toy_config, toy_training
 from lavit.cli import main
-from lavit.config import InputError, ModelConfig, TrainConfig
+from lavit.config import InputError, Mixture, ModelConfig, TrainConfig
 from lavit.language.model import Language
 from lavit.language.reader import MergerReader
 from lavit.presets import lavit_7b
 from lavit.sequence import IGNORE, Batch
 from lavit.train import activations
 from lavit.train.activations import kept, language_bytes, numbers_of, tokenizer_bytes
-from lavit.train.plan import GIB, plan_stage
+from lavit.train.plan import GIB, TEXT, plan_stage
 from lavit.visual_tokenizer.attention import group_documents
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer, cosine_distance, merger_of
 
@@ -187,10 +188,16 @@ def test_stage_1_at_full_width_keeps_what_small_ones_say(dense: bool) -> None:
     np.testing.assert_allclose(planned, measured, rtol=0.1)
 
 
-def test_layouts_divide_what_they_say() -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_layouts_divide_what_they_say(precision: Literal["fp32", "bf16"]) -> None:
     model, training = sizes(8)
+    document = 5 + 2 + TEXT
+    config = replace(
+        training.language, tokens=2 * document, mixture=Mixture(reading=1.0, writing=1.0)
+    )
+    training = replace(training, language=config)
     alone, ddp, fsdp = (
-        plan_stage("language", model, training, gpus=gpus, layout=layout)
+        plan_stage("language", model, training, gpus=gpus, layout=layout, precision=precision)
         for gpus, layout in ((1, "single"), (4, "ddp"), (4, "fsdp2"))
     )
     for name in ("weights", "gradients", "moments"):
@@ -198,8 +205,24 @@ def test_layouts_divide_what_they_say() -> None:
         assert fsdp.gib[name] == pytest.approx(alone.gib[name] / 4)
     assert (alone.rows, ddp.rows, fsdp.rows) == (8, 2, 2)
     assert ddp.gib["activations"] == pytest.approx(alone.gib["activations"] / 4)
-    # FSDP2 casts weights, autocast products alone: norms and the like stay fp32 there
-    assert 0.5 < fsdp.gib["activations"] / ddp.gib["activations"] < 1
+    # FSDP2 casts weights, autocast products alone: with bf16 weights norms keep bf16 too
+    language = build(model).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+
+    def count(rows: int) -> float:
+        """Of rows of two documents, one of which reads a picture."""
+        tokens = torch.arange(config.tokens).expand(rows, -1)
+        packed = {"documents": tokens // document, "positions": tokens % document}
+        keep = (torch.arange(model.visual_tokenizer.patches) < 5).expand(rows, -1)
+        patches = torch.randn(*keep.shape, model.visual_tokenizer.dim).to(language.rows.dtype)
+
+        def forward() -> None:
+            language.hidden(language.embed(torch.zeros_like(tokens)), **packed)
+            language.read(patches, keep)
+
+        return kept(forward, [])[0]
+
+    measured = count(2 * fsdp.rows) - count(fsdp.rows)
+    assert fsdp.gib["activations"] * GIB == pytest.approx(measured, rel=0.01)
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "pixels"])

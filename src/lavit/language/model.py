@@ -93,6 +93,12 @@ class Language(nn.Module):
         # units of FSDP2
         self._no_split_modules = [*(lm._no_split_modules or ()), MergerBlock.__name__]
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take up what another process made; this one may not know attention by document yet."""
+        super().__setstate__(state)
+        if self.by_document:
+            attend_by_document(self.lm)
+
     @property
     def embeds(self) -> int:
         """Embeddings of a picture that is written, for rivals that write no codes: 0."""

@@ -16,6 +16,7 @@ from lavit.pixels.decoder import Pixels
 from lavit.storage import build_language, build_tokenizer, load_base, load_language
 from lavit.train.encoded import Encoded
 from lavit.train.language import train_text_tokenizer
+from lavit.train.spread import from_first
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
 if TYPE_CHECKING:
@@ -42,10 +43,14 @@ def first_language(run: Run[TrainConfig], encoded: Encoded) -> tuple[Language, T
         sizes = {"vocab_size": len(text), "eos_token_id": text.eos_token_id}
         base = replace(base, architecture=base.architecture | sizes | {"bos_token_id": None})
         run.config = replace(run.config, language=base)
-    language, text = begun_language(run, encoded, text)
-    if not run.start:
-        language.check_head()
-    return language, text
+
+    def begin() -> tuple[Language, TextTokenizer]:
+        language, found = begun_language(run, encoded, text)
+        if not run.start:
+            language.check_head()
+        return language, found
+
+    return from_first(begin, run.accelerator) if run.accelerator.is_fsdp2 else begin()
 
 
 def begun_language(

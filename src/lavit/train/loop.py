@@ -34,7 +34,7 @@ from lavit.train.checkpoint import (
 from lavit.train.health import Alarm
 from lavit.train.metrics import Metrics, peak_gib
 from lavit.train.muon import Muon
-from lavit.train.spread import whole
+from lavit.train.spread import shard, whole
 
 log = logging.getLogger(__name__)
 SumAndCount = tuple[Tensor, Tensor | float]  # a sum, and the count to divide it by
@@ -130,9 +130,13 @@ def train(
         said = "FSDP2 shards the language stage only"
         raise InputError(f"{said}: train {stage.name} without --fsdp (DDP)")
     stage.accelerator, folder = accelerator, run / "checkpoints" / stage.name
-    optimizer = Muon(stage.parameter_groups(), betas=betas, eps=1e-6, fused=True)
+    if accelerator.is_fsdp2:
+        module = shard(stage.module, accelerator)
+    else:
+        module = accelerator.prepare_model(stage.module)
+    optimizer: Any = Muon(stage.parameter_groups(), betas=betas, eps=1e-6, fused=True)
     base = [group["lr"] for group in optimizer.param_groups]
-    module, optimizer = accelerator.prepare(stage.module, optimizer)
+    optimizer = accelerator.prepare_optimizer(optimizer)
     plain, start = accelerator.unwrap_model(module), 0
     if accelerator.is_main_process and folder.exists():
         drop_all_but(folder, keep_last)
