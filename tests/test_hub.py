@@ -122,7 +122,7 @@ def test_what_is_uploaded_opens_again(hub: Hub, model: LaVIT, tmp_path: Path) ->
     there = {"README.md", "config.json", "training.json", "reader/model.safetensors"}
     assert there <= hub.branches["v1"].keys()
     for name, content in hub.branches["v1"].items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
     assert tensors_equal(LaVIT.from_pretrained(tmp_path), model)
 
