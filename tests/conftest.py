@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from torch import nn
 
 from lavit.config import (
     LanguageConfig,
@@ -43,6 +44,11 @@ NAMES = (
     "blue dot",
 )
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 30), "blue": (30, 60, 220)}
+
+
+def tensors_equal(one: nn.Module, other: nn.Module) -> bool:
+    mine, theirs = one.state_dict(), other.state_dict()
+    return mine.keys() == theirs.keys() and all(mine[name].equal(theirs[name]) for name in mine)
 
 
 def toy_picture(name: str, size: int = 48) -> Image.Image:

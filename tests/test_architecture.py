@@ -306,3 +306,18 @@ def test_the_version_and_the_licences_are_those_of_the_package() -> None:
     assert "version" in project["dynamic"] and "CC-BY-SA-4.0" in project["license"]
     assert all((root / path).is_file() for path in project["license-files"])
     assert sum(path.stat().st_size for path in PACKAGE.rglob("*") if path.is_file()) < 60e6
+
+
+def test_the_walk_names_what_is_there() -> None:
+    """Functions, classes and methods of CONTRIBUTING's walk."""
+    there = set()
+    for path in FILES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                there |= {node.name, f"{path.stem}.{node.name}"}
+            if isinstance(node, ast.ClassDef):
+                methods = (one.name for one in node.body if isinstance(one, ast.FunctionDef))
+                there |= {f"{node.name}.{name}" for name in methods}
+    walk = (PACKAGE.parent.parent / "CONTRIBUTING.md").read_text().split("## A walk")[1]
+    named = {name for name in re.findall(r"`([\w.]+)`", walk) if not name.startswith("pipe.")}
+    assert len(named) > 40 and named <= there, sorted(named - there)

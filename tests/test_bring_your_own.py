@@ -11,11 +11,12 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import lavit
-from conftest import NAMES, toy_picture
+from conftest import NAMES, toy_config, toy_picture, toy_training
 from lavit.cli import main
 from lavit.config import InputError
 from lavit.model import LaVIT
 from lavit.presets import Preset, lavit_7b, nano, with_encoder, with_lm
+from lavit.train.run import open_run, train_stages
 from lavit.vision.encoder import encoder_at
 
 WIDE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -70,6 +71,32 @@ def test_what_is_no_encoder_is_said(tmp_path: Path, toy_run: Path) -> None:
     eyes = encoder_at(str(encoder_folder("dinov2", tmp_path / "encoder")))
     with pytest.raises(InputError, match="lavit_7b cannot change its encoder"):
         with_encoder(lavit_7b(), eyes)
+
+
+def test_what_is_missing_is_said_before_anything_is_trained(
+    toy_run: Path, toy_data: Path, tmp_path: Path
+) -> None:
+    endless = lm_folder("llama", toy_run, tmp_path / "lm")
+    said = json.loads((endless / "tokenizer_config.json").read_text())
+    del said["eos_token"]
+    (endless / "tokenizer_config.json").write_text(json.dumps(said))
+    model = toy_config()
+    for language, expected in (
+        ({"source": str(encoder_folder("dinov2", tmp_path / "eyes"))}, "dinov2 is no causal LM"),
+        ({"source": str(endless)}, "its tokenizer has no end token"),
+        ({"source": "base"}, "no language model at .*run/base"),
+        ({"lora_rank": 2}, "LoRA adapts a trained language model"),
+    ):
+        asked = replace(model, language=replace(model.language, **language))
+        run = open_run(tmp_path / "run", toy_data, asked, toy_training(1))
+        with pytest.raises(InputError, match=expected):
+            train_stages(run, ("tokenizer", "language"))
+        assert not (run.folder / "cache").exists()
+    asked = replace(model, pixels=replace(model.pixels, unet={}))
+    run = open_run(tmp_path / "run", toy_data, asked, toy_training(1))
+    with pytest.raises(InputError, match="run/decoder holds no diffusion model"):
+        train_stages(run)
+    assert not (run.folder / "cache").exists()
 
 
 def test_a_trained_lm_learns_slowly() -> None:

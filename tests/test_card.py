@@ -139,18 +139,6 @@ def test_an_adapter_is_not_exported_by_halves(adapted: Path, toy_run: Path, tmp_
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "whole").config.vocab_size > 32
 
 
-def test_lora_over_a_random_model_is_refused(toy_data: Path, tmp_path: Path) -> None:
-    config = toy_config()
-    run = open_run(
-        tmp_path / "run",
-        toy_data,
-        replace(config, language=replace(config.language, lora_rank=2)),
-        toy_training(1),
-    )
-    with pytest.raises(InputError, match="random"):
-        train_stages(run, ("tokenizer", "language"))
-
-
 def test_shipped_models_say_how_they_were_trained() -> None:
     for path in WEIGHTS.glob("*/training.json"):
         training = read_json(path)["training"]

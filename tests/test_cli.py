@@ -292,6 +292,8 @@ def test_convert_check_prints_errors_and_exit_codes(
 def test_data_check_counts_and_names(toy_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(run(capsys, "data", "check", str(toy_data), "--json")[0])
     assert report["records"] == 8 and report["broken"] == []
+    said = [line.split(maxsplit=1) for line in run(capsys, "data", "check", str(toy_data))]
+    assert ["broken", "none"] in said and ["sizes", "48x48: 8"] in said
 
 
 def test_the_package_is_the_command_line() -> None:

@@ -229,10 +229,10 @@ def test_new_rows_begin_around_the_mean_row_of_the_table(trained: bool) -> None:
 
 def test_embeddings_that_are_no_rows_of_a_table_are_refused() -> None:
     language = toy_language("llama tied")
-    language.check_head()
+    language.check_lm()
     language.lm.get_input_embeddings().register_forward_hook(lambda module, ids, rows: rows + 1)
     with pytest.raises(InputError, match="more than look rows up"):
-        language.check_head()
+        language.check_lm()
 
 
 def test_a_sentencepiece_model_is_read_or_its_package_named(tmp_path: Path) -> None:
@@ -269,4 +269,18 @@ def test_soft_capped_logits_are_refused() -> None:
         lm, MergerReader(Merger(16, 2, 1, 2.0), lm.config.hidden_size), codes=12, end=2
     )
     with pytest.raises(ValueError, match="soft-capping"):
-        language.check_head()
+        language.check_lm()
+
+
+@pytest.mark.parametrize("kind", ["bloom", "mamba", "lfm2"])
+def test_lms_that_see_beyond_a_document_are_refused(kind: str) -> None:
+    """ALiBi takes its distances from a mask of rows; states and convolutions run through a row."""
+    options = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 1, "n_head": 4}
+    if kind == "lfm2":
+        options |= {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}
+        options |= {"initializer_range": 0.3}  # or what leaks is less than rounding
+        options |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **options, eos_token_id=2))
+    reader = MergerReader(Merger(16, 2, 1, 2.0), 32)
+    with pytest.raises(InputError, match="documents"):
+        Language(lm, reader, codes=12, end=2).eval().check_lm()

@@ -43,11 +43,6 @@ def hub(toy_run: Path, tmp_path: Path) -> Path:
     return tmp_path / "hub"
 
 
-def tensors_equal(one: nn.Module, other: nn.Module) -> bool:
-    mine, theirs = one.state_dict(), other.state_dict()
-    return mine.keys() == theirs.keys() and all(mine[name].equal(theirs[name]) for name in mine)
-
-
 def test_a_model_is_whole_when_it_is_opened(toy_run: Path, model: LaVIT) -> None:
     assert [name for name, _ in model.named_children()] == list(PARTS)
     before = [name for name, _ in model.named_parameters()]
@@ -188,45 +183,6 @@ def test_parts_that_are_left_out_are_not_downloaded(monkeypatch: pytest.MonkeyPa
 def test_a_shipped_name_opens() -> None:
     model = LaVIT.from_pretrained("nano", parts=("visual_tokenizer",))
     assert model.config.name == "nano" and isinstance(model.visual_tokenizer, VisualTokenizer)
-
-
-class Hub:
-    """What is called of `HfApi`, and what it was given."""
-
-    uploaded: dict[str, object]
-
-    def __init__(self, token: str | None = None) -> None:
-        type(self).uploaded = {"token": token}
-
-    def create_repo(self, name: str, *, private: bool | None, exist_ok: bool) -> None:
-        if name == "org/forbidden":
-            raise OSError("403 Forbidden\nand more")
-        self.uploaded |= {"private": private, "exist_ok": exist_ok}
-
-    def upload_folder(self, *, repo_id: str, folder_path: str, **options: object) -> object:
-        self.uploaded |= {"name": repo_id, **options}
-        self.uploaded["model"] = LaVIT.from_pretrained(folder_path)
-        self.uploaded["files"] = sorted(path.name for path in Path(folder_path).iterdir())
-
-        class Commit:
-            commit_url = f"https://hub/{repo_id}/commit/1"
-
-        return Commit()
-
-
-def test_push_to_hub_uploads_what_is_saved(model: LaVIT, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    assert model.push_to_hub("org/toy", private=True, token="secret", revision="v1").endswith("/1")
-    given = Hub.uploaded
-    assert tensors_equal(given["model"], model)
-    said = {name: given[name] for name in ("name", "token", "private", "exist_ok", "revision")}
-    assert said == {
-        "name": "org/toy", "token": "secret", "private": True, "exist_ok": True, "revision": "v1"
-    }  # fmt: skip
-    folders = ["language", "pixels", "reader", "training.json", "vision", "visual_tokenizer"]
-    assert given["files"] == ["README.md", "config.json", *folders]
-    with pytest.raises(InputError, match="cannot upload to org/forbidden: 403 Forbidden"):
-        model.push_to_hub("org/forbidden")
 
 
 def test_forward_is_the_loss_of_a_batch(toy_run: Path, model: LaVIT) -> None:

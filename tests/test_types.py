@@ -43,7 +43,7 @@ reveal_type(model.encode_images([]))  # VisualTokens
 reveal_type(model.decode([]))  # Tensor
 reveal_type(model.visual_tokenizer)  # VisualTokenizer
 reveal_type(model.text_tokenizer)  # PreTrainedTokenizerBase
-reveal_type(model.push_to_hub("org/name"))  # str
+reveal_type(model.push_to_hub("org/name"))  # CommitInfo
 processor = LaVITProcessor.from_pretrained("nano")
 reveal_type(processor)  # LaVITProcessor
 reveal_type(processor.batch_decode([[1]]))  # list[str]

@@ -42,6 +42,8 @@ from lavit.visual_tokenizer.selector import KeepPolicy
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
 if TYPE_CHECKING:  # diffusers takes seconds to import, and only pixels need it
+    from huggingface_hub import CommitInfo
+
     from lavit.pixels.decoder import Pixels
 
 EXACT = ("vision", "visual_tokenizer")  # in fp32 as in training, so that rounding flips no choice
@@ -251,17 +253,20 @@ class LaVIT(nn.Module):
 
     def push_to_hub(
         self,
-        name: str,
+        repo_id: str,
         *,
+        commit_message: str = "Upload a LaVIT model",
         private: bool | None = None,
         token: str | bool | None = None,
         revision: str | None = None,
-        message: str = "Upload a LaVIT model",
-    ) -> str:
-        """Save the model and upload it as `name` ("org/name"); returns the commit's address.
+        create_pr: bool = False,
+    ) -> CommitInfo:
+        """Save the model and upload it as `repo_id` ("org/name"); returns the commit, its address.
 
-        The card, the training's settings and the safety checker of its folder go with it. Raises
-        `InputError` where the hub refuses.
+        The options are transformers': a new repository may be `private`, `revision` is a branch,
+        made where there is none, `create_pr` asks its owner to take the commit. The card, the
+        training's settings and the safety checker of its folder go with it. Raises `InputError`
+        where the hub refuses, or cannot be reached.
         """
         from huggingface_hub import HfApi
 
@@ -275,14 +280,20 @@ class LaVIT(nn.Module):
                 elif source.exists():
                     shutil.copy(source, place)
             try:
-                api.create_repo(name, private=private, exist_ok=True)
-                done = api.upload_folder(
-                    repo_id=name, folder_path=place, revision=revision, commit_message=message
+                repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+                if revision and not create_pr:
+                    api.create_branch(repo_id, branch=revision, exist_ok=True)
+                return api.upload_folder(
+                    repo_id=repo_id,
+                    folder_path=place,
+                    revision=revision,
+                    commit_message=commit_message,
+                    create_pr=create_pr,
                 )
-            except (OSError, ValueError) as error:
-                line = str(error).strip().splitlines()[0]
-                raise InputError(f"cannot upload to {name}: {line}; is `token` right?") from error
-        return done.commit_url
+            except Exception as error:  # its client fails in ways of its own
+                line = (str(error).strip() or type(error).__name__).splitlines()[0]
+                said = f"cannot upload to {repo_id}: {line}"
+                raise InputError(f"{said}; give a `token` that may write there") from error
 
 
 def _check_names(parts: Sequence[str]) -> None:

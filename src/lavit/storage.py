@@ -15,7 +15,8 @@ from __future__ import annotations
 import importlib
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -91,6 +93,22 @@ def has_part(config: ModelConfig, folder: Path, part: str) -> bool:
     return (folder / part).is_dir() or (part == "vision" and config.vision.source != "folder")
 
 
+def check_base(config: LanguageConfig, folder: Path) -> None:
+    """Raise `InputError` for a base LM that cannot be had or trained as asked; reads no weights."""
+    if config.lora_rank:
+        require("peft", extra="mini")
+    if config.source == "random":
+        if config.lora_rank:
+            said = "LoRA adapts a trained language model, and this preset's is random"
+            raise InputError(f"{said}: leave --lora out")
+    elif config.source == SMOLLM2:
+        smollm2_file(config.sha256)
+    else:
+        where = _place_of_base(config, folder)
+        with _opening(where):
+            _text_of(where)
+
+
 def load_base(
     config: LanguageConfig,
     folder: Path | None,
@@ -104,21 +122,44 @@ def load_base(
         if folder is not None and (folder / "tokenizer.json").is_file():
             return lm, AutoTokenizer.from_pretrained(folder)
         return lm, load_smollm2_text(file)
-    where: str | Path = config.source
-    if where == "base" and folder is not None:
-        where = folder.parent / "base"
-    if where == "folder":
-        if folder is None or not (folder / "config.json").is_file():
-            said = f"{folder} holds no language model"
-            raise InputError(f"{said}: has the language stage been trained?")
-        where = folder
+    where = _place_of_base(config, folder)
+    named = "" if where == folder or folder is None else f" (language.source, {folder.parent})"
+    with _opening(where, named):
+        text = _text_of(where)
+        return pretrained(AutoModelForCausalLM, where), text
+
+
+def _place_of_base(config: LanguageConfig, folder: Path | None) -> str | Path:
+    """Folder or hub id of a base LM that is neither random nor SmolLM2."""
+    if config.source == "base" and folder is not None:
+        return folder.parent / "base"
+    if config.source != "folder":
+        return config.source
+    if folder is None or not (folder / "config.json").is_file():
+        raise InputError(f"{folder} holds no language model: has the language stage been trained?")
+    return folder
+
+
+def _text_of(where: str | Path) -> PreTrainedTokenizerBase:
+    """The text tokenizer beside a causal LM."""
+    config = AutoConfig.from_pretrained(where)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(f"{config.model_type} is no causal LM of transformers")
+    text = AutoTokenizer.from_pretrained(where)
+    if text.eos_token_id is None:
+        raise InputError("its tokenizer has no end token, set eos_token in tokenizer_config.json")
+    return text
+
+
+@contextmanager
+def _opening(where: str | Path, named: str = "") -> Iterator[None]:
+    """Turn what fails while an LM is opened into one line."""
     try:
-        return pretrained(AutoModelForCausalLM, where), AutoTokenizer.from_pretrained(where)
+        yield
     except Exception as error:  # configurations, weights and tokenizers fail in ways of their own
         if "tiktoken" in str(error):  # what transformers says where it cannot read SentencePiece
             require("sentencepiece", extra="published")
         why = " ".join(str(error).split())[:200] or type(error).__name__
-        named = "" if where == folder or folder is None else f" (language.source, {folder.parent})"
         raise InputError(f"no language model at {where}{named}: {why}") from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from lavit.cli.output import ProgressBar, Words, answer_with
 
@@ -67,5 +68,15 @@ def check(
     from lavit.data.inspect import inspect_data
 
     for report in inspect_data(",".join(data), split, workers=workers, images=images):
-        text = "\n".join(f"{name:>16} {value}" for name, value in report.items())
+        text = "\n".join(f"{name:>16} {_said(value)}" for name, value in report.items())
         answer_with(json, text, **report)
+
+
+def _said(value: Any) -> str:
+    """A figure, a list or a table of a report, for people."""
+    if isinstance(value, dict):
+        value = list(value.items())
+    if not isinstance(value, list | tuple):
+        return str(value)
+    items = (": ".join(map(str, one)) if isinstance(one, tuple) else str(one) for one in value)
+    return ", ".join(items) or "none"

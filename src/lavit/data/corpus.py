@@ -104,8 +104,9 @@ class LeftOut(dict[str, str]):
         if name in self:
             return
         self.count += 1
+        reason = str(reason).removeprefix(f"{name}: ")
         if len(self) < NAMED:
-            self[name] = str(reason)
+            self[name] = reason
         log.warning("left out %s: %s (%d so far)", name, reason, self.count)
 
 

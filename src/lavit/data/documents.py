@@ -82,9 +82,10 @@ class Source:
         if len(part.texts):
             weights = np.eye(len(KINDS))[-1]
         if weights.sum() <= 0:
-            has = f"pictures for {len(self.read)} readings and {len(part.questions)} questions"
-            none = f"the source {part.name!r} gives no document"
-            raise InputError(f"{none}: it has {has}, the mixture is {vars(mixture)}")
+            wanted = ", ".join(kind for kind in KINDS if getattr(mixture, kind) > 0)
+            has = f"{len(self.read)} of its {len(part.pictures)} pictures have texts"
+            none = f"the source {part.name!r} gives no document of the kinds {wanted}"
+            raise InputError(f"{none}: {has}, and there are {len(part.questions)} questions")
         self.until = np.cumsum(weights / weights.sum())
 
 

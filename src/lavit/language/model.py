@@ -63,7 +63,7 @@ class Language(nn.Module):
     """A causal LM with visual rows, a visual head and a reader for pictures.
 
     `lm` is any transformers causal LM whose logits are `get_output_embeddings()(hidden)`
-    (`check_head`). `end` is the id that ends a text; `trained` says whether the LM is more than
+    (`check_lm`). `end` is the id that ends a text; `trained` says whether the LM is more than
     freshly initialised: new rows begin accordingly. `read_as` is that of `LanguageConfig`.
     """
 
@@ -137,22 +137,32 @@ class Language(nn.Module):
                 module.gradient_checkpointing = on
                 module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
-    def check_head(self) -> None:
-        """Raise `InputError` unless the LM embeds by its table, and its head makes its logits."""
+    def check_lm(self) -> None:
+        """Raise `InputError` unless the LM embeds by its table, its head makes its logits, and
+        documents of one row do not see each other.
+        """
         ids = torch.arange(4, device=self.rows.device)[None] % self.vocabulary.text_size
         embedding: Any = self.lm.get_input_embeddings()
+        kind = type(self.lm).__name__
+        other = "which is not supported: use another language model"
         with torch.no_grad():
-            same = torch.allclose(embedding(ids), embedding.weight[ids] * self.scale, rtol=1e-3)
+            if not torch.allclose(embedding(ids), embedding.weight[ids] * self.scale, rtol=1e-3):
+                said = f"{type(embedding).__name__} does more than look rows up and scale them"
+                raise InputError(f"{said}, {other}")
             expected = self.lm(input_ids=ids).logits
             found = self.text_logits(self.body(input_ids=ids).last_hidden_state)
-        if not same:
-            kind = type(embedding).__name__
-            said = f"{kind} does more than look rows up and scale them, which is not supported"
-            raise InputError(f"{said}: use another language model")
-        if not torch.allclose(expected, found, rtol=1e-3, atol=1e-3):
-            changes = "changes its logits behind the head (soft-capping or scaling)"
-            hint = "use a language model whose logits are head(hidden)"
-            raise InputError(f"{type(self.lm).__name__} {changes}, which is not supported: {hint}")
+            if not torch.allclose(expected, found, rtol=1e-3, atol=1e-3):
+                said = f"{kind} changes its logits behind the head (soft-capping or scaling)"
+                raise InputError(f"{said}, {other}")
+            places = torch.arange(8, device=ids.device)[None]
+            both = self.embed(torch.cat([ids, ids], 1))
+            try:
+                hidden = self.hidden(both, documents=places // 4, positions=places % 4)
+            except Exception as error:  # LMs fail in ways of their own
+                raise InputError(f"{kind} takes no mask of documents ({error}), {other}") from error
+            apart = (self.text_logits(hidden) - expected.repeat(1, 2, 1)).abs().max()
+            if apart > 1e-3 * expected.std():
+                raise InputError(f"{kind} does not keep documents of one row apart, {other}")
 
     def read(self, patches: Patches, keep: Keep) -> Float[Tensor, "total width"]:
         """Continuous features of pictures that are read (no look-up), packed image after image.

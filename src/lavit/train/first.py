@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from transformers import AutoTokenizer
 from transformers import PreTrainedTokenizerBase as TextTokenizer
 
-from lavit.config import InputError, TrainConfig
+from lavit.config import InputError, PixelsConfig, TrainConfig
+from lavit.data.documents import Source
 from lavit.data.stream import stream_texts
 from lavit.files import load_strictly, load_tensors, replacing
 from lavit.language.model import Language
 from lavit.pixels.decoder import Pixels
-from lavit.storage import build_language, build_tokenizer, load_base, load_language
+from lavit.storage import (
+    build_language,
+    build_tokenizer,
+    check_base,
+    load_base,
+    load_language,
+)
 from lavit.train.encoded import Encoded
 from lavit.train.language import train_text_tokenizer
 from lavit.train.spread import from_first
@@ -21,6 +29,18 @@ from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
 if TYPE_CHECKING:
     from lavit.train.run import Run
+
+
+def check_first(run: Run[TrainConfig], stages: Sequence[str], encoded: Encoded) -> None:
+    """Raise `InputError` for what a later stage will miss, before an earlier one is trained."""
+    config = run.training.language
+    if "language" in stages and not run.start:
+        check_base(run.config.language, run.folder / "base")
+    if "pixels" in stages and not run.start:
+        _begun_pixels(run)
+    if "language" in stages and not config.stream and not config.token_corpus:
+        for part in encoded.corpus.parts:
+            Source(part, encoded.corpus, config.mixture)
 
 
 def first_tokenizer(run: Run[TrainConfig]) -> VisualTokenizer:
@@ -36,9 +56,6 @@ def first_language(run: Run[TrainConfig], encoded: Encoded) -> tuple[Language, T
     """The language part before its first step; a random LM gets its text tokenizer's sizes."""
     base, text = run.config.language, None
     if base.source == "random":
-        if base.lora_rank:
-            said = "LoRA adapts a trained language model, and this preset's is random"
-            raise InputError(f"{said}: leave --lora out")
         text = _new_text_tokenizer(run, encoded)
         sizes = {"vocab_size": len(text), "eos_token_id": text.eos_token_id}
         base = replace(base, architecture=base.architecture | sizes | {"bos_token_id": None})
@@ -47,7 +64,7 @@ def first_language(run: Run[TrainConfig], encoded: Encoded) -> tuple[Language, T
     def begin() -> tuple[Language, TextTokenizer]:
         language, found = begun_language(run, encoded, text)
         if not run.start:
-            language.check_head()
+            language.eval().check_lm()
         return language, found
 
     return from_first(begin, run.accelerator) if run.accelerator.is_fsdp2 else begin()
@@ -81,10 +98,15 @@ def _new_text_tokenizer(run: Run[TrainConfig], encoded: Encoded) -> TextTokenize
 
 
 def first_pixels(run: Run[TrainConfig]) -> Pixels:
-    """The decoder before its first step; without sizes of its own it starts from `decoder/`."""
-    config = run.config.pixels
+    """The decoder before its first step."""
     if run.start and (run.start / "pixels").is_dir():
-        return Pixels.load(run.start / "pixels", config)
+        return Pixels.load(run.start / "pixels", run.config.pixels)
+    return Pixels.build(_begun_pixels(run))
+
+
+def _begun_pixels(run: Run[TrainConfig]) -> PixelsConfig:
+    """The decoder's configuration; without sizes of its own it starts from `decoder/`."""
+    config = run.config.pixels
     if not config.unet and not config.start_from:
         folder = run.folder / "decoder"
         if not (folder / "unet").is_dir():
@@ -94,4 +116,4 @@ def first_pixels(run: Run[TrainConfig]) -> Pixels:
     if config.vae and not config.start_from:
         said = "the pixels' configuration names an autoencoder, and none is trained here"
         raise InputError(f"{said}: give start_from, a diffusers folder that has one")
-    return Pixels.build(config)
+    return config

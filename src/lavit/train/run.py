@@ -48,7 +48,13 @@ from lavit.train.card import write_card
 from lavit.train.checkpoint import latest_checkpoint, load_weights
 from lavit.train.encoded import Encoded, feature_feed, language_stage, pixel_feed
 from lavit.train.feeds import FeatureFeed, PixelFeed
-from lavit.train.first import begun_language, first_language, first_pixels, first_tokenizer
+from lavit.train.first import (
+    begun_language,
+    check_first,
+    first_language,
+    first_pixels,
+    first_tokenizer,
+)
 from lavit.train.health import parameter_lines
 from lavit.train.language import LanguageStage
 from lavit.train.loop import Report, Stage, train
@@ -195,6 +201,7 @@ def train_stages(
     encoded = encoded or Encoded(run)
     with alone(run.folder) if run.main else nullcontext():
         _agree(run, stages)
+        check_first(run, [stage for stage in stages if not run.has_done(stage)], encoded)
         if run.start:
             take_tokenizer(run, run.start)
         for stage in stages:

@@ -122,6 +122,9 @@ class Vision(nn.Module):
             hooks = [block.register_forward_hook(keep) for block in self._blocks(self.encoder)]
             try:
                 self.encoder(pixel_values=pixels)
+            except TypeError as error:  # SigLIP 2 NaFlex, encoders of video
+                said = f"{type(self.encoder).__name__} does not take plain pictures"
+                raise InputError(f"{said} ({error}): use another encoder") from error
             finally:
                 for hook in hooks:
                     hook.remove()
@@ -162,7 +165,9 @@ def encoder_at(source: str) -> VisionConfig:
         found = AutoConfig.from_pretrained(source)
         shown, _ = BaseImageProcessor.get_image_processor_dict(source)
         found = getattr(found, "vision_config", found)
-        size = shown.get("crop_size") or shown["size"]
+        size = shown.get("crop_size") or shown.get("size")
+        if size is None:
+            raise InputError(f"{found.model_type} takes pictures of no one size")
         side = size if isinstance(size, int) else size.get("height") or size["shortest_edge"]
         return VisionConfig(
             source=source,
