@@ -35,6 +35,7 @@ from lavit.evaluate.benchmarks.caption_metrics import (
     cider,
     rouge_l,
 )
+from lavit.evaluate.benchmarks.geneval2 import judged
 from lavit.evaluate.benchmarks.image_metrics import (
     Clip,
     Inception,
@@ -93,7 +94,7 @@ class Row:
         self.examples, self.data_hash = load_examples(name, data, settings.count)
         self.folder = model_folder(model)
         self.out = settings.out or kept.with_suffix(".pictures")
-        draws = self.known.kind in ("picture", "export")
+        draws = self.known.kind in ("picture", "export", "atoms")
         device = "auto"
         if self.ranks > 1 and torch.cuda.is_available():
             device = f"cuda:{os.environ.get('LOCAL_RANK', self.rank)}"
@@ -150,6 +151,7 @@ class Row:
             "vqa": self._answers,
             "match": self._answers,
             "picture": self._pictures,
+            "atoms": self._pictures,
             "export": self._samples,
         }
         return kept.made(
@@ -200,6 +202,9 @@ class Row:
             return caption_figures(self.examples, made)
         if self.known.kind == "picture":
             return self._distances(made)
+        if self.known.kind == "atoms":
+            drawn = [self.out / one["file"] for one in made]
+            return judged([one.raw for one in self.examples], drawn, self.out)
         if self.known.kind == "export":
             note = f"folders in {self.out}, for GenEval's evaluate_images.py"
             return {"geneval_exported": plain(len(made), len(made), note=note)}
