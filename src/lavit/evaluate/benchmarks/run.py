@@ -257,15 +257,19 @@ class Row:
                      "lemmatised": False}  # fmt: skip
             return found | {"asks_first": self.name == "vizwiz"}
         candidates = BEST_OF if self.clip and kind == "picture" else 1
-        return {
+        found = {
             "prompt": "the caption as it stands",
             "sampling": asdict(said.drawing),
             "decoder": f"{self.pipe.model.config.pixels.size} px, steps and guidance its own",
             "candidates": candidates,
             "chosen_by": _hashed(self.settings.clip) if candidates > 1 else None,
-            "compared_at": f"centre square of {SIDE} px, bicubic, both sides",
-            "inception": _hashed(self.settings.inception),
         }
+        if kind == "picture":
+            found["compared_at"] = f"centre square of {SIDE} px, bicubic, both sides"
+            found["inception"] = _hashed(self.settings.inception)
+        if kind == "atoms":
+            found["judged_by"] = "the detector of scenes, a score of 0 or 1 an atom"
+        return found
 
     def _entry(self, figures: Mapping[str, Figure]) -> dict[str, Any]:
         return {
