@@ -24,7 +24,7 @@ from lavit.evaluate.benchmarks.caption_metrics import (
     cider,
     rouge_l,
 )
-from lavit.evaluate.benchmarks.geneval2 import judged
+from lavit.evaluate.benchmarks.geneval2 import geneval2_figures
 from lavit.evaluate.benchmarks.image_metrics import (
     frechet_distance,
     kernel_distances,
@@ -357,7 +357,7 @@ def test_geneval2_gets_its_files_and_the_judge_s_scores(toy_run: Path, tmp_path:
     files = [tmp_path / f"{n}.png" for n in range(3)]
     for file in files:
         render(scene, 160).save(file)
-    found = judged(lines, files, tmp_path)
+    found = geneval2_figures(lines, files, tmp_path)
     assert found["geneval2_atoms"].value == 62.5 and found["geneval2_all"].value == 50  # 4/4, 1/4
     assert found["geneval2_atoms"].details == {
         "attribute": 50, "count": pytest.approx(200 / 3), "object": 50, "position": 100,

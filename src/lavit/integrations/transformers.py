@@ -74,8 +74,8 @@ SAMPLING = {  # names of transformers, and of `Sampling`
     "early_stopping": "early_stopping",
 }  # fmt: skip
 FROM_AUTO = ("trust_remote_code", "adapter_kwargs", "_from_auto", "_from_pipeline")
-Ids = Int[Tensor, "rows tokens"]
-Written = Int[Tensor, "rows written"]
+InputIds = Int[Tensor, "rows tokens"]
+OutputIds = Int[Tensor, "rows written"]
 
 
 class LaVITConfig(PreTrainedConfig):
@@ -175,7 +175,7 @@ class LaVITMultimodalProcessor(ProcessorMixin):
             return (known.image_start, *known.ids(codes).tolist(), known.image_end)
         return (*ids_of(self.tokenizer, part.text, part.controls), *[known.end] * part.ends)
 
-    def batch_decode(self, ids: Ids, skip_special_tokens: bool = True) -> list[str]:
+    def batch_decode(self, ids: InputIds, skip_special_tokens: bool = True) -> list[str]:
         """The text of each row, without pictures."""
         return self.inner.batch_decode(ids, skip_special_tokens=skip_special_tokens)
 
@@ -233,7 +233,9 @@ class LaVITForMultimodalLM(PreTrainedModel, GenerationMixin):
         config = config or LaVITConfig.from_pretrained(str(found.folder))
         return cls(config, found, protocol=protocol, safety=safety)
 
-    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:  # type: ignore[override]
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, **_: Any
+    ) -> None:
         """Write the model as `LaVIT.save_pretrained` does."""
         self.lavit.save_pretrained(save_directory)
 
@@ -245,15 +247,15 @@ class LaVITForMultimodalLM(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def generate(  # type: ignore[override]
         self,
-        input_ids: Ids,
-        attention_mask: Ids | None = None,
+        input_ids: InputIds,
+        attention_mask: InputIds | None = None,
         pixel_values: Float[Tensor, "images 3 size size"] | None = None,
         *,
         generation_mode: str = "text",
         generation_config: GenerationConfig | None = None,
         seed: Seed = 0,
         **how: Any,
-    ) -> Written:
+    ) -> OutputIds:
         """Go on from each row of `LaVITMultimodalProcessor`.
 
         "text": the rows and what follows them, padded with the LM's end. "image": joint ids of the
@@ -327,7 +329,7 @@ class LaVITForMultimodalLM(PreTrainedModel, GenerationMixin):
 
     def decode_image_tokens(
         self,
-        image_tokens: Ids,
+        image_tokens: InputIds,
         seed: Seed = 0,
         *,
         steps: int | None = None,
@@ -357,7 +359,7 @@ def _pieces(words: str, pictures: Iterator[ImageInput]) -> list[Any]:
     return [piece for piece in pieces if piece != ""] or [""]
 
 
-def _padded(rows: Sequence[list[int]], filler: int) -> Written:
+def _padded(rows: Sequence[list[int]], filler: int) -> OutputIds:
     longest = max(map(len, rows))
     return torch.tensor([row + [filler] * (longest - len(row)) for row in rows])
 

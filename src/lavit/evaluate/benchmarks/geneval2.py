@@ -60,7 +60,7 @@ def _singular(word: str) -> str:
     return bare if (word,) not in nouns() and (bare,) in nouns() else word
 
 
-def judged(
+def geneval2_figures(
     lines: Sequence[dict[str, Any]], pictures: Sequence[Path], out: Path
 ) -> dict[str, Figure]:
     """`geneval2_atoms`, the mean share of right atoms, and `geneval2_all`, of prompts all right.

@@ -35,7 +35,7 @@ from lavit.evaluate.benchmarks.caption_metrics import (
     cider,
     rouge_l,
 )
-from lavit.evaluate.benchmarks.geneval2 import judged
+from lavit.evaluate.benchmarks.geneval2 import geneval2_figures
 from lavit.evaluate.benchmarks.image_metrics import (
     Clip,
     Inception,
@@ -204,7 +204,7 @@ class Row:
             return self._distances(made)
         if self.known.kind == "atoms":
             drawn = [self.out / one["file"] for one in made]
-            return judged([one.raw for one in self.examples], drawn, self.out)
+            return geneval2_figures([one.raw for one in self.examples], drawn, self.out)
         if self.known.kind == "export":
             note = f"folders in {self.out}, for GenEval's evaluate_images.py"
             return {"geneval_exported": plain(len(made), len(made), note=note)}
