@@ -333,6 +333,7 @@ def write(network: Detector, names: tuple[str, ...], folder: Path) -> Judge:
     save_file(state, weights)
     said = {
         "recipe": "recipes/judge.py",
+        "license": "CC-BY-SA-4.0",  # as are the OpenMoji drawings that it was trained on
         "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "heat": 0.3,
         "sure": 0.5,

@@ -24,6 +24,7 @@ from lavit.evaluate.benchmarks.caption_metrics import (
     cider,
     rouge_l,
 )
+from lavit.evaluate.benchmarks.geneval2 import geneval2_figures
 from lavit.evaluate.benchmarks.image_metrics import (
     frechet_distance,
     kernel_distances,
@@ -319,6 +320,62 @@ def test_geneval_gets_the_folders_it_reads(toy_run: Path, tmp_path: Path) -> Non
     assert files == [f"{number:05d}/{file}" for number in range(2) for file in one]
     metadata = json.loads((out / "00001" / "metadata.jsonl").read_text())
     assert metadata == {"tag": "colors", "prompt": "a photo of a blue dot"}
+
+
+def atoms_line(prompt: str, *atoms: tuple[str, str, str]) -> dict[str, Any]:
+    """A line of GenEval 2's data: questions with their answers and skills."""
+    asked = [[question, answer] for question, answer, _ in atoms]
+    skills = [skill for _, _, skill in atoms]
+    return {"prompt": prompt, "atom_count": 3, "vqa_list": asked, "skills": skills}
+
+
+def test_geneval2_gets_its_files_and_the_judge_s_scores(toy_run: Path, tmp_path: Path) -> None:
+    from lavit.data.scenes.render import render
+    from lavit.data.scenes.world import Box, Scene, Thing
+
+    owls = [Thing("owl", None, "small", (0, n), Box(x, 0.25, 0.25), 0.0)
+            for n, x in enumerate((0.2, 0.5))]  # fmt: skip
+    star = Thing("star", "red", "small", (2, 1), Box(0.35, 0.75, 0.2), 0.0)
+    scene = Scene("white", "plain", "twemoji", (*owls, star))
+    lines = [
+        atoms_line(
+            "two owls above a red star",
+            ("How many owls are in the image?", "two", "count"),
+            ("Are there any owls in the image?", "Yes", "object"),
+            ("Are the owls above the star?", "Yes", "position"),
+            ("Is the star red?", "Yes", "attribute"),
+        ),
+        atoms_line(
+            "three sheeps and a blue star",
+            ("How many sheeps are in the image?", "three", "count"),
+            ("Are there any sheeps in the image?", "Yes", "object"),
+            ("How many stars are in the image?", "one", "count"),
+            ("Is the star blue?", "Yes", "attribute"),
+        ),
+        atoms_line("a wooden owl", ("Is the owl wooden?", "Yes", "attribute")),
+    ]
+    files = [tmp_path / f"{n}.png" for n in range(3)]
+    for file in files:
+        render(scene, 160).save(file)
+    found = geneval2_figures(lines, files, tmp_path)
+    assert found["geneval2_atoms"].value == 62.5 and found["geneval2_all"].value == 50  # 4/4, 1/4
+    assert found["geneval2_atoms"].details == {
+        "attribute": 50, "count": pytest.approx(200 / 3), "object": 50, "position": 100,
+    }  # fmt: skip
+    assert json.loads((tmp_path / "score_lists.json").read_text()) == [[1] * 4, [0, 0, 1, 0]]
+    kept = [json.loads(line) for line in (tmp_path / "judged.jsonl").read_text().splitlines()]
+    assert kept == lines[:2]  # the judge knows no wood
+
+    (tmp_path / "data").mkdir()
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "data" / "geneval2_data.jsonl").write_text(text)
+    out = tmp_path / "drawn"
+    row = Row(toy_run, "geneval2", tmp_path / "data", RowSettings(out=out), tmp_path / "k.jsonl")
+    made = row.run()
+    assert made["figures"]["geneval2_all"]["count"] == 2
+    images = json.loads((out / "images.json").read_text())
+    assert images == {line["prompt"]: str(out / f"{n:05d}.png") for n, line in enumerate(lines)}
+    assert all(Path(file).is_file() for file in images.values())
 
 
 def test_what_is_wrong_is_said_in_one_line(

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import lavit
 from conftest import toy_picture
@@ -82,12 +83,17 @@ def test_diffusers_offload_keeps_the_picture(toy_run: Path, pipe: Any) -> None:
     assert np.array_equal(a, b)
 
 
-def test_the_page_s_example_runs(toy_run: Path) -> None:
-    page = (Path(__file__).parent.parent / "docs" / "integrations.md").read_text()
-    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+def test_the_page_s_examples_run(toy_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parent.parent
+    page = (root / "docs" / "integrations.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    saved: list[Any] = []
+    monkeypatch.setattr(Image.Image, "save", lambda image, name: saved.append((name, image.size)))
+    monkeypatch.chdir(root)
     found: dict[str, Any] = {}
-    exec(block.replace('"nano"', repr(str(toy_run))), found)
-    assert found["image"].size == (16, 16)
+    for block in blocks:
+        exec(block.replace('"nano"', repr(str(toy_run))), found)
+    assert found["image"].size == (16, 16) and saved == [("star.png", (16, 16))]
 
 
 def test_diffusers_refuses_in_one_line(pipe: Any) -> None:
@@ -97,6 +103,118 @@ def test_diffusers_refuses_in_one_line(pipe: Any) -> None:
     ):  # fmt: skip
         with pytest.raises(InputError):
             pipe("red bar", **wrong)
+
+
+@pytest.fixture(scope="module")
+def any_to_any(toy_run: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForMultimodalLM, AutoProcessor
+
+    import lavit.integrations.transformers  # noqa: F401
+
+    processor = AutoProcessor.from_pretrained(toy_run)
+    return processor, AutoModelForMultimodalLM.from_pretrained(toy_run)
+
+
+def image_of(any_to_any: tuple[Any, Any], seed: list[int], **inputs: Any) -> list[bytes]:
+    processor, model = any_to_any
+    ids = model.generate(**processor(**inputs), generation_mode="image", seed=seed)
+    painted = model.decode_image_tokens(ids, seed=seed, steps=3)
+    images = processor.post_process_multimodal_output(painted, generation_mode="image")
+    return [image.tobytes() for image in images]
+
+
+def test_any_to_any_draws_what_the_pipeline_draws(toy_run: Path, any_to_any: Any) -> None:
+    pipe, seeds = lavit.load(toy_run), [3, 4]
+    wanted = [image.tobytes() for image in pipe.draw(PROMPTS, seed=seeds, steps=3)]
+    assert image_of(any_to_any, seeds, text=PROMPTS) == wanted
+    assert image_of(any_to_any, [4], text=PROMPTS[1]) == wanted[1:]
+    shown = toy_picture("red bar")
+    edited = pipe.compose([shown, "blue"], seed=5, steps=3).tobytes()
+    assert image_of(any_to_any, [5], text="blue", images=shown) == [edited]
+
+
+def test_any_to_any_writes_what_the_pipeline_writes(toy_run: Path, any_to_any: Any) -> None:
+    from lavit.generate.sampling import Sampling
+
+    (processor, model), pipe = any_to_any, lavit.load(toy_run)
+    images = [toy_picture("red bar"), toy_picture("blue dot")]
+    texts = ["a <image> and <image> are", "a <image> of"]
+    inputs = processor(text=texts, images=[*images, images[0]])
+    assert inputs["attention_mask"].tolist()[1][0] == 0  # padded on the left
+    ids = model.generate(**inputs, max_new_tokens=6)
+    prompt = inputs["input_ids"].shape[1]
+    said = processor.post_process_multimodal_output(ids[:, prompt:])
+    pieces = [["a ", images[0], " and ", images[1], " are"], ["a ", images[0], " of"]]
+    how = Sampling(temperature=0, max_tokens=6)
+    assert [text.strip() for text in said] == pipe.complete(pieces, sampling=how)
+    assert torch.equal(ids[:, :prompt], inputs["input_ids"])
+
+    inputs = processor(images=images[0])
+    drawn = {"do_sample": True, "temperature": 2.0, "top_k": 9, "max_new_tokens": 12, "seed": 7}
+    how = Sampling(temperature=2.0, top_k=9, max_tokens=12)
+    found = processor.batch_decode(model.generate(**inputs, **drawn))
+    assert found[0].strip() == pipe.complete([images[0]], sampling=how, seed=7)
+
+    talk = [{"role": "user", "content": [{"type": "image", "image": images[0]},
+                                         {"type": "text", "text": "what is it?"}]}]  # fmt: skip
+    inputs = processor.apply_chat_template(
+        talk, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    (said,) = processor.batch_decode(model.generate(**inputs)[:, inputs["input_ids"].shape[1] :])
+    assert said.strip() == pipe.chat(talk)["content"][0]["text"].strip()
+    reply = pipe.chat(talk, out="image", seed=2, steps=3)
+    inputs = processor.apply_chat_template(talk, generation_mode="image")
+    ids = model.generate(**inputs, generation_mode="image", seed=2)
+    (image,) = model.decode_image_tokens(ids, seed=2, steps=3)
+    assert np.array_equal(image, np.asarray(reply["content"][0]["image"]))
+    # before a picture the codes of the reply stand in the conversation, before words it is read
+    more = [*talk, reply, {"role": "user", "content": "and now?"}]
+    inputs = processor.apply_chat_template(more)
+    (said,) = processor.batch_decode(model.generate(**inputs)[:, inputs["input_ids"].shape[1] :])
+    assert len(inputs["pixel_values"]) == 2
+    assert said.strip() == pipe.chat(more)["content"][0]["text"].strip()
+    inputs = processor.apply_chat_template(more, generation_mode="image")
+    assert len(inputs["pixel_values"]) == 1
+    ids = model.generate(**inputs, generation_mode="image", seed=2)
+    (image,) = model.decode_image_tokens(ids, seed=2, steps=3)
+    reply = pipe.chat(more, out="image", seed=2, steps=3)
+    assert np.array_equal(image, np.asarray(reply["content"][0]["image"]))
+
+
+def test_any_to_any_is_saved_and_refuses_in_one_line(any_to_any: Any, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForMultimodalLM
+
+    from lavit.storage import model_folder
+
+    processor, model = any_to_any
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForMultimodalLM.from_pretrained(tmp_path / "again", dtype="auto")
+    assert image_of((processor, again), [1], text="red") == image_of(any_to_any, [1], text="red")
+    assert AutoConfig.from_pretrained(model_folder("nano")).model_type == "lavit"
+    inputs = processor(text="red")
+    for line, call in (
+        ("2 pictures for 1 places", lambda: processor("a <image>", [toy_picture("red bar")] * 2)),
+        ("padding='max_length' is not", lambda: processor("red", padding="max_length")),
+        ("generation_mode is 'audio'", lambda: model.generate(**inputs, generation_mode="audio")),
+        ("generate takes no num_return", lambda: model.generate(**inputs, num_return_sequences=2)),
+    ):
+        with pytest.raises(InputError, match=line):
+            call()
+
+
+def test_transformers_own_pipeline_takes_it(toy_run: Path, any_to_any: Any) -> None:
+    pytest.importorskip("torchvision")  # which that pipeline wants
+    from transformers import pipeline
+
+    own, pipe = pipeline("any-to-any", model=str(toy_run)), lavit.load(toy_run)
+    (found,) = own(text="red bar", generation_mode="image")
+    assert found["generated_image"].tobytes() == pipe.draw("red bar").tobytes()
+    (found,) = own(text="a", return_full_text=False, max_new_tokens=6)
+    from lavit.generate.sampling import Sampling
+
+    assert found["generated_text"] == pipe.complete(
+        "a", sampling=Sampling(temperature=0, max_tokens=6)
+    )
 
 
 def entry() -> EntryPoint:
@@ -148,3 +266,41 @@ def test_lmms_eval_runs_a_task(toy_run: Path, tmp_path: Path) -> None:
     how = Sampling(temperature=0, max_tokens=6)
     files = [str(tmp_path / f"{n}.png") for n in range(3)]
     assert [said[n] for n in range(3)] == pipe.ask(files, questions, sampling=how)
+
+
+def test_vlmevalkit_asks_what_the_pipeline_answers(
+    toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own dataset, prompts and loop, in an environment that has it."""
+    pytest.importorskip("vlmeval")
+    from vlmeval.dataset import build_dataset
+    from vlmeval.inference import infer_data
+    from vlmeval.smp import encode_image_file_to_base64, load
+
+    from lavit.integrations.vlmeval import LaVITModel
+
+    files = [str(tmp_path / f"{n}.png") for n in range(2)]
+    toy_picture("red bar").save(files[0])
+    toy_picture("blue dot").save(files[1])
+    pipe, model = lavit.load(toy_run), LaVITModel(str(toy_run))
+    asked = "is it red?"
+    picture, words = {"type": "image", "value": files[0]}, {"type": "text", "value": asked}
+    assert model.generate([files[0], asked]) == pipe.ask(files[0], asked)
+    assert model.generate([picture, words], dataset="GQA_TestDev_Balanced") == pipe.ask(
+        files[0], asked
+    )
+    assert model.generate([picture, words], dataset="COCO_VAL") == pipe.caption(files[0])
+    both = [*files, "what are they?"]
+    assert model.generate(both) == pipe.complete([*map(Path, files), both[-1]])
+    talk = [{"role": "user", "content": [{"type": "image", "image": files[0]},
+                                         {"type": "text", "text": asked}]}]  # fmt: skip
+    said = pipe.chat(talk)["content"][0]["text"]
+    assert LaVITModel(str(toy_run), layout="chat").generate([picture, words]) == said
+
+    monkeypatch.setenv("LMUData", str(tmp_path))
+    rows = ["index\timage\tquestion\tanswer"]
+    rows += [f"{n}\t{encode_image_file_to_base64(f)}\t{asked}\tyes" for n, f in enumerate(files)]
+    (tmp_path / "toyvqa.tsv").write_text("\n".join(rows) + "\n")
+    out = tmp_path / "out.pkl"
+    infer_data(model, "lavit", str(tmp_path), build_dataset("toyvqa"), str(out))
+    assert load(str(out)) == dict(enumerate(pipe.ask(files, [asked] * 2)))

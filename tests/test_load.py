@@ -97,11 +97,6 @@ def test_waiting_threads_give_their_core_away_late(monkeypatch: pytest.MonkeyPat
         ({"device": "mps"}, "no Apple GPU can be used here"),
         ({"dtype": "int4"}, "dtype 'int4' is not known"),
         ({"quantization": "int3"}, "quantization 'int3' is not known"),
-        (
-            {"quantization": "nf4"},
-            "nf4 weights need a CUDA GPU, this runs on cpu: leave quantization out",
-        ),
-        ({"quantization": "int8"}, "int8 weights need a CUDA GPU, this runs on cpu"),
         ({"protocol": "mine"}, "protocol 'mine' is not known"),
     ],
 )
@@ -121,8 +116,45 @@ def test_quantisers_that_are_not_installed(
     quantization: str, names: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(placement.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=f"{quantization} weights need the package {names}"):
-        placement.quantizer(quantization, torch.device("cuda"), torch.bfloat16)
+    for device in ("cuda", "cpu"):
+        with pytest.raises(InputError, match=f"{quantization} weights need the package {names}"):
+            placement.quantizer(quantization, torch.device(device), torch.bfloat16)
+    with pytest.raises(InputError, match="need CUDA or the CPU, this runs on mps: leave"):
+        placement.quantizer(quantization, torch.device("mps"), torch.bfloat16)
+
+
+def test_nf4_is_the_language_model_of_the_rounded_weights(toy_run: Path) -> None:
+    """In an environment that has bitsandbytes, which runs on a CPU too."""
+    pytest.importorskip("bitsandbytes")
+    from bitsandbytes.functional import dequantize_4bit
+
+    rounded = lavit.load(toy_run, device="cpu", quantization="nf4").model.language
+    exact = lavit.load(toy_run, device="cpu").model.language
+    ids, before = torch.tensor([[5, 9, 7, 3]]), exact.lm.model.layers[0].mlp.up_proj.weight.clone()
+    for name, linear in rounded.lm.named_modules():
+        if hasattr(getattr(linear, "weight", None), "quant_state"):
+            weights = dequantize_4bit(linear.weight.data, linear.weight.quant_state)
+            exact.lm.get_submodule(name).weight.data = weights
+    assert not torch.equal(before, exact.lm.model.layers[0].mlp.up_proj.weight)
+    with torch.no_grad():
+        found, wanted = (one.body(inputs_embeds=one.embed(ids))[0] for one in (rounded, exact))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("package", ["bitsandbytes", "torchao"])
+def test_int8_hardly_differs(package: str, toy_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip(package)
+    found = placement.importlib.util.find_spec
+    monkeypatch.setattr(
+        placement.importlib.util, "find_spec", lambda name: found(name) if name == package else None
+    )
+    ids, outs = torch.tensor([[5, 9, 7, 3]]), []
+    for quantization in ("int8", None):
+        language = lavit.load(toy_run, device="cpu", quantization=quantization).model.language
+        with torch.no_grad():
+            outs.append(language.body(inputs_embeds=language.embed(ids))[0])
+    difference = (outs[0] - outs[1]).norm() / outs[1].norm()
+    assert 0 < difference < 0.05
 
 
 def test_other_number_types_speak_too(toy_run: Path) -> None:

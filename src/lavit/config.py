@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 T = TypeVar("T")
 Optimizer = Literal["adamw", "muon"]
 FORMAT = 2  # of a model folder; a folder of another format is refused
+MODEL_TYPE = "lavit"  # by which transformers knows a model folder
 PARTS = ("vision", "visual_tokenizer", "language", "pixels")  # of a `ModelConfig`; folders
 LARGEST, LARGEST_SIZE, DEEPEST = 2**63, 2**20, 1000  # numbers, widths, depths of a file
 TO_SEE = PARTS[:2]  # what turns pictures into tokens
@@ -382,7 +383,7 @@ def read_config(folder: Path) -> ModelConfig:
     Raises `InputError` where config.json is missing or broken, or is of another format.
     """
     data = read_json(path := folder / "config.json")
-    found = data.pop("format", None)
+    found, _ = data.pop("format", None), data.pop("model_type", None)
     if found != FORMAT:
         said = f"{path} is of format {found}" if found else f"{path} names no format"
         hint = "train or convert the model again, or open it with the version that wrote it"
@@ -395,4 +396,5 @@ def read_config(folder: Path) -> ModelConfig:
 
 def write_config(folder: Path, config: ModelConfig) -> None:
     """Write the configuration of a model folder; inverse of `read_config`."""
-    write_json(folder / "config.json", {"format": FORMAT} | to_json(config))
+    known = {"format": FORMAT, "model_type": MODEL_TYPE}
+    write_json(folder / "config.json", known | to_json(config))

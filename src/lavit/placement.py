@@ -1,9 +1,9 @@
 """Fit and place: device and number type, how coarse the LM's weights are, and where its layers lie.
 
-On CUDA the language model alone may be rounded, by transformers' own quantisers, after LoRA is
-merged: int8 (LLM.int8() of bitsandbytes, or torchao's weights) or nf4 (bitsandbytes). `device_map`
-spreads it over devices through accelerate; layers without memory go to "disk", into a temporary
-folder. The rows, the reader and the other parts stay as they are, on `device`.
+The language model alone may be rounded, by transformers' own quantisers, after LoRA is merged: int8
+(LLM.int8() of bitsandbytes, or torchao's weights) or nf4 (bitsandbytes). `device_map` spreads it
+over devices through accelerate; layers without memory go to "disk", into a temporary folder. The
+rows, the reader and the other parts stay as they are, on `device`.
 """
 
 from __future__ import annotations
@@ -111,13 +111,14 @@ def placer(
 
 def quantizer(quantization: str, device: torch.device, dtype: torch.dtype) -> Quantizer:
     """What configures transformers' quantiser here; raises `InputError` where there is none."""
-    if device.type != "cuda":
+    if device.type not in ("cpu", "cuda"):
         where = f"this runs on {device.type}: leave quantization out"
-        raise InputError(f"{quantization} weights need a CUDA GPU, {where}")
+        raise InputError(f"{quantization} weights need CUDA or the CPU, {where}")
     if importlib.util.find_spec("bitsandbytes"):
         from transformers import BitsAndBytesConfig
 
-        if quantization == "int8":
+        if quantization == "int8":  # it would warn at each product that it casts to fp16
+            logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)
             return BitsAndBytesConfig(load_in_8bit=True)
         options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
         return BitsAndBytesConfig(load_in_4bit=True, **options)

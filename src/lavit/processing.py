@@ -106,10 +106,11 @@ class LaVITProcessor:
         lay = partial(segments, ids=ids, codes=codes, end=self.vocabulary.end, read_as=read_as)
         return pack([[lay_out(lay(one), self.vocabulary)] for one in parts], self.vocabulary)
 
-    def batch_decode(self, ids: Ids) -> list[str]:
-        """The text of each row, without pictures and special tokens."""
+    def batch_decode(self, ids: Ids, *, skip_special_tokens: bool = True) -> list[str]:
+        """The text of each row, without pictures and, as a rule, special tokens."""
         texts = [[i for i in map(int, row) if i < self.vocabulary.text_size] for row in ids]
-        return [str(self.text_tokenizer.decode(row, skip_special_tokens=True)) for row in texts]
+        how = {"skip_special_tokens": skip_special_tokens}
+        return [str(self.text_tokenizer.decode(row, **how)) for row in texts]
 
     def batch_codes(self, ids: Ids) -> list[list[Int[Tensor, "kept"]]]:
         """The codes of the pictures of each row: each row is what `LaVIT.decode` takes."""

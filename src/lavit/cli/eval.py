@@ -33,7 +33,7 @@ Task = Annotated[
 ]
 Inception = Annotated[Path | None, arg(help="TorchScript of Inception, for FID and KID")]
 ClipFolder = Annotated[Path | None, arg(help="a transformers folder of CLIP, for CLIPScore")]
-Pictures = Annotated[Path | None, arg(help="folder for what coco_image and geneval draw")]
+Pictures = Annotated[Path | None, arg(help="folder for what coco_image, geneval and geneval2 draw")]
 
 
 def evaluate(

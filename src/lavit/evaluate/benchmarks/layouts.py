@@ -11,6 +11,7 @@
     gqa            testdev_balanced_questions.json                images/
     coco_image     annotations/captions_val2014.json              val2014/
     geneval        evaluation_metadata.jsonl                      no pictures
+    geneval2       geneval2_data.jsonl                            no pictures
 
 Files of questions may lie in `annotations/`, `Annotations/` or `questions1.2/` too. Whatever is
 missing is named before a model is loaded.
@@ -31,7 +32,7 @@ from lavit.config import InputError
 
 DRAWN = 30_000  # captions of `coco_image`
 BELOW = ("", "annotations", "Annotations", "questions1.2")  # where files of questions may lie
-TaskKind = Literal["caption", "vqa", "match", "picture", "export"]
+TaskKind = Literal["caption", "vqa", "match", "picture", "export", "atoms"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Example:
     references: tuple[str, ...] = ()  # captions, or what people answered
     text: str = ""  # the question, or the words to draw
     group: str = ""  # NoCaps' domain, VQA's kind of answer
-    raw: Any = None  # GenEval's line
+    raw: Any = None  # the line of GenEval or GenEval 2
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,15 @@ def _geneval(folder: Folder) -> Iterable[Example]:
         yield Example(f"{number:05d}", None, text=line["prompt"], group=line["tag"], raw=line)
 
 
+def _geneval2(folder: Folder) -> Iterable[Example]:
+    for number, line in enumerate(folder.lines("geneval2_data.jsonl")):
+        atoms = line["vqa_list"]
+        if not atoms or len(atoms) != len(line["skills"]) or {len(atom) for atom in atoms} != {2}:
+            raise InputError(f"prompt {number} has not a skill and an answer for each question")
+        answers = tuple(answer for _, answer in atoms)
+        yield Example(f"{number:05d}", None, answers, line["prompt"], str(line["atom_count"]), line)
+
+
 def _grouped(
     rows: Iterable[Mapping[str, Any]], key: str, value: Callable[[Mapping[str, Any]], str],
 ) -> dict[Any, tuple[str, ...]]:  # fmt: skip
@@ -201,6 +211,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "gqa": Benchmark("match", "testdev balanced", _gqa, (46.8, 48.0, 47.9)),
     "coco_image": Benchmark("picture", "val2014, 30k captions", _coco_image, (7.4, 7.2, 7.1)),
     "geneval": Benchmark("export", "553 prompts", _geneval),
+    "geneval2": Benchmark("atoms", "800 prompts", _geneval2),
 }
 
 

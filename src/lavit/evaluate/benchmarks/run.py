@@ -35,6 +35,7 @@ from lavit.evaluate.benchmarks.caption_metrics import (
     cider,
     rouge_l,
 )
+from lavit.evaluate.benchmarks.geneval2 import geneval2_figures
 from lavit.evaluate.benchmarks.image_metrics import (
     Clip,
     Inception,
@@ -93,7 +94,7 @@ class Row:
         self.examples, self.data_hash = load_examples(name, data, settings.count)
         self.folder = model_folder(model)
         self.out = settings.out or kept.with_suffix(".pictures")
-        draws = self.known.kind in ("picture", "export")
+        draws = self.known.kind in ("picture", "export", "atoms")
         device = "auto"
         if self.ranks > 1 and torch.cuda.is_available():
             device = f"cuda:{os.environ.get('LOCAL_RANK', self.rank)}"
@@ -150,6 +151,7 @@ class Row:
             "vqa": self._answers,
             "match": self._answers,
             "picture": self._pictures,
+            "atoms": self._pictures,
             "export": self._samples,
         }
         return kept.made(
@@ -200,6 +202,9 @@ class Row:
             return caption_figures(self.examples, made)
         if self.known.kind == "picture":
             return self._distances(made)
+        if self.known.kind == "atoms":
+            drawn = [self.out / one["file"] for one in made]
+            return geneval2_figures([one.raw for one in self.examples], drawn, self.out)
         if self.known.kind == "export":
             note = f"folders in {self.out}, for GenEval's evaluate_images.py"
             return {"geneval_exported": plain(len(made), len(made), note=note)}
@@ -252,15 +257,19 @@ class Row:
                      "lemmatised": False}  # fmt: skip
             return found | {"asks_first": self.name == "vizwiz"}
         candidates = BEST_OF if self.clip and kind == "picture" else 1
-        return {
+        found = {
             "prompt": "the caption as it stands",
             "sampling": asdict(said.drawing),
             "decoder": f"{self.pipe.model.config.pixels.size} px, steps and guidance its own",
             "candidates": candidates,
             "chosen_by": _hashed(self.settings.clip) if candidates > 1 else None,
-            "compared_at": f"centre square of {SIDE} px, bicubic, both sides",
-            "inception": _hashed(self.settings.inception),
         }
+        if kind == "picture":
+            found["compared_at"] = f"centre square of {SIDE} px, bicubic, both sides"
+            found["inception"] = _hashed(self.settings.inception)
+        if kind == "atoms":
+            found["judged_by"] = "the detector of scenes, a score of 0 or 1 an atom"
+        return found
 
     def _entry(self, figures: Mapping[str, Figure]) -> dict[str, Any]:
         return {
