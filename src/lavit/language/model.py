@@ -95,7 +95,7 @@ class Language(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take up what another process made; this one may not know attention by document yet."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self.by_document:
             attend_by_document(self.lm)
 
