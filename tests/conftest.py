@@ -1,9 +1,14 @@
-"""One toy model and one toy data set for the whole run of tests; nothing is downloaded."""
+"""One toy model and one toy data set for the whole run of tests; nothing is downloaded.
+
+pytest checks every annotation of the package: beartype types, jaxtyping shapes where it is used.
+"""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import sys
 from pathlib import Path
 
 os.environ |= {
@@ -11,6 +16,29 @@ os.environ |= {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
 }
+
+
+def check_annotations() -> None:
+    """Of modules imported from here on; a check by jaxtyping costs ten times one by beartype."""
+    from beartype import BeartypeConf
+    from beartype.claw import beartype_package
+    from jaxtyping import TypeCheckError, install_import_hook
+
+    root = Path(__file__).parents[1] / "src"
+    shaped = [
+        ".".join(path.relative_to(root).with_suffix("").parts)
+        for path in root.rglob("*.py")
+        if "from jaxtyping import" in path.read_text()
+    ]
+    conf = BeartypeConf(is_pep484_tower=True, claw_is_pep526=False, violation_type=TypeCheckError)
+    beartype_package("lavit", conf=conf)
+    install_import_hook(
+        shaped, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+    )
+
+
+if "pytest" in sys.modules:  # recipes take toys from here without
+    check_annotations()
 
 import numpy as np
 import pytest
@@ -31,6 +59,12 @@ from lavit.config import (
 
 # toy models gain nothing from two, and the workers of pytest-xdist share the cores
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Each stage collects garbage at its end: let it pass over what was imported."""
+    gc.freeze()
+
 
 NAMES = (
     "red square",
