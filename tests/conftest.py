@@ -25,10 +25,11 @@ def check_annotations() -> None:
     from jaxtyping import TypeCheckError, install_import_hook
 
     root = Path(__file__).parents[1] / "src"
+    names = ("from jaxtyping import", "TYPE_CHECKING")  # shapes; what beartype cannot look up
     shaped = [
         ".".join(path.relative_to(root).with_suffix("").parts)
-        for path in root.rglob("*.py")
-        if "from jaxtyping import" in path.read_text()
+        for path in root.rglob("[!_]*.py")
+        if any(name in path.read_text() for name in names)
     ]
     conf = BeartypeConf(is_pep484_tower=True, claw_is_pep526=False, violation_type=TypeCheckError)
     beartype_package("lavit", conf=conf)

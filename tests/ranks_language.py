@@ -1,14 +1,8 @@
-"""Work of one of two gloo ranks in stages 2 and 3, for tests/test_distributed.py.
-
-It is apart so that ranks start alone:
-
-python -m torch.distributed.run --nproc-per-node 2 tests/ranks_language.py DATA RUN RUN RUN RUN
-"""
+"""Work of one of two gloo ranks in stages 2 and 3, for tests/test_distributed.py."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +18,7 @@ from lavit.config import TrainConfig, write_json
 from lavit.train import loop
 from lavit.train.run import open_run, train_stages
 from lavit.train.settings import STAGES
+from ranks import join_ranks
 
 
 def training() -> TrainConfig:
@@ -87,9 +82,11 @@ def on_streams(data: str, whole: Path, stopped: Path) -> None:
     train_stages(open_run(stopped, data, toy_config(), streaming(), trackers=()))
 
 
-def main(data: str, ddp: str, fsdp: str, whole: str, stopped: str) -> None:
-    """Train on this rank: stages 2 and 3 under DDP, all on streams, and stage 2 under FSDP2."""
-    torch.set_num_threads(1)
+def train_rank(
+    rank: int, port: int, data: str, ddp: str, fsdp: str, whole: str, stopped: str
+) -> None:
+    """Train as one of two ranks: stages 2 and 3 under DDP, all on streams, stage 2 under FSDP2."""
+    join_ranks(rank, port)
     run = open_run(Path(ddp), data, toy_config(), training(), trackers=())
     assert run.accelerator.num_processes == 2  # two that train alone would agree as well
     train_stages(run, ("language", "pixels"))
@@ -100,6 +97,4 @@ def main(data: str, ddp: str, fsdp: str, whole: str, stopped: str) -> None:
     run = open_run(Path(fsdp), data, toy_config(), training(), trackers=(), fsdp=True)
     train_stages(run, ("language",))
 
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    dist.destroy_process_group()
