@@ -18,7 +18,7 @@ PICTURES ?= 30000
 	touch $@
 
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # the web page in Debian's chromium (apt install chromium); SHOTS=FOLDER keeps screenshots
 test-browser: .venv/installed

@@ -259,6 +259,12 @@ def toy_training(steps: int = 6) -> TrainConfig:
     )
 
 
+def short_streams(patch: pytest.MonkeyPatch) -> None:
+    """Let streams fill few rows together, and look at few pictures before the first step."""
+    patch.setattr("lavit.data.stream_documents.WINDOW", 2)
+    patch.setattr("lavit.train.tokenizer.SOME", 16)
+
+
 @pytest.fixture(scope="session")
 def toy_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder with an encoder and an untrained tokenizer, for what needs no more."""

@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from torch.distributed.tensor import DTensor
 
-from conftest import toy_config, toy_training
+from conftest import short_streams, toy_config, toy_training
 from lavit.config import TrainConfig, write_json
 from lavit.train import loop
 from lavit.train.run import open_run, train_stages
@@ -73,6 +74,7 @@ def noting(save: Callable[..., None]) -> Callable[..., None]:
 
 def on_streams(data: str, whole: Path, stopped: Path) -> None:
     """Three stages, once without a stop and once with three."""
+    short_streams(pytest.MonkeyPatch())  # of this rank, which ends
     train_stages(open_run(whole, data, toy_config(), streaming(), trackers=()))
     loop.save_checkpoint = stop_once(loop.save_checkpoint)
     for stage in STAGES:

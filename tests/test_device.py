@@ -29,7 +29,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lavit
-from conftest import NAMES, toy_config, toy_training
+from conftest import NAMES, short_streams, toy_config, toy_training
 from lavit.config import TrainConfig
 from lavit.evaluate.examinee import Examinee, measured
 from lavit.evaluate.folder import FIGURES, OwnPictures, held_out
@@ -153,7 +153,7 @@ def test_all_stages_train_on_it(
     training = replace(toy_training(1), precision=precision)
     training = streaming(training) if stream else training
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lavit.data.stream_documents.WINDOW", 2)
+        short_streams(patch)
         run = open_run(tmp_path / "run", toy_data, toy_config(), training, trackers=())
         assert run.accelerator.device == DEVICE
         train_stages(run)
