@@ -12,6 +12,7 @@ the same losses and files, to the byte, as where nobody disturbed it.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -162,6 +163,7 @@ class Bench:
         code = 70
         try:
             os.dup2(speak, 1), os.dup2(speak, 2)
+            sys.stdout = sys.stderr = os.fdopen(1, "w", closefd=False)  # tests replace them
             datasets.config.HF_DATASETS_CACHE = self.place / "cache" / out.name
             if largest:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
@@ -378,6 +380,7 @@ def two_at_once(bench: Bench, names: tuple[str, ...]) -> list[list]:
 def main(kills: int = 20, seed: int = 0, only: str = "") -> None:
     """Disturb every command and print a line for each; exit code 1 if one differs in the end."""
     rng = np.random.default_rng(seed)
+    gc.freeze()  # forks need not look through what was imported
     with tempfile.TemporaryDirectory() as place:
         bench = Bench(Path(place))
         names = only.split(",") if only else [name for name in bench.works if name != OTHER]

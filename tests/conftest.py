@@ -1,9 +1,14 @@
-"""One toy model and one toy data set for the whole run of tests; nothing is downloaded."""
+"""One toy model and one toy data set for the whole run of tests; nothing is downloaded.
+
+pytest checks every annotation of the package: beartype types, jaxtyping shapes where it is used.
+"""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import sys
 from pathlib import Path
 
 os.environ |= {
@@ -11,6 +16,30 @@ os.environ |= {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
 }
+
+
+def check_annotations() -> None:
+    """Of modules imported from here on; a check by jaxtyping costs ten times one by beartype."""
+    from beartype import BeartypeConf
+    from beartype.claw import beartype_package
+    from jaxtyping import TypeCheckError, install_import_hook
+
+    root = Path(__file__).parents[1] / "src"
+    names = ("from jaxtyping import", "TYPE_CHECKING")  # shapes; what beartype cannot look up
+    shaped = [
+        ".".join(path.relative_to(root).with_suffix("").parts)
+        for path in root.rglob("[!_]*.py")
+        if any(name in path.read_text() for name in names)
+    ]
+    conf = BeartypeConf(is_pep484_tower=True, claw_is_pep526=False, violation_type=TypeCheckError)
+    beartype_package("lavit", conf=conf)
+    install_import_hook(
+        shaped, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+    )
+
+
+if "pytest" in sys.modules:  # recipes take toys from here without
+    check_annotations()
 
 import numpy as np
 import pytest
@@ -32,6 +61,12 @@ from lavit.config import (
 
 # toy models gain nothing from two, and the workers of pytest-xdist share the cores
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Each stage collects garbage at its end: let it pass over what was imported."""
+    gc.freeze()
+
 
 NAMES = (
     "red square",
@@ -228,6 +263,12 @@ def toy_training(steps: int = 6) -> TrainConfig:
         ),
         pixels=PixelsTraining(steps=steps, batch=8, learning_rate=1e-3),
     )
+
+
+def short_streams(patch: pytest.MonkeyPatch) -> None:
+    """Let streams fill few rows together, and look at few pictures before the first step."""
+    patch.setattr("lavit.data.stream_documents.WINDOW", 2)
+    patch.setattr("lavit.train.tokenizer.SOME", 16)
 
 
 @pytest.fixture(scope="session")

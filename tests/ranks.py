@@ -1,8 +1,9 @@
-"""Work of one of two gloo ranks, for tests of the codebook and stage 1; apart: ranks start fast."""
+"""Work of one of two gloo ranks, for tests of the codebook and stage 1."""
 
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -109,19 +110,31 @@ def train_stage(folder: Path, *, cpu: bool = True, accumulate: int = 1) -> dict[
     }
 
 
-def run_stage(rank: int, folder: str, port: int) -> None:
-    """Train stage 1 as one of two ranks, save what came out."""
+def free_port() -> int:
+    """A port where ranks can meet."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def join_ranks(rank: int, port: int) -> None:
+    """Be one of two ranks, as torchrun would say."""
     torch.set_num_threads(1)
     meeting = {
         "RANK": rank,
         "LOCAL_RANK": rank,
         "WORLD_SIZE": 2,
+        "LOCAL_WORLD_SIZE": 2,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
+        "ACCELERATE_USE_CPU": "true",
     }
-    os.environ |= {name: str(value) for name, value in meeting.items()} | {
-        "ACCELERATE_USE_CPU": "true"
-    }
+    os.environ |= {name: str(value) for name, value in meeting.items()}
     AcceleratorState._reset_state(reset_partial_state=True)  # a fork begins with its parent's
+
+
+def run_stage(rank: int, folder: str, port: int) -> None:
+    """Train stage 1 as one of two ranks, save what came out."""
+    join_ranks(rank, port)
     torch.save(train_stage(Path(folder) / "run"), f"{folder}/{rank}.pt")
     dist.destroy_process_group()

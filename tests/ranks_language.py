@@ -1,19 +1,14 @@
-"""Work of one of two gloo ranks in stages 2 and 3, for tests/test_distributed.py.
-
-It is apart so that ranks start alone:
-
-python -m torch.distributed.run --nproc-per-node 2 tests/ranks_language.py DATA RUN RUN RUN RUN
-"""
+"""Work of one of two gloo ranks in stages 2 and 3, for tests/test_distributed.py."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
@@ -22,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from conftest import toy_config, toy_training
+from conftest import short_streams, toy_config, toy_training
 from lavit.config import TrainConfig, write_json
 from lavit.files import save_tensors
 from lavit.train import loop
@@ -31,6 +26,7 @@ from lavit.train.first import first_language
 from lavit.train.run import Run, open_run, train_stages
 from lavit.train.settings import STAGES
 from lavit.train.spread import shard, whole
+from ranks import join_ranks
 
 
 def training() -> TrainConfig:
@@ -85,6 +81,7 @@ def noting(save: Callable[..., None]) -> Callable[..., None]:
 
 def on_streams(data: str, whole: Path, stopped: Path) -> None:
     """Three stages, once without a stop and once with three."""
+    short_streams(pytest.MonkeyPatch())  # of this rank, which ends
     train_stages(open_run(whole, data, toy_config(), streaming(), trackers=()))
     loop.save_checkpoint = stop_once(loop.save_checkpoint)
     for stage in STAGES:
@@ -123,9 +120,12 @@ def note_loading(run: Run) -> None:
         save_tensors(weights, run.folder / "loaded.safetensors")
 
 
-def main(data: str, ddp: str, fsdp: str, whole: str, stopped: str) -> None:
-    """Train on this rank: stages 2 and 3 under DDP, all on streams, and stage 2 under FSDP2."""
-    torch.set_num_threads(1)
+def train_rank(
+    rank: int, port: int, data: str, ddp: str, fsdp: str, whole: str, stopped: str
+) -> None:
+    """Train as one of two ranks: stages 2 and 3 under DDP, all on streams, stage 2 under FSDP2."""
+    join_ranks(rank, port)
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "true"  # as accelerate's launcher has it
     run = open_run(Path(ddp), data, toy_config(), training(), trackers=())
     assert run.accelerator.num_processes == 2  # two that train alone would agree as well
     train_stages(run, ("language", "pixels"))
@@ -137,6 +137,4 @@ def main(data: str, ddp: str, fsdp: str, whole: str, stopped: str) -> None:
     note_loading(run)
     train_stages(run, ("language",))
 
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    dist.destroy_process_group()

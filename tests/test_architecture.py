@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 PACKAGE = Path(__file__).parent.parent / "src" / "lavit"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -269,6 +270,23 @@ def test_all_but_scenes_works_without_scenes(toy_data: Path) -> None:
     )
     assert said.returncode == 0, said.stderr
     assert '"records": 8' in said.stdout
+
+
+def test_annotations_are_checked_while_tests_run() -> None:
+    """By beartype alone, and with jaxtyping's shapes, fields of dataclasses too."""
+    from jaxtyping import TypeCheckError
+
+    from lavit.data.scenes.splits import Rules
+    from lavit.data.scenes.world import gap
+    from lavit.visual_tokenizer.tokenizer import cosine_distance
+
+    for wrong in (
+        lambda: gap(1, 2, 0),
+        lambda: Rules(objects="48"),
+        lambda: cosine_distance(torch.ones(2, 3), torch.ones(2, 4)),
+    ):
+        with pytest.raises(TypeCheckError):
+            wrong()
 
 
 def test_every_extra_that_is_named_exists() -> None:

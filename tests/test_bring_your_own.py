@@ -15,7 +15,7 @@ from conftest import NAMES, toy_config, toy_picture, toy_training
 from lavit.cli import main
 from lavit.config import InputError
 from lavit.model import LaVIT
-from lavit.presets import Preset, lavit_7b, nano, with_encoder, with_lm
+from lavit.presets import PRESETS, Preset, lavit_7b, nano, with_encoder, with_lm
 from lavit.train.run import open_run, train_stages
 from lavit.vision.encoder import encoder_at
 
@@ -48,10 +48,25 @@ def lm_folder(kind: str, toy_run: Path, folder: Path) -> Path:
     return folder
 
 
+def small_nano() -> Preset:
+    """nano, which learns its first codes from few vectors and reads short rows."""
+    preset = nano()
+    training = preset.training
+    tokenizer = replace(training.tokenizer, batch=8, k_means_vectors=200)
+    language = replace(training.language, rows=1, tokens=256)
+    return replace(preset, training=replace(training, tokenizer=tokenizer, language=language))
+
+
 @pytest.mark.parametrize(("lm", "encoder"), [("qwen2", "siglip"), ("llama", "dinov2")])
 def test_an_lm_and_an_encoder_of_ones_own_are_trained_and_used(
-    lm: str, encoder: str, toy_run: Path, toy_data: Path, tmp_path: Path
+    lm: str,
+    encoder: str,
+    toy_run: Path,
+    toy_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setitem(PRESETS, "nano", small_nano)
     own = str(lm_folder(lm, toy_run, tmp_path / "lm"))
     eyes = str(encoder_folder(encoder, tmp_path / "encoder"))
     run = str(tmp_path / "run")

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 from conftest import toy_config
@@ -22,10 +20,11 @@ from lavit.train.first import first_language
 from lavit.train.plan import GIB, plan_stage
 from lavit.train.run import open_run, train_stages
 from lavit.train.spread import make_accelerator
-from ranks_language import training
+from ranks import free_port
+from ranks_language import train_rank, training
 
-HERE = Path(__file__).parent
-pytestmark = pytest.mark.xdist_group("ranks")  # one worker: each would start the ranks for itself
+# Python 3.12 on forks of a process with threads
+pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 
 
 def figures(run: Path, stage: str) -> list[dict]:
@@ -84,25 +83,8 @@ def on_two_ranks(tokenizer_run: Path, toy_data: Path) -> dict[str, Path]:
     runs = {name: tokenizer_run.with_name(name) for name in ("ddp", "fsdp", "whole", "stopped")}
     for layout in ("ddp", "fsdp"):
         shutil.copytree(tokenizer_run, runs[layout])
-    paths = os.pathsep.join([str(HERE), str(HERE.parent / "src")])
-    settings = {
-        **os.environ,
-        "PYTHONPATH": paths,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",  # as `accelerate launch --use_fsdp` has it
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
-    command += [str(HERE / "ranks_language.py"), str(toy_data), *map(str, runs.values())]
-    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stderr[-12000:]
+    work = (free_port(), str(toy_data), *map(str, runs.values()))
+    mp.start_processes(train_rank, work, nprocs=2, start_method="fork")
     return runs
 
 

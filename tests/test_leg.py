@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import toy_config, toy_training
+from conftest import short_streams, toy_config, toy_training
 from lavit.config import InputError, Terminated
 from lavit.pixels.decoder import Pixels
 from lavit.presets import preset
@@ -30,7 +30,7 @@ def test_a_training_in_legs_is_one_in_a_piece(
     toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every stage is stopped on its way by the loop's own SIGTERM, packed, and the run deleted."""
-    monkeypatch.setattr("lavit.data.stream_documents.WINDOW", 2)
+    short_streams(monkeypatch)
     monkeypatch.setattr(leg, "PIECE", 2**19)
     training = replace(toy_training(3), log_every=1)
     training = replace(

@@ -105,7 +105,13 @@ def test_speedrun_races_three_selections(
     training = preset.training
     tokenizer = replace(training.tokenizer, steps_a=2, steps_b=2, batch=8, k_means_vectors=200)
     language = replace(training.language, rows=1, tokens=256)
-    model = replace(preset.model, visual_tokenizer=replace(preset.model.visual_tokenizer, codes=64))
+    sizes = {"codes": 64, "merger_depth": 1, "reconstructor_depth": 1}
+    shape = preset.model.language.architecture | {"num_hidden_layers": 1}
+    model = replace(
+        preset.model,
+        visual_tokenizer=replace(preset.model.visual_tokenizer, **sizes),
+        language=replace(preset.model.language, architecture=shape),
+    )
     stages = replace(training, tokenizer=tokenizer, language=language)
     small = replace(preset, model=model, training=stages)
     monkeypatch.setattr(speedrun, "nano", lambda: small)

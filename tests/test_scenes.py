@@ -169,19 +169,19 @@ def test_documents_are_the_same_in_every_process() -> None:
         "said = [repr(unit_at('train', n)) for n in range(12)]\n"
         "rng = np.random.default_rng\n"
         "said += [' '.join(scene_conversation(rng(n), Rules(), 4).texts) for n in range(30)]\n"
-        "print(hashlib.sha256(''.join(said).encode()).hexdigest())"
+        "found = hashlib.sha256(''.join(said).encode()).hexdigest()\n"
     )
-    found = [
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("0", "1")
-    ]
-    assert found[0] == found[1] != ""
+    here: dict[str, str] = {}
+    exec(code, here)  # under a hash seed that is drawn, or given from outside
+    seed = "1" if os.environ.get("PYTHONHASHSEED") == "0" else "0"
+    there = subprocess.run(
+        [sys.executable, "-c", f"{code}print(found)"],
+        env={**os.environ, "PYTHONHASHSEED": seed},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert there.stdout.strip() == here["found"]
 
 
 def test_the_stream_is_shared_and_goes_on_where_it_was() -> None:

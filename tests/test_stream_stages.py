@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import NAMES, toy_config, toy_training
+from conftest import NAMES, short_streams, toy_config, toy_training
 from lavit.config import InputError, TrainConfig
 from lavit.data.corpus import load_corpus
 from lavit.data.features import Pictures, compute_features, tokenize_features
@@ -45,8 +45,10 @@ def losses(run: Path) -> list[tuple]:
 def test_a_killed_run_on_streams_is_an_uninterrupted_one(
     shards: Path,  # noqa: F811
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Killed once in each stage, at a step that has no checkpoint; in parts, which share a step."""
+    short_streams(monkeypatch)
     killed: set[str] = set()
 
     def kill(report: Report) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -27,17 +26,13 @@ STEPS = 50  # of each phase: long enough for a process to be caught in the secon
 TESTS = Path(__file__).parent
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 @pytest.mark.filterwarnings(
     "ignore:`broadcast_buffers` is deprecated:FutureWarning"
 )  # accelerate knows no other name yet
 def test_two_ranks_end_as_one_with_the_same_batch(tmp_path: Path) -> None:
-    mp.start_processes(ranks.run_stage, (str(tmp_path), free_port()), nprocs=2, start_method="fork")
+    mp.start_processes(
+        ranks.run_stage, (str(tmp_path), ranks.free_port()), nprocs=2, start_method="fork"
+    )
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     one = ranks.train_stage(tmp_path / "one")
     assert (first["ranks"], second["ranks"], one["ranks"]) == (2, 2, 1)

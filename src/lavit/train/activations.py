@@ -119,9 +119,9 @@ def _bytes(tensors: dict[int, Tensor], but: dict[int, Tensor] | None = None) -> 
     return sum(t.untyped_storage().nbytes() for t in left)
 
 
-def _each(count: Callable[[int], KeptBytes], items: int) -> KeptBytes:
+def _each(count: Callable[[int], KeptBytes]) -> KeptBytes:
     """Bytes of one more item."""
-    return (count(2 * items) - count(items)) / items
+    return count(2) - count(1)
 
 
 def _drawn_out(measure: Callable[[int], KeptBytes], width: float) -> KeptBytes:
@@ -163,7 +163,7 @@ def language_bytes(config: Any, lora: LanguageConfig, document: int, numbers: Nu
 
             return kept(forward, list(blocks))
 
-        return _each(count, 2) / document
+        return _each(count) / document
 
     def whole(channels: int) -> KeptBytes:
         one, two = at(channels, 1), at(channels, 2)
@@ -202,7 +202,7 @@ def reader_bytes(config: TokenizerConfig, held: int, numbers: Numbers) -> KeptBy
 
             return kept(forward, list(reader.merger.blocks))
 
-        return _each(count, 2)
+        return _each(count)
 
     def whole(channels: int) -> KeptBytes:
         one, two = at(channels, 1), at(channels, 2)
@@ -239,7 +239,7 @@ def tokenizer_bytes(
             blocks = [*tokenizer.merger.blocks, *tokenizer.reconstructor.blocks]
             return kept(forward, blocks)
 
-        return _each(count, 2)
+        return _each(count)
 
     def whole(channels: int) -> KeptBytes:
         one = at(channels, 1, 1)
@@ -290,4 +290,4 @@ def pixels_bytes(config: PixelsConfig, numbers: Numbers) -> KeptBytes:
 
             return kept(forward, units)
 
-        return _each(count, 1)
+        return _each(count)

@@ -251,13 +251,13 @@ class _Reader:
         some = self.take("a", "an")
         self.ground()
         _must(self.take("with" if some else ":"))
-        self.list()
+        self.listed()
         self.asides()
 
     def things(self, *, ground: bool = True) -> None:
         """there is an owl above a star, and on which background, if that may be said"""
         there = self.take("there is", "there are") and self.found[self.at - 1]
-        several = self.list()
+        several = self.listed()
         first = next(iter(self.groups.values()))
         _must(not there or there == are(first) or (there == "are" and several))
         if ground:
@@ -270,7 +270,7 @@ class _Reader:
             _must(self.peek() == "the")
             self.clauses(verbs=False)
 
-    def list(self) -> bool:
+    def listed(self) -> bool:
         """One group, or several; are they several, joined by "and"?"""
         _must(not self.empty and not self.groups)
         first = self.group()

@@ -192,16 +192,33 @@ def nominal(cell: Cell, size: Size, side: float | None = None) -> Box:
 def placements(counts: tuple[int, ...], sizes: tuple[Size, ...]) -> tuple[Layout, ...]:
     """All ways to give groups their cells so that every pair is clear, and one at least related."""
     found = []
-    largest = tuple(max(world.EXTENTS[size]) for size in sizes)
     for cells in _choices(counts, world.CELLS):
-        groups = {
-            str(number): [nominal(cell, sizes[number], largest[number]) for cell in group]
-            for number, group in enumerate(cells)
-        }
-        clear = not world.murky(groups) and (len(counts) <= 1 or world.relations(groups))
-        if clear and apart(list(itertools.chain(*groups.values()))):
+        groups = [*zip(cells, sizes, strict=True)]
+        if len(groups) == 1:
+            fits = apart(_nominals(*groups[0]))
+        else:
+            pairs = [_related(a, b) for a, b in itertools.combinations(sorted(groups), 2)]
+            fits = None not in pairs and any(pairs)
+        if fits or not groups:
             found.append(cells)
     return tuple(found)
+
+
+@cache
+def _nominals(cells: tuple[Cell, ...], size: Size) -> list[Box]:
+    """Where the things of a group stand at their largest."""
+    return [nominal(cell, size, max(world.EXTENTS[size])) for cell in cells]
+
+
+@cache
+def _related(
+    first: tuple[tuple[Cell, ...], Size], second: tuple[tuple[Cell, ...], Size]
+) -> bool | None:
+    """Is one of two groups beside the other? None: unclear, or things are too near each other."""
+    groups = {"first": _nominals(*first), "second": _nominals(*second)}
+    if world.murky(groups) or not apart([*groups["first"], *groups["second"]]):
+        return None
+    return bool(world.relations(groups))
 
 
 def _choices(counts: tuple[int, ...], free: Sequence[Cell]) -> Iterator[Layout]:
