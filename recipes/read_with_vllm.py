@@ -26,7 +26,10 @@ TOKENS = 24  # of a caption
 
 def main() -> int:
     """Compare captions."""
-    from vllm import LLM, SamplingParams  # of an environment of its own
+    try:
+        from vllm import LLM, SamplingParams
+    except ImportError as error:
+        raise SystemExit(f"vllm is needed, in an environment of its own: {error}") from error
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")

@@ -16,15 +16,14 @@ go through it, so what is learnt is what is asked (`.` is the LM's end token):
                        reply left open     [image] words |
     (what stands before | gives no loss)
 
-A picture that comes before words is read: it enters as continuous features. One that comes before a
-picture enters as its codes, as do pictures that the assistant wrote (method, Sec. 3 and 5). Each
-part is tokenised on its own.
+A picture that words are to follow is read: it enters as continuous features. One that a picture is
+to follow enters as its codes; of a picture that the assistant wrote those it wrote (method, Sec. 3
+and 5). Each part is tokenised on its own.
 
 Messages of conversations are those of Hugging Face chats: {"role": "user", "content": "…"} or, with
 pictures, a list of parts, {"type": "text", "text": …} and {"type": "image", "image": path or PIL
 image}. A picture may say how many patches to "keep". One that the assistant wrote may carry its
-"codes": they, not a new look at the
-picture, stand in the conversation then. Words of a message stay words: one that spells a control
+"codes": where it enters as codes, these. Words of a message stay words: one that spells a control
 token of the template (`<|im_end|>`) is not a control token.
 """
 

@@ -68,7 +68,7 @@ def _group(name: str) -> None:
 
 
 def _on_sigterm(*_: object) -> None:
-    raise Terminated("stopped by SIGTERM: the same command goes on where it was")
+    raise Terminated("stopped by SIGTERM: a run goes on where it was, with the same command")
 
 
 def _is_full(error: BaseException) -> bool:
