@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModel
 
 import lavit
-from conftest import NAMES, toy_config, toy_picture
+from conftest import NAMES, tensors_equal, toy_config, toy_picture
 from lavit.cli import main
 from lavit.config import PARTS, TO_READ, TO_SEE, InputError, read_config
 from lavit.layout import drawing, reading
