@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lavit.config import TokenizerConfig
 from lavit.visual_tokenizer.layers import Keep, Patches
+from lavit.visual_tokenizer.merger import Merger
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
 SURE = 20.0  # logit of a choice that is made
@@ -103,17 +104,17 @@ class Leaders(nn.Module):
         return log_probs_of(torch.where(leads, SURE, -SURE))
 
 
-class ClusterMeans(nn.Module):
+class ClusterMeans(Merger):
     """Each kept patch's row is the mean of the patches that are nearest to it, itself among them.
 
-    It stands in for `Merger`; it has no weights.
+    A merger without blocks and without weights.
     """
 
     places: Tensor
 
     def __init__(self, dim: int, places: Tensor) -> None:
-        super().__init__()
-        self.dim, self.recompute = dim, False
+        nn.Module.__init__(self)
+        self.dim, self.causal, self.recompute = dim, False, False
         self.register_buffer("places", places, persistent=False)
 
     def forward(self, patches: Patches, keep: Keep) -> Float[Tensor, "kept dim"]:
@@ -135,7 +136,7 @@ class Clusters(VisualTokenizer):
         self.rate = rate
         self.selector: Any = Leaders(self.place_code)
         if pooled:
-            self.merger: Any = ClusterMeans(config.dim, self.place_code)
+            self.merger = ClusterMeans(config.dim, self.place_code)
 
     def measure(self, patches: Patches) -> None:
         """Statistics of channels, and the threshold."""

@@ -40,11 +40,13 @@ def prompt_of(exam: Exam, split: str, item: int) -> str:
     return prompt(scene, exam.rng(item), full=True)
 
 
-def written(exam: Exam, task: str, items: Sequence[int], parts: PartsOf) -> list[list[int]]:
-    """Codes of one image for each item, as `Pipeline.compose` samples them, kept by item."""
+def written(exam: Exam, task: str, items: Sequence[int], parts: PartsOf) -> list[list[Any]]:
+    """What is written of one image for each item, as `Pipeline.compose` samples it, kept by item:
+    its codes, or what a rival writes in their place.
+    """
     exam.needs("language")
 
-    def make(numbers: list[int]) -> list[list[int]]:
+    def make(numbers: list[int]) -> list[list[Any]]:
         prompts = [mixed(parts(number), read=False) for number in numbers]
         jobs = image_jobs(exam.model, exam.pipe.protocol, prompts, seed=exam.seeds(numbers))
         done = exam.pipe.engine.complete([job.request for job in jobs])
@@ -54,7 +56,7 @@ def written(exam: Exam, task: str, items: Sequence[int], parts: PartsOf) -> list
 
 
 def painted(
-    exam: Exam, task: str, items: Sequence[int], codes: Sequence[list[int]],
+    exam: Exam, task: str, items: Sequence[int], codes: Sequence[list[Any]],
 ) -> list[Image.Image]:  # fmt: skip
     """Pictures of codes, kept by item."""
     exam.needs("pixels")
