@@ -311,6 +311,8 @@ WRITTEN = (
 def test_lines_fit_100_columns(pattern: str) -> None:
     for path in PACKAGE.parent.parent.glob(pattern):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if path.name == "results.md" and line.startswith("|"):
+                continue  # tables that `lavit compare` writes
             assert len(line) <= 100, f"{path}:{number} has {len(line)} columns"
 
 

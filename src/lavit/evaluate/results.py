@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -90,14 +91,14 @@ def section(study: Study, found: Outcome, command: str) -> str:
         "",
         f"    {command}",
         "",
-        f"Claimed: {study.claim}",
+        *wrap(f"Claimed: {study.claim}", 100),
         "",
         items + ".",
     ]
     for column in found:
         lines += ["", f"### {TITLES[column]}", "", *_values(study, found, column)]
         lines += ["", *_compared(study, found, column)]
-    return "\n".join([*lines, "", f"At scale: {study.at_scale}"])
+    return "\n".join([*lines, "", *wrap(f"At scale: {study.at_scale}", 100)])
 
 
 def _values(study: Study, found: Outcome, column: str) -> list[str]:
