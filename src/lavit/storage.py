@@ -39,7 +39,7 @@ from lavit.language.lora import inject_lora, merge_lora
 from lavit.language.model import Language, table_and_head
 from lavit.language.reader import MergerReader, Reader
 from lavit.language.smollm2 import SMOLLM2, load_smollm2, load_smollm2_text, smollm2_file
-from lavit.visual_tokenizer.merger import Merger
+from lavit.visual_tokenizer.merger import BaseMerger
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer, merger_of
 from lavit.vocabulary import MARKERS
 
@@ -190,7 +190,7 @@ def baseline(sizes: Mapping[str, Any], kind: type[T], *given: Any) -> T:
 
 def build_language(
     lm: PreTrainedModel,
-    merger: Merger,
+    merger: BaseMerger,
     config: ModelConfig,
     text: PreTrainedTokenizerBase,
 ) -> Language:

@@ -24,19 +24,18 @@ from torch import Tensor, nn
 from lavit.baselines.selectors import Everything
 from lavit.config import TokenizerConfig
 from lavit.visual_tokenizer.layers import CrossBlock, Keep, Patches, initialise
-from lavit.visual_tokenizer.merger import Merger
+from lavit.visual_tokenizer.merger import BaseMerger
 from lavit.visual_tokenizer.selector import KeepPolicy, seeded_by
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer, cosine_distance
 
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the registers, that are tried before all of them
 
 
-class RegisterRows(Merger):
+class RegisterRows(BaseMerger):
     """Learnt queries that attend to patches, in place of kept patches that do."""
 
     def __init__(self, config: TokenizerConfig) -> None:
-        nn.Module.__init__(self)
-        self.dim, self.causal, self.recompute = config.dim, False, False
+        super().__init__(config.dim)
         self.queries = nn.Parameter(torch.randn(config.patches, config.dim) * 0.02)
         self.norm_patches = nn.LayerNorm(config.dim)
         sizes = config.dim, config.heads, config.mlp_ratio

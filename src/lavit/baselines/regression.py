@@ -27,7 +27,7 @@ from lavit.sequence import IGNORE, Batch
 from lavit.train.language import LanguageBatch, LanguageStage
 from lavit.visual_tokenizer.attention import DocumentGroups
 from lavit.visual_tokenizer.layers import Keep, Patches
-from lavit.visual_tokenizer.merger import Merger
+from lavit.visual_tokenizer.merger import BaseMerger
 
 BINS, CELL = 9, 8  # of HOG: orientations of half a turn, pixels of a cell's side
 EPS = 1e-6
@@ -122,7 +122,7 @@ class GoalReader(MergerReader, Regressor):
 
     def __init__(
         self,
-        merger: Merger,
+        merger: BaseMerger,
         width: int,
         *,
         goals: str,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lavit.config import TokenizerConfig
 from lavit.visual_tokenizer.layers import Keep, Patches
-from lavit.visual_tokenizer.merger import Merger
+from lavit.visual_tokenizer.merger import BaseMerger
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
 SURE = 20.0  # logit of a choice that is made
@@ -104,17 +104,16 @@ class Leaders(nn.Module):
         return log_probs_of(torch.where(leads, SURE, -SURE))
 
 
-class ClusterMeans(Merger):
+class ClusterMeans(BaseMerger):
     """Each kept patch's row is the mean of the patches that are nearest to it, itself among them.
 
-    A merger without blocks and without weights.
+    It has no weights.
     """
 
     places: Tensor
 
     def __init__(self, dim: int, places: Tensor) -> None:
-        nn.Module.__init__(self)
-        self.dim, self.causal, self.recompute = dim, False, False
+        super().__init__(dim)
         self.register_buffer("places", places, persistent=False)
 
     def forward(self, patches: Patches, keep: Keep) -> Float[Tensor, "kept dim"]:
@@ -136,7 +135,7 @@ class Clusters(VisualTokenizer):
         self.rate = rate
         self.selector: Any = Leaders(self.place_code)
         if pooled:
-            self.merger = ClusterMeans(config.dim, self.place_code)
+            self.merger: Any = ClusterMeans(config.dim, self.place_code)
 
     def measure(self, patches: Patches) -> None:
         """Statistics of channels, and the threshold."""

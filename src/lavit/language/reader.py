@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lavit.visual_tokenizer.layers import Keep, Patches
-from lavit.visual_tokenizer.merger import Merger
+from lavit.visual_tokenizer.merger import BaseMerger
 
 
 class Reader(nn.Module):
@@ -27,7 +27,7 @@ class Reader(nn.Module):
     stage: ClassVar[Any] = None
 
     @classmethod
-    def beside(cls, merger: Merger, width: int, **sizes: Any) -> Reader:
+    def beside(cls, merger: BaseMerger, width: int, **sizes: Any) -> Reader:
         """A new one for an LM of `width`, where stage 1 has this merger."""
         return cls(merger.dim, width, **sizes)
 
@@ -43,13 +43,13 @@ class Reader(nn.Module):
 class MergerReader(Reader):
     """LaVIT's: a merger, which starts as stage 1's, and a projection; a row for each code."""
 
-    def __init__(self, merger: Merger, width: int) -> None:
+    def __init__(self, merger: BaseMerger, width: int) -> None:
         super().__init__()
         self.merger = merger
         self.to_language = projection(merger.dim, width)
 
     @classmethod
-    def beside(cls, merger: Merger, width: int, **sizes: Any) -> Reader:
+    def beside(cls, merger: BaseMerger, width: int, **sizes: Any) -> Reader:
         """One that begins with a copy of the merger."""
         return cls(deepcopy(merger), width, **sizes)
 

@@ -33,18 +33,16 @@ def serve_replicas(
     port: int,
     keys: Sequence[str] = (),
     fetch_hosts: Sequence[str] = (),
-    limits: Limits | None = None,
 ) -> None:
     """Serve `count` models, each opened by `load` in a process of its own, until SIGTERM or Ctrl-C.
 
     Each has its own session, queue and limits, and its share of the cores and GPUs of the cluster:
     that of RAY_ADDRESS, else this machine. Raises `InputError` for more replicas than cores.
     """
-    limits = limits or Limits()
-    bounds = limits  # a constant of the closure
+    limits = Limits()
 
     def build() -> FastAPI:
-        return create_app(load(), keys=keys, limits=bounds, fetch_hosts=fetch_hosts)
+        return create_app(load(), keys=keys, limits=limits, fetch_hosts=fetch_hosts)
 
     for name in PATIENCE:
         os.environ.setdefault(name, "300")

@@ -187,7 +187,8 @@ def reader_bytes(config: TokenizerConfig, held: int, numbers: Numbers) -> KeptBy
 
     def at(channels: int, depth: int) -> KeptBytes:
         dim = config.heads * channels
-        reader = MergerReader(merger_of(replace(config, dim=dim, merger_depth=depth)), 8)
+        merger = merger_of(replace(config, dim=dim, merger_depth=depth))
+        reader = MergerReader(merger, 8)
         if numbers == "bf16":
             reader.to(torch.bfloat16)
         dtype = torch.bfloat16 if numbers == "bf16" else torch.float32
@@ -200,7 +201,7 @@ def reader_bytes(config: TokenizerConfig, held: int, numbers: Numbers) -> KeptBy
                 with numbers_of(numbers):
                     return reader(patches, keep)
 
-            return kept(forward, list(reader.merger.blocks))
+            return kept(forward, list(merger.blocks))
 
         return _each(count)
 

@@ -15,6 +15,7 @@ published softmax becomes uniform over all patches, and so does ours.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from functools import partial
 from typing import Literal, cast
@@ -105,8 +106,21 @@ class MergerBlock(CrossBlock):
         return attention_shares(query, key, cross.heads, weight)
 
 
-class Merger(nn.Module):
-    """A stack of merger blocks with one LayerNorm behind it; `dim` as the encoder's."""
+class BaseMerger(nn.Module, ABC):
+    """What makes a row of each kept patch: LaVIT's merger, or a rival's; `dim` as the encoder's."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.recompute = False  # activation checkpointing of the blocks
+
+    @abstractmethod
+    def forward(self, patches: Patches, keep: Keep) -> Float[Tensor, "kept dim"]:
+        """Rows of the kept patches, packed image after image; each keeps at least one."""
+
+
+class Merger(BaseMerger):
+    """A stack of merger blocks with one LayerNorm behind it."""
 
     def __init__(
         self,
@@ -118,13 +132,12 @@ class Merger(nn.Module):
         gathers: Gathers = "attend",
         causal: bool = True,
     ) -> None:
-        super().__init__()
-        self.dim, self.causal = dim, causal
+        super().__init__(dim)
+        self.causal = causal
         self.norm_patches = nn.LayerNorm(dim, eps=1e-5)
         block = (dim, heads, mlp_ratio, gathers, causal)
         self.blocks = nn.ModuleList(MergerBlock(*block) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-5)
-        self.recompute = False  # activation checkpointing of the blocks
         initialise(self)
 
     @property
