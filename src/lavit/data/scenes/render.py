@@ -95,11 +95,11 @@ def from_package(codepoint: str, style: str) -> Image.Image:
     if spec is None or not spec.submodule_search_locations:
         raise InputError(
             f"scenes in the style {style!r} need the package {package!r}: "
-            "pip install 'lavit[scenes]' -c constraints.txt"
+            "pip install lavit -c constraints.txt"
         )
     stem = codepoint if style == "twemoji" else codepoint.upper()
     path = Path(next(iter(spec.submodule_search_locations))) / folder / f"{stem}.svg"
-    resvg = require("resvg_py", extra="scenes")
+    resvg = require("resvg_py")
     encoded = bytes(resvg.svg_to_bytes(svg_string=path.read_text("utf-8"), width=DRAWN))
     return Image.open(io.BytesIO(encoded)).convert("RGBA")
 
