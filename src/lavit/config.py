@@ -34,14 +34,13 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM ended the work; the message says what is kept."""
 
 
-def require(module: str, *, extra: str = "") -> types.ModuleType:
-    """Import a package at use, or raise `InputError` naming the extra that installs it, if any."""
+def require(module: str, *, extra: str) -> types.ModuleType:
+    """Import an optional package, or raise `InputError` naming the extra that installs it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        said = f"the package {module!r} is needed here and missing ({error})"
-        named = f"'lavit[{extra}]'" if extra else "lavit"
-        raise InputError(f"{said}: pip install {named} -c constraints.txt") from error
+        said = f"the package {module!r} is needed here and missing ({error}): pip install"
+        raise InputError(f"{said} 'lavit[{extra}]' -c constraints.txt") from error
 
 
 @dataclass(frozen=True, kw_only=True)

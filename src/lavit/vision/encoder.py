@@ -11,6 +11,7 @@ Mean, std and size travel with the weights, in the configuration.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,7 +27,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from lavit.config import InputError, VisionConfig, require
+from lavit.config import InputError, VisionConfig
 from lavit.files import pretrained, sha256
 from lavit.images import pixels as to_pixels
 from lavit.visual_tokenizer.layers import Patches
@@ -236,7 +237,7 @@ def _efficientnet_file() -> Path:
 
 
 def _efficientnet_lite0(config: VisionConfig) -> nn.Module:
-    library = require("efficientnet_lite_pytorch")
+    library = importlib.import_module("efficientnet_lite_pytorch")
     path = _efficientnet_file()
     if config.sha256 and sha256(path) != config.sha256:
         raise InputError(f"{path.name} is not the file of this model's training (sha256 differs)")

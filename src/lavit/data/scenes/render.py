@@ -7,6 +7,7 @@ of our own: flat, or with OpenMoji's black outline. The same scene and size give
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import io
 import math
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from lavit.config import InputError, require
+from lavit.config import InputError
 from lavit.data.scenes.world import BACKGROUNDS, COLOURS, READ_STYLES, RGB, SHAPES, Scene, kind_of
 
 PACKAGES = {
@@ -99,7 +100,7 @@ def from_package(codepoint: str, style: str) -> Image.Image:
         )
     stem = codepoint if style == "twemoji" else codepoint.upper()
     path = Path(next(iter(spec.submodule_search_locations))) / folder / f"{stem}.svg"
-    resvg = require("resvg_py")
+    resvg = importlib.import_module("resvg_py")
     encoded = bytes(resvg.svg_to_bytes(svg_string=path.read_text("utf-8"), width=DRAWN))
     return Image.open(io.BytesIO(encoded)).convert("RGBA")
 
