@@ -9,14 +9,17 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
+import lavit
 from conftest import NAMES, toy_picture
 from lavit.cli import main
 from lavit.config import InputError
 from lavit.data.scenes import frozen, sample
 from lavit.data.scenes.language import prompt
+from lavit.data.scenes.render import render
 from lavit.data.scenes.sample import scene_at
 from lavit.data.scenes.splits import Rules
 from lavit.data.scenes.world import Scene, facts
@@ -426,3 +429,18 @@ def test_what_is_chosen_is_chosen_on_valid_splits(run: Path) -> None:
     assert found["valid"] and found["test_hash"] is None and not found["comparable"]
     with pytest.raises(InputError, match="read_binding_exact cannot be had: nothing is chosen by"):
         evaluate(choosing, ["read_binding_exact"])
+
+
+def test_tokens_of_the_shipped_model_follow_content_outside_its_data() -> None:
+    """A blank picture takes next to none; things beyond the four of training take more."""
+    pipe = lavit.load("nano")
+    size, patches = pipe.model.config.vision.image_size, pipe.model.config.vision.patches
+    blank = [Image.new("RGB", (size, size), colour) for colour in ("white", "teal", "black")]
+    assert max(pipe.tokenize(blank).lengths) <= 0.03 * patches
+    lengths: dict[int, list[int]] = {}
+    for index in range(40):
+        scene = scene_at("ladder", index)
+        length = int(pipe.tokenize(render(scene, size)).lengths[0])
+        lengths.setdefault(len(scene.things), []).append(length)
+    means = [float(np.mean(lengths[things])) for things in (0, 2, 4, 6, 8)]
+    assert means == sorted(set(means)) and means[-1] > 2 * means[1]

@@ -15,17 +15,22 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from conftest import toy_config
+import lavit
+from conftest import toy_config, toy_training
 from lavit.data.corpus import load_corpus
+from lavit.data.scenes.render import render
+from lavit.data.scenes.sample import scene_at
 from lavit.data.stream import Streams
-from lavit.presets import nano
+from lavit.presets import Preset, nano
 from lavit.train.language import train_text_tokenizer
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 sys.path.insert(0, str(RECIPES))
 import lavit_7b
+import nano as shipped
 import prose
 import speedrun
 
@@ -151,3 +156,20 @@ def test_untaught_tokenizers_keep_as_many_or_all() -> None:
     drawn = random.select(patches)
     assert torch.equal(drawn.sum(1), chosen.sum(1)) and not torch.equal(drawn, chosen)
     assert torch.equal(drawn[1:2], random.select(patches[1:2])) and whole.select(patches).all()
+
+
+def test_one_command_trains_what_ships_and_another_writes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shipped, "nano", lambda: Preset(toy_config(), toy_training(3), minutes=1))
+    run, out = tmp_path / "run", tmp_path / "nano"
+    shipped.train(run, share=4e-4)
+    lines = (run / "metrics.jsonl").read_text()
+    assert {json.loads(line)["stage"] for line in lines.splitlines()} >= {"language", "pixels"}
+    shipped.train(run, share=4e-4)  # all is done
+    assert (run / "metrics.jsonl").read_text() == lines
+    shipped.write(run, out)
+    pipe = lavit.load(out)
+    pipe.draw(pipe.caption(render(scene_at("test", 0), 32)), steps=1)
+    dtypes = {w.dtype for path in out.rglob("*.safetensors") for w in load_file(path).values()}
+    assert torch.float16 in dtypes and torch.float32 not in dtypes
