@@ -48,7 +48,8 @@ SENTENCE = re.compile(r"[A-Z0-9\"'(].*[.!?:)\"']$")
 
 
 def build_prose(out: Path, *, progress: Callable[[int, int], None] | None = None) -> dict[str, int]:
-    """Write `out` (train), STEM.held_out.jsonl, and STEM.packages.json (licences); return counts.
+    """Write `out` (train), STEM.held_out.jsonl, STEM.packages.json (licences) and STEM.origin.json;
+    return counts.
 
     A line is {"text", "package", "kind"}. `progress` is called with (packages done, of all). Raises
     `InputError` where nothing is found or nothing can be written.
@@ -94,6 +95,7 @@ def build_prose(out: Path, *, progress: Callable[[int, int], None] | None = None
         out.write_text("\n".join(lines["train"]) + "\n")
         held_out_file(out).write_text("\n".join(lines["held out"]) + "\n")
         out.with_suffix(".packages.json").write_text(json.dumps(packages, indent=1) + "\n")
+        out.with_suffix(".origin.json").write_text('{"texts": "of installed packages"}\n')
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror}") from error
     return counts

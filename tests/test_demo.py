@@ -158,9 +158,13 @@ def test_a_training_keeps_the_origin_of_its_data(toy_data: Path, tmp_path: Path)
     data = shutil.copytree(toy_data, tmp_path / "data")
     assert "origin" not in described(tmp_path / "before", str(data))
     (data / "origin.json").write_text(json.dumps(ORIGIN))
-    for name, source in (("new", f"{data}"), ("mixed", f"{toy_data},{data}:0.5")):
-        assert described(tmp_path / name, source)["origin"] == ORIGIN
-        assert described(tmp_path / name, source)["origin"] == ORIGIN  # goes on
+    mixed = ORIGIN | {"others": [str(toy_data)]}
+    for name, source, origin in (
+        ("new", f"{data}", ORIGIN),
+        ("mixed", f"{toy_data},{data}:0.5", mixed),
+    ):
+        assert described(tmp_path / name, source)["origin"] == origin
+        assert described(tmp_path / name, source)["origin"] == origin  # goes on
         assert scenes_of(tmp_path / name) == ORIGIN["scenes"]
     assert scenes_of(tmp_path / "before") == ORIGIN["scenes"]  # read beside the data
     assert described(tmp_path / "before", str(data))["origin"] == ORIGIN

@@ -311,13 +311,19 @@ def test_figures_compare_where_training_kept_to_the_rules(
         frozen, "frozen", lambda rules: {s: frozen.split_hash(s, rules) for s in frozen.MEASURING}
     )
     said = json.loads((run / "training.json").read_text())
+    rules = {"objects": 48, "held_out_pairs": 0.1}
     for scenes, expected in (
         (None, False),
         ({"objects": 48, "held_out_pairs": 0.1}, True),
         ({"objects": 48, "held_out_pairs": 0.0}, False),  # it has seen every pair
         ({"objects": 48, "held_out_pairs": 0.1, "split": "test"}, False),
+        (rules | {"others": [{"texts": "of packages"}, {"scenes": rules}]}, True),
+        (rules | {"others": ["somebody's folder"]}, False),
+        (rules | {"others": [{"scenes": rules | {"split": "pairs"}}]}, False),
+        (rules | {"others": [{"scenes": rules | {"held_out_pairs": 0.0}}]}, False),
     ):
-        origin = {} if scenes is None else {"origin": {"scenes": scenes}}
+        origin = {} if scenes is None else {"scenes": scenes, "others": scenes.pop("others", [])}
+        origin = {"origin": origin} if origin else {}
         (run / "training.json").write_text(json.dumps(said | origin))
         exam = Exam(run, count=1, rules=Rules(objects=48, held_out_pairs=0.1))
         assert evaluation.test_hash(exam)["comparable"] is expected

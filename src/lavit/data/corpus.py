@@ -138,8 +138,32 @@ def _number(text: str) -> float | None:
 
 
 def origin_of(data: str | Path) -> dict[str, Any]:
-    """How the first source with an origin.json was made, by that file; empty where none has one."""
-    places = [Path(name) / "origin.json" for name, _ in parse_mixture(data)]
+    """How the sources of a mixture were made, by their origin.json; empty where none has one.
+
+    It is what the first that has one says; `others` lists what the rest say, their names where they
+    say nothing. A file has NAME.origin.json, or its folder's.
+    """
+    said = {name: _said_of(Path(name)) for name, _ in parse_mixture(data)}
+    first = next((name for name, origin in said.items() if origin), None)
+    if first is None:
+        return {}
+    others = [origin or name for name, origin in said.items() if name != first]
+    return said[first] | ({"others": others} if others else {})
+
+
+def with_more(model: Path, data: str | Path) -> dict[str, Any]:
+    """The origin of what is trained on `data` from a model; empty where neither says anything."""
+    said = read_json(model / "training.json") if (model / "training.json").is_file() else {}
+    origin = said.get("origin") or {"others": [said.get("data") or model.name]}
+    more = origin_of(data)
+    others = [*origin.get("others", ()), *more.pop("others", ()), more or str(data)]
+    return origin | {"others": others}
+
+
+def _said_of(source: Path) -> dict[str, Any]:
+    places = [source / "origin.json", source.with_suffix(".origin.json")]
+    if source.is_file():
+        places.append(source.parent / "origin.json")
     return next((read_json(place) for place in places if place.is_file()), {})
 
 

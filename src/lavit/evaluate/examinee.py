@@ -142,16 +142,21 @@ def training_of(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def scenes_of(folder: Path) -> dict[str, Any] | None:
-    """Options of the scenes a model learnt from, by training.json or else its data; or None."""
+def origin_in(folder: Path) -> dict[str, Any]:
+    """How the data of a model were made, by training.json or else by themselves; or nothing."""
     said = training_of(folder)
     origin = said.get("origin")
     if origin is None and said.get("data"):
         try:
             origin = origin_of(str(said["data"]))
         except InputError:  # a name that is not there any more
-            return None
-    scenes = origin.get("scenes") if isinstance(origin, dict) else None
+            return {}
+    return origin if isinstance(origin, dict) else {}
+
+
+def scenes_of(folder: Path) -> dict[str, Any] | None:
+    """Options of the scenes a model learnt from; None where it learnt from other data."""
+    scenes = origin_in(folder).get("scenes")
     return scenes if isinstance(scenes, dict) else None
 
 

@@ -10,17 +10,27 @@ from lavit.data.scenes.lexicon import PATTERN_WORDS, PLACES, SIZES, unknown_word
 from lavit.data.scenes.rewording import words_of_rewording
 from lavit.data.scenes.splits import Rules
 from lavit.data.scenes.world import BACKGROUNDS, COLOURS, SHAPES, STYLES, objects
-from lavit.evaluate.examinee import scenes_of
+from lavit.evaluate.examinee import origin_in, scenes_of
 
 RULES = ("objects", "held_out_pairs", "plain")
 
 
 def trained_rules(folder: Path) -> Rules | None:
-    """The rules that a model's training kept to; None if it was not, or not only, scenes."""
-    scenes = scenes_of(folder)
-    if scenes is None or scenes.get("split", "train") != "train":
+    """The rules that a model's training kept to; None if it was not, or not only, scenes.
+
+    All that it learnt from counts, models before it too: each source was made under these rules for
+    training, or is text alone.
+    """
+    if scenes_of(folder) is None:
         return None
-    return Rules(**{name: scenes[name] for name in RULES if name in scenes})
+    origin, found = origin_in(folder), []
+    for made in (origin, *origin.get("others", ())):
+        scenes = made.get("scenes") if isinstance(made, dict) else None
+        if scenes is not None and scenes.get("split", "train") == "train":
+            found.append(Rules(**{name: scenes[name] for name in RULES if name in scenes}))
+        elif scenes is not None or not isinstance(made, dict) or "texts" not in made:
+            return None
+    return found[0] if len(set(found)) == 1 else None
 
 
 def rules_of(

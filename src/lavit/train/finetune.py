@@ -37,7 +37,7 @@ from lavit.config import (
 )
 from lavit.data.conversation_documents import ConversationDocuments
 from lavit.data.conversations import Conversations, load_conversations
-from lavit.data.corpus import parse_mixture
+from lavit.data.corpus import parse_mixture, with_more
 from lavit.data.features import nothing_read
 from lavit.data.sources import open_source
 from lavit.data.text import TextPieces, Texts
@@ -258,7 +258,9 @@ def _save_all(
         if (source / part).is_dir():
             shutil.copytree(source / part, run.folder / part, dirs_exist_ok=True)
     if (source / "training.json").exists():
-        shutil.copy(source / "training.json", run.folder / "training.json")
+        data = ",".join(filter(None, (run.data, run.training.replay)))
+        said = read_json(source / "training.json") | {"origin": with_more(source, data)}
+        write_json(run.folder / "training.json", said)
     config = run.config
     if kept:
         rank = run.training.lora_rank or 0

@@ -38,7 +38,7 @@ from lavit.config import (
     write_config,
     write_json,
 )
-from lavit.data.corpus import origin_of
+from lavit.data.corpus import origin_of, with_more
 from lavit.data.documents import Documents
 from lavit.files import alone
 from lavit.model import LaVIT
@@ -132,9 +132,11 @@ def open_run(
     check_trackers(trackers)
     folder, start = Path(folder), None if start is None else model_folder(start)
     mine = {"data": str(data), "model": to_json(model), "training": to_json(training)}
+    origin = origin_of(str(data))  # how the data were made: no setting of the run
     if start:
         mine["start"] = start.name
-    if origin := origin_of(str(data)):  # how the data were made: no setting of the run
+        origin = with_more(start, data)
+    if origin:
         mine["origin"] = origin
     accelerator = make_accelerator(training.precision, fsdp=fsdp)
     run = Run(
