@@ -7,10 +7,11 @@ from typing import Annotated, Any
 
 import tyro
 
-from lavit.cli.output import ProgressBar, Words
+from lavit.cli.output import ProgressBar, Protocol, Words
 from lavit.config import InputError, write_json
 
 arg = tyro.conf.arg
+SMALL = 0.01  # three decimals of values below are too few digits
 Names = Annotated[str | None, arg(help="names of figures, separated by commas", metavar="NAME,…")]
 Items = Annotated[
     Path | None,
@@ -52,7 +53,8 @@ def evaluate(
     inception: Inception = None,
     clip: ClipFolder = None,
     pictures: Pictures = None,
-    batch: int = 32,
+    batch: int | None = None,
+    protocol: Protocol | None = None,
 ) -> None:
     """Measure a model: reading, answering, drawing, editing and tokens on scenes, each with
     interval, floor and ceiling.
@@ -64,16 +66,24 @@ def evaluate(
     on a share that training left out.
 
     --task NAME measures a benchmark of the paper's table on its folder as downloaded, --data DIR
-    (docs/evaluation.md); under torchrun the processes share the work. --batch examples are made
-    together.
+    (docs/evaluation.md); under torchrun the processes share the work. --batch examples (default
+    32) are made together, by --protocol (default: paper).
     """
+    of_rows: dict[str, Any] = {"inception": inception, "clip": clip, "batch": batch}
+    of_rows |= {"pictures": pictures, "protocol": protocol}
+    of_scenes = {"figures": figures, "items": items, "objects": objects, "valid": valid or None}
+    of_scenes |= {"held-out-pairs": held_out_pairs}
+    others, why = of_rows, "belongs to a benchmark: give --task NAME, or leave it out"
     if task is not None:
-        settings = {"seed": seed, "count": count, "batch": batch, "inception": inception}
-        _benchmark(model, task, data, json, **settings, clip=clip, out=pictures)
+        others, why = of_scenes, f"has no meaning for --task {task}: leave it out"
+    if wrong := [f"--{name}" for name, value in others.items() if value is not None]:
+        raise InputError(f"{wrong[0]} {why}")
+    if task is not None:
+        given = {name: value for name, value in of_rows.items() if value is not None}
+        if pictures is not None:
+            given["out"] = given.pop("pictures")
+        _benchmark(model, task, data, json, seed=seed, count=count, **given)
         return
-    given = {"inception": inception, "clip": clip, "pictures": pictures}
-    if wrong := [f"--{name}" for name, value in given.items() if value is not None]:
-        raise InputError(f"{wrong[0]} belongs to a benchmark: give --task NAME, or leave it out")
     from lavit.evaluate.examinee import Examinee, card_rows, predictions_path
     from lavit.evaluate.folder import is_scenes, own_data, training_data
     from lavit.files import alone
@@ -135,6 +145,11 @@ def _benchmark(model: str, task: str, data: str | None, json: Path | None, **set
         write_json(json, found)
     _print_figures(found["figures"])
     print(f"{found['task']} ({found['split']}), {found['examples']} examples, seed {found['seed']}")
+    for name, figure in found["figures"].items():
+        if "note" in figure:
+            print(f"{name}: {figure['note']}")
+    for note in found["notes"]:
+        print(note)
     if found["paper"]:
         print("paper: " + ", ".join(f"{name} {value}" for name, value in found["paper"].items()))
     for name, value in found["protocol"].items():
@@ -167,8 +182,15 @@ def _print_figures(figures: dict[str, Any]) -> None:
         if figure["value"] is None:
             print(f"{name:<24} {'none':>8}  {figure['reason']}")
             continue
-        interval = f"[{figure['low']:.3f}, {figure['high']:.3f}]"
-        line = f"{name:<24} {figure['value']:8.3f}  {interval:<18} {figure['count']:6d}"
+        interval = ""
+        if figure["low"] is not None:
+            interval = f"[{_digits(figure['low'])}, {_digits(figure['high'])}]"
+        line = f"{name:<24} {_digits(figure['value']):>8}  {interval:<18} {figure['count']:6d}"
         for end in ("floor", "ceiling"):
             line += " " * 8 if figure[end] is None else f" {figure[end]:7.3f}"
         print(line)
+
+
+def _digits(value: float) -> str:
+    """Three decimals, or of what is small three digits."""
+    return f"{value:.3g}" if 0 < abs(value) < SMALL else f"{value:.3f}"
