@@ -59,6 +59,8 @@ def evaluate(
     """Measure a model: reading, answering, drawing, editing and tokens on scenes, each with
     interval, floor and ceiling.
 
+    Predictions and the card go into the model's folder; those of a model that comes with lavit into
+    evaluation/NAME/ of the working folder, and its card stays unless its folder is named.
     --count items a figure (default 500); --json FILE writes the figures as they are named;
     --valid measures on the validation splits (valid, valid_pairs), not the test sets. A stopped
     evaluation goes on with the same command; all figures of a run go into its card. On
@@ -84,7 +86,7 @@ def evaluate(
             given["out"] = given.pop("pictures")
         _benchmark(model, task, data, json, seed=seed, count=count, **given)
         return
-    from lavit.evaluate.examinee import Examinee, card_rows, predictions_path
+    from lavit.evaluate.examinee import Examinee, card_rows, is_shipped, predictions_path
     from lavit.evaluate.folder import is_scenes, own_data, training_data
     from lavit.files import alone
     from lavit.storage import model_folder
@@ -115,25 +117,30 @@ def evaluate(
             found = evaluation.evaluate(exam, names, items=items)
     if json is not None:
         write_json(json, found)
+    by_name = is_shipped(folder) and not Path(model).is_dir()  # its card is not the user's
     if (
         not names
+        and not by_name
         and not valid
         and found.get("comparable", True)
         and (folder / "training.json").is_file()
     ):
         record_figures(folder, card_rows(found))
     _print(found)
+    if json is None and is_shipped(folder):
+        print(f"predictions are kept in {kept.parent}")
 
 
 def _benchmark(model: str, task: str, data: str | None, json: Path | None, **settings: Any) -> None:
     """Measure one row of the paper's table and print it."""
     from lavit.evaluate.benchmarks.run import Row, RowSettings
-    from lavit.evaluate.examinee import predictions_path
+    from lavit.evaluate.examinee import is_shipped, predictions_path
     from lavit.storage import model_folder
 
     if data is None:
         raise InputError(f"--task {task} needs --data, the folder that it is unpacked in")
-    kept = predictions_path(model_folder(model), json)
+    folder = model_folder(model)
+    kept = predictions_path(folder, json)
     if json is None:
         kept = kept.with_stem(task)
     with ProgressBar() as progress:
@@ -157,6 +164,8 @@ def _benchmark(model: str, task: str, data: str | None, json: Path | None, **set
     hashes = ("config", "weights", "data", "code")
     print("  ".join(f"{name} {found[f'{name}_hash']}" for name in hashes))
     print("  ".join(f"{name} {value}" for name, value in found["versions"].items()))
+    if json is None and is_shipped(folder):
+        print(f"predictions are kept in {kept}")
 
 
 def _print(found: dict[str, Any]) -> None:
