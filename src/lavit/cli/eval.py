@@ -73,24 +73,17 @@ def evaluate(
     """
     of_rows: dict[str, Any] = {"inception": inception, "clip": clip, "batch": batch}
     of_rows |= {"pictures": pictures, "protocol": protocol}
-    of_scenes = {"figures": figures, "items": items, "objects": objects, "valid": valid or None}
-    of_scenes |= {"held-out-pairs": held_out_pairs}
-    others, why = of_rows, "belongs to a benchmark: give --task NAME, or leave it out"
     if task is not None:
-        others, why = of_scenes, f"has no meaning for --task {task}: leave it out"
-    if wrong := [f"--{name}" for name, value in others.items() if value is not None]:
-        raise InputError(f"{wrong[0]} {why}")
-    if task is not None:
-        given = {name: value for name, value in of_rows.items() if value is not None}
-        if pictures is not None:
-            given["out"] = given.pop("pictures")
-        _benchmark(model, task, data, json, seed=seed, count=count, **given)
+        of_scenes: dict[str, Any] = {"figures": figures, "items": items, "objects": objects}
+        of_scenes |= {"held-out-pairs": held_out_pairs, "valid": valid or None}
+        _refuse(of_scenes, f"has no meaning for --task {task}: leave it out")
+        _benchmark(model, task, data, json, {"seed": seed, "count": count, **of_rows})
         return
-    from lavit.evaluate.examinee import Examinee, card_rows, is_shipped, predictions_path
+    _refuse(of_rows, "belongs to a benchmark: give --task NAME, or leave it out")
+    from lavit.evaluate.examinee import Examinee, is_shipped, predictions_path
     from lavit.evaluate.folder import is_scenes, own_data, training_data
     from lavit.files import alone
     from lavit.storage import model_folder
-    from lavit.train.card import record_figures
 
     folder = model_folder(model)
     names = [name.strip() for name in (figures or "").split(",") if name.strip()]
@@ -102,9 +95,8 @@ def evaluate(
         raise InputError("--items are judged as scenes are: leave --data out")
     kept = predictions_path(folder, json)
     with alone(kept.parent, kept.name), ProgressBar() as progress:
-        how: dict[str, Any] = {
-            "seed": seed, "count": count, "kept": kept, "progress": progress.count
-        }  # fmt: skip
+        how: dict[str, Any] = {"seed": seed, "count": count, "kept": kept}
+        how["progress"] = progress.count
         if own:
             found = own_data(Examinee(model, **how), str(data), names)
         else:
@@ -117,21 +109,33 @@ def evaluate(
             found = evaluation.evaluate(exam, names, items=items)
     if json is not None:
         write_json(json, found)
-    by_name = is_shipped(folder) and not Path(model).is_dir()  # its card is not the user's
-    if (
-        not names
-        and not by_name
-        and not valid
-        and found.get("comparable", True)
-        and (folder / "training.json").is_file()
-    ):
-        record_figures(folder, card_rows(found))
+    if not names and not valid:
+        _record(model, folder, found)
     _print(found)
     if json is None and is_shipped(folder):
         print(f"predictions are kept in {kept.parent}")
 
 
-def _benchmark(model: str, task: str, data: str | None, json: Path | None, **settings: Any) -> None:
+def _refuse(options: dict[str, Any], why: str) -> None:
+    """Raise `InputError` for the first option that is given."""
+    for name, value in options.items():
+        if value is not None:
+            raise InputError(f"--{name} {why}")
+
+
+def _record(model: str, folder: Path, found: dict[str, Any]) -> None:
+    """Write figures into the model's card, if others compare with them and it is the user's."""
+    from lavit.evaluate.examinee import card_rows, is_shipped
+    from lavit.train.card import record_figures
+
+    by_name = is_shipped(folder) and not Path(model).is_dir()
+    if found.get("comparable", True) and (folder / "training.json").is_file() and not by_name:
+        record_figures(folder, card_rows(found))
+
+
+def _benchmark(
+    model: str, task: str, data: str | None, json: Path | None, settings: dict[str, Any]
+) -> None:
     """Measure one row of the paper's table and print it."""
     from lavit.evaluate.benchmarks.run import Row, RowSettings
     from lavit.evaluate.examinee import is_shipped, predictions_path
@@ -144,7 +148,9 @@ def _benchmark(model: str, task: str, data: str | None, json: Path | None, **set
     if json is None:
         kept = kept.with_stem(task)
     with ProgressBar() as progress:
-        row = Row(model, task, Path(data), RowSettings(**settings), kept, progress.count)
+        settings["out"] = settings.pop("pictures")
+        given = {name: value for name, value in settings.items() if value is not None}
+        row = Row(model, task, Path(data), RowSettings(**given), kept, progress.count)
         found = row.run()
     if found is None:  # a process that only shared the work
         return

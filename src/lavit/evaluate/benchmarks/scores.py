@@ -88,10 +88,10 @@ def distance_figures(drawn: np.ndarray, real: np.ndarray) -> dict[str, Figure]:
     count, fewest = len(drawn), min(len(drawn), len(real))
     fid, kid = frechet_distance(drawn, real), kernel_distances(drawn, real)
     note = f"of {fewest} pictures: below {FEW:,} FID is too large" if fewest < FEW else ""
-    between = _quantiles(kid) if fewest > SUBSET else (None, None)
+    low, high = _quantiles(kid) if fewest > SUBSET else (None, None)
     return {
         "fid": Figure(fid, None, None, count, note=note),
-        "kid": Figure(average(kid), *between, count),
+        "kid": Figure(average(kid), low, high, count),
     }
 
 
