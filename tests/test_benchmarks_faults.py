@@ -108,7 +108,7 @@ def test_a_picture_that_cannot_be_read_counts_as_wrong(toy_run: Path, tmp_path: 
     found = row(toy_run, "vqav2", tmp_path).run()
     assert found is not None
     assert found["figures"]["vqa_accuracy"]["details"]["yes/no"] == 0
-    assert found["notes"] == ["1 pictures cannot be read and count as wrong: 420"]
+    assert found["notes"] == ["pictures that cannot be read, counted as wrong: 1 (420)"]
     made = [line["made"] for line in rows_of(tmp_path / "k.jsonl")]
     assert "damaged" in made[0]["unread"] and isinstance(made[1], str)
     # an answer of nothing would be right where people say "the"

@@ -84,7 +84,7 @@ class Row:
         if settings.inception is not None and len(self.examples) < 2:
             raise InputError("FID and KID compare sets of pictures: give 2 examples or more")
         self.folder = model_folder(model)
-        self.drawings = Drawings(settings.out or kept.with_suffix(".pictures"))
+        self.drawings = Drawings((settings.out or kept.with_suffix(".pictures")).resolve())
         device = "auto"
         if self.ranks > 1 and torch.cuda.is_available():
             device = f"cuda:{os.environ.get('LOCAL_RANK', self.rank)}"
@@ -174,7 +174,7 @@ class Row:
         kind, examples = self.known.kind, self.examples
         unread = [one.name for one, said in zip(examples, made, strict=True) if is_unread(said)]
         if unread:
-            self.notes.append(unread_note(unread, "count as wrong"))
+            self.notes.append(unread_note(unread, "counted as wrong"))
         if kind == "picture":
             return self._distances(made)
         if kind == "atoms":
@@ -223,7 +223,7 @@ class Row:
                 parts.append(network.features(squares))
             self.progress(what, min(len(paths), at + self.settings.batch), len(paths))
         if unread:
-            self.notes.append(unread_note(unread, "are left out of FID and KID"))
+            self.notes.append(unread_note(unread, "left out of FID and KID"))
         return np.concatenate(parts) if parts else np.empty((0, 1))
 
     def _protocol(self) -> dict[str, Any]:

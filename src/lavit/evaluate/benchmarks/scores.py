@@ -38,9 +38,10 @@ def is_unread(made: Any) -> bool:
 
 
 def unread_note(names: Sequence[str], then: str) -> str:
-    """A line that counts and names pictures that cannot be read, and says what follows."""
+    """A line that counts and names pictures that cannot be read, and says what becomes of them."""
     more = ", …" if len(names) > NAMED else ""
-    return f"{len(names)} pictures cannot be read and {then}: {', '.join(names[:NAMED])}{more}"
+    shown = ", ".join(names[:NAMED]) + more
+    return f"pictures that cannot be read, {then}: {len(names)} ({shown})"
 
 
 def caption_figures(examples: Sequence[Example], made: Sequence[Any]) -> dict[str, Figure]:
