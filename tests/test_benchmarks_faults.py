@@ -17,6 +17,7 @@ import torch
 import lavit
 from conftest import toy_picture
 from lavit.cli import main
+from lavit.cli.eval import _print_figures
 from lavit.config import InputError, read_config, write_config
 from lavit.evaluate import examinee
 from lavit.evaluate.benchmarks import image_metrics, making, run, scores
@@ -155,6 +156,12 @@ def test_figures_of_few_pictures_say_so(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(scores, "FEW", 50)
     many = distance_figures(rng.random((50, 4)), rng.random((50, 4)))
     assert many["kid"].low < many["kid"].value < many["kid"].high and not many["fid"].note
+
+
+def test_small_figures_have_digits(capsys: pytest.CaptureFixture[str]) -> None:
+    _print_figures({"kid": {"value": 0.00213, "low": None, "high": None, "count": 9,
+                            "floor": None, "ceiling": None}})  # fmt: skip
+    assert capsys.readouterr().out.splitlines()[1].split() == ["kid", "0.00213", "9"]
 
 
 def test_the_best_of_four_says_who_chose(
