@@ -2,7 +2,7 @@
 
 Command   OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 recipes/nano.py train RUN
           python recipes/nano.py ship RUN src/lavit/weights/nano     (half precision, with its card)
-          lavit eval nano
+          lavit eval src/lavit/weights/nano    (for its card; `lavit eval nano` leaves that alone)
 Data      100,000 scenes of 48 objects and 48 coloured shapes, made on the spot
 Cost      some three hours on two idle cores; goes on where it was stopped
 Score     the card in src/lavit/weights/nano/README.md; LOG.md has the tables

@@ -413,6 +413,13 @@ def test_what_is_wrong_is_said_in_one_line(
         ('A sign that says "STOP" on 5th St.', "a sign that says stop on 5th st."),
         ("Two dogs (one black) at 10:30!", "two dogs -lrb- one black -rrb- at 10:30"),
         ("A black-and-white T.V., 3,000 men & $5", "a black-and-white t.v. 3,000 men & $ 5"),
+        ("It's O'Neil's pub at 5 o'clock, y'all", "it 's o'neil 's pub at 5 o'clock y' all"),
+        ("'Twas the '90s: rock 'n' roll, ma'am!", "'t was the '90s rock 'n' roll ma'am"),
+        ("Smith Bros. Inc. on 5th Ave., etc.", "smith bros. inc. on 5th ave. etc."),
+        ("On Jan. 5 a 6ft. man, J. Crew", "on jan. 5 a 6ft man j. crew"),
+        ("Stop!!! What?! No.", "stop !!! what ?! no"),
+        ("1½ cups & a 3D R&B show", "1 1/2 cups & a 3d r&b show"),
+        ("see https://a.b/c?d=e #tag @user #1", "see https://a.b/c?d=e #tag @user # 1"),
     ],
 )  # fmt: skip
 def test_words_are_those_of_the_treebank(text: str, words: str) -> None:

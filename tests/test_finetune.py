@@ -182,13 +182,15 @@ def test_a_kept_adapter_is_a_peft_folder_beside_its_base(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from lavit.storage import export_language
+    from lavit.storage import export_language, hash_of_base
 
     training = settings(toy_run, lora=4, steps=2)
     finetune(tmp_path / "merged", data, toy_run, training)
     finetune(tmp_path / "kept", data, toy_run, replace(training, keep_adapter=True))
     merged, kept = (LaVIT.from_pretrained(tmp_path / name) for name in ("merged", "kept"))
     assert read_config(tmp_path / "kept").language.source == "base"
+    sha256 = read_config(tmp_path / "kept").language.sha256
+    assert sha256 is not None and sha256 == hash_of_base(tmp_path / "kept" / "base")
     close = {"atol": 1e-4, "rtol": 1e-4}
     torch.testing.assert_close(logits(kept.language), logits(merged.language), **close)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "kept" / "base")

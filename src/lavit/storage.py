@@ -12,6 +12,7 @@ pixels/            a diffusers folder
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import logging
 import re
@@ -123,6 +124,10 @@ def load_base(
             return lm, AutoTokenizer.from_pretrained(folder)
         return lm, load_smollm2_text(file)
     where = _place_of_base(config, folder)
+    found = hash_of_base(where) if config.lora_rank and config.sha256 else None
+    if found and found != config.sha256:
+        said = f"the weights of {where} are not those that the adapter {folder} was trained over"
+        raise InputError(f"{said}: put those back, or load with base={str(where)!r}")
     named = "" if where == folder or folder is None else f" (language.source, {folder.parent})"
     with _opening(where, named):
         text = _text_of(where)
@@ -258,9 +263,18 @@ def save_language(
         with replacing(folder / "base") as new:
             _save_base(language.lm, new)
             text.save_pretrained(new)
-    if config.source != SMOLLM2:
-        return config
-    return replace(config, sha256=sha256(smollm2_file()))  # an adapter fits no other weights
+    if config.source == SMOLLM2:
+        return replace(config, sha256=sha256(smollm2_file()))  # an adapter fits no other weights
+    return replace(config, sha256=hash_of_base(_place_of_base(config, folder / "language")))
+
+
+def hash_of_base(where: str | Path) -> str | None:
+    """SHA-256 of the weights in a folder; None for an id of the hub, whose commit may move."""
+    if not Path(where).is_dir():
+        return None
+    files = (path for path in Path(where).iterdir() if path.suffix in (".safetensors", ".bin"))
+    each = "".join(f"{path.name} {sha256(path)}\n" for path in sorted(files))
+    return hashlib.sha256(each.encode()).hexdigest()
 
 
 def _save_base(lm: PreTrainedModel, folder: Path) -> None:

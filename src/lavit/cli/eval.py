@@ -7,10 +7,11 @@ from typing import Annotated, Any
 
 import tyro
 
-from lavit.cli.output import ProgressBar, Words
+from lavit.cli.output import ProgressBar, Protocol, Words
 from lavit.config import InputError, write_json
 
 arg = tyro.conf.arg
+SMALL = 0.01  # three decimals of values below are too few digits
 Names = Annotated[str | None, arg(help="names of figures, separated by commas", metavar="NAME,…")]
 Items = Annotated[
     Path | None,
@@ -52,11 +53,14 @@ def evaluate(
     inception: Inception = None,
     clip: ClipFolder = None,
     pictures: Pictures = None,
-    batch: int = 32,
+    batch: int | None = None,
+    protocol: Protocol | None = None,
 ) -> None:
     """Measure a model: reading, answering, drawing, editing and tokens on scenes, each with
     interval, floor and ceiling.
 
+    Predictions and the card go into the model's folder; those of a model that comes with lavit into
+    evaluation/NAME/ of the working folder, and its card stays unless its folder is named.
     --count items a figure (default 500); --json FILE writes the figures as they are named;
     --valid measures on the validation splits (valid, valid_pairs), not the test sets. A stopped
     evaluation goes on with the same command; all figures of a run go into its card. On
@@ -64,21 +68,22 @@ def evaluate(
     on a share that training left out.
 
     --task NAME measures a benchmark of the paper's table on its folder as downloaded, --data DIR
-    (docs/evaluation.md); under torchrun the processes share the work. --batch examples are made
-    together.
+    (docs/evaluation.md); under torchrun the processes share the work. --batch examples (default
+    32) are made together, by --protocol (default: paper).
     """
+    of_rows: dict[str, Any] = {"inception": inception, "clip": clip, "batch": batch}
+    of_rows |= {"pictures": pictures, "protocol": protocol}
     if task is not None:
-        settings = {"seed": seed, "count": count, "batch": batch, "inception": inception}
-        _benchmark(model, task, data, json, **settings, clip=clip, out=pictures)
+        of_scenes: dict[str, Any] = {"figures": figures, "items": items, "objects": objects}
+        of_scenes |= {"held-out-pairs": held_out_pairs, "valid": valid or None}
+        _refuse(of_scenes, f"has no meaning for --task {task}: leave it out")
+        _benchmark(model, task, data, json, {"seed": seed, "count": count, **of_rows})
         return
-    given = {"inception": inception, "clip": clip, "pictures": pictures}
-    if wrong := [f"--{name}" for name, value in given.items() if value is not None]:
-        raise InputError(f"{wrong[0]} belongs to a benchmark: give --task NAME, or leave it out")
-    from lavit.evaluate.examinee import Examinee, card_rows, predictions_path
+    _refuse(of_rows, "belongs to a benchmark: give --task NAME, or leave it out")
+    from lavit.evaluate.examinee import Examinee, is_shipped, predictions_path
     from lavit.evaluate.folder import is_scenes, own_data, training_data
     from lavit.files import alone
     from lavit.storage import model_folder
-    from lavit.train.card import record_figures
 
     folder = model_folder(model)
     names = [name.strip() for name in (figures or "").split(",") if name.strip()]
@@ -90,9 +95,8 @@ def evaluate(
         raise InputError("--items are judged as scenes are: leave --data out")
     kept = predictions_path(folder, json)
     with alone(kept.parent, kept.name), ProgressBar() as progress:
-        how: dict[str, Any] = {
-            "seed": seed, "count": count, "kept": kept, "progress": progress.count
-        }  # fmt: skip
+        how: dict[str, Any] = {"seed": seed, "count": count, "kept": kept}
+        how["progress"] = progress.count
         if own:
             found = own_data(Examinee(model, **how), str(data), names)
         else:
@@ -105,29 +109,48 @@ def evaluate(
             found = evaluation.evaluate(exam, names, items=items)
     if json is not None:
         write_json(json, found)
-    if (
-        not names
-        and not valid
-        and found.get("comparable", True)
-        and (folder / "training.json").is_file()
-    ):
-        record_figures(folder, card_rows(found))
+    if not names and not valid:
+        _record(model, folder, found)
     _print(found)
+    if json is None and is_shipped(folder):
+        print(f"predictions are kept in {kept.parent}")
 
 
-def _benchmark(model: str, task: str, data: str | None, json: Path | None, **settings: Any) -> None:
+def _refuse(options: dict[str, Any], why: str) -> None:
+    """Raise `InputError` for the first option that is given."""
+    for name, value in options.items():
+        if value is not None:
+            raise InputError(f"--{name} {why}")
+
+
+def _record(model: str, folder: Path, found: dict[str, Any]) -> None:
+    """Write figures into the model's card, if others compare with them and it is the user's."""
+    from lavit.evaluate.examinee import card_rows, is_shipped
+    from lavit.train.card import record_figures
+
+    by_name = is_shipped(folder) and not Path(model).is_dir()
+    if found.get("comparable", True) and (folder / "training.json").is_file() and not by_name:
+        record_figures(folder, card_rows(found))
+
+
+def _benchmark(
+    model: str, task: str, data: str | None, json: Path | None, settings: dict[str, Any]
+) -> None:
     """Measure one row of the paper's table and print it."""
     from lavit.evaluate.benchmarks.run import Row, RowSettings
-    from lavit.evaluate.examinee import predictions_path
+    from lavit.evaluate.examinee import is_shipped, predictions_path
     from lavit.storage import model_folder
 
     if data is None:
         raise InputError(f"--task {task} needs --data, the folder that it is unpacked in")
-    kept = predictions_path(model_folder(model), json)
+    folder = model_folder(model)
+    kept = predictions_path(folder, json)
     if json is None:
         kept = kept.with_stem(task)
     with ProgressBar() as progress:
-        row = Row(model, task, Path(data), RowSettings(**settings), kept, progress.count)
+        settings["out"] = settings.pop("pictures")
+        given = {name: value for name, value in settings.items() if value is not None}
+        row = Row(model, task, Path(data), RowSettings(**given), kept, progress.count)
         found = row.run()
     if found is None:  # a process that only shared the work
         return
@@ -135,6 +158,11 @@ def _benchmark(model: str, task: str, data: str | None, json: Path | None, **set
         write_json(json, found)
     _print_figures(found["figures"])
     print(f"{found['task']} ({found['split']}), {found['examples']} examples, seed {found['seed']}")
+    for name, figure in found["figures"].items():
+        if "note" in figure:
+            print(f"{name}: {figure['note']}")
+    for note in found["notes"]:
+        print(note)
     if found["paper"]:
         print("paper: " + ", ".join(f"{name} {value}" for name, value in found["paper"].items()))
     for name, value in found["protocol"].items():
@@ -142,6 +170,8 @@ def _benchmark(model: str, task: str, data: str | None, json: Path | None, **set
     hashes = ("config", "weights", "data", "code")
     print("  ".join(f"{name} {found[f'{name}_hash']}" for name in hashes))
     print("  ".join(f"{name} {value}" for name, value in found["versions"].items()))
+    if json is None and is_shipped(folder):
+        print(f"predictions are kept in {kept}")
 
 
 def _print(found: dict[str, Any]) -> None:
@@ -167,8 +197,15 @@ def _print_figures(figures: dict[str, Any]) -> None:
         if figure["value"] is None:
             print(f"{name:<24} {'none':>8}  {figure['reason']}")
             continue
-        interval = f"[{figure['low']:.3f}, {figure['high']:.3f}]"
-        line = f"{name:<24} {figure['value']:8.3f}  {interval:<18} {figure['count']:6d}"
+        interval = ""
+        if figure["low"] is not None:
+            interval = f"[{_digits(figure['low'])}, {_digits(figure['high'])}]"
+        line = f"{name:<24} {_digits(figure['value']):>8}  {interval:<18} {figure['count']:6d}"
         for end in ("floor", "ceiling"):
             line += " " * 8 if figure[end] is None else f" {figure[end]:7.3f}"
         print(line)
+
+
+def _digits(value: float) -> str:
+    """Three decimals, or of what is small three digits."""
+    return f"{value:.3g}" if 0 < abs(value) < SMALL else f"{value:.3f}"

@@ -17,7 +17,7 @@ from lavit.evaluate.figures import Figure, nothing
 from lavit.evaluate.kept import Kept, Progress
 from lavit.generate.pipeline import Pipeline
 from lavit.model import LaVIT
-from lavit.storage import has_part, model_folder
+from lavit.storage import WEIGHTS, has_part, model_folder
 from lavit.visual_tokenizer.layers import Patches
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
@@ -165,7 +165,7 @@ def weights_hash(folder: Path) -> str:
     digest = hashlib.sha256()
     files = sorted(
         path
-        for part in (*PARTS, "reader")
+        for part in (*PARTS, "reader", "base")
         for path in (folder / part).rglob("*")
         if path.suffix in (".safetensors", ".bin", ".json", ".model")
     )
@@ -192,10 +192,18 @@ def hash_of(paths: Iterable[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
+def is_shipped(folder: Path) -> bool:
+    """Whether a model's folder is one of this package, which is not to be written."""
+    return folder.resolve().is_relative_to(WEIGHTS.resolve())
+
+
 def predictions_path(folder: Path, out: Path | None) -> Path:
-    """Where predictions are kept: next to the JSON file, or in the model's folder."""
+    """Where predictions are kept: next to the JSON file, or in the model's folder; of a model of
+    this package in evaluation/NAME/ of the working folder.
+    """
     if out is None:
-        return folder / "evaluation" / "predictions.jsonl"
+        below = Path("evaluation") / folder.name if is_shipped(folder) else folder / "evaluation"
+        return below / "predictions.jsonl"
     if out.is_dir():
         raise InputError(f"{out} is a folder: give --json a file")
     return out.with_suffix(".predictions.jsonl")

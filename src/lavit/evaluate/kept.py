@@ -1,7 +1,8 @@
 """What a model said and drew, item by item, in a file: an evaluation that was stopped goes on where
 it was.
 
-A line is one item: {"key", "task", "item", "chunk", "made", "check"}. The key is a hash of the
+A line is one item: {"key", "task", "item", "chunk", "made", "check"}, and its "name" where items
+have names. The key is a hash of the
 weights, the configuration, the seed and the world; lines of another key are left alone. `check` is
 a hash of the rest: a line that was changed is made again. Items are made in chunks of fixed
 borders, so that an item is always computed in a batch with the same others, stopped or not; of a
@@ -60,9 +61,16 @@ class Kept:
     """Predictions under a key, in a file of JSON lines or (no path) in memory alone."""
 
     def __init__(
-        self, path: Path | None, key: str, progress: Progress = lambda task, done, count: None,
-    ) -> None:  # fmt: skip
+        self,
+        path: Path | None,
+        key: str,
+        progress: Progress = lambda task, done, count: None,
+        *,
+        names: Sequence[str] = (),  # of the items, beside their numbers
+        valid: Callable[[Any], bool] = lambda made: True,  # whether one that was kept still holds
+    ) -> None:
         self.path, self.key, self.progress = path, key, progress
+        self.names, self.valid = names, valid
         self.found: dict[tuple[str, int, str], Any] = {}
         data = path.read_bytes() if path is not None and path.exists() else b""
         lines = data.splitlines(keepends=True)
@@ -75,21 +83,27 @@ class Kept:
         self._read(path.read_bytes().splitlines(keepends=True), path)
 
     def _read(self, lines: Sequence[bytes], path: Path | None = None) -> None:
-        changed = 0
+        changed, lost = 0, set()
         for line in lines:
             try:
                 row = json.loads(line)
                 if row["key"] != self.key:
                     continue
-                if row.pop("check", None) == checked(row):
-                    self.found[row["task"], row["item"], row["chunk"]] = row["made"]
-                else:
+                at = (row["task"], row["item"], row["chunk"])
+                if row.pop("check", None) != checked(row):
                     changed += 1
+                elif self.valid(row["made"]):
+                    self.found[at] = row["made"]
+                else:
+                    lost.add(at)
             except (ValueError, KeyError, TypeError):
                 continue  # cut off when an evaluation was stopped
         if changed:
             said = "%d predictions of %s were changed: they are made again"
             log.warning(said, changed, path or self.path)
+        if lost := lost - self.found.keys():
+            said = "what %d predictions of %s drew is gone or was changed: it is drawn again"
+            log.warning(said, len(lost), path or self.path)
 
     def missing(self, task: str, items: Sequence[int], together: int = TOGETHER) -> bool:
         """Whether `made` of these would have to make any."""
@@ -121,6 +135,7 @@ class Kept:
         for item, one in zip(chunk, made, strict=True):
             self.found[task, item, name] = one
             row = {"key": self.key, "task": task, "item": item, "chunk": name, "made": one}
+            row |= {"name": self.names[item]} if self.names else {}
             lines += json.dumps({**row, "check": checked(row)}) + "\n"
         if self.path is None:
             return

@@ -27,25 +27,44 @@ Grams = Counter[tuple[str, ...]]
 
 # words that are two, a clitic behind a word, abbreviations, numbers, words, and other marks
 SPLIT = {"cannot": "can not", "gonna": "gon na", "gotta": "got ta", "wanna": "wan na"}
-SPLIT |= {"gimme": "gim me", "lemme": "lem me"}
+SPLIT |= {"gimme": "gim me", "lemme": "lem me", "'tis": "'t is", "'twas": "'t was"}
 # brackets have names, which the server's list of punctuation has in capitals: they stay
 SPLIT |= {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+# whose full stop belongs to them, at the end of a caption too
+ABBREVIATIONS = """
+    adm ala apr ariz assn aug ave bldg blvd bros calif capt cmdr co col colo conn corp cpl ct dak
+    dec dept dr esq est etc ext feb fla fri ft ga gen gov hon inc ind intl jan jr jul jun ky lt ltd
+    maj mar md messrs mfg mich minn mo mon mont mr mrs ms mt natl neb nev nov oct okla penn pres
+    prof pvt rd rep rev sen sep sept sgt sq sr st ste tel tenn thu thurs tue tues univ va vs vt wed
+    wis wyo
+"""
 WORD = re.compile(
-    r"""n't\b|'n'|'(?:s|m|d|ll|re|ve)\b   # do n't, rock 'n' roll, man 's
-    |(?:[a-z]\.){2,}                      # u.s.
-    |(?:mr|mrs|ms|dr|st|jr|sr|vs|prof)\.|no\.(?=\s*\d)  # st.
-    |\d+(?:[.,:/]\d+)*(?:st|nd|rd|th|s)?(?:-\w+)*    # 1,000 and 10:30
+    rf"""https?://\S+
+    |n't\b|'n'|'(?:s|m|d|ll|re|ve|n)\b    # do n't, rock 'n' roll, man 's
+    |(?<!\w)'(?:em|till?|cause|tis|twas|\d\ds?)\b  # '90s
     |\w+?(?=n't\b)
-    |\w+(?:[-/&@.]\w+)*                   # black-and-white
-    |[$%&+=@\#*/()[\]{}]""",
-    re.VERBOSE,
+    |(?:s'mores|c'mon|ma'ams?|ne'er|e'er|li'l|nat'l|ev'ry|nor'easter)\b
+    |(?:ol|dunkin|somethin)'(?!\w)|y'(?=[a-z])
+    |[dlo]'(?!(?:s|m|d|ll|re|ve)\b)[^\W\d]\w*  # o'clock
+    |(?:[a-z]\.){{2,}}                      # u.s.
+    |(?:{"|".join(ABBREVIATIONS.split())}|ph\.d|(?:no|fig|pp)(?=\.\s*\d)|[a-z](?=\.\s+\w))\.
+    |\d+(?:st|nd|rd|th|s)?(?:-\w+)+       # 10-year-old
+    |\d+[^\W\d]\w*                       # 6ft
+    |(?:(?<!\S)[-+])?(?:\d+(?:[.,:/]\d+)*|(?<!\w)\.\d+)  # 1,000 and 10:30
+    |(?-i:[A-Z]+(?:&[A-Z]+)+)             # AT&T
+    |\w+(?:[-/@.]\w+)*                   # black-and-white
+    |[\#@][a-z]\w*|[!?]{{2,}}|[$%&+=@\#*/()[\]{{}}<>~^|\\°]""",
+    re.VERBOSE | re.IGNORECASE,
 )
-QUOTES = str.maketrans("’‘“”", "''\"\"")
+SIGNS = str.maketrans(
+    {"’": "'", "‘": "'", "“": '"', "”": '"', "½": " 1/2 ", "¼": " 1/4 ", "¾": " 3/4 "}
+    | {"¢": " cents ", "£": "#", "€": "$"}
+)
 
 
 def caption_words(text: str) -> WordList:
     """The words of a caption, in lower case and without punctuation."""
-    found = WORD.findall(text.lower().translate(QUOTES))
+    found = (token.lower() for token in WORD.findall(text.translate(SIGNS)))
     return [word for token in found for word in SPLIT.get(token, token).split(" ")]
 
 

@@ -3,7 +3,7 @@
 FID       Heusel et al. 2017: Frechet distance of two Gaussians of Inception's pooled features
 KID       Binkowski et al. 2018: squared MMD, cubic kernel, mean of 100 subsets of at most 1,000
 CLIPScore Hessel et al. 2021: cosine of picture and words, at least 0; in points (x 100), which is
-          what torchmetrics gives and what tables of text-to-image print
+          what torchmetrics gives and what tables of text-to-image print; FID and KID have no unit
 
 The Inception file is TorchScript, such as the field's `inception-2015-12-05.pt`: it takes uint8
 pictures `[n, 3, h, w]` and resizes them itself. CLIP's folder is one of transformers.
@@ -27,6 +27,7 @@ from lavit.files import pretrained
 from lavit.images import levels, pixels
 
 SUBSETS, SUBSET = 100, 1000  # of KID
+BLANK = 256  # pixels of a picture that is tried when a network is opened
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -76,8 +77,15 @@ class Inception:
             said = f"{path} is not a TorchScript file ({why})"
             raise InputError(f"{said}: give one such as inception-2015-12-05.pt") from error
         self.device = device
-        names = [argument.name for argument in self.model.forward.schema.arguments]
-        self.options = {"return_features": True} if "return_features" in names else {}
+        try:
+            names = [argument.name for argument in self.model.forward.schema.arguments]
+            self.options = {"return_features": True} if "return_features" in names else {}
+            shape = self.features([Image.new("RGB", (BLANK, BLANK))] * 2).shape
+        except Exception as error:  # a network of another kind fails in ways of its own
+            why = " ".join(str(error).split())[-120:]
+            raise InputError(f"{path} gives no features of uint8 pictures: {why}") from error
+        if len(shape) != 2 or shape[0] != 2:
+            raise InputError(f"{path} gives features of shape {shape}, expected [pictures, dim]")
 
     @torch.inference_mode()
     def features(self, images: Sequence[Image.Image]) -> np.ndarray:
@@ -102,6 +110,11 @@ class Clip:
             why = " ".join(str(error).split())[:200]
             raise InputError(f"{folder} is not a transformers folder of CLIP: {why}") from error
         self.model.to(device).eval()
+        try:
+            self.score("a picture", Image.new("RGB", (BLANK, BLANK)))
+        except Exception as error:  # as above, of parts that do not fit each other
+            why = " ".join(str(error).split())[:200]
+            raise InputError(f"{folder} scores no pair of words and picture: {why}") from error
 
     @torch.inference_mode()
     def scores(self, texts: Sequence[str], images: Sequence[Image.Image]) -> list[float]:
