@@ -17,10 +17,11 @@ from lavit.data.scenes.render import background, render, sprite
 from lavit.data.scenes.world import BACKGROUNDS, Scene, objects
 from lavit.evaluate.distance import jpeg_bytes
 from lavit.evaluate.exam import Exam
+from lavit.evaluate.examinee import BATCH
 from lavit.evaluate.figures import Figure, average, bootstrapped, mean, spearman
 
 AREA_SIZE = 64  # pixels at which the covered area is measured
-BLANKS = 16  # blank pictures: the world's backgrounds and as many other colours
+OTHERS = 16  # pictures of each other kind
 OUTSIDE = 100  # drawings that the world does not hold
 
 
@@ -31,11 +32,12 @@ def ladder_spearman(exam: Exam) -> Figure:
     scenes = [exam.scene("ladder", n) for n in range(count)]
     pictures = [exam.picture(scene) for scene in scenes]
     things = np.array([len(scene.things) for scene in scenes])
-    area = np.array([covered(scene) for scene in scenes])
+    areas = [covered(scene) for scene in scenes]
+    area = np.array([found.mean() for found in areas])
     lengths = tokens.lengths.cpu().numpy().astype(np.float64)
     grid = exam.model.config.vision.grid
     others = other_lengths(features, pictures, grid, float(lengths.mean()))
-    details = {"same_area": spearman(lengths, things, area)}
+    details = {"same_area": spearman(lengths, things, area), **on_things(areas, tokens.keep, grid)}
     for number in sorted(set(things.tolist())):
         details[f"tokens_of_{number}"] = float(lengths[things == number].mean())
     for name, own in others.items():
@@ -51,14 +53,14 @@ def ladder_spearman(exam: Exam) -> Figure:
 
 
 def ladder_blank(exam: Exam) -> Figure:
-    """Mean share of the patches that are kept of blank pictures."""
+    """Mean share of the patches that are kept of pictures of one colour, the world's first."""
     size, grid = exam.model.config.vision.image_size, exam.model.config.vision.grid
     rng = np.random.default_rng(0)
     plain = [background(colour, "plain", size) for colour in BACKGROUNDS]
-    while len(plain) < BLANKS:
+    while len(plain) < exam.count:
         plain.append(Image.new("RGB", (size, size), tuple(int(x) for x in rng.integers(0, 256, 3))))
-    noise = [rng.integers(0, 256, (size, size, 3), dtype=np.uint8) for _ in range(BLANKS)]
-    whole = [exam.picture(exam.scene("ladder", 10 * n + 5)) for n in range(BLANKS)]
+    noise = [rng.integers(0, 256, (size, size, 3), dtype=np.uint8) for _ in range(OTHERS)]
+    whole = [exam.picture(exam.scene("ladder", 10 * n + 5)) for n in range(OTHERS)]
     kinds = {
         "blank": plain,
         "striped": [background(colour, "striped", size) for colour in BACKGROUNDS],
@@ -67,21 +69,37 @@ def ladder_blank(exam: Exam) -> Figure:
         "five_things": whole,
         "five_things_shuffled": [shuffled_patches(picture, grid, rng) for picture in whole],
     }
-    shares = {}
+    shares: dict[str, list[float]] = {}
     for name, pictures in kinds.items():
-        tokens = exam.tokenizer.encode(exam.features(pictures))
-        shares[name] = (tokens.lengths.double() / tokens.keep.shape[1]).tolist()
-    blank = shares.pop("blank")
+        for at in range(0, len(pictures), BATCH):
+            tokens = exam.tokenizer.encode(exam.features(pictures[at : at + BATCH]))
+            kept = tokens.lengths.double() / tokens.keep.shape[1]
+            shares.setdefault(name, []).extend(kept.tolist())
+    blank = shares.pop("blank")[: exam.count]
     details = {name: average(found) for name, found in shares.items()}
     floor = ("one patch", 1 / grid**2)
     return mean(blank, floor=floor, details=details, within=(0.0, 1.0))
 
 
-def covered(scene: Scene) -> float:
-    """Share of a picture that its things cover."""
+def covered(scene: Scene) -> np.ndarray:
+    """Where a picture is covered by its things, [AREA_SIZE, AREA_SIZE] of bool."""
     empty = np.asarray(background(scene.background, scene.pattern, AREA_SIZE), dtype=np.int16)
     shown = np.asarray(render(scene, AREA_SIZE), dtype=np.int16)
-    return float((np.abs(shown - empty).max(-1) > 8).mean())
+    return np.abs(shown - empty).max(-1) > 8
+
+
+def on_things(areas: Sequence[np.ndarray], keep: Tensor, grid: int) -> dict[str, float]:
+    """Share of the kept patches that touch a thing, and of all patches, over all pictures.
+
+    keep: [pictures, grid * grid], in raster order.
+    """
+    side = np.arange(AREA_SIZE) * grid // AREA_SIZE
+    touched = np.zeros((len(areas), grid, grid), dtype=bool)
+    for area, found in zip(areas, touched, strict=True):
+        rows, columns = np.nonzero(area)
+        found[side[rows], side[columns]] = True
+    flat, kept = touched.reshape(len(areas), -1), keep.cpu().numpy().astype(bool)
+    return {"kept_on_things": float(flat[kept].mean()), "patches_on_things": float(flat.mean())}
 
 
 def other_lengths(
