@@ -307,7 +307,9 @@ UNUSABLE = {
         seen(None, {"type": "image"}) | {"images": ["a.png"]},
     ],
     "half a character": [spoken("x \ud800"), spoken("x", "\ud800")],
-    "picture of no codes": [seen({**A, "codes": codes}) for codes in (5, "abc", "12", [], [1.5], [None])],
+    "picture of no codes": [
+        seen({**A, "codes": codes}) for codes in (5, "abc", "12", [], [1.5], [None])
+    ],
     "says keep": [seen({**A, "keep": keep}) for keep in ({"x": 1}, -4, 0.5)],
     "not a path": [seen({**A, "image": 3})],
     "neither a path nor a file": [spoken("<image>", image=3)],

@@ -317,13 +317,9 @@ def _turn(message: Any, number: int) -> Turn:
 def _piece(part: Any, number: int) -> str | ImagePart:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text" and isinstance(part.get("text"), str):
-        if "\ue000" in part["text"] or "\ue001" in part["text"]:
-            marks = "the characters U+E000 or U+E001, which mark pictures"
-            raise InputError(f"message {number} holds {marks}: remove them")
-        if re.search("[\ud800-\udfff]", part["text"]):
-            raise InputError(
-                f"message {number} holds half a character, a lone surrogate: remove it"
-            )
+        if wrong := re.search("[\ud800-\udfff\ue000\ue001]", part["text"]):
+            marks = "U+E000 or U+E001, which mark pictures, or half a character (a surrogate)"
+            raise InputError(f"message {number} holds {marks}: remove {wrong[0]!r}")
         return part["text"]
     picture = part.get("image", part.get("path")) if kind == "image" else None
     if picture is None:
