@@ -116,8 +116,9 @@ def finetune(
     ShareGPT's JSON, or TRL's parquet (docs/data.md); --images names the folder that its pictures
     are below, else they are below the file's. --lora R trains adapters of rank R, which are merged
     in the end, or with --keep-adapter stay a PEFT folder beside their base; by default all weights
-    train, or the adapter that the model has. --minutes, in place of --steps, measures how many fit.
-    The same command goes on after an interruption.
+    train, or the adapter that the model has (--lora 0: all weights even then). --minutes, in place
+    of --steps, measures how many fit. The same command goes on after an interruption, unless the
+    data have changed.
 
     --replay TEXTS:0.25 fills a quarter of the rows with texts alone, so that the model keeps its
     language. In the end captions, drawings and texts are measured before and after, on what --check

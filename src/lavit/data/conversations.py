@@ -75,6 +75,8 @@ def load_conversations(
     """
     path = Path(data)
     below = path.parent if images is None else Path(images)
+    if images is not None and not below.is_dir():
+        raise InputError(f"{below} is no folder: give the one that pictures are below")
     read: list[tuple[str, Any]] = []
     broken: list[tuple[str, str]] = []
     pictures: dict[str, Record] = {}
