@@ -202,6 +202,42 @@ def test_any_to_any_is_saved_and_refuses_in_one_line(any_to_any: Any, tmp_path: 
             call()
 
 
+def test_any_to_any_looks_at_what_it_is_given(any_to_any: Any, tmp_path: Path, caplog: Any) -> None:
+    processor, model = any_to_any
+    known = model.lavit.language.vocabulary
+    array = np.asarray(toy_picture("red bar").resize((16, 16)))
+    inputs = dict(processor(text="<image>", images=array))
+    ids, values = inputs["input_ids"], inputs["pixel_values"]
+    assert model.generate(**inputs, max_new_tokens=2).shape == (1, ids.shape[1] + 2)
+    open_end = torch.tensor([[1, known.image_start, 2]])
+    turned = torch.tensor([[known.image_end, known.image_start]])
+    nothing = torch.zeros_like(ids)
+    for line, changes in (
+        ("pixel_values are of 0 pictures, input_ids have places for 1", {"pixel_values": None}),
+        ("pixel_values are of 2 pictures", {"pixel_values": torch.cat([values, values])}),
+        ("not finite", {"pixel_values": values * float("nan")}),
+        ("without the other", {"input_ids": open_end, "attention_mask": None}),
+        ("without the other", {"input_ids": turned, "attention_mask": None}),
+        (r"input_ids are \[2\]", {"input_ids": ids[0]}),
+        (r"input_ids are \[0, 2\]", {"input_ids": ids[:0], "attention_mask": None}),
+        (r"input_ids are \[1, 2\] of torch.float32", {"input_ids": ids.float()}),
+        (r"attention_mask is \[1, 1\]", {"attention_mask": torch.ones(1, 1)}),
+        ("row 0 has no token", {"attention_mask": nothing}),
+        ("this model's are 0", {"input_ids": nothing - 7}),
+        ("this model's are 0", {"input_ids": nothing + known.size}),
+    ):
+        with pytest.raises(ValueError, match=line):
+            model.generate(**(inputs | changes), max_new_tokens=2)
+    for line, wrong in (
+        ("this model's are 0", [[known.size]]), ("this model's are 0", [[-1]]),
+        ("row 1 holds no code", [[known.size - 1], [3]]), (r"image_tokens are \[0\]", []),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=line):
+            model.decode_image_tokens(torch.tensor(wrong), steps=1)
+    processor.save_pretrained(tmp_path)
+    assert "model.save_pretrained writes" in caplog.text
+
+
 def test_transformers_own_pipeline_takes_it(toy_run: Path, any_to_any: Any) -> None:
     pytest.importorskip("torchvision")  # which that pipeline wants
     from transformers import pipeline
