@@ -201,9 +201,20 @@ def test_a_kept_adapter_is_a_peft_folder_beside_its_base(
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     with torch.no_grad():
         assert plain(ids).logits.shape[-1] == kept.language.vocabulary.size
+    main(["export", str(tmp_path / "kept"), "--merge", "--whole", "--out", str(tmp_path / "whole")])
+    whole = LaVIT.from_pretrained(tmp_path / "whole")
+    assert (whole.config.language.source, whole.config.language.lora_rank) == ("folder", 0)
+    torch.testing.assert_close(logits(whole.language), logits(kept.language), **close)
+    assert whole.pixels is not None and not (tmp_path / "whole" / "base").exists()
     kept.save_pretrained(tmp_path / "again")
     again = LaVIT.from_pretrained(tmp_path / "again")
     assert torch.equal(logits(again.language), logits(kept.language))
+    said = json.loads((tmp_path / "kept" / "language" / "adapter_config.json").read_text())
+    for wrong in ({"r": 64}, {"target_modules": ["nonsense"]}):
+        path = tmp_path / "again" / "language" / "adapter_config.json"
+        path.write_text(json.dumps(said | wrong))
+        with pytest.raises(InputError, match=r"adapter_config.json: r .* config.json says rank 4"):
+            LaVIT.from_pretrained(tmp_path / "again", parts=("language",))
     with pytest.raises(InputError, match="give its rank"):
         finetune_training(toy_run, keep_adapter=True)
 

@@ -181,10 +181,22 @@ def _forgotten(before: str, after: Path, data: str | None) -> None:
         print(f"warning: {', '.join(lost)} got worse: {cure}", file=sys.stderr)
 
 
-def export(run: Words[str], /, out: Path, merge: bool = False) -> None:
-    """Write a run's language model as a plain transformers folder; --merge joins LoRA to it."""
+def export(run: Words[str], /, out: Path, merge: bool = False, whole: bool = False) -> None:
+    """Write a run's language model as a plain transformers folder; --merge joins LoRA to it.
+
+    --whole writes the whole model, a folder for lavit.load, in place of the language model alone.
+    """
+    from lavit.model import LaVIT
     from lavit.storage import export_language, model_folder
 
     folder = model_folder(run)
-    export_language(read_config(folder), folder, out, merge=merge)
+    if not whole:
+        export_language(read_config(folder), folder, out, merge=merge)
+    elif out.exists():
+        raise InputError(f"{out} exists already: give another --out")
+    else:
+        model = LaVIT.from_pretrained(folder)
+        if merge:
+            model.merge_adapter()
+        model.save_pretrained(out)
     print(out)

@@ -39,7 +39,8 @@ class Manifest:
     def read(cls, folder: Path) -> Manifest:
         """The manifest of a converted folder; one of another form raises `InputError`."""
         noted = read_json(folder / KEPT / "manifest.json")
-        tensors, files = noted.get("tensors"), noted.get("files")
+        tensors: Any = noted.get("tensors")
+        files: Any = noted.get("files")
         if not (
             _entries(tensors)
             and _paths(tensors)

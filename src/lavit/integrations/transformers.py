@@ -50,10 +50,10 @@ from lavit.generate.prompts import (
     turn_ends,
 )
 from lavit.generate.request import Request
+from lavit.generate.rows import check_rows, check_written
 from lavit.generate.runner import Runner
 from lavit.generate.sampling import Sampling
 from lavit.images import ImageInput, open_image, pixels
-from lavit.integrations.rows import check_codes, check_rows
 from lavit.layout import ImagePart, Part, ids_of, mixed
 from lavit.model import LaVIT
 from lavit.placement import Places, place
@@ -113,7 +113,7 @@ class LaVITMultimodalProcessor(ProcessorMixin):
         hub: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
         return cls(LaVITProcessor.from_pretrained(model, **hub))
 
-    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, *_: Any, **__: Any) -> None:
         """Nothing, which is said: config.json and the text tokenizer are saved with the model."""
         if not (Path(save_directory) / "config.json").is_file():
             log.warning("a processor has no files: model.save_pretrained writes what it opens from")
@@ -344,7 +344,7 @@ class LaVITForMultimodalLM(PreTrainedModel, GenerationMixin):
     ) -> UInt8[Tensor, "images height width 3"]:
         """The picture of each row [rows written] of `generate`; its noise is that of seed + i."""
         known = self.lavit.language.vocabulary
-        check_codes(image_tokens, known)
+        check_written(image_tokens, known)
         codes = [known.codes_of(row[known.is_code(row)]) for row in image_tokens]
         seeds = seeds_of(seed, len(codes))
         painted = self.runner.paint(codes, seeds=seeds, steps=steps, guidance=guidance, size=size)

@@ -1,4 +1,4 @@
-"""What the any-to-any model (transformers.py) is given, checked before anything is computed."""
+"""Rows of joint ids that are given from outside, checked before anything is computed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def check_rows(ids: Tensor, mask: Tensor, known: Vocabulary, values: Tensor | No
         raise InputError("pixel_values hold values that are not finite")
 
 
-def check_codes(ids: Tensor, known: Vocabulary) -> None:
+def check_written(ids: Tensor, known: Vocabulary) -> None:
     """Raise `InputError` unless each row [rows tokens] holds codes of a picture."""
     _check_ids("image_tokens", ids, known)
     for number, codes in enumerate(known.is_code(ids).sum(1).tolist()):
