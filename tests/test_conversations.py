@@ -308,7 +308,7 @@ UNUSABLE = {
     ],
     "half a character": [spoken("x \ud800"), spoken("x", "\ud800")],
     "picture of no codes": [
-        seen({**A, "codes": codes}) for codes in (5, "abc", "12", [], [1.5], [None])
+        seen({**A, "codes": codes}) for codes in (5, "abc", "12", [], [1.5], [None], [-5])
     ],
     "says keep": [seen({**A, "keep": keep}) for keep in ({"x": 1}, -4, 0.5)],
     "not a path": [seen({**A, "image": 3})],

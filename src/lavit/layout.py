@@ -332,9 +332,9 @@ def _piece(part: Any, number: int) -> str | ImagePart:
         numbers = tuple(map(operator.index, codes))
     except TypeError:
         numbers = ()
-    if not numbers:
+    if not numbers or min(numbers) < 0:
         bad = f"message {number} has a picture of no codes but {codes!r:.40}"
-        raise InputError(f"{bad}: leave 'codes' out, or give whole numbers, one at least")
+        raise InputError(f"{bad}: leave 'codes' out, or give numbers from 0, one at least")
     return ImagePart(picture, read=False, codes=numbers)
 
 
