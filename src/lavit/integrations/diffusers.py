@@ -161,8 +161,8 @@ class LaVITPipeline(DiffusionPipeline):  # type: ignore[misc]  # Any
             raise InputError("give height and width, or neither")
         size = None if height is None or width is None else (height, width)
         prompts = _texts(prompt)
-        if num_images_per_prompt < 1:
-            raise InputError(f"num_images_per_prompt is {num_images_per_prompt}: give 1 or more")
+        if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
+            raise InputError(f"num_images_per_prompt is {num_images_per_prompt!r}: give 1 or more")
         prompts = [one for one in prompts for _ in range(num_images_per_prompt)]
         seeds = _seeds(generator, len(prompts))
         runner = Runner(self.lavit, **self.settings)
