@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -140,16 +141,16 @@ def test_what_cannot_be_used_is_left_out_and_named(
         file.write("{broken\n")
     conversations = load_conversations(path)
     assert {name: len(reason) > 0 for name, reason in conversations.broken} == {
-        f"conversations.jsonl:{line}": True for line in (2, 3, 6)
+        f"conversations.jsonl:{line}": True for line in (2, 3, 4, 6)
     }
     assert (
         "no such thing.png' does not exist" in dict(conversations.broken)["conversations.jsonl:3"]
     )
     counts = conversations.counts()
-    assert (counts["conversations"], counts["left out"], counts["pictures"]) == (3, 3, 1)
+    assert (counts["conversations"], counts["left out"], counts["pictures"]) == (2, 4, 1)
     text.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     documents = documents_of(path, text, tokens=400)
-    reasons = dict(documents.broken)
+    reasons = dict(conversations.broken) | dict(documents.broken)
     assert "every label is masked" in reasons["conversations.jsonl:4"]
     assert "more than a row of 400" in reasons["conversations.jsonl:5"]
     assert len(documents.sequences) == 1 and "left out conversations.jsonl:4" in caplog.text
@@ -266,3 +267,114 @@ def test_marks_and_pictures_must_agree(tmp_path: Path) -> None:
     assert "does not exist" in reasons[2]
     below = load_conversations(tmp_path / "data.json", tmp_path)
     assert below == found and found.counts()["pictures"] == 1
+
+
+ASKED = {"role": "user", "content": "what is it?"}
+ANSWER = {"role": "assistant", "content": [said("a bar")]}
+
+
+def of_pictures(*parts: dict, images: list[str], said: str = "x") -> dict:
+    """A row with pictures of its own column, and what its user's message holds."""
+    content = [*parts, {"type": "text", "text": said}]
+    return {"messages": [{"role": "user", "content": content}, ANSWER], "images": images}
+
+
+def spoken(value: str, answer: str = "x", **more) -> dict:
+    turns = [{"from": "human", "value": value}, {"from": "gpt", "value": answer}]
+    return {"conversations": turns, **more}
+
+
+def seen(*parts, role: str = "user") -> dict:
+    """A row with a content of these parts."""
+    if role == "user":
+        return {"messages": [{"role": "user", "content": [*parts]}, ANSWER]}
+    return {"messages": [ASKED, {"role": "assistant", "content": [*parts]}]}
+
+
+A = {"type": "image", "image": "a.png"}
+UNUSABLE = {
+    "0 pictures for 1 marks": [
+        spoken("<image> what?"), spoken("<image>", image=None), spoken("<image>", images=[]),
+        spoken("hi", "<image>"), seen({"type": "image"}),
+    ],
+    "turn of the assistant is empty": [
+        spoken("x", ""), spoken("", ""), spoken("x", " \n"), seen(said(""), role="assistant"),
+    ],
+    "last message is not": [{"messages": [ASKED, ANSWER, ASKED]}],
+    "a turn is from": [{"conversations": [{"from": ["human"], "value": "x"}, ANSWER]}],
+    "a part of a message is": [
+        seen("hello", {"type": "image"}) | {"images": ["a.png"]},
+        seen(None, {"type": "image"}) | {"images": ["a.png"]},
+    ],
+    "half a character": [spoken("x \ud800"), spoken("x", "\ud800")],
+    "picture of no codes": [
+        seen({**A, "codes": codes}) for codes in (5, "abc", "12", [], [1.5], [None], [-5])
+    ],
+    "says keep": [seen({**A, "keep": keep}) for keep in ({"x": 1}, -4, 0.5)],
+    "not a path": [seen({**A, "image": 3})],
+    "neither a path nor a file": [spoken("<image>", image=3)],
+    "leads out of": [
+        spoken("<image>", image=f"{up}a.png") for up in ("../", "below/../../", "/etc/")
+    ],
+    "of 0..1|of 0..0": [
+        of_pictures(*({"type": "image", "index": n} for n in numbers), images=images)
+        for numbers, images in (
+            ([0, 2], ["a.png", "b.png"]), ([0, -1], ["a.png", "b.png"]),
+            ([0, 0], ["a.png", "b.png"]), ([[0]], ["a.png"]), (["0"], ["a.png"]),
+            ([0.0], ["a.png"]),
+        )
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("why", UNUSABLE)
+def test_a_bad_row_leaves_the_others(why: str, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        toy_picture("red dot").save(tmp_path / f"{name}.png")
+    rows = [spoken("hello", "hi"), *UNUSABLE[why], spoken("<image>", image="a.png")]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = load_conversations(tmp_path / "data.jsonl")
+    assert [name for name, _ in found.broken] == [
+        f"data.jsonl:{line}" for line in range(2, len(rows))
+    ]
+    for _, reason in found.broken:
+        assert re.search(why, reason) and "\n" not in reason, reason
+    assert found.counts()["left out"] == len(UNUSABLE[why])
+
+
+def test_a_picture_stands_where_its_index_says(tmp_path: Path) -> None:
+    toy_picture("red dot").save(tmp_path / "zero.png")
+    toy_picture("blue bar").save(tmp_path / "one.png")
+    marks = [{"type": "image", "index": number} for number in (1, 0, 1)]
+    rows = [
+        of_pictures(*marks, images=["zero.png", "one.png"]),
+        of_pictures({"type": "image"}, {"type": "image"}, images=["zero.png", "one.png"]),
+        seen({"type": "image", "path": "one.png"}),  # another name of "image"
+    ]
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    parquet.write_table(pa.Table.from_pylist(rows[:2]), tmp_path / "data.parquet")
+    for path, last in (("data.json", [["one.png"]]), ("data.parquet", [])):
+        found = load_conversations(tmp_path / path)
+        names = [picture.name for picture in found.pictures]
+        stood = [
+            [names[part["image"]] for part in item.messages[0]["content"] if "image" in part]
+            for item in found.items
+        ]
+        assert stood == [["one.png", "zero.png", "one.png"], ["zero.png", "one.png"], *last]
+
+
+def test_a_picture_of_the_assistants_may_bring_its_codes(
+    tmp_path: Path, text: PreTrainedTokenizerBase
+) -> None:
+    """They are what is learnt; codes that the model has not leave their conversation out."""
+    own, wrong = ([ASKED, {"role": "assistant", "content": [{**shown("red dot"), "codes": codes}]}]
+                  for codes in ([7, 7, 9], [99999999]))  # fmt: skip
+    documents = documents_of(write(tmp_path, [own, wrong]), text)
+    (learnt,) = documents.sequences
+    codes = [label - len(text) - 2 for label in learnt.labels if label >= len(text) + 2]
+    assert codes == [7, 7, 9]
+    ((name, reason),) = documents.broken
+    assert name == "conversations.jsonl:2" and "this model's are 0..31" in reason

@@ -544,6 +544,15 @@ def change_file(path: Path, change) -> None:
     torch.save(tensors, path)
 
 
+def change_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def remove(folder: Path, pattern: str) -> None:
+    for path in folder.glob(pattern):
+        path.unlink()
+
+
 class Evil:
     """A pickle that would run code."""
 
@@ -592,15 +601,88 @@ class Evil:
             "more.bin is an unknown weight file",
         ),
         (lambda f: shutil.rmtree(f / "pixel_decoding" / "unet"), "unet"),
+        (lambda f: (f / layout.ENCODER).write_bytes(b""), "encoder.bin is not a readable.*empty"),
+        (
+            lambda f: change_file(
+                f / layout.ENCODER, lambda t: t.update({n: t[n].int() for n in t})
+            ),
+            "torch.int32, expected torch.float32",
+        ),
+        (lambda f: remove(f, "pixel_decoding/unet/*.bin"), "pixel_decoding/unet: missing"),
+        (
+            lambda f: remove(f, "highres_pixel_decoding/vae/*.safetensors"),
+            "highres_pixel_decoding/vae: missing",
+        ),
+        (
+            lambda f: change_json(f / "pixel_decoding/unet/config.json", _class_name="Nope"),
+            "pixel_decoding: .*unknown unet class 'Nope'",
+        ),
+        (
+            lambda f: change_json(f / "pixel_decoding/unet/config.json", norm_num_groups=0),
+            "pixel_decoding has a unet/config.json that no unet is built of",
+        ),
+        (
+            lambda f: change_json(f / "pixel_decoding/unet/config.json", in_channels=5),
+            "pixel_decoding/unet: conv_in.weight is",
+        ),
+        (
+            lambda f: (f / "pixel_decoding/scheduler/scheduler_config.json").write_text("nope"),
+            "pixel_decoding/scheduler/scheduler_config.json is not valid JSON",
+        ),
+        (lambda f: remove(f, "language_model/tokenizer*"), "language_model has no tokenizer"),
+        (
+            lambda f: (f / "language_model/tokenizer.json").write_text("junk"),
+            "language_model has no tokenizer that opens",
+        ),
+        (
+            lambda f: change_json(f / "language_model/config.json", vocab_size="x"),
+            "language_model has a config.json.*vocab_size",
+        ),
+        (
+            lambda f: change_json(f / "language_model/config.json", num_attention_heads=0),
+            "language_model has a config.json that names no language model",
+        ),
+        (
+            lambda f: (f / "language_model/pytorch_model.bin.index.json").write_text("{}"),
+            "index.json has no weight_map",
+        ),
     ],
 )
 def test_a_broken_folder_is_named_and_leaves_nothing(
     broken: Path, tmp_path: Path, break_it, message: str
 ):
     break_it(broken)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message) as refused:
         convert_published(broken, tmp_path / "out")
+    assert ".out.new" not in str(refused.value) and "\n" not in str(refused.value)
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+@pytest.mark.parametrize(
+    ("forge", "message"),
+    [
+        (lambda noted: noted.clear(), "not what a conversion wrote"),
+        (lambda noted: noted.pop("files"), "not what a conversion wrote"),
+        (lambda noted: noted["tensors"].update(x={"shapes": {}}), "not what a conversion wrote"),
+        (
+            lambda noted: noted["files"].update({"../evil.txt": "config.json"}),
+            "not what a conversion wrote",
+        ),
+        (lambda noted: noted["tensors"].pop(layout.NULL), "does not know pixel_decoding/uncond"),
+        (
+            lambda noted: noted["tensors"][layout.NULL]["shapes"].update({"": [1, 2]}),
+            "tensors of pixel_decoding/uncond_embeddings.bin have changed",
+        ),
+    ],
+)
+def test_a_forged_manifest_is_refused(converted: Path, tmp_path: Path, forge, message: str):
+    folder = Path(shutil.copytree(converted, tmp_path / "forged"))
+    noted = json.loads((folder / "published" / "manifest.json").read_text())
+    forge(noted)
+    (folder / "published" / "manifest.json").write_text(json.dumps(noted))
+    with pytest.raises(InputError, match=message):
+        convert_reverse(folder, tmp_path / "back")
+    assert [path.name for path in tmp_path.iterdir()] == ["forged"]
 
 
 def test_nothing_is_overwritten(folder: Path, tmp_path: Path):

@@ -203,9 +203,20 @@ def test_a_kept_adapter_is_a_peft_folder_beside_its_base(
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     with torch.no_grad():
         assert plain(ids).logits.shape[-1] == kept.language.vocabulary.size
+    main(["export", str(tmp_path / "kept"), "--merge", "--whole", "--out", str(tmp_path / "whole")])
+    whole = LaVIT.from_pretrained(tmp_path / "whole")
+    assert (whole.config.language.source, whole.config.language.lora_rank) == ("folder", 0)
+    torch.testing.assert_close(logits(whole.language), logits(kept.language), **close)
+    assert whole.pixels is not None and not (tmp_path / "whole" / "base").exists()
     kept.save_pretrained(tmp_path / "again")
     again = LaVIT.from_pretrained(tmp_path / "again")
     assert torch.equal(logits(again.language), logits(kept.language))
+    said = json.loads((tmp_path / "kept" / "language" / "adapter_config.json").read_text())
+    for wrong in ({"r": 64}, {"target_modules": ["nonsense"]}):
+        path = tmp_path / "again" / "language" / "adapter_config.json"
+        path.write_text(json.dumps(said | wrong))
+        with pytest.raises(InputError, match=r"adapter_config.json: r .* config.json says rank 4"):
+            LaVIT.from_pretrained(tmp_path / "again", parts=("language",))
     with pytest.raises(InputError, match="give its rank"):
         finetune_training(toy_run, keep_adapter=True)
 
@@ -252,3 +263,52 @@ def test_what_a_fine_tuning_forgets_is_said(
     with pytest.raises(SystemExit) as stopped:
         main([*words, "--out", str(tmp_path / "bad"), "--check", str(tmp_path / "missing")])
     assert stopped.value.code == 2 and not (tmp_path / "bad").exists()
+
+
+def test_changed_data_are_no_way_to_go_on(toy_run: Path, data: Path, tmp_path: Path) -> None:
+    """Conversations and texts to be replayed are held by what they say, not by their names."""
+    prose = tmp_path / "prose.txt"
+    prose.write_text("a heron stands in the reeds. " * 40)
+    training = finetune_training(toy_run, steps=1, replay=f"{prose}:0.5")
+    training = replace(training, language=replace(training.language, rows=2))
+    finetune(tmp_path / "new", data, toy_run, training)
+    finetune(tmp_path / "new", data, toy_run, training)
+    for path in (data, prose):
+        before = path.read_text()
+        path.write_text(before.replace("r", "s"))
+        with pytest.raises(InputError, match=rf"{path.name} has changed since.*another --out"):
+            finetune(tmp_path / "new", data, toy_run, training)
+        path.write_text(before)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--lora", "-3"], "is no rank"),
+        (["--steps", "0"], "at least 1 step"),
+        (["--images", "nothere"], "nothere is no folder"),
+        (["--replay", "nothere.txt:0.5"], "nothere.txt"),
+        (["--replay", "prose.txt"], "share of rows"),
+        (["--replay", "blank.txt:0.5"], "no text in it"),
+    ],
+)
+def test_a_refused_fine_tuning_leaves_nothing(
+    words: list[str], said: str, toy_run: Path, data: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prose.txt").write_text("a heron")
+    (tmp_path / "blank.txt").write_text(" \n")
+    given = ["train", "finetune", "--data", str(data), "--model", str(toy_run), "--out", "new"]
+    with pytest.raises(SystemExit) as stopped:
+        main([*given, *words])
+    (line,) = [one for one in capsys.readouterr().err.splitlines() if one.startswith("lavit:")]
+    assert stopped.value.code == 2 and said in line and not Path("new").exists()
+
+
+def test_rank_0_trains_all_weights_and_says_so(
+    toy_run: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    finetune(tmp_path / "new", data, toy_run, settings(toy_run, lora=0, steps=1))
+    assert "all weights of the language model train" in caplog.text

@@ -105,6 +105,76 @@ def test_diffusers_refuses_in_one_line(pipe: Any) -> None:
             pipe("red bar", **wrong)
 
 
+@pytest.mark.parametrize(
+    ("how", "line"),
+    [
+        ({"negative_prompt": "blue"}, "takes no negative_prompt='blue'"),
+        ({"eta": 0.5}, "takes no eta=0.5"),
+        ({"height": 100000, "width": 100000}, "at most [0-9]+ pixels"),
+        ({"prompt": None}, "prompt is None"),
+        ({"prompt": []}, "empty list"),
+        ({"prompt": ["a", 3]}, "prompt is"),
+        ({"generator": 3}, "generator is 3"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
+        ({"callback_on_step_end": lambda *_: 5}, "a callback returned int"),
+        ({"callback_on_step_end": lambda *_: {"latents": torch.ones(1)}}, "returned dict"),
+        ({"callback_on_step_end_tensor_inputs": None}, "a callback gets latents"),
+    ],
+)
+def test_diffusers_arguments_are_refused_by_name(pipe: Any, how: Any, line: str) -> None:
+    with pytest.raises(InputError, match=line):
+        pipe(**{"prompt": "red bar", "num_inference_steps": 1, **how})
+
+
+def test_diffusers_arguments_that_change_nothing_are_taken(toy_run: Path) -> None:
+    from lavit.integrations.diffusers import LaVITPipeline
+
+    usual: dict[str, Any] = {"safety_checker": None, "use_safetensors": True, "variant": None}
+    pipe = LaVITPipeline.from_pretrained(toy_run, torch_dtype="bfloat16", **usual)
+    assert pipe.lavit.dtype == torch.bfloat16 and pipe.settings["safety"] is False
+    for wrong in ({"variant": "fp16"}, {"torch_dtype": torch.int8}, {"torch_dtype": "int3"}):
+        with pytest.raises(InputError, match=r"variant|torch_dtype"):
+            LaVITPipeline.from_pretrained(toy_run, **wrong)
+
+
+def test_diffusers_keeps_the_scheduler(toy_run: Path, tmp_path: Path) -> None:
+    from diffusers import EulerDiscreteScheduler
+
+    from lavit.integrations.diffusers import LaVITPipeline
+
+    pipe = LaVITPipeline.from_pretrained(toy_run)
+    usual = pipe.scheduler
+    for scheduler in (EulerDiscreteScheduler.from_config(usual.config), usual):
+        pipe.scheduler = scheduler
+        pipe.save_pretrained(tmp_path / "saved")
+        again = LaVITPipeline.from_pretrained(tmp_path / "saved")
+        assert type(again.scheduler) is type(scheduler)
+        images = []
+        for one in (pipe, again):
+            one.set_progress_bar_config(disable=True)
+            how: dict[str, Any] = {"num_inference_steps": 2, "output_type": "np"}
+            images.append(one("red bar", generator=seeded(0)[0], **how).images)
+        assert np.array_equal(*images)
+
+
+def test_diffusers_callback_may_end_the_steps(pipe: Any) -> None:
+    """What is painted then are the latents of that step, as in diffusers."""
+    seen: list[Any] = []
+
+    def stop(own: Any, step: int, time: torch.Tensor, kwargs: dict[str, torch.Tensor]) -> Any:
+        seen.append(kwargs["latents"])
+        own._interrupt = step == 1
+        return kwargs
+
+    how: dict[str, Any] = {"num_inference_steps": 5, "guidance_scale": 2.0, "output_type": "pt"}
+    found = pipe("red bar", generator=seeded(0)[0], callback_on_step_end=stop, **how).images
+    assert len(seen) == 2 and pipe.interrupt
+    assert (pipe.num_timesteps, pipe.guidance_scale) == (5, 2.0)
+    assert torch.equal(found, (pipe.lavit.pixels.pictures(seen[-1]) + 1) / 2)
+    pipe("red bar", num_inference_steps=1)
+    assert not pipe.interrupt and pipe.num_timesteps == 1
+
+
 @pytest.fixture(scope="module")
 def any_to_any(toy_run: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForMultimodalLM, AutoProcessor
@@ -200,6 +270,42 @@ def test_any_to_any_is_saved_and_refuses_in_one_line(any_to_any: Any, tmp_path: 
     ):
         with pytest.raises(InputError, match=line):
             call()
+
+
+def test_any_to_any_looks_at_what_it_is_given(any_to_any: Any, tmp_path: Path, caplog: Any) -> None:
+    processor, model = any_to_any
+    known = model.lavit.language.vocabulary
+    array = np.asarray(toy_picture("red bar").resize((16, 16)))
+    inputs = dict(processor(text="<image>", images=array))
+    ids, values = inputs["input_ids"], inputs["pixel_values"]
+    assert model.generate(**inputs, max_new_tokens=2).shape == (1, ids.shape[1] + 2)
+    open_end = torch.tensor([[1, known.image_start, 2]])
+    turned = torch.tensor([[known.image_end, known.image_start]])
+    nothing = torch.zeros_like(ids)
+    for line, changes in (
+        ("pixel_values are of 0 pictures, input_ids have places for 1", {"pixel_values": None}),
+        ("pixel_values are of 2 pictures", {"pixel_values": torch.cat([values, values])}),
+        ("not finite", {"pixel_values": values * float("nan")}),
+        ("without the other", {"input_ids": open_end, "attention_mask": None}),
+        ("without the other", {"input_ids": turned, "attention_mask": None}),
+        (r"input_ids are \[2\]", {"input_ids": ids[0]}),
+        (r"input_ids are \[0, 2\]", {"input_ids": ids[:0], "attention_mask": None}),
+        (r"input_ids are \[1, 2\] of torch.float32", {"input_ids": ids.float()}),
+        (r"attention_mask is \[1, 1\]", {"attention_mask": torch.ones(1, 1)}),
+        ("row 0 has no token", {"attention_mask": nothing}),
+        ("this model's are 0", {"input_ids": nothing - 7}),
+        ("this model's are 0", {"input_ids": nothing + known.size}),
+    ):
+        with pytest.raises(ValueError, match=line):
+            model.generate(**(inputs | changes), max_new_tokens=2)
+    for line, wrong in (
+        ("this model's are 0", [[known.size]]), ("this model's are 0", [[-1]]),
+        ("row 1 holds no code", [[known.size - 1], [3]]), (r"image_tokens are \[0\]", []),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=line):
+            model.decode_image_tokens(torch.tensor(wrong), steps=1)
+    processor.save_pretrained(tmp_path)
+    assert "model.save_pretrained writes" in caplog.text
 
 
 def test_transformers_own_pipeline_takes_it(toy_run: Path, any_to_any: Any) -> None:

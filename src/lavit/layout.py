@@ -29,6 +29,7 @@ token of the template (`<|im_end|>`) is not a control token.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -302,9 +303,8 @@ def _turns(messages: Any) -> list[Turn]:
 
 def _turn(message: Any, number: int) -> Turn:
     if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-        raise InputError(
-            f"message {number} is not a message: give a dict with 'role' and 'content'"
-        )
+        like = "give a dict with 'role' and 'content'"
+        raise InputError(f"message {number} is not a message: {like}")
     role, content = message["role"], message["content"]
     if role not in ROLES:
         raise InputError(f"message {number} has role {role!r}: use one of {', '.join(ROLES)}")
@@ -317,23 +317,25 @@ def _turn(message: Any, number: int) -> Turn:
 def _piece(part: Any, number: int) -> str | ImagePart:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text" and isinstance(part.get("text"), str):
-        if "\ue000" in part["text"] or "\ue001" in part["text"]:
-            marks = "the characters U+E000 or U+E001, which mark pictures"
-            raise InputError(f"message {number} holds {marks}: remove them")
+        if wrong := re.search("[\ud800-\udfff\ue000\ue001]", part["text"]):
+            marks = "U+E000 or U+E001, which mark pictures, or half a character (a surrogate)"
+            raise InputError(f"message {number} holds {marks}: remove {wrong[0]!r}")
         return part["text"]
     picture = part.get("image", part.get("path")) if kind == "image" else None
     if picture is None:
-        raise InputError(
-            f"message {number} has a part that is neither {{'type': 'text', 'text': …}} nor "
-            "{'type': 'image', 'image': path or PIL image}"
-        )
+        forms = "{'type': 'text', 'text': …} nor {'type': 'image', 'image': path or PIL image}"
+        raise InputError(f"message {number} has a part that is neither {forms}")
     codes = part.get("codes")
     if codes is None:
         return ImagePart(picture, read=False, keep=part.get("keep", "auto"))
-    if not len(codes):
-        empty = f"message {number} has a picture of no codes"
-        raise InputError(f"{empty}: leave 'codes' out, or give at least one")
-    return ImagePart(picture, read=False, codes=tuple(map(int, codes)))
+    try:
+        numbers = tuple(map(operator.index, codes))
+    except TypeError:
+        numbers = ()
+    if not numbers or min(numbers) < 0:
+        bad = f"message {number} has a picture of no codes but {codes!r:.40}"
+        raise InputError(f"{bad}: leave 'codes' out, or give numbers from 0, one at least")
+    return ImagePart(picture, read=False, codes=numbers)
 
 
 def _templated(flat: Flat, tokenizer: PreTrainedTokenizerBase, reply: Reply | None) -> Spans:

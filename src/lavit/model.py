@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lavit.config import PARTS, InputError, ModelConfig, read_config, write_config
 from lavit.files import replacing, save_tensors
+from lavit.language.lora import merge_lora
 from lavit.language.model import Language
 from lavit.placement import Places, placer
 from lavit.sequence import Batch, VisualTokens
@@ -220,6 +221,12 @@ class LaVIT(nn.Module):
             language, found.text_tokenizer = load_language(config, folder)
             found.language = place(language)
         return found.eval()
+
+    def merge_adapter(self) -> None:
+        """Add the language model's LoRA to its weights, if it has one: the same outputs."""
+        self.needs("language")
+        merge_lora(self.language.lm)
+        self.config = replace(self.config, language=replace(self.config.language, lora_rank=0))
 
     def save_pretrained(self, folder: str | Path, *, parts: Sequence[str] | None = None) -> None:
         """Write the configuration and the named parts (default: all there are); changes no model.

@@ -118,7 +118,10 @@ class Batch:
 
 @lru_cache(maxsize=8192)
 def image_ids(codes: tuple[int, ...], vocabulary: Vocabulary) -> tuple[int, ...]:
-    """Start, codes, end of one image as joint ids."""
+    """Start, codes, end of one image as joint ids; `InputError` for a code that is none."""
+    if codes and not 0 <= min(codes) <= max(codes) < vocabulary.codes:
+        said = f"an image has codes of {min(codes)}..{max(codes)}"
+        raise InputError(f"{said}: this model's are 0..{vocabulary.codes - 1}")
     ids = vocabulary.ids(torch.tensor(codes, dtype=torch.long)).tolist()
     return (vocabulary.image_start, *ids, vocabulary.image_end)
 

@@ -34,7 +34,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lavit.config import PARTS, InputError, LanguageConfig, ModelConfig, TokenizerConfig, require
+from lavit.config import (
+    PARTS,
+    InputError,
+    LanguageConfig,
+    ModelConfig,
+    TokenizerConfig,
+    read_json,
+    require,
+)
 from lavit.files import load_strictly, load_tensors, pretrained, replacing, save_tensors, sha256
 from lavit.language.lora import inject_lora, merge_lora
 from lavit.language.model import Language, table_and_head
@@ -361,14 +369,21 @@ def load_language(config: ModelConfig, folder: Path) -> tuple[Language, PreTrain
         lm.resize_token_embeddings(len(table) - visual)
     language = build_language(lm, merger, config, text)
     if config.language.lora_rank:
-        _load_adapter(language, folder / "language")
+        _load_adapter(language, folder / "language", config.language)
         tensors |= load_tensors(folder / "language" / "rows.safetensors")
     tensors |= {f"lm.{name}": tensor for name, tensor in language.lm.state_dict().items()}
     load_strictly(language, tensors, folder / "language")
     return language, text
 
 
-def _load_adapter(language: Language, folder: Path) -> None:
+def _load_adapter(language: Language, folder: Path, config: LanguageConfig) -> None:
+    own = read_json(folder / "adapter_config.json")
+    rank, targets = own.get("r"), own.get("target_modules")
+    if (rank, targets) != (config.lora_rank, sorted(config.lora_targets)):
+        ours = f"config.json says rank {config.lora_rank} in {', '.join(config.lora_targets)}"
+        raise InputError(
+            f"{folder}/adapter_config.json: r {rank!r}, target_modules {targets}; {ours}"
+        )
     tensors = load_tensors(folder / "adapter_model.safetensors")
     tensors = {name.removeprefix(IN_PEFT): tensor for name, tensor in tensors.items()}
     try:

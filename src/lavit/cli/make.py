@@ -116,8 +116,9 @@ def finetune(
     ShareGPT's JSON, or TRL's parquet (docs/data.md); --images names the folder that its pictures
     are below, else they are below the file's. --lora R trains adapters of rank R, which are merged
     in the end, or with --keep-adapter stay a PEFT folder beside their base; by default all weights
-    train, or the adapter that the model has. --minutes, in place of --steps, measures how many fit.
-    The same command goes on after an interruption.
+    train, or the adapter that the model has (--lora 0: all weights even then). --minutes, in place
+    of --steps, measures how many fit. The same command goes on after an interruption, unless the
+    data have changed.
 
     --replay TEXTS:0.25 fills a quarter of the rows with texts alone, so that the model keeps its
     language. In the end captions, drawings and texts are measured before and after, on what --check
@@ -180,10 +181,22 @@ def _forgotten(before: str, after: Path, data: str | None) -> None:
         print(f"warning: {', '.join(lost)} got worse: {cure}", file=sys.stderr)
 
 
-def export(run: Words[str], /, out: Path, merge: bool = False) -> None:
-    """Write a run's language model as a plain transformers folder; --merge joins LoRA to it."""
+def export(run: Words[str], /, out: Path, merge: bool = False, whole: bool = False) -> None:
+    """Write a run's language model as a plain transformers folder; --merge joins LoRA to it.
+
+    --whole writes the whole model, a folder for lavit.load, in place of the language model alone.
+    """
+    from lavit.model import LaVIT
     from lavit.storage import export_language, model_folder
 
     folder = model_folder(run)
-    export_language(read_config(folder), folder, out, merge=merge)
+    if not whole:
+        export_language(read_config(folder), folder, out, merge=merge)
+    elif out.exists():
+        raise InputError(f"{out} exists already: give another --out")
+    else:
+        model = LaVIT.from_pretrained(folder)
+        if merge:
+            model.merge_adapter()
+        model.save_pretrained(out)
     print(out)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,18 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """The manifest of a converted folder."""
-        return cls(folder, **read_json(folder / KEPT / "manifest.json"))
+        """The manifest of a converted folder; one of another form raises `InputError`."""
+        noted = read_json(folder / KEPT / "manifest.json")
+        tensors: Any = noted.get("tensors")
+        files: Any = noted.get("files")
+        if not (
+            _entries(tensors)
+            and _paths(tensors)
+            and isinstance(files, dict)
+            and _paths([*files, *files.values()])
+        ):
+            raise InputError(f"{folder / KEPT}/manifest.json is not what a conversion wrote")
+        return cls(folder, tensors, files)
 
     def write(self) -> None:
         """Inverse of `read`."""
@@ -82,6 +92,27 @@ class Manifest:
 
     def _aside(self, path: str) -> Path:
         return self.new / KEPT / f"{path}.safetensors"
+
+
+def _paths(found: Any) -> bool:
+    """Are these paths below a folder?"""
+    if not isinstance(found, Iterable):
+        return False
+    paths = [Path(path) if isinstance(path, str) else Path("/") for path in found]
+    return not any(path.is_absolute() or ".." in path.parts for path in paths)
+
+
+def _entries(tensors: Any) -> bool:
+    """Are these files with the shapes of their tensors?"""
+    return isinstance(tensors, dict) and all(
+        isinstance(entry, dict)
+        and entry.keys() == {"shapes", "aside", "ours"}
+        and isinstance(entry["shapes"], dict)
+        and all(isinstance(shape, list) for shape in entry["shapes"].values())
+        and isinstance(entry["aside"], list)
+        and _paths([entry["ours"] or ""])
+        for entry in tensors.values()
+    )
 
 
 def convert_folder(folder: Path, theirs: str, ours: str, manifest: Manifest) -> None:
@@ -139,8 +170,10 @@ def _convert_pickle(path: Path, relative: str, ours: str, manifest: Manifest) ->
 
 def _write_index(path: Path, target: Path) -> None:
     index = read_json(path)
+    if not isinstance(index.get("weight_map"), dict):
+        raise InputError(f"{path} has no weight_map: is it downloaded whole?")
     index["weight_map"] = {
-        name: safe_name(Path(file))
+        name: safe_name(Path(str(file)))
         for name, file in index["weight_map"].items()
         if not INVERSE_FREQUENCIES.fullmatch(name)
     }

@@ -23,10 +23,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from lavit.config import InputError, ModelConfig, read_config, write_config, write_json
 from lavit.convert import names, sizes
+from lavit.convert.checks import check_language, check_pixels
 from lavit.convert.folders import (
     Manifest,
     convert_folder,
@@ -37,7 +37,6 @@ from lavit.convert.folders import (
 from lavit.convert.tensors import read_pickle, write_pickle
 from lavit.files import load_tensors, replacing, save_tensors
 from lavit.vision.encoder import load_vision
-from lavit.vocabulary import MARKERS
 
 EVA = "visual_tokenizer/eva_vitg_psz14.bin"
 ENCODER = "visual_tokenizer/tokenizer_encoder.bin"
@@ -194,7 +193,11 @@ def convert_published(folder: Path | str, out: Path | str) -> Converted:
             manifest.keep_tensors(path, tensors, aside=set(tensors) - used(path, files))
         for theirs, place in FOLDERS.items():
             convert_folder(folder, theirs, place, manifest)
-        _check_language(new / "language", ours[f"reader/{WEIGHTS}"], found[""])
+        width = len(ours[f"reader/{WEIGHTS}"]["to_language.weight"])
+        check_language(new / "language", width, found[""].visual_tokenizer.codes)
+        for below, config in found.items():
+            place = f"{'highres_' if below else ''}pixel_decoding"
+            check_pixels(new / below / "pixels", config.pixels, place)
         copy_rest(folder, manifest)
         _write_configs(new, found)
         manifest.write()
@@ -226,6 +229,8 @@ def convert_reverse(folder: Path | str, out: Path | str) -> Converted:
     folder, out = Path(folder), Path(out)
     _check_free(out)
     manifest = Manifest.read(folder)
+    if lost := sorted({EVA, ENCODER, DECODER, READER, NULL} - manifest.tensors.keys()):
+        raise InputError(f"the manifest of {folder} does not know {lost[0]}: convert it again")
     read_config(folder)  # refuses another format
     with replacing(out) as new:
         for path, entry in manifest.tensors.items():
@@ -233,7 +238,10 @@ def convert_reverse(folder: Path | str, out: Path | str) -> Converted:
             missing = sorted(set(entry["shapes"]) - set(tensors))
             if missing:
                 raise InputError(f"{folder} no longer has {missing[:3]} of {path}")
-            shaped = {name: tensors[name].reshape(shape) for name, shape in entry["shapes"].items()}
+            try:
+                shaped = {n: tensors[n].reshape(shape) for n, shape in entry["shapes"].items()}
+            except RuntimeError as error:
+                raise InputError(f"{folder}: tensors of {path} have changed: {error}") from error
             write_pickle(new / path, shaped)
         for path, place in manifest.files.items():
             copy_file(folder / place, new / path)
@@ -268,24 +276,6 @@ def _open_published(folder: Path) -> dict[str, dict[str, Tensor]]:
     if all(present):
         files[HIGHRES_DECODER] = read_pickle(folder / HIGHRES_DECODER)
     return files
-
-
-def _check_language(folder: Path, reader: Mapping[str, Tensor], config: ModelConfig) -> None:
-    """Hold the LM's tensors against transformers' own model of its configuration."""
-    try:
-        architecture = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"language_model/config.json names no language model: {reason}") from error
-    with torch.device("meta"):
-        expected = AutoModelForCausalLM.from_config(architecture).state_dict()
-    sizes.check_shapes(expected, folder_tensors(folder), where="language_model")
-    rows, visual = architecture.vocab_size, MARKERS + config.visual_tokenizer.codes
-    if rows <= visual:
-        raise InputError(f"language_model has {rows} rows, but {visual} of them must be visual")
-    width, own = reader["to_language.weight"].shape[0], architecture.hidden_size
-    if width != own:
-        raise InputError(f"{READER}: vit_proj leads to {width} channels, the LM has {own}")
 
 
 def _write_configs(new: Path, found: Mapping[str, ModelConfig]) -> None:

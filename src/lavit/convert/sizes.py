@@ -104,12 +104,15 @@ def model_config(
 
 
 def check_shapes(expected: Shapes, found: Shapes, *, where: str) -> None:
-    """Raise `InputError` unless names and shapes agree."""
+    """Raise `InputError` unless names and shapes agree, and what is of whole numbers."""
     names.check_names(found, expected, where=where)
     for name, tensor in found.items():
         given, wanted = list(tensor.shape), list(expected[name].shape)
         if given != wanted:
             raise InputError(f"{where}: {name} is {given}, expected {wanted}")
+        if tensor.is_floating_point() != expected[name].is_floating_point():
+            kinds = f"{tensor.dtype}, expected {expected[name].dtype}"
+            raise InputError(f"{where}: {name} is of {kinds}")
 
 
 def check_parts(config: ModelConfig, tensors: Mapping[str, Shapes]) -> None:

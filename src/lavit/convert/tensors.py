@@ -34,7 +34,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path} holds more than tensors and is not opened: {reason}") from error
     except (RuntimeError, ValueError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = " ".join(str(error).split())[:200] or "it is empty"
         raise InputError(f"{path} is not a readable PyTorch file: {reason}") from error
     data = {BARE: data} if isinstance(data, Tensor) else data
     if not isinstance(data, Mapping) or not all(isinstance(part, Tensor) for part in data.values()):

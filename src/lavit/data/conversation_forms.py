@@ -1,7 +1,8 @@
 """The forms in which conversations are shared, as messages in the form of Hugging Face chats.
 
     messages    {"messages": [{"role", "content"}, …]}, with "images": [path, …] for the marks
-                <image> or {"type": "image"} of the contents, in order (TRL, LLaMA-Factory)
+                <image> or {"type": "image"} of the contents, in order (TRL, LLaMA-Factory), or
+                by the number that {"type": "image", "index": 0} says
     LLaVA       {"image": path or list, "conversations": [{"from": "human", "value": …}, …]}
     ShareGPT    the same with "images", and "system" beside them
     TRL         {"prompt": messages, "completion": messages}
@@ -103,7 +104,8 @@ def messages_of(row: Any) -> list[MessageDict]:
     else:
         said = [*_listed(row["prompt"]), *_listed(row.get("completion"))]
     said = [_message(one) for one in _listed(said)]
-    images = row.get("images", row.get("image"))
+    images = row.get("images")
+    images = row.get("image") if images is None else images
     return _with_pictures(said, [] if images is None else images)
 
 
@@ -120,7 +122,7 @@ def _spoken(row: Mapping[str, Any]) -> list[MessageDict]:
     said = [{"role": "system", "content": system}] if system else []
     for turn in _listed(row["conversations"]):
         speaker = turn.get("from", turn.get("role"))
-        if speaker not in SPEAKERS:
+        if not isinstance(speaker, str) or speaker not in SPEAKERS:
             raise InputError(f"a turn is from {speaker!r}: use human, gpt or system")
         said.append({"role": SPEAKERS[speaker], "content": turn.get("value", turn.get("content"))})
     return said
@@ -129,29 +131,46 @@ def _spoken(row: Mapping[str, Any]) -> list[MessageDict]:
 def _message(message: Mapping[str, Any]) -> MessageDict:
     """A message whose parts have no empty columns, which parquet adds."""
     content = message.get("content")
-    if isinstance(content, list):
-        content = [
-            {k: v for k, v in part.items() if v is not None and k != "index"}
-            if isinstance(part, Mapping)
-            else part
-            for part in content
-        ]
-    return {**message, "content": content}
+    return {**message, "content": [*map(_part, content)] if isinstance(content, list) else content}
+
+
+def _part(part: Any) -> MessageDict:
+    """A part of a message; a picture's path is its "image", else it is a mark of one."""
+    if not isinstance(part, Mapping):
+        like = '{"type": "text", "text": "hello"}'
+        raise InputError(f"a part of a message is {part!r:.40}: write {like}")
+    found = {key: value for key, value in part.items() if value is not None}
+    if "path" in found and found.get("type") == "image":
+        found.setdefault("image", found.pop("path"))
+    if "image" in found or found.get("type") != "image":
+        found.pop("index", None)
+    return found
 
 
 def _with_pictures(messages: list[MessageDict], images: Any) -> list[MessageDict]:
-    """Pictures in place of their marks, in order; without marks, before the first question."""
+    """Pictures in place of their marks, by number or in order; without marks, before the first
+    question.
+    """
     pictures = [_picture(one) for one in (images if isinstance(images, list) else [images])]
-    if not pictures:
-        return messages
-    marked = sum(_marks(message["content"]) for message in messages)
-    if marked not in (0, len(pictures)):
+    contents = [message["content"] for message in messages]
+    marked = sum(map(_marks, contents))
+    listed = (part for content in contents if isinstance(content, list) for part in content)
+    numbers = [part["index"] for part in listed if "index" in part]
+    known = range(len(pictures))
+    if numbers and (
+        len(numbers) != marked
+        or not all(isinstance(number, int) and number in known for number in numbers)
+        or any(number not in numbers for number in known)
+    ):
+        said = f"{len(pictures)} pictures for {marked} marks, of which {len(numbers)} say an index"
+        raise InputError(f"{said} ({numbers}): every mark says one of 0..{len(pictures) - 1}")
+    if not numbers and marked and marked != len(pictures):
         raise InputError(f"{len(pictures)} pictures for {marked} marks ({MARK}): one mark each")
-    rest = iter(pictures)
+    rest = iter([pictures[number] for number in numbers] if numbers else pictures)
     found = []
     for message in messages:
         content = message["content"]
-        if not marked and message.get("role") == "user":
+        if not marked and pictures and message.get("role") == "user":
             parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
             content = [*rest, *parts]  # all of them; none is left for the next
         elif marked and _marks(content):
@@ -167,7 +186,6 @@ def _marks(content: Any) -> int:
     return sum(
         "image" not in part if part.get("type") == "image" else str(part.get("text")).count(MARK)
         for part in parts
-        if isinstance(part, Mapping)
     )
 
 
@@ -192,5 +210,6 @@ def _picture(value: Any) -> MessageDict:
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if not isinstance(value, str | bytes):
-        raise InputError('a picture has no path: "images": ["a.png"]')
+        said = f"a picture is {value!r:.40}, neither a path nor a file"
+        raise InputError(f'{said}: write "images": ["a.png"]')
     return {"type": "image", "image": value}

@@ -75,6 +75,8 @@ def load_conversations(
     """
     path = Path(data)
     below = path.parent if images is None else Path(images)
+    if images is not None and not below.is_dir():
+        raise InputError(f"{below} is no folder: give the one that pictures are below")
     read: list[tuple[str, Any]] = []
     broken: list[tuple[str, str]] = []
     pictures: dict[str, Record] = {}
@@ -115,10 +117,26 @@ def refuse_none(items: Any, broken: list[tuple[str, str]], path: Any) -> None:
 def _messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if not any(message.get("role") == "assistant" for message in messages):
         raise InputError("no turn of the assistant: there is nothing to learn")
-    if not all(isinstance(part.get("image"), str | bytes) for part in _images(messages)):
-        raise InputError('a picture has no path: {"type": "image", "image": "a.png"}')
     check_messages(messages)
+    if messages[-1]["role"] != "assistant":
+        raise InputError("the last message is not the assistant's: end with what is to be learnt")
+    for message in messages:
+        if message["role"] == "assistant" and not _says(message["content"]):
+            raise InputError("every label is masked: a turn of the assistant is empty")
+    for part in _images(messages):
+        if not isinstance(part["image"], str | bytes):
+            like = '{"type": "image", "image": "a.png"}'
+            raise InputError(f"a picture is {part['image']!r:.40}, not a path: write {like}")
+        if part.get("keep", "auto") != "auto":
+            cure = "the model's own choice is what it is trained for, so leave 'keep' out"
+            raise InputError(f"a picture says keep {part['keep']!r:.40}: {cure}")
     return messages
+
+
+def _says(content: Any) -> bool:
+    """Whether there is anything to learn: a picture, or words."""
+    parts = [{"text": content}] if isinstance(content, str) else content
+    return any(_is_image(part) or part["text"].strip() for part in parts)
 
 
 def _key(part: Mapping[str, Any]) -> str:
@@ -129,6 +147,9 @@ def _key(part: Mapping[str, Any]) -> str:
 
 def _record(part: Mapping[str, Any], below: Path) -> Record:
     image = part["image"]
+    if isinstance(image, str) and (Path(image).is_absolute() or ".." in Path(image).parts):
+        cure = "name the folder that pictures are below (--images), and paths from there"
+        raise InputError(f"the path {image!r} leads out of {below}: {cure}")
     return Record(str(below / image) if isinstance(image, str) else image, (), _key(part))
 
 

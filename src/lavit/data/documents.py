@@ -31,6 +31,7 @@ from lavit.config import InputError, LanguageTraining, Mixture
 from lavit.data.corpus import Corpus, CorpusPart, LeftOut
 from lavit.data.text import TextPieces
 from lavit.layout import (
+    ImagePart,
     Part,
     TextPart,
     asking,
@@ -111,9 +112,13 @@ class Rows:
         return ids_of(self.tokenizer, text, controls)
 
     def segments(self, parts: Sequence_[Part], codes: Codes) -> Document:
-        """Parts, whose pictures are numbers, as a document."""
+        """Parts, whose pictures are numbers, as a document; one may enter as codes of its own."""
         look = partial(segments, end=self.vocabulary.end, rows=self.read_rows)
-        return look(parts, self.ids, lambda part: codes(part.image))
+
+        def own(part: ImagePart) -> tuple[int, ...]:
+            return codes(part.image) if part.read or part.codes is None else part.codes
+
+        return look(parts, self.ids, own)
 
     def lay_out(self, document: Document, rng: Rng) -> Sequence:
         """A document as ids, with labels for a share of the codes that are read."""

@@ -15,6 +15,7 @@ needed, but transformers' own `pipeline("any-to-any")` wants it of every model t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -49,6 +50,7 @@ from lavit.generate.prompts import (
     turn_ends,
 )
 from lavit.generate.request import Request
+from lavit.generate.rows import check_rows, check_written
 from lavit.generate.runner import Runner
 from lavit.generate.sampling import Sampling
 from lavit.images import ImageInput, open_image, pixels
@@ -60,6 +62,7 @@ from lavit.sequence import Image as Codes
 from lavit.sequence import Text, lay_out
 from lavit.visual_tokenizer.selector import KeepPolicy
 
+log = logging.getLogger(__name__)
 MARK = "<image>"  # stands for a picture in a text
 MODES = ("text", "image")
 # options that are as transformers' callers give them, since nothing else is done
@@ -110,8 +113,10 @@ class LaVITMultimodalProcessor(ProcessorMixin):
         hub: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
         return cls(LaVITProcessor.from_pretrained(model, **hub))
 
-    def save_pretrained(self, *_: Any, **__: Any) -> None:
-        """Nothing: config.json and the text tokenizer are saved with the model."""
+    def save_pretrained(self, save_directory: str | Path, *_: Any, **__: Any) -> None:
+        """Nothing, which is said: config.json and the text tokenizer are saved with the model."""
+        if not (Path(save_directory) / "config.json").is_file():
+            log.warning("a processor has no files: model.save_pretrained writes what it opens from")
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -247,16 +252,16 @@ class LaVITForMultimodalLM(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def generate(  # type: ignore[override]
         self,
-        input_ids: InputIds,
-        attention_mask: InputIds | None = None,
-        pixel_values: Float[Tensor, "images 3 size size"] | None = None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
         *,
         generation_mode: str = "text",
         generation_config: GenerationConfig | None = None,
         seed: Seed = 0,
         **how: Any,
     ) -> OutputIds:
-        """Go on from each row of `LaVITMultimodalProcessor`.
+        """Go on from each row of `LaVITMultimodalProcessor`: [rows tokens], [images 3 size size].
 
         "text": the rows and what follows them, padded with the LM's end. "image": joint ids of the
         codes of one picture a row, padded with image end. Text is the likeliest where nothing else
@@ -266,6 +271,7 @@ class LaVITForMultimodalLM(PreTrainedModel, GenerationMixin):
         mode: Any = _mode(generation_mode)
         known = self.lavit.language.vocabulary
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        check_rows(input_ids, mask, known, pixel_values)
         values = iter([] if pixel_values is None else pixel_values.split(1))
         rows = [row[kept.bool()].tolist() for row, kept in zip(input_ids, mask, strict=True)]
         prompts = [vars(self._prompt(row, values, read=mode == "text")) for row in rows]
@@ -329,15 +335,16 @@ class LaVITForMultimodalLM(PreTrainedModel, GenerationMixin):
 
     def decode_image_tokens(
         self,
-        image_tokens: InputIds,
+        image_tokens: Tensor,
         seed: Seed = 0,
         *,
         steps: int | None = None,
         guidance: float | None = None,
         size: PictureSize | None = None,
     ) -> UInt8[Tensor, "images height width 3"]:
-        """The picture of each row of ids that `generate` wrote; its noise is that of seed + i."""
+        """The picture of each row [rows written] of `generate`; its noise is that of seed + i."""
         known = self.lavit.language.vocabulary
+        check_written(image_tokens, known)
         codes = [known.codes_of(row[known.is_code(row)]) for row in image_tokens]
         seeds = seeds_of(seed, len(codes))
         painted = self.runner.paint(codes, seeds=seeds, steps=steps, guidance=guidance, size=size)
@@ -356,7 +363,7 @@ def _pieces(words: str, pictures: Iterator[ImageInput]) -> list[Any]:
     for after in others:
         picture = next(pictures)
         pieces += [Path(picture) if isinstance(picture, str) else picture, after]
-    return [piece for piece in pieces if piece != ""] or [""]
+    return [piece for piece in pieces if not isinstance(piece, str) or piece] or [""]
 
 
 def _padded(rows: Sequence[list[int]], filler: int) -> OutputIds:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lavit.config import InputError, PixelsConfig, read_json
 from lavit.files import load_strictly, load_tensors, save_tensors
-from lavit.images import ASPECT_SIZES, aspect_size
+from lavit.images import ASPECT_SIZES, MAX_PIXELS, aspect_size
 from lavit.pixels.condition import HEADS, Condition, CrossCondition, Head
 from lavit.pixels.diffusion import (
     STABLE_DIFFUSION_NOISE,
@@ -120,6 +120,9 @@ class Pixels(nn.Module):
         if any(side < 1 or side % self.multiple for side in size):
             given = f"{size[0]}x{size[1]}"
             raise InputError(f"pixels: size is {given}, expected multiples of {self.multiple}")
+        if size[0] * size[1] > MAX_PIXELS:
+            given = f"{size[0]}x{size[1]}"
+            raise InputError(f"pixels: size is {given}, expected at most {MAX_PIXELS} pixels")
 
     @property
     def multiple(self) -> int:
@@ -238,7 +241,12 @@ class Pixels(nn.Module):
             if callback is not None:
                 changed = callback(step, latents)
                 latents = latents if changed is None else changed
-        each = latents.to(weight).split(1)  # one by one: SDXL's autoencoder takes GBs a picture
+        return self.pictures(latents)
+
+    def pictures(self, latents: Latents) -> PictureTensor:
+        """Pictures of clean latents, -1..1."""
+        # one by one: SDXL's autoencoder takes GBs a picture
+        each = latents.to(self.unet.dtype).split(1)
         return torch.cat([self.decode(one) for one in each]).clamp(-1, 1)
 
     def solver(

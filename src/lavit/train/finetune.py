@@ -10,6 +10,7 @@ where it was.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import shutil
 import time
@@ -41,7 +42,7 @@ from lavit.data.corpus import parse_mixture, with_more
 from lavit.data.features import nothing_read
 from lavit.data.sources import open_source
 from lavit.data.text import TextPieces, Texts
-from lavit.files import alone, naming
+from lavit.files import alone, naming, sha256
 from lavit.language.lora import inject_lora, merge_lora
 from lavit.language.model import Language
 from lavit.model import LaVIT
@@ -75,6 +76,10 @@ def finetune_training(
     A model that does not say how it was trained gets rows of its LM's own length, at most 2048
     tokens, and 2e-5 / 5e-5 (LoRA 2e-4).
     """
+    if steps < 1:
+        raise InputError(f"a training needs at least 1 step, not {steps}")
+    if lora_rank is not None and lora_rank < 0:
+        raise InputError(f"--lora {lora_rank} is no rank: give 1 or more, or 0 for all weights")
     if keep_adapter and not lora_rank:
         raise InputError("an adapter is kept where one trains: give its rank too (--lora 16)")
     model = model_folder(model)
@@ -120,24 +125,33 @@ def finetune(
     run, source = _open(Path(folder), data, model, training, minutes)
     run.watch, run.prepare, run.trackers = watch, prepare, tuple(trackers)
     check_trackers(run.trackers)
+    if run.has_done("language"):
+        log.info("%s is fine-tuned already", folder)
+        return run
+    images = run.training.images
+    conversations = load_conversations(Path(run.data), Path(images) if images else None)
+    replayed = _replayed(run.training)
     with alone(run.folder) if run.main else nullcontext():
-        if run.has_done("language"):
-            log.info("%s is fine-tuned already", folder)
-        else:
-            _train(run, source, minutes)
+        _train(run, source, minutes, conversations, replayed)
     return run
 
 
-def _train(run: Run[FinetuneTraining], source: Path, minutes: float | None) -> None:
+def _train(
+    run: Run[FinetuneTraining],
+    source: Path,
+    minutes: float | None,
+    conversations: Conversations,
+    replayed: tuple[Texts, int] | None,
+) -> None:
     torch.manual_seed(run.training.seed)
-    images = run.training.images
-    conversations = load_conversations(Path(run.data), Path(images) if images else None)
     parts = TO_READ if conversations.pictures else TO_READ[1:]
     lavit = LaVIT.from_pretrained(source, device=run.accelerator.device, parts=parts)
     lavit.needs(*parts)
     language, text = lavit.language, lavit.text_tokenizer
     adapted = prepare_lora(language, run.config, run.training.lora_rank)
-    stage = _stage(run, lavit, conversations)
+    if run.training.lora_rank == 0:
+        log.info("LoRA of rank 0: all weights of the language model train")
+    stage = _stage(run, lavit, conversations, replayed)
     path = run.folder / FILE
     if minutes is not None and not path.exists():
         _measure(run, stage, minutes)
@@ -160,7 +174,9 @@ def _open(
 ) -> tuple[Run[FinetuneTraining], Path]:
     """The fine-tuning in a folder, and the model's folder; steps that were measured stay."""
     source = model_folder(model)
-    said = {"data": str(Path(data)), "model": str(source), "minutes": minutes}
+    replay = training.replay.rpartition(":")[0]
+    contents = {name: _content(Path(name)) for name in (str(Path(data)), replay) if name}
+    said = {"data": str(Path(data)), "model": str(source), "minutes": minutes, "sha256": contents}
     if minutes is not None and minutes <= 0:
         raise InputError(f"a training needs a positive time, not {minutes} minutes")
     if folder.resolve() == source.resolve():
@@ -177,14 +193,35 @@ def _open(
             settled = from_json(FinetuneTraining, saved.pop("training", {}))
         if minutes is not None:
             _take_steps(run, settled.language.steps)
+        before = saved.get("sha256")
+        if isinstance(before, dict) and before.keys() == contents.keys() and before != contents:
+            changed = ", ".join(name for name in contents if before[name] != contents[name])
+            since = f"{changed} has changed since {folder} was begun with it"
+            raise InputError(f"{since}: give another --out, or delete that one")
         if saved != said or settled != run.training:
             holds = f"{folder} holds a fine-tuning with other settings"
             raise InputError(f"{holds}: give another --out, or delete it")
     return run, source
 
 
-def _stage(run: Run[FinetuneTraining], model: LaVIT, conversations: Conversations) -> LanguageStage:
-    """Stage 2 on conversations."""
+def _content(path: Path) -> str | None:
+    """A hash of what a file or the files of a folder hold; None for a name on the hub."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    names = [file for file in files if file.is_file()]
+    try:
+        hashes = [(file.relative_to(path).as_posix(), sha256(file)) for file in names]
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    return hashlib.sha256(repr(hashes).encode()).hexdigest() if hashes else None
+
+
+def _stage(
+    run: Run[FinetuneTraining],
+    model: LaVIT,
+    conversations: Conversations,
+    replayed: tuple[Texts, int] | None,
+) -> LanguageStage:
+    """Stage 2 on conversations, and on texts that fill some rows of a step."""
     features, tokens = nothing_read(run.config.vision)
     if conversations.pictures:
         features = features_of(run, conversations.pictures, model.vision)
@@ -194,8 +231,10 @@ def _stage(run: Run[FinetuneTraining], model: LaVIT, conversations: Conversation
     make: dict[str, Any] = {"vocabulary": language.vocabulary, "config": config}
     make |= {"text": model.text_tokenizer, "seed": run.training.seed}
     make["rows"] = language.reader.rows
-    if run.training.replay:
-        make["texts"], make["text_rows"] = _replayed(run.training, model)
+    if replayed is not None:
+        texts, make["text_rows"] = replayed
+        end = language.vocabulary.end
+        make["texts"] = TextPieces(texts, model.text_tokenizer, config.tokens, end)
     documents = ConversationDocuments(conversations, codes, **make)
     tokenizer = model.visual_tokenizer
     stage = LanguageStage(language, tokenizer, documents, features, tokens, config)
@@ -203,8 +242,10 @@ def _stage(run: Run[FinetuneTraining], model: LaVIT, conversations: Conversation
     return stage
 
 
-def _replayed(training: FinetuneTraining, model: LaVIT) -> tuple[TextPieces, int]:
+def _replayed(training: FinetuneTraining) -> tuple[Texts, int] | None:
     """Texts alone, and how many rows of a step they fill."""
+    if not training.replay:
+        return None
     (name, share), *more = parse_mixture(training.replay)
     rows, like = training.language.rows, "--replay TEXTS:0.25"
     if more or not 0 < share < 1:
@@ -213,11 +254,12 @@ def _replayed(training: FinetuneTraining, model: LaVIT) -> tuple[TextPieces, int
     texts = open_source(name)
     if not isinstance(texts, Texts):
         raise InputError(f"{name} holds pictures: give texts alone to be replayed")
+    if not sum(texts.characters):
+        raise InputError(f"{name} has no text in it")
     filled = min(rows - 1, max(1, round(share * rows)))
     if filled < 1:
         raise InputError(f"a step of {rows} row has no room for replay: use 2 rows or more")
-    end = model.language.vocabulary.end
-    return TextPieces(texts, model.text_tokenizer, training.language.tokens, end), filled
+    return texts, filled
 
 
 def _take_steps(run: Run[FinetuneTraining], steps: int) -> None:
