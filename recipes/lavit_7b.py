@@ -35,8 +35,8 @@ ours where nobody says.
     stage 3   20,000 steps from Stable Diffusion 1.5, ε             P
               rate 1e-4, 10 % lose their condition                  ours
 
-One pass does not hold 256 rows or pictures on a GPU: `accumulate` and `recompute` below are what
-the plan finds on 8 x 80 GB. All stages read their data as streams; nothing of it is kept.
+One pass does not hold 256 rows or pictures on a GPU: `accumulate` and `recompute` below are no
+more than the plan finds for 8 x 80 GB. All stages read their data as streams; nothing of it is kept.
 """
 
 from __future__ import annotations

@@ -260,7 +260,8 @@ class _Tokenizer(_Counter):
     def kept(self) -> KeptBytes:
         config = self.model.visual_tokenizer
         dense = self.training.tokenizer.selector_gradient == "dense"
-        return tokenizer_bytes(config, self.held, dense=dense, numbers=self.numbers)
+        held = max(self.held, config.patches // 2)  # as many as a selector keeps that knows nothing
+        return tokenizer_bytes(config, held, dense=dense, numbers=self.numbers)
 
 
 class _Pixels(_Counter):
