@@ -36,7 +36,7 @@ ours where nobody says.
               rate 1e-4, 10 % lose their condition                  ours
 
 One pass does not hold 256 rows or pictures on a GPU: `accumulate` and `recompute` below are no
-more than the plan finds for 8 x 80 GB. All stages read their data as streams; nothing of it is kept.
+more than the plan finds for 8 x 80 GB. All stages read streams; nothing of their data is kept.
 """
 
 from __future__ import annotations
