@@ -161,7 +161,7 @@ def _open(
     """The fine-tuning in a folder, and the model's folder; steps that were measured stay."""
     source = model_folder(model)
     said = {"data": str(Path(data)), "model": str(source), "minutes": minutes}
-    if minutes is not None and minutes <= 0:
+    if minutes is not None and not 0 < minutes < float("inf"):
         raise InputError(f"a training needs a positive time, not {minutes} minutes")
     if folder.resolve() == source.resolve():
         raise InputError(f"{folder} is the model to be fine-tuned: give another --out")
