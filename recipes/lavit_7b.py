@@ -42,20 +42,32 @@ more than the plan finds for 8 x 80 GB. All stages read streams; nothing of thei
 from __future__ import annotations
 
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
-from lavit.config import InputError, Mixture, ModelConfig, TrainConfig, VisionConfig, read_json
+from lavit.cli import exits
+from lavit.config import (
+    InputError,
+    Mixture,
+    ModelConfig,
+    PixelsConfig,
+    TrainConfig,
+    VisionConfig,
+    read_json,
+)
 from lavit.convert import convert_encoder, sizes
 from lavit.convert.tensors import read_pickle
+from lavit.data.corpus import parse_mixture
+from lavit.data.sources import stream_source
 from lavit.data.stream import stream_texts
+from lavit.files import replacing
 from lavit.presets import lavit_7b
 from lavit.train.run import open_run, train_stages
+from lavit.vision.encoder import encoder_at
 
 TEXT_TO_PAIRS = 2.0  # tokens of text for each of pairs
 
@@ -89,62 +101,100 @@ def settings(*, small: bool = False) -> TrainConfig:
 def encoder_of(vision: Path) -> VisionConfig:
     """The encoder's sizes, of a folder of transformers or of a file in the published names."""
     if vision.is_file():
-        return replace(sizes.vision_config(read_pickle(vision)), architecture={})
-    found = AutoConfig.from_pretrained(vision)
-    found = getattr(found, "vision_config", found)
-    size, grid = found.image_size, found.image_size // found.patch_size
-    config = replace(lavit_7b().model.vision, architecture={})
-    return replace(config, image_size=size, grid=grid, dim=found.hidden_size)
+        tensors = read_pickle(vision)
+        try:
+            return replace(sizes.vision_config(tensors), architecture={})
+        except (KeyError, ValueError) as error:
+            raise InputError(f"{vision} is no encoder in EVA's published names: {error}") from error
+    found, preset = encoder_at(str(vision)), lavit_7b().model.vision
+    sees = {name: getattr(found, name) for name in ("image_size", "grid", "dim", "mean", "std")}
+    return replace(preset, architecture={}, **sees)
+
+
+def decoder_of(pixels: Path, preset: PixelsConfig) -> PixelsConfig:
+    """The decoder's sizes, of a diffusers folder whose UNet predicts the noise (Eq. 5)."""
+    unet, vae, text = (
+        read_json(pixels / part / "config.json") for part in ("unet", "vae", "text_encoder")
+    )
+    scheduler = pixels / "scheduler" / "scheduler_config.json"
+    said = read_json(scheduler) if scheduler.exists() else {}
+    if (predicts := said.get("prediction_type", "epsilon")) != "epsilon":
+        raise InputError(f"{pixels} predicts {predicts}, expected epsilon: give another --pixels")
+    try:
+        return replace(
+            preset,
+            size=unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1),
+            condition_dim=unet["cross_attention_dim"],
+            null_tokens=text["max_position_embeddings"],
+        )
+    except KeyError as error:
+        raise InputError(f"{pixels} is no Stable Diffusion: it does not say {error}") from error
 
 
 def model_of(vision: Path, pixels: Path, *, small: bool = False) -> ModelConfig:
     """The preset around the parts that are given."""
     preset, encoder = lavit_7b().model, encoder_of(vision)
     tokenizer = replace(preset.visual_tokenizer, dim=encoder.dim, patches=encoder.patches)
+    tied = {"features_dim": encoder.dim, "patches": encoder.patches}
     if small:
         tokenizer = replace(tokenizer, merger_depth=2, reconstructor_depth=2, codes=64)
-    unet, vae, text = (
-        read_json(pixels / part / "config.json") for part in ("unet", "vae", "text_encoder")
-    )
-    decoder = replace(
-        preset.pixels,
-        size=unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1),
-        features_dim=encoder.dim,
-        patches=encoder.patches,
-        condition_dim=unet["cross_attention_dim"],
-        null_tokens=text["max_position_embeddings"],
-    )
+    decoder = decoder_of(pixels, replace(preset.pixels, **tied))
     language = replace(preset.language, architecture={})
     parts = {"vision": encoder, "visual_tokenizer": tokenizer, "pixels": decoder}
     return replace(preset, **parts, language=language)
 
 
 def mixed(pairs: str, text: str, language: Path, config: ModelConfig, rate: float) -> str:
-    """Both sources, text weighed so that its tokens are `TEXT_TO_PAIRS` times those of pairs."""
-    tokenizer = AutoTokenizer.from_pretrained(language)
+    """All sources, those of text weighed so that their tokens are `TEXT_TO_PAIRS` times those of
+    the pairs; weights that are given say what part of either a source is.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(language)
+    except Exception as error:  # folders fail in ways of their own
+        said = " ".join(str(error).split())[:200]
+        raise InputError(f"no tokenizer of a language model at {language}: {said}") from error
 
-    def length(source: str) -> float:
-        """Mean tokens of a source's texts."""
-        texts = stream_texts(source).parts[0].texts
-        if not texts:
-            raise InputError(f"{source!r} has no texts among its first records")
-        ids = tokenizer(list(texts), add_special_tokens=False).input_ids
-        return sum(map(len, ids)) / len(ids) + 1  # the end
+    def tokens(data: str, option: str, picture: float) -> float:
+        """Tokens of a draw from sources, times the sum of their weights."""
+        found = 0.0
+        for part in stream_texts(data).parts:
+            if (stream_source(part.name).image is not None) != (picture > 0):
+                holds = "no pictures" if picture else "pictures"
+                raise InputError(f"{part.name!r} of {option} has {holds}: PAIRS and TEXT swapped?")
+            if not part.texts:
+                raise InputError(f"{part.name!r} has no texts among its first records")
+            ids = tokenizer(list(part.texts), add_special_tokens=False).input_ids
+            found += part.weight * (sum(map(len, ids)) / len(ids) + 1 + picture)  # with its end
+        return found
 
-    pair = length(pairs) + rate * config.vision.patches + 2  # image start and end
-    return f"{pairs},{text}:{TEXT_TO_PAIRS * pair / length(text):.4g}"
+    picture = rate * config.vision.patches + 2  # with image start and end
+    share = TEXT_TO_PAIRS * tokens(pairs, "--pairs", picture) / tokens(text, "--text", 0.0)
+    weighed = [
+        f"{name}:{factor * weight:.4g}"
+        for data, factor in ((pairs, 1.0), (text, share))
+        for name, weight in parse_mixture(data)
+    ]
+    return ",".join(weighed)
 
 
 def place(run: Path, vision: Path, language: Path, pixels: Path) -> None:
-    """Put the parts that training begins with where a run looks for them, once."""
+    """Put the parts that training begins with where a run looks for them, once.
+
+    Raises `InputError` where the run has begun with another language model or decoder.
+    """
     if not (run / "vision").exists():
         if vision.is_file():
             convert_encoder(vision, run / "vision")
         else:
-            shutil.copytree(vision, run / "vision")
+            with replacing(run / "vision") as new:
+                shutil.copytree(vision, new, dirs_exist_ok=True)
     for name, given in (("base", language), ("decoder", pixels)):
-        if not (run / name).exists():
-            (run / name).symlink_to(given.resolve(), target_is_directory=True)
+        link, given = run / name, given.resolve()
+        if not link.exists() and not link.is_symlink():
+            link.symlink_to(given, target_is_directory=True)
+        if link.resolve() != given:
+            said = f"{run} has begun with {link.resolve()}, not {given}"
+            raise InputError(f"{said}: give that one, or another --out")
 
 
 def main(
@@ -175,7 +225,5 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
+    with exits():
         tyro.cli(main)
-    except InputError as error:
-        sys.exit(f"error: {error}")

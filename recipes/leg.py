@@ -2,8 +2,9 @@
 
 Starts a training command of `lavit` on what STATE holds, ends it after so many minutes by SIGTERM
 (which saves the step), and writes what the next leg needs back to STATE: at most 8 files of 16 MiB
-for nano and mini. Features and codes of a corpus are not packed: they are made again, or, with
---stream, in each step. Nothing is fetched: `--data scenes --stream` is drawn from seeds.
+for nano and mini. Of STATE and RUN, the one that is farther goes on. Features and codes of a corpus
+are not packed: they are made again, or, with --stream, in each step. Nothing is fetched:
+`--data scenes --stream` is drawn from seeds.
 
 Command   python recipes/leg.py STATE RUN --minutes 9 -- train all --preset mini --data scenes
               --stream        (any `lavit train` without --out, which is RUN)
@@ -14,17 +15,20 @@ Expected  losses of a training in legs are those of one in a piece; "goes on" or
 from __future__ import annotations
 
 import io
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+import zlib
 from pathlib import Path
 
 import tyro
 
-from lavit.config import InputError
+from lavit.config import InputError, read_json
+from lavit.files import replacing
 from lavit.train.checkpoint import latest_checkpoint
 from lavit.train.settings import PART_OF
 
@@ -57,8 +61,10 @@ def kept(run: Path) -> list[Path]:
 def pack(run: Path, state: Path) -> int:
     """Write the state of a run as files of at most `PIECE` bytes; returns how many.
 
-    The state before stays until the new one is whole. Raises `InputError` for more than `PIECES`.
+    The state before stays, as .STATE.old in the end, until the new one is in its place. Raises
+    `InputError` for more than `PIECES`, and where STATE holds something else.
     """
+    packed(state)
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w:gz", compresslevel=1) as tar:
         for name in kept(run):
@@ -68,27 +74,62 @@ def pack(run: Path, state: Path) -> int:
     if len(pieces) > PIECES:
         said = f"the state of {run} takes {len(data) / 2**20:.0f} MiB"
         raise InputError(f"{said}, more than {PIECES} files of {PIECE // 2**20} MiB: use --lora")
-    new = state.with_name(f".{state.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    for number, piece in enumerate(pieces):
-        (new / f"{number}-of-{len(pieces)}").write_bytes(piece)
-    shutil.rmtree(state, ignore_errors=True)
-    new.rename(state)
+    with replacing(state) as new:
+        for number, piece in enumerate(pieces):
+            (new / f"{number}-of-{len(pieces)}").write_bytes(piece)
     return len(pieces)
 
 
+def reached(run: Path) -> tuple[int, int]:
+    """How far a run is: stages that are done, and the newest step of one that is not."""
+    done = {stage for stage, part in PART_OF.items() if (run / part / "done").exists()}
+    going = [path for path in run.glob("checkpoints/*") if path.name not in done]
+    newest = filter(None, map(latest_checkpoint, going))
+    return len(done), max((int(path.name) for path in newest), default=0)
+
+
+def packed(state: Path) -> bytes:
+    """What a state holds, nothing where there is none; what is no state raises `InputError`."""
+    before = state.with_name(f".{state.name}.old")
+    if not state.exists() and before.exists():  # stopped between the state before and its next
+        before.rename(state)
+    if not state.exists():
+        return b""
+    names = [path.name for path in state.iterdir()] if state.is_dir() else [state.name]
+    if foreign := sorted(name for name in names if not re.fullmatch(r"\d+-of-\d+", name)):
+        said = f"{state} is no state of a training: it holds {foreign[0]}"
+        raise InputError(f"{said}; give STATE, then RUN, or another folder")
+    wanted = int(names[0].rsplit("-", 1)[1]) if names else 0
+    whole = [f"{number}-of-{wanted}" for number in range(wanted)]
+    if sorted(names) != sorted(whole):
+        raise InputError(f"{state} holds {len(names)} files of {wanted}: a part is missing")
+    return b"".join((state / name).read_bytes() for name in whole)
+
+
 def unpack(state: Path, run: Path) -> None:
-    """Take up a state; a run that is there already is newer or the same, and stays."""
-    if run.exists() or not state.exists():
+    """Take up a state, in the place of a run that is not as far; one that is as far stays.
+
+    Raises `InputError` for folders that hold something else, or another training than each other.
+    """
+    state, run = state.resolve(), run.resolve()
+    if state == run or state in run.parents or run in state.parents:
+        raise InputError(f"STATE ({state}) and RUN ({run}) lie in each other: give two folders")
+    data, is_run = packed(state), (run / "training.json").exists()
+    if run.exists() and not is_run and any(path.name != ".lock" for path in run.iterdir()):
+        raise InputError(f"{run} holds no training but something else: give RUN another folder")
+    if not data:
         return
-    pieces = sorted(state.iterdir(), key=lambda path: int(path.name.split("-")[0]))
-    wanted = int(pieces[0].name.rsplit("-", 1)[1]) if pieces else 0
-    if len(pieces) != wanted:
-        raise InputError(f"{state} holds {len(pieces)} files of {wanted}: a part is missing")
-    data = b"".join(path.read_bytes() for path in pieces)
-    with tarfile.open(fileobj=io.BytesIO(data), mode="r:gz") as tar:
-        tar.extractall(run, filter="data")
+    with replacing(run) as new:
+        try:
+            with tarfile.open(fileobj=io.BytesIO(data), mode="r:gz") as tar:
+                tar.extractall(new, filter="data")
+        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+            raise InputError(f"{state} is damaged: {error}") from error
+        if is_run and read_json(new / "training.json") != read_json(run / "training.json"):
+            raise InputError(f"{run} and {state} are of two trainings: give another RUN")
+        if is_run and reached(run) >= reached(new):
+            shutil.rmtree(new)
+            new.mkdir()  # empty: the run stays
 
 
 def leg(command: list[str], seconds: float) -> int:
@@ -122,11 +163,14 @@ def main(
     if code not in (0, 128 + signal.SIGTERM):
         raise SystemExit(code)
     count = pack(run, state)
-    print(f"{state}: {count} files, {'goes on' if code else 'done'}")
+    done, step = reached(run)
+    said = f"goes on with {done} stages done and step {step} of the next" if code else "done"
+    print(f"{state}: {count} files, {said}")
 
 
 if __name__ == "__main__":
     try:
         tyro.cli(main)
     except InputError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -11,16 +11,17 @@ Expected  losses of both runs are equal, and every command ends with 0
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
-import signal
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import psutil
 import pyarrow
 import pyarrow.parquet
 import torch
@@ -176,29 +177,36 @@ def training(out: Path, run: Path, stage: str) -> list[str]:
     return [*command, "--out", str(run), *options]
 
 
+@contextlib.contextmanager
+def started(command: Sequence[str], log: int) -> Iterator[subprocess.Popen[str]]:
+    """A command that ends here with all its processes; torchrun's have sessions of their own."""
+    with subprocess.Popen(command, stdout=log, stderr=log, text=True, env=environment()) as job:
+        try:
+            yield job
+        finally:
+            if job.poll() is None:
+                first = psutil.Process(job.pid)
+                for process in (first, *first.children(recursive=True)):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()
+
+
 def finish(command: Sequence[str]) -> str:
     """Output of a command; raises where it does not end with 0."""
-    done = subprocess.run(command, capture_output=True, text=True, env=environment())
-    if done.returncode:
-        raise InputError(f"{' '.join(command)}: {done.stderr.strip()[:3000]}")
-    return done.stdout
+    with started(command, subprocess.PIPE) as job:
+        said, complaint = job.communicate()
+    if job.returncode:
+        raise InputError(f"{' '.join(command)}: {complaint.strip()[:3000]}")
+    return said
 
 
 def kill_behind_a_checkpoint(command: Sequence[str], checkpoints: Path) -> int:
     """Start a stage and kill all its processes behind its first checkpoint; returns its step."""
-    log = subprocess.DEVNULL
-    job = subprocess.Popen(
-        command, env=environment(), stdout=log, stderr=log, start_new_session=True
-    )
-    try:
+    with started(command, subprocess.DEVNULL) as job:
         while not (found := sorted(checkpoints.glob("[0-9]*/step.json"))):
             if job.poll() is not None:
                 raise InputError(f"{' '.join(command)} ended with {job.returncode}")
             time.sleep(0.01)
-    finally:
-        if job.poll() is None:
-            os.killpg(job.pid, signal.SIGKILL)
-        job.wait()
     return int(found[0].parent.name)
 
 

@@ -207,6 +207,11 @@ def test_ask_answers(toy_run: Path, picture: str, capsys: pytest.CaptureFixture[
         ("draw", "red", "--out", "TEXT/x.png", "--steps", "1"),
         ("train", "all", "--data", "EMPTY", "--out", "RUN"),
         ("train", "all", "--data", "EMPTY", "--out", "RUN", "--preset", "huge"),
+        ("train", "tokenizer", "--data", "EMPTY", "--out", "RUN", "--minutes", "nan"),
+        ("train", "tokenizer", "--data", "EMPTY", "--out", "RUN", "--minutes", "inf"),
+        ("train", "tokenizer", "--data", "scenes", "--out", "RUN", "--stream", "--seed", "-1"),
+        ("train", "language", "--plan", "--lora", "-3"),
+        ("train", "language", "--plan", "--memory", "nan"),
     ],
     ids=lambda words: " ".join(words),
 )

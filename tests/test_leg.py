@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from conftest import short_streams, toy_config, toy_training
-from lavit.config import InputError, Terminated
+from lavit.config import InputError, Terminated, write_json
 from lavit.pixels.decoder import Pixels
 from lavit.presets import preset
 from lavit.train.loop import Report
@@ -86,3 +87,94 @@ def test_what_is_no_state_is_said(tmp_path: Path) -> None:
         leg.unpack(state, tmp_path / "next")
     with pytest.raises(InputError, match="write -- train"):
         leg.main(state, run, ("eval", "nano"))
+    (state / "0-of-2").rename(state / "0-of-1")
+    (state / "0-of-1").write_bytes((state / "0-of-1").read_bytes()[:50])
+    with pytest.raises(InputError, match="damaged"):
+        leg.unpack(state, tmp_path / "next")
+    assert not (tmp_path / "next").exists()
+
+
+def run_at(run: Path, step: int, data: str = "scenes") -> Path:
+    """A run with a checkpoint of its first stage."""
+    checkpoint = run / "checkpoints" / "tokenizer" / str(step)
+    checkpoint.mkdir(parents=True)
+    write_json(checkpoint / "step.json", {"step": step})
+    write_json(run / "training.json", {"data": data})
+    return run
+
+
+def test_the_farther_of_state_and_run_goes_on(tmp_path: Path) -> None:
+    """An old run of a machine that is lent again does not win; a newer or an equal one stays."""
+    state, old, new = tmp_path / "state", tmp_path / "old", tmp_path / "new"
+    leg.pack(run_at(new, 500), state)
+    run_at(old, 10)
+    for _ in range(2):
+        leg.unpack(state, old)
+        assert leg.reached(old) == (0, 500)
+    run_at(old, 510)
+    leg.unpack(state, old)
+    assert leg.reached(old) == (0, 510)
+    (new / "visual_tokenizer").mkdir()
+    (new / "visual_tokenizer" / "done").touch()
+    leg.pack(new, state)
+    leg.unpack(state, old)
+    assert leg.reached(old) == (1, 0)
+    with pytest.raises(InputError, match="two trainings"):
+        leg.unpack(state, run_at(tmp_path / "other", 1000, "pairs"))
+
+
+def test_an_empty_or_half_unpacked_run_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, run = tmp_path / "state", tmp_path / "run"
+    leg.pack(run_at(tmp_path / "first", 10), state)
+
+    def cut(tar: tarfile.TarFile, path: Path, **options: object) -> None:
+        tar.extract(tar.getmembers()[0], path, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile.TarFile, "extractall", cut)
+        with pytest.raises(KeyboardInterrupt):
+            leg.unpack(state, run)
+    assert not run.exists()
+    run.mkdir()
+    leg.unpack(state, run)
+    assert leg.reached(run) == (0, 10)
+
+
+def test_a_state_survives_a_stop_before_the_next_is_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, second = tmp_path / "state", run_at(tmp_path / "second", 20)
+    leg.pack(run_at(tmp_path / "first", 10), state)
+    replace_once, calls = os.replace, []
+
+    def stopped(*paths: Path) -> None:
+        calls.append(paths)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        replace_once(*paths)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            leg.pack(second, state)
+    assert not state.exists()
+    leg.unpack(state, tmp_path / "third")
+    assert leg.reached(tmp_path / "third") == (0, 10)
+
+
+def test_folders_of_something_else_are_neither_state_nor_run(tmp_path: Path) -> None:
+    """Swapped arguments among them; nothing is removed."""
+    run, state, own = run_at(tmp_path / "run", 10), tmp_path / "state", tmp_path / "own"
+    leg.pack(run, state)
+    own.mkdir()
+    (own / "thesis.tex").write_text("x")
+    for pair in ((run, state), (own, run), (own / "thesis.tex", run), (state, own), (run, run)):
+        with pytest.raises(InputError, match=r"holds|lie in each other"):
+            leg.unpack(*pair)
+    for folder in (run, own):
+        with pytest.raises(InputError, match="is no state of a training"):
+            leg.pack(run, folder)
+    assert leg.reached(run) == (0, 10) and (own / "thesis.tex").exists() and leg.packed(state)

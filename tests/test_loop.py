@@ -8,19 +8,25 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from conftest import NAMES, toy_config, toy_training
 from lavit.config import InputError, TrainConfig
 from lavit.model import LaVIT
 from lavit.pixels.decoder import Pixels
 from lavit.train.batches import Shard
+from lavit.train.checkpoint import latest_checkpoint
 from lavit.train.encoded import Encoded, language_stage
 from lavit.train.first import first_language
+from lavit.train.health import Alarm
+from lavit.train.loop import Stage, train
 from lavit.train.metrics import check_trackers
 from lavit.train.run import open_run, train_stages
+from lavit.train.spread import make_accelerator
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer, cosine_distance
 
 
@@ -242,3 +248,34 @@ def test_bf16_on_a_machine_without_it_is_refused(toy_data: Path, tmp_path: Path)
         return
     with pytest.raises(InputError, match="bf16 needs a GPU"):
         open_run(tmp_path, toy_data, toy_config(), replace(toy_training(), precision="bf16"))
+
+
+class OneBadGradient(Stage):
+    """The loss of its tenth step is a number, but its gradient is none."""
+
+    name, steps, config = "language", 20, SimpleNamespace(learning_rate=1e-3, weight_decay=0.0)
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.module = torch.nn.Linear(2, 1)
+
+    def batch(self, step: int, shard: Shard) -> int:
+        return step
+
+    def losses(self, module: torch.nn.Module, batch: int, step: int) -> dict:
+        found = module(torch.ones(1, 2)).sum()
+        return {"loss": found + (0 * found).sqrt() if batch == 9 else found}
+
+
+@pytest.mark.parametrize("log_every", [1, 20])
+def test_weights_that_are_no_numbers_are_never_saved(tmp_path: Path, log_every: int) -> None:
+    """Whether a report or a checkpoint comes first, and again when the command is repeated."""
+    for _ in range(2):
+        accelerator = make_accelerator("fp32")
+        how = {"clip": 1.0, "warmup": 0.1, "checkpoint_every": 5, "trackers": ()}
+        with pytest.raises(Alarm, match="a gradient up to step 10 is not a number"):
+            train(OneBadGradient(), tmp_path, accelerator=accelerator, log_every=log_every, **how)
+        newest = latest_checkpoint(tmp_path / "checkpoints" / "language")
+        assert newest.name == "5"
+        weights = load_file(newest / "module.safetensors")
+        assert all(weight.isfinite().all() for weight in weights.values())

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import runpy
+import shutil
+import signal
+import subprocess
 import sys
 from dataclasses import replace
 from importlib.metadata import distribution
@@ -11,14 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import ViTConfig, ViTModel
 
 import lavit
 from conftest import toy_config, toy_training
+from lavit.config import InputError, write_json
 from lavit.data.corpus import load_corpus
 from lavit.data.scenes.render import render
 from lavit.data.scenes.sample import scene_at
@@ -32,6 +40,7 @@ sys.path.insert(0, str(RECIPES))
 import lavit_7b
 import nano as shipped
 import prose
+import rehearsal
 import speedrun
 
 
@@ -40,16 +49,28 @@ def test_recipes_import(name: str) -> None:
     assert importlib.import_module(name).__doc__.count("Command   ") == 1
 
 
-def test_the_papers_mixture_is_two_of_text_to_one_of_pairs(toy_data: Path, tmp_path: Path) -> None:
-    """In tokens of a stream, where pairs are a third of the patches and a caption."""
-    text, config, rate = tmp_path / "text", toy_config(), 1 / 3
-    text.mkdir()
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """Texts alone, as parquet."""
+    (folder := tmp_path / "text").mkdir()
     for shard in range(2):
-        texts = [f"It reads what the selector keeps, {n} times. " * (1 + n) for n in range(20)]
-        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), text / f"{shard}.parquet")
+        said = [f"It reads what the selector keeps, {n} times. " * (1 + n) for n in range(20)]
+        pyarrow.parquet.write_table(pyarrow.table({"text": said}), folder / f"{shard}.parquet")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("pairs", "text"), [("P", "T"), ("P,P", "T"), ("P:0.25", "T:3"), ("P", "T,T:2")]
+)
+def test_the_papers_mixture_is_two_of_text_to_one_of_pairs(
+    toy_data: Path, texts: Path, tmp_path: Path, pairs: str, text: str
+) -> None:
+    """In tokens of a stream, where pairs are a third of the patches and a caption."""
+    config, rate = toy_config(), 1 / 3
     tokenizer = train_text_tokenizer(load_corpus(toy_data), 300)
     tokenizer.save_pretrained(tmp_path / "llama")
-    data = lavit_7b.mixed(str(toy_data), str(text), tmp_path / "llama", config, rate)
+    pairs, text = pairs.replace("P", str(toy_data)), text.replace("T", str(texts))
+    data = lavit_7b.mixed(pairs, text, tmp_path / "llama", config, rate)
     streams, rng, tokens = Streams(data), np.random.default_rng(0), {True: 0.0, False: 0.0}
     for _ in range(2000):
         taken = streams.take(rng)
@@ -59,6 +80,98 @@ def test_the_papers_mixture_is_two_of_text_to_one_of_pairs(toy_data: Path, tmp_p
     assert tokens[False] / tokens[True] == pytest.approx(lavit_7b.TEXT_TO_PAIRS, rel=0.15)
     mixture = lavit_7b.settings().language.mixture
     assert (mixture.reading, mixture.writing, mixture.text) == (1.0, 1.0, 0.0)
+    with pytest.raises(InputError, match="swapped"):
+        lavit_7b.mixed(text, pairs, tmp_path / "llama", config, rate)
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small folders in the published names, and an encoder of transformers with its own mean."""
+    folder = tmp_path_factory.mktemp("given")
+    rehearsal.eva(folder / "eva.bin")
+    rehearsal.llama(folder / "llama")
+    rehearsal.stable_diffusion(folder / "sd")
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "image_size": 56, "patch_size": 14}
+    config = ViTConfig(num_hidden_layers=1, num_attention_heads=4, **sizes)
+    ViTModel(config).save_pretrained(folder / "vit")
+    sees = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "size": {"height": 56, "width": 56}}
+    write_json(folder / "vit" / "preprocessor_config.json", sees | {"image_processor_type": "ViT"})
+    return folder
+
+
+def test_an_encoder_folder_sees_by_its_own_mean(given: Path) -> None:
+    found = lavit_7b.model_of(given / "vit", given / "sd", small=True).vision
+    assert (found.mean, found.std, found.grid) == ((0.5,) * 3, (0.25,) * 3, 4)
+
+
+def test_parts_are_placed_once_and_whole(
+    given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy that was cut is no encoder, and a second start with other parts is refused."""
+    run, parts = tmp_path / "run", (given / "vit", given / "llama", given / "sd")
+
+    def cut(source: Path, out: Path, **options: object) -> None:
+        shutil.copy(source / "config.json", out)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copytree", cut)
+        with pytest.raises(KeyboardInterrupt):
+            lavit_7b.place(run, *parts)
+    for _ in range(2):
+        lavit_7b.place(run, *parts)
+    names = {path.name for path in (run / "vision").iterdir()}
+    assert names == {path.name for path in (given / "vit").iterdir()}
+    for others in ((parts[0], given, parts[2]), (*parts[:2], given)):
+        with pytest.raises(InputError, match="has begun with"):
+            lavit_7b.place(run, *others)
+
+
+def test_wrong_folders_are_said(given: Path, tmp_path: Path) -> None:
+    eva, llama, sd = given / "eva.bin", given / "llama", given / "sd"
+    for vision, pixels in ((llama, sd), (tmp_path / "none", sd), (eva, llama), (eva, tmp_path)):
+        with pytest.raises(InputError):
+            lavit_7b.model_of(vision, pixels)
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.bin")
+    with pytest.raises(InputError, match="no encoder in EVA's published names"):
+        lavit_7b.model_of(tmp_path / "other.bin", sd)
+    with pytest.raises(InputError, match="no tokenizer of a language model"):
+        lavit_7b.mixed("p", "t", sd, toy_config(), 1 / 3)
+    shutil.copytree(sd, tmp_path / "v")
+    noise = {"prediction_type": "v_prediction"}
+    write_json(tmp_path / "v" / "scheduler" / "scheduler_config.json", noise)
+    with pytest.raises(InputError, match="predicts v_prediction"):
+        lavit_7b.model_of(eva, tmp_path / "v")
+
+
+def test_a_rehearsal_ends_with_all_its_processes() -> None:
+    """Those in sessions of their own too, as torchrun's are."""
+    sleeps = "import time; print(flush=True); time.sleep(100)"
+    code = f"""import subprocess, sys
+job = subprocess.Popen([sys.executable, "-c", {sleeps!r}], start_new_session=True)
+print(job.pid, flush=True)
+job.wait()"""
+    with rehearsal.started([sys.executable, "-c", code], subprocess.PIPE) as job:
+        child = psutil.Process(int(job.stdout.readline()))
+        assert child.is_running()
+    psutil.wait_procs([child], timeout=10)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize(("stopped", "code"), [(False, 2), (True, 143)])
+def test_the_7b_recipe_ends_as_the_command_does(
+    stopped: bool,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Bad input and SIGTERM: one line and a code."""
+    monkeypatch.setattr(sys, "argv", ["lavit_7b.py"])
+    if stopped:
+        monkeypatch.setattr("tyro.cli", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(RECIPES / "lavit_7b.py"), run_name="__main__")
+    assert stop.value.code == code and len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_prose_keeps_english_sentences_and_takes_markup_out() -> None:

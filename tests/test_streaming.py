@@ -115,6 +115,20 @@ def test_a_stream_begins_again_and_can_be_taken_up_anywhere(shards: Path) -> Non
         assert following[: len(texts) - place] == texts[place : place + SHARDS * EACH]
 
 
+def test_a_stream_stopped_twice_within_a_buffer_serves_each_record_once(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of its second buffer, whose place must outlive the first of both restarts."""
+    monkeypatch.setattr("lavit.data.stream.BUFFER", 12)
+    total, stream, served = SHARDS * EACH, Stream(str(shards)), []
+    for count in (14, 0, 1, 1, total - 16):
+        served += [stream.take().texts[0] for _ in range(count)]
+        place = json.loads(json.dumps(stream.state()))
+        stream = Stream(str(shards))
+        stream.load_state(place)
+    assert Counter(served) == {f"grey {number}": 1 for number in range(total)}
+
+
 def test_fewer_shards_than_processes_are_refused(shards: Path) -> None:
     with pytest.raises(InputError, match="4 shards for 5 processes"):
         Stream(str(shards), rank=0, ranks=5)

@@ -163,10 +163,10 @@ class ModelConfig:
                 raise InputError(f"{part} is {found} but the encoder gives {given} {unit}")
         for part in PARTS:
             for name, value in vars(getattr(self, part)).items():
-                if type(value) is int and name not in ("layer", "lora_rank"):
-                    most = DEEPEST if name.endswith("depth") else LARGEST_SIZE
-                    if not 1 <= value <= most:
-                        raise InputError(f"{part}.{name} is {value}, expected 1 to {most}")
+                if type(value) is int and name != "layer":
+                    least, deep = int(name != "lora_rank"), name.endswith("depth")
+                    if not least <= value <= (most := DEEPEST if deep else LARGEST_SIZE):
+                        raise InputError(f"{part}.{name} is {value}, expected {least} to {most}")
 
 
 @dataclass(frozen=True, kw_only=True)

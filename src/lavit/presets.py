@@ -347,7 +347,7 @@ def with_encoder(chosen: Preset, vision: VisionConfig) -> Preset:
 
 def scaled(training: TrainConfig, factor: float) -> TrainConfig:
     """The same training with `factor` times the steps of every stage."""
-    if factor <= 0:
+    if not 0 < factor < float("inf"):
         raise InputError(f"a training needs a positive time, not a factor of {factor}")
 
     def times(stage: Any, *names: str) -> Any:

@@ -6,13 +6,14 @@ with code 1, SIGTERM with 143.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tyro
@@ -78,27 +79,13 @@ def _is_full(error: BaseException) -> bool:
     return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of `lavit`."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("lavit").setLevel(logging.INFO)
-    # threads that wait soon give their core away, or two processes spin in each other's way:
-    # libgomp reads this when torch is first imported (placement.py has what works later)
-    if not {"OMP_WAIT_POLICY", "torch"} & {*os.environ, *sys.modules}:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    for library in ("HF_HUB", "HF_DATASETS"):  # this command line has bars of its own
-        os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    verbs, prog = {**VERBS, "data": data, "convert": convert}, "lavit"
-    if words[:2] == ["train", "finetune"]:
-        words = ["train-finetune", *words[2:]]
-    if len(words) > 1 and words[0] in GROUPS:
-        verbs, prog, words = GROUPS[words[0]], f"lavit {words[0]}", words[1:]
-    about = "LaVIT: images as a foreign language."
+@contextlib.contextmanager
+def exits() -> Iterator[None]:
+    """What is raised within, and SIGTERM, as a line on stderr and an exit code; recipes too."""
     before = signal.signal(signal.SIGTERM, _on_sigterm)
     try:
         try:
-            tyro.extras.subcommand_cli_from_dict(verbs, prog=prog, description=about, args=words)
+            yield
         finally:
             sys.stdout.flush()  # `lavit --help | head`: that the reader has left shows here
     except BrokenPipeError as gone:
@@ -124,3 +111,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(1) from error
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `lavit`."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("lavit").setLevel(logging.INFO)
+    # threads that wait soon give their core away, or two processes spin in each other's way:
+    # libgomp reads this when torch is first imported (placement.py has what works later)
+    if not {"OMP_WAIT_POLICY", "torch"} & {*os.environ, *sys.modules}:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    for library in ("HF_HUB", "HF_DATASETS"):  # this command line has bars of its own
+        os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    verbs, prog = {**VERBS, "data": data, "convert": convert}, "lavit"
+    if words[:2] == ["train", "finetune"]:
+        words = ["train-finetune", *words[2:]]
+    if len(words) > 1 and words[0] in GROUPS:
+        verbs, prog, words = GROUPS[words[0]], f"lavit {words[0]}", words[1:]
+    about = "LaVIT: images as a foreign language."
+    with exits():
+        tyro.extras.subcommand_cli_from_dict(verbs, prog=prog, description=about, args=words)

@@ -55,6 +55,7 @@ def train(
     from lavit.train.settings import STAGES
     from lavit.vision.encoder import encoder_at
 
+    _check_seed(seed)
     chosen = find(preset)
     if lm is not None:
         chosen = with_lm(chosen, lm)
@@ -129,6 +130,7 @@ def finetune(
     from lavit.train.finetune import finetune as fine_tune
     from lavit.train.finetune import finetune_training
 
+    _check_seed(seed)
     training = finetune_training(
         model,
         lora_rank=lora,
@@ -154,6 +156,11 @@ def finetune(
     print(f"fine-tuned: {out}")
     if run.main:
         _forgotten(model, out, check)
+
+
+def _check_seed(seed: int) -> None:
+    if seed < 0:
+        raise InputError(f"--seed is {seed}, expected a whole number from 0")
 
 
 def _forgotten(before: str, after: Path, data: str | None) -> None:

@@ -60,6 +60,7 @@ class Stream:
         self.seed, self.rank = seed, rank
         self.epoch, self.read = 0, 0  # records of this epoch that were read
         self._rest: Iterator[Any] | None = None  # of this epoch
+        self._loaded: StreamPlace | None = None  # the rows' place until a row of it was read
         self._buffer: list[Record] = []  # read, shuffled and not taken
         self._start: StreamPlace = self._place()  # where the buffer began
         self._taken = 0  # of the buffer
@@ -89,6 +90,7 @@ class Stream:
         for _ in range(count):
             try:
                 row = next(rows, None)
+                self._loaded = None
             except Exception as error:  # whatever reads shards: a file of theirs is what is wrong
                 said = " ".join(str(error).split())[:200]
                 where = f"{self.name!r} is damaged behind record {self.read}"
@@ -108,7 +110,9 @@ class Stream:
         return self._rest
 
     def _place(self) -> StreamPlace:
-        rows = None if self._rest is None else self.rows.state_dict()
+        rows = self._loaded  # which `datasets` does not say before it has read on
+        if rows is None and self._rest is not None:
+            rows = self.rows.state_dict()
         return {"epoch": self.epoch, "read": self.read, "rows": rows}
 
     def state(self) -> StreamPlace:
@@ -118,8 +122,9 @@ class Stream:
     def load_state(self, state: StreamPlace) -> None:
         """Go to a place."""
         self.epoch, self.read, self._rest, self._buffer = state["epoch"], state["read"], None, []
-        if state["rows"] is not None:
-            self._rows(state["rows"])
+        self._loaded = state["rows"]
+        if self._loaded is not None:
+            self._rows(self._loaded)
         for _ in range(state.get("taken", 0)):
             self.take()
 

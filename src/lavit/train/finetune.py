@@ -177,7 +177,7 @@ def _open(
     replay = training.replay.rpartition(":")[0]
     contents = {name: _content(Path(name)) for name in (str(Path(data)), replay) if name}
     said = {"data": str(Path(data)), "model": str(source), "minutes": minutes, "sha256": contents}
-    if minutes is not None and minutes <= 0:
+    if minutes is not None and not 0 < minutes < float("inf"):
         raise InputError(f"a training needs a positive time, not {minutes} minutes")
     if folder.resolve() == source.resolve():
         raise InputError(f"{folder} is the model to be fine-tuned: give another --out")

@@ -114,6 +114,17 @@ def check_finite(loss: Tensor, parameters: Iterable[Tensor], step: int) -> None:
         )
 
 
+def check_gradients(norms: Tensor, stage: str, step: int) -> None:
+    """Raise `Alarm` if one of the gradients whose norms were added up is not a number: weights
+    behind it are none either, and must not be saved.
+    """
+    if not torch.isfinite(norms):
+        raise Alarm(
+            f"{stage}: a gradient up to step {step} is not a number: lower the learning rate; the "
+            "same command goes on from the last checkpoint, which is of a good step"
+        )
+
+
 def check_selector(kept: float, step: int, *, patches: int = 100) -> None:
     """Raise `Alarm` if all or next to none (one of `patches`) are kept after 50 steps."""
     if step < 50:

@@ -31,7 +31,7 @@ from lavit.train.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from lavit.train.health import Alarm
+from lavit.train.health import Alarm, check_gradients
 from lavit.train.metrics import Metrics, peak_gib
 from lavit.train.muon import Muon
 from lavit.train.spread import shard, whole
@@ -147,17 +147,19 @@ def train(
     main = accelerator.is_main_process
     opened = Metrics(run, stage.name, start, trackers=trackers, enabled=main)
     with opened as metrics, _sigterms() as came:
-        started = time.perf_counter()
+        started, norms = time.perf_counter(), torch.zeros((), device=accelerator.device)
         for step in range(start, stage.steps):
             for group, rate in zip(optimizer.param_groups, base, strict=True):
                 group["lr"] = rate * schedule(step, stage.steps, warmup)
             parts, after = step_once(stage, module, optimizer, step, clip=clip)
             done, last = step + 1, step + 1 == stage.steps
+            norms += after["gradient_norm"]  # looked at where the host waits anyway
             if done % log_every == 0 or last:
                 values = pool(parts, accelerator) | {name: float(after[name]) for name in after}
                 if not math.isfinite(values["loss"]):
                     said = f"{stage.name}: the loss is {values['loss']} at step {done}"
                     raise Alarm(f"{said}: lower the learning rate")
+                check_gradients(norms, stage.name, done)
                 rate = (done - start) / (time.perf_counter() - started)
                 metrics.write(done, {**values, "peak_gib": peak_gib()})
                 if watch:
@@ -168,6 +170,7 @@ def train(
                     metrics.append("samples.jsonl", done, line)
             ending = _by_any(came, accelerator)
             if done % checkpoint_every == 0 or last or ending:
+                check_gradients(norms, stage.name, done)
                 state = {"accelerator": accelerator, "keep": keep_last}
                 save_checkpoint(folder, done, plain, optimizer, stage, **state)
                 accelerator.wait_for_everyone()

@@ -113,7 +113,7 @@ def plan_stage(
     or pictures are divided by accumulation down to one a pass, then under LoRA the second merger
     is frozen. `layout` defaults to FSDP2 for stage 2 on several GPUs, to DDP for the others.
     """
-    if gpus < 1 or (memory is not None and memory <= 0):
+    if gpus < 1 or not (memory is None or memory > 0):
         raise InputError(f"a plan needs at least one GPU with memory, not {gpus} with {memory} GiB")
     several: Parallelism = "fsdp2" if stage == "language" else "ddp"
     layout = layout or (several if gpus > 1 else "single")
