@@ -62,9 +62,11 @@ def pack(run: Path, state: Path) -> int:
     """Write the state of a run as files of at most `PIECE` bytes; returns how many.
 
     The state before stays, as .STATE.old in the end, until the new one is in its place. Raises
-    `InputError` for more than `PIECES`, and where STATE holds something else.
+    `InputError` for more than `PIECES`, a run that has not begun, and a STATE of something else.
     """
     packed(state)
+    if not (run / "training.json").exists():
+        raise InputError(f"{run} holds no training yet: give the leg more --minutes")
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w:gz", compresslevel=1) as tar:
         for name in kept(run):

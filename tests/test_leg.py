@@ -80,7 +80,9 @@ def test_states_of_the_small_presets_fit(name: str) -> None:
 def test_what_is_no_state_is_said(tmp_path: Path) -> None:
     run, state = tmp_path / "run", tmp_path / "state"
     run.mkdir()
-    (run / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="no training yet"):
+        leg.pack(run, state)
+    (run / "training.json").write_text("{}")
     leg.pack(run, state)
     (state / "0-of-1").rename(state / "0-of-2")
     with pytest.raises(InputError, match="1 files of 2"):
