@@ -2,11 +2,11 @@
 it was.
 
 A line is one item: {"key", "task", "item", "chunk", "made", "check"}, and its "name" where items
-have names. The key is a hash of the
-weights, the configuration, the seed and the world; lines of another key are left alone. `check` is
-a hash of the rest: a line that was changed is made again. Items are made in chunks of fixed
-borders, so that an item is always computed in a batch with the same others, stopped or not; of a
-chunk that was being written when its evaluation stopped, the lines are cut off.
+have names. The key is a hash of the weights, the configuration, the seed and the world; lines of
+another key are left alone. `check` is a hash of the rest: a line that was changed is made again.
+Items are made in chunks of fixed borders, so that an item is always computed in a batch with the
+same others, stopped or not; of a chunk that was being written when its evaluation stopped, the
+lines are cut off.
 """
 
 from __future__ import annotations
