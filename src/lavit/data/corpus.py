@@ -152,7 +152,7 @@ def origin_of(data: str | Path) -> dict[str, Any]:
 
 
 def with_more(model: Path, data: str | Path) -> dict[str, Any]:
-    """The origin of what is trained on `data` from a model: what does not say is named by `others`."""
+    """The origin of what is trained on `data` from a model; `others` names what says nothing."""
     said = read_json(model / "training.json") if (model / "training.json").is_file() else {}
     origin = said.get("origin") or {"others": [said.get("data") or model.name]}
     more = origin_of(data)
