@@ -126,18 +126,18 @@ class VqganStage(Stage):
             raise InputError("VQGAN trains on whole steps: set accumulate to 1")
         self.module, self.feed, self.config, self.seed = tokenizer, feed, config, seed
         self.steps = config.steps
+        self.prepared = config.steps_a if config.k_means else -1
         side = tokenizer.patch * tokenizer.grid
         self.perceptual = Perceptual(load_vision(efficientnet_lite0(image_size=side)))
         self.quantised: tuple[Tensor, Quantised] | None = None
 
     def batch(self, step: int, shard: Shard) -> FeatureBatch:
-        """Pictures of a step; before the first ones with codes, the codes are started."""
-        if step == self.config.steps_a and self.config.k_means:
-            self._start_codes()
+        """Pictures of a step."""
         return self.feed.batch(step, shard)
 
     @torch.no_grad()
-    def _start_codes(self) -> None:
+    def prepare(self) -> None:
+        """Start the codes by k-means on vectors of training pictures."""
         rows: list[Tensor] = []
         while sum(map(len, rows)) < self.config.k_means_vectors:
             found = self.feed.batch(self.steps + len(rows), self.shard).patches

@@ -42,6 +42,7 @@ class TokenizerStage(Stage):
     ) -> None:
         self.module, self.feed, self.config, self.seed = tokenizer, feed, config, seed
         self.steps, self.accumulate = config.steps, config.accumulate
+        self.prepared = config.steps_a if config.k_means else -1
         tokenizer.recompute(config.recompute)
         patches = feed.some(SOME)
         tokenizer.measure(patches)
@@ -75,9 +76,7 @@ class TokenizerStage(Stage):
         return matrices_apart(groups, self.module, but=selector)
 
     def batch(self, step: int, shard: Shard) -> FeatureBatch:
-        """Pictures of a step; before the first ones with codes, the codes are started."""
-        if step == self.config.steps_a and step != self.step and self.config.k_means:
-            self._start_codes()
+        """Pictures of a step."""
         return self.feed.batch(step, shard)
 
     def trains_selector(self, step: int) -> bool:
@@ -167,8 +166,8 @@ class TokenizerStage(Stage):
         return (self.config.rate - (mean + (everywhere - mean).detach())).square()
 
     @torch.no_grad()
-    def _start_codes(self) -> None:
-        """k-means on vectors of pictures of the training set, the same ones on any ranks."""
+    def prepare(self) -> None:
+        """Start the codes: k-means on vectors of training pictures, the same ones on any ranks."""
         tokenizer, wanted = self.module, self.config.k_means_vectors
         rows: list[Tensor] = []
         for number in range(wanted):
