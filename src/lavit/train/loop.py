@@ -66,6 +66,7 @@ class Stage(ABC):
 
     def prepare(self) -> None:
         """Work that takes long, once, before the step `prepared`; SIGTERM ends it at once."""
+        raise NotImplementedError
 
     @abstractmethod
     def batch(self, step: int, shard: Shard) -> Any:
