@@ -33,6 +33,7 @@ def train(
     plan: bool = False,
     gpus: int = 1,
     memory: float | None = None,
+    precision: Literal["auto", "fp32", "bf16"] | None = None,
 ) -> None:
     """Train a stage, or all three, of a preset on a data set.
 
@@ -45,7 +46,8 @@ def train(
     processes of torchrun. --stream reads the data as they come, shard by shard, in every stage, and
     keeps none of them; --tokens takes the codes of stage 2 from a folder of `lavit
     tokenize-corpus`, and then nothing is read, only written. --plan trains nothing: it computes the
-    memory of each stage on --gpus GPUs of --memory GiB each.
+    memory of each stage on --gpus GPUs of --memory GiB each. --precision fp32, in place of the
+    preset's, is for GPUs without bf16.
     """
     from dataclasses import replace
 
@@ -65,6 +67,8 @@ def train(
     if lora is not None:
         model = replace(model, language=replace(model.language, lora_rank=lora))
     training = replace(chosen.training, seed=seed)
+    if precision is not None:
+        training = replace(training, precision=precision)
     if minutes is not None:
         training = scaled(training, minutes / chosen.minutes)
     if stream:
