@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lavit.config import InputError, TokenizerTraining
 from lavit.train import health
-from lavit.train.batches import Randomness, Shard, seeded
+from lavit.train.batches import Randomness, Shard, seeded, to_device
 from lavit.train.feeds import FeatureBatch, FeatureFeed
 from lavit.train.loop import Metric, Stage
 from lavit.train.muon import matrices_apart
@@ -137,13 +137,13 @@ class TokenizerStage(Stage):
         self, batch: FeatureBatch, step: int
     ) -> tuple[Float[Tensor, "images patches dim"], Float[Tensor, "images patches 2"] | None]:
         """Features of pictures, and the selector's noise while it trains."""
-        patches = batch.patches.to(self.accelerator.device)
+        patches = to_device(batch.patches, self.accelerator.device).float()
         if not self.trains_selector(step):
             return patches, None
         places, kind = batch.places.tolist(), Randomness.SELECTOR
         generators = [seeded(self.seed, kind, step, place) for place in places]
         noise = torch.stack([gumbel((patches.shape[1], 2), generator) for generator in generators])
-        return patches, noise.to(self.accelerator.device)
+        return patches, to_device(noise, self.accelerator.device)
 
     def _begin(self, step: int, mask: Tensor) -> None:
         """Count the patches kept of all pictures of a step, whose first part has this mask."""
@@ -174,7 +174,7 @@ class TokenizerStage(Stage):
             for part in range(self.accumulate):
                 shard = self.shard.part(part, self.accumulate)
                 patches = self.feed.batch(self.steps + number, shard).patches
-                patches = patches.to(self.accelerator.device)
+                patches = to_device(patches, self.accelerator.device).float()
                 merged = tokenizer.merger(tokenizer.prepare(patches), tokenizer.select(patches))
                 rows.append(gather_rows(tokenizer.codebook.project(merged)))
             if sum(map(len, rows)) >= wanted:
