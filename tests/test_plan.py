@@ -170,6 +170,17 @@ def test_a_tokenizer_of_any_size_keeps_what_small_ones_say(dense: bool, numbers:
     np.testing.assert_allclose(planned, measured, rtol=0.02)
 
 
+def test_the_largest_unit_is_that_of_the_size_planned() -> None:
+    """A merger's block in small copies, at the paper's channels a head one of the reconstructor."""
+    preset = lavit_7b().model.visual_tokenizer
+    config = replace(preset, heads=1, dim=88, merger_depth=1, reconstructor_depth=1, codes=8)
+    planned = tokenizer_bytes(config, 85, dense=False, numbers="fp32")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(activations, "_drawn_out", lambda measure, width: measure(88))
+        measured = tokenizer_bytes(config, 85, dense=False, numbers="fp32")
+    np.testing.assert_allclose(planned, measured, rtol=0.01)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dense", [True, False])
 def test_stage_1_at_full_width_keeps_what_small_ones_say(dense: bool) -> None:
