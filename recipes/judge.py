@@ -162,7 +162,7 @@ def one_picture(rng: np.random.Generator, drawings: Drawings) -> tuple:
     kind = drawings.some()
     if rng.random() < OUTSIDE and len(free) and shows(kind, style, grounds):
         drawing = drawings.draw(kind, tuple(STYLES)[style], canvas, rng.random() < 0.5)
-        if box := spoil.outside(picture, drawing, boxes, rng):
+        if box := spoil.beyond_border(picture, drawing, boxes, rng):
             things[free[0]] = (box.x, box.y, box.side, len(drawings.names) - 1, -1, style)
     return worn(picture.convert("RGB"), rng), things, told
 

@@ -153,7 +153,7 @@ def _with_one_outside(scene: Scene, size: int, rng: np.random.Generator) -> Imag
     """A scene with one object more, a part of which is beyond the border."""
     picture, boxes = render(scene, size).convert("RGBA"), [thing.box for thing in scene.things]
     thing = scene.things[int(rng.integers(len(scene.things)))]
-    while spoil.outside(picture, _another(thing, scene, size, rng), boxes, rng) is None:
+    while spoil.beyond_border(picture, _another(thing, scene, size, rng), boxes, rng) is None:
         pass
     return picture.convert("RGB")
 

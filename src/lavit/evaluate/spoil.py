@@ -128,7 +128,7 @@ def behind(drawing: Image.Image, other: Image.Image, rng: Rng) -> Image.Image:
     return whole
 
 
-def outside(
+def beyond_border(
     picture: Image.Image, drawing: Image.Image, boxes: Sequence[Box], rng: Rng,
 ) -> Box | None:  # fmt: skip
     """Set a drawing into a picture (RGBA, changed in place), a part of it beyond the border.
