@@ -18,6 +18,7 @@ from lavit.train.run import open_run, train_stages
 GOLDEN = Path(__file__).parent / "golden" / "nano.json"
 
 
+@pytest.mark.usefixtures("whole_windows")
 def test_first_losses_of_nano(shapes_data: Path, tmp_path: Path) -> None:
     preset = nano()
     t = preset.training
