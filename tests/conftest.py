@@ -264,9 +264,10 @@ def toy_config() -> ModelConfig:
 
 
 def toy_training(steps: int = 6) -> TrainConfig:
-    """A few steps of every stage."""
+    """A few steps of every stage, without samples."""
     return TrainConfig(
         text_vocabulary=300,
+        sample_every=0,
         checkpoint_every=4,
         log_every=2,
         tokenizer=TokenizerTraining(

@@ -25,6 +25,7 @@ def test_first_losses_of_nano(shapes_data: Path, tmp_path: Path) -> None:
     training = replace(
         t,
         log_every=1,
+        sample_every=0,
         tokenizer=replace(t.tokenizer, steps_a=3, steps_b=2, batch=8, k_means_vectors=300),
         language=replace(t.language, steps=3, rows=1),
         pixels=replace(t.pixels, steps=3, batch=8),

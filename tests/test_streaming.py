@@ -239,7 +239,7 @@ def stage_two(toy_run: Path, out: Path, data: str, *, watch=None, **changes) -> 
         for part in ("vision", "visual_tokenizer"):
             shutil.copytree(toy_run / part, out / part)
         write_config(out, model)
-    training = replace(toy_training(8), sample_every=0, checkpoint_every=4, log_every=1)
+    training = replace(toy_training(8), checkpoint_every=4, log_every=1)
     training = replace(training, language=replace(training.language, **changes))
     train_stages(open_run(out, data, model, training, watch=watch), ("language",))
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
