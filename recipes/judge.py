@@ -1,6 +1,6 @@
 """The judge: a detector of 0.4 M weights, trained on renders alone; two processes, one thread each.
 
-Command   python recipes/judge.py RUN [--minutes 25]
+Command   python recipes/judge.py RUN [--minutes 30]
               trains, sets the thresholds on `valid`, writes RUN/judge
           python recipes/judge.py RUN --start RUN/network.pt --minutes 0
               only the thresholds, and the names that are in the list now
@@ -8,9 +8,9 @@ Command   python recipes/judge.py RUN [--minutes 25]
           python recipes/judge.py --table         the errors of the shipped judge (LOG.md has them)
           python recipes/judge.py --confusions    which objects it takes for which, at 64 pixels
 Data      scenes of any things anywhere, both styles, turned by up to 15 degrees, blurred, noisy,
-          JPEG, drawn for 64 to 128 px; among them drawings that are spoiled
-          (src/lavit/evaluate/spoil.py), which are to be called "unknown"
-Cost      25 minutes beside other work
+          JPEG, drawn for 64 to 128 px; among them drawings that are spoiled, and parts of
+          backgrounds (src/lavit/evaluate/spoil.py), which are to be called "unknown"
+Cost      30 minutes of two cores
 Score     LOG.md has the table
 """
 
@@ -43,11 +43,12 @@ from lavit.data.scenes.world import (
     PATTERNS,
     SHAPES,
     STYLES,
+    Box,
     objects,
 )
 from lavit.evaluate import spoil
 from lavit.evaluate.detector import CELLS, SIDE, Detector, Maps, fused
-from lavit.evaluate.judge import FOLDER, UNKNOWN, Judge, sizes
+from lavit.evaluate.judge import FOLDER, GROUNDS, UNKNOWN, Judge, sizes
 from lavit.train.muon import Muon
 
 CANVASES = (64, 96, 128)
@@ -55,6 +56,8 @@ MOST = 9  # things
 TURN = 15.0
 USES = 12  # of a drawing at one size and turn before it is drawn anew
 SPOILED = 0.3  # of the things
+IN_PARTS = 0.12  # of the pictures have two backgrounds
+OUTSIDE = 0.12  # of the pictures have a thing that is cut by the border
 BATCH = 32
 RATE = 3e-3  # at most; half of it for what was trained before
 NEAR = 0.95  # cells from a centre that learn its answer
@@ -127,16 +130,13 @@ def one_picture(rng: np.random.Generator, drawings: Drawings) -> tuple:
         picture = Image.fromarray(noise.astype(np.uint8)).resize((SIDE, SIDE), Image.BICUBIC)
         return np.asarray(picture), things, (-1, -1)
     canvas = int(rng.choice(CANVASES, p=(0.4, 0.4, 0.2)))
-    ground, pattern = int(rng.integers(len(BACKGROUNDS))), int(rng.integers(len(PATTERNS)))
-    on = tuple(BACKGROUNDS)[ground]
-    picture = background(on, PATTERNS[pattern], canvas).convert("RGBA")
+    picture, grounds, told = grounded(rng, canvas)
     style = int(rng.integers(2))
-    spots = list(layout(rng))
-    kind = None
-    for number, (x, y, big) in enumerate(spots):
+    kind, boxes = None, []
+    for number, (x, y, big) in enumerate(layout(rng)):
         if kind is None or rng.random() > 0.15:
             kind = drawings.some()
-        if kind[1] == on or not stands_out(*kind, tuple(STYLES)[style], on):
+        if not shows(kind, style, grounds):
             kind = None
             continue
         drawing = drawings.draw(kind, tuple(STYLES)[style], canvas, big)
@@ -152,11 +152,48 @@ def one_picture(rng: np.random.Generator, drawings: Drawings) -> tuple:
                 continue
         width, height = drawing.size
         left, top = round(x * canvas - width / 2), round(y * canvas - height / 2)
-        picture.alpha_composite(drawing, (max(0, left), max(0, top)))
+        left, top = (max(0, min(a, canvas - b)) for a, b in ((left, width), (top, height)))
+        picture.alpha_composite(drawing, (left, top))
         colour = tuple(COLOURS).index(kind[1]) if kind[1] and name < len(drawings.names) - 1 else -1
         centre = ((left + width / 2) / canvas, (top + height / 2) / canvas)
-        things[number] = (*centre, max(width, height) / canvas, name, colour, style)
-    return worn(picture.convert("RGB"), rng), things, (ground, pattern)
+        boxes.append(Box(*centre, max(width, height) / canvas))
+        things[number] = (*centre, boxes[-1].side, name, colour, style)
+    free = np.flatnonzero(things[:, 3] < 0)
+    kind = drawings.some()
+    if rng.random() < OUTSIDE and len(free) and shows(kind, style, grounds):
+        drawing = drawings.draw(kind, tuple(STYLES)[style], canvas, rng.random() < 0.5)
+        if box := spoil.outside(picture, drawing, boxes, rng):
+            things[free[0]] = (box.x, box.y, box.side, len(drawings.names) - 1, -1, style)
+    return worn(picture.convert("RGB"), rng), things, told
+
+
+def grounded(rng: np.random.Generator, canvas: int) -> tuple[Image.Image, list[str], tuple]:
+    """An empty picture (RGBA), the colours of its background, and what is to be said of it: indices
+    of colour and pattern, the last ones if it has two."""
+    colours = tuple(BACKGROUNDS)
+    ground, pattern = int(rng.integers(len(colours))), int(rng.integers(len(PATTERNS)))
+    picture = background(colours[ground], PATTERNS[pattern], canvas).convert("RGBA")
+    if rng.random() >= IN_PARTS:
+        return picture, [colours[ground]], (ground, pattern)
+    second, other = ground, pattern
+    if wide := rng.random() < 0.5:
+        other = (pattern + int(rng.integers(1, len(PATTERNS)))) % len(PATTERNS)
+    if not wide or rng.random() < 0.2:
+        second = (ground + int(rng.integers(1, len(colours)))) % len(colours)
+    mask = spoil.part(canvas, rng, wide=wide)
+    if rng.random() < 0.3:
+        mask = mask.filter(ImageFilter.GaussianBlur(canvas * float(rng.uniform(0.01, 0.08))))
+    elsewhere = background(colours[second], PATTERNS[other], canvas).convert("RGBA")
+    told = (
+        ground if second == ground else len(GROUNDS) - 1,
+        pattern if other == pattern else len(PATTERNS),
+    )
+    return Image.composite(elsewhere, picture, mask), [colours[ground], colours[second]], told
+
+
+def shows(kind: tuple[str, str | None], style: int, grounds: list[str]) -> bool:
+    """Does a thing stand out from all of a picture's backgrounds?"""
+    return all(kind[1] != on and stands_out(*kind, tuple(STYLES)[style], on) for on in grounds)
 
 
 def layout(rng: np.random.Generator) -> Iterator[tuple[float, float, bool]]:
@@ -191,15 +228,28 @@ def spoiled(
 ) -> Image.Image | None:
     """A drawing that is to be called unknown; None where the spoiling might not show."""
     way = rng.random()
-    if way < 0.3:
-        if kind[0] in ("square", "diamond"):  # their halves are shapes too
+    if way < 0.35:  # half of it, or more
+        if kind[0] in ("square", "diamond") and way < 0.2:  # their halves are shapes too
             return None
-        return spoil.half(drawing, rng, share=float(rng.uniform(0.38, 0.55)))
-    if way < 0.4:
+        share = rng.uniform(0.38, 0.55) if way < 0.2 else rng.uniform(0.6, 0.78)
+        return spoil.half(drawing, rng, share=float(share))
+    if way < 0.42:
         return None if kind[1] else spoil.hue(drawing, rng)
-    if way < 0.55:
+    if way < 0.5:
+        return spoil.flat(drawing) if spoil.varied(drawing) else None
+    if way < 0.64:
+        return spoil.behind(drawing, drawing if way < 0.57 else other, rng)
+    if way < 0.78:
+        if kind[1] and way < 0.72:  # the shape in two colours
+            other = recoloured(kind, rng).resize(drawing.size)
         return spoil.joined(drawing, other, rng)
-    return spoil.blob(drawing, other, rng, "coarse" if way < 0.7 else None)
+    return spoil.blob(drawing, other, rng, "coarse" if way < 0.88 else None)
+
+
+def recoloured(kind: tuple[str, str | None], rng: np.random.Generator) -> Image.Image:
+    """A shape in another colour, flat."""
+    others = [colour for colour in COLOURS if colour != kind[1]]
+    return shrunk(kind[0], others[int(rng.integers(len(others)))], next(iter(STYLES)), big=True)
 
 
 def worn(picture: Image.Image, rng: np.random.Generator) -> np.ndarray:
@@ -349,7 +399,7 @@ def write(network: Detector, names: tuple[str, ...], folder: Path) -> Judge:
 def main(
     run: Path = Path("runs/judge"),
     /,
-    minutes: float = 25.0,
+    minutes: float = 30.0,
     seed: int = 0,
     start: Path | None = None,
     ship: bool = False,

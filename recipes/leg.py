@@ -1,10 +1,10 @@
 """One leg of a training, where a machine is lent for minutes: take up the state, train, pack it.
 
 Starts a training command of `lavit` on what STATE holds, ends it after so many minutes by SIGTERM
-(which saves the step), and writes what the next leg needs back to STATE: at most 8 files of 16 MiB
-for nano and mini. Of STATE and RUN, the one that is farther goes on. Features and codes of a corpus
-are not packed: they are made again, or, with --stream, in each step. Nothing is fetched:
-`--data scenes --stream` is drawn from seeds.
+(which saves the step; one that comes to the leg ends it too), and writes what the next leg needs
+back to STATE: at most 8 files of 16 MiB for nano and mini. Of STATE and RUN, the one that is
+farther goes on. Features and codes of a corpus are not packed: they are made again, or, with
+--stream, in each step. Nothing is fetched: `--data scenes --stream` is drawn from seeds.
 
 Command   python recipes/leg.py STATE RUN --minutes 9 -- train all --preset mini --data scenes
               --stream        (any `lavit train` without --out, which is RUN)
@@ -135,18 +135,24 @@ def unpack(state: Path, run: Path) -> None:
 
 
 def leg(command: list[str], seconds: float) -> int:
-    """Run a training and end it by SIGTERM in time; its exit code, 143 for one that goes on."""
+    """Run a training and end it by SIGTERM, in time or when SIGTERM comes to this process, which
+    from then on lets none disturb the packing; its exit code, 143 for one that goes on.
+    """
+    came: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+    end = time.monotonic() + max(1.0, seconds - GRACE)
     job = subprocess.Popen(command)
-    try:
-        return job.wait(max(1.0, seconds - GRACE))
-    except subprocess.TimeoutExpired:
+    while job.poll() is None and not came and time.monotonic() < end:
+        time.sleep(0.1)
+    if job.poll() is None:
         job.send_signal(signal.SIGTERM)
     try:
-        return job.wait(GRACE)
+        code = job.wait(GRACE)
     except subprocess.TimeoutExpired:
         job.kill()  # its last checkpoint is what the next leg goes on from
         job.wait()
         return 128 + signal.SIGTERM
+    return 128 + signal.SIGTERM if code == -signal.SIGTERM else code
 
 
 def main(

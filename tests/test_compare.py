@@ -85,7 +85,17 @@ def test_finished_parts_are_not_made_again_and_seeds_differ_by_seed_alone(tmp_pa
     study = small(replace(TWO, figures=("kept_share",)))
     found = compare(Bench(study, tmp_path), 2)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "rows").rename(elsewhere / "rows")
     assert compare(Bench(study, tmp_path), 2) == found
+    assert compare(Bench(study, elsewhere), 2) == found  # from what was found alone
+    assert [path.name for path in elsewhere.iterdir()] == ["rows"]
+    keys = {
+        Bench(one, tmp_path).row_key("codes", "tokens")
+        for one in (study, replace(study, count=3), replace(study, pictures=30))
+    }
+    assert len(keys) == 3
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     assert len([*(tmp_path / "tokenizers").iterdir()]) == 2  # shared by both arms, one a seed
     for name in study.arms:

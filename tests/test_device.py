@@ -265,11 +265,12 @@ def test_fine_tuning_and_evaluation_run_on_it(
 SAID = re.compile(r"#.*the host waits")  # of a line, or of one of the three above it
 
 
+@pytest.mark.parametrize("stream", [False, True])
 @forked
 def test_a_step_says_why_where_the_host_waits_for_the_device(
-    toy_data: Path, tmp_path: Path
+    toy_data: Path, tmp_path: Path, stream: bool
 ) -> None:
-    """Of what runs in every step: forward, backward, and what follows the optimiser."""
+    """Of what runs in every step: forward, backward, what follows the optimiser, and encoding."""
     from device import waits
 
     found: set[tuple[str, int]] = set()
@@ -282,7 +283,9 @@ def test_a_step_says_why_where_the_host_waits_for_the_device(
         return done
 
     training = replace(toy_training(2), precision="bf16")
+    training = streaming(training) if stream else training
     with pytest.MonkeyPatch.context() as patch:
+        short_streams(patch)
         patch.setattr(loop, "step_once", watched)
         train_stages(open_run(tmp_path / "run", toy_data, toy_config(), training, trackers=()))
     silent = []

@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 import tarfile
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,6 +77,38 @@ def test_states_of_the_small_presets_fit(name: str) -> None:
     language = 4 * 3 * trains + before
     decoder = before + 4 * trains + 5 * sum(p.nbytes for p in pixels.parameters())
     assert max(language, decoder) < leg.PIECE * leg.PIECES
+
+
+@pytest.mark.parametrize(("listens", "seconds"), [(True, 600.0), (False, 600.0), (True, 22.0)])
+def test_a_leg_passes_sigterm_on_and_packs(tmp_path: Path, listens: bool, seconds: float) -> None:
+    """To a training that saves its step, or has not begun to listen; or its minutes are over."""
+    run, state = run_at(tmp_path / "run", 10), tmp_path / "state"
+    done = run / "checkpoints" / "tokenizer" / "11"
+    words = [
+        "import signal, sys, time, pathlib",
+        f"done = pathlib.Path({str(done)!r})",
+        "def save(*_): done.mkdir(); (done / 'step.json').write_text('{}'); sys.exit(143)",
+        "listens and signal.signal(signal.SIGTERM, save)".replace("listens", str(listens)),
+        f"pathlib.Path({str(tmp_path / 'begun')!r}).touch()",
+        "time.sleep(600)",
+    ]
+
+    def stop() -> None:
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before, stopper = signal.getsignal(signal.SIGTERM), threading.Thread(target=stop)
+    try:
+        if seconds > 60:
+            stopper.start()
+        assert leg.leg([sys.executable, "-c", "\n".join(words)], seconds) == 143
+        os.kill(os.getpid(), signal.SIGTERM)  # the packing goes on
+        leg.pack(run, state)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    leg.unpack(state, tmp_path / "next")
+    assert leg.reached(tmp_path / "next") == (0, 11 if listens else 10)
 
 
 def test_what_is_no_state_is_said(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from conftest import NAMES, toy_config, toy_training
 from lavit.config import InputError, TrainConfig
 from lavit.model import LaVIT
 from lavit.pixels.decoder import Pixels
-from lavit.train.batches import Shard
+from lavit.train.batches import Shard, to_device
 from lavit.train.checkpoint import latest_checkpoint
 from lavit.train.encoded import Encoded, language_stage
 from lavit.train.first import first_language
@@ -164,6 +164,23 @@ def test_shards_and_parts_are_one_division() -> None:
     parts = [Shard(rank, 2).part(number, 3).of(items) for rank in range(2) for number in range(3)]
     assert torch.cat(parts).equal(items)
     assert torch.cat(parts[:3]).equal(Shard(0, 2).of(items))
+
+
+def test_only_what_goes_to_cuda_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And then the host need not wait for the copy."""
+    pinned, asked, plain = [], [], torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: pinned.append(t) or t)
+
+    def to(tensor: torch.Tensor, device: torch.device, **how: bool) -> torch.Tensor:
+        asked.append((device.type, how))
+        return plain(tensor, "cpu", **how)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    tensor = torch.arange(3)
+    for device in ("cpu", "cuda"):
+        assert to_device(tensor, torch.device(device)).equal(tensor)
+    assert asked == [("cpu", {"non_blocking": True}), ("cuda", {"non_blocking": True})]
+    assert len(pinned) == 1
 
 
 def test_fewer_rows_than_processes_are_refused(toy_data: Path, tmp_path: Path) -> None:

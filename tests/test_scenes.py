@@ -23,6 +23,7 @@ from lavit.data.scenes.splits import (
     HELD_OUT_COLOURS,
     SPLITS,
     Rules,
+    hidden,
     share_of,
     valid_world,
     violations,
@@ -59,6 +60,7 @@ def test_scenes_keep_the_geometry(split: str) -> None:
             assert far >= GAP - 1e-6
         if "ladder" in split:
             assert len(boxes) == index % 10
+            assert hidden(scene) is None
         else:
             assert valid_world(scene) is None
             assert belongs(scene, split, RULES)

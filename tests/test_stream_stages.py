@@ -95,7 +95,7 @@ def test_a_stream_gives_the_features_codes_and_pictures_of_the_cache(
     wanted = features.rows(everything)
     shown = Pictures([record.open for record in records], run.config.pixels.size).rows(everything)
     codes = tokenize_features(encoded.tokenizer, features).split()
-    found = feature_feed(run, encoded).batch(0, Shard()).patches
+    found = feature_feed(run, encoded).batch(0, Shard()).patches.float()
     order = [next(n for n in range(8) if row.equal(wanted[n])) for row in found]
     assert sorted(order) == everything.tolist()
     batch = pixel_feed(run, encoded).batch(0, Shard())

@@ -8,6 +8,7 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,11 +17,18 @@ import torch.multiprocessing as mp
 import ranks
 from conftest import toy_config, toy_training
 from lavit import presets
+from lavit.baselines.vqgan import Vqgan, VqganStage
 from lavit.cli import main
-from lavit.config import InputError
+from lavit.config import InputError, Terminated
+from lavit.data.features import Features
 from lavit.files import load_tensors
+from lavit.train import loop
 from lavit.train.batches import Shard
+from lavit.train.feeds import CorpusFeatures
+from lavit.train.spread import make_accelerator
 from lavit.train.tokenizer import TokenizerStage
+from lavit.visual_tokenizer.codebook import Codebook
+from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
 STEPS = 50  # of each phase: long enough for a process to be caught in the second
 TESTS = Path(__file__).parent
@@ -55,13 +63,13 @@ def agree(mine: list[dict[str, float]], theirs: list[dict[str, float]]) -> None:
 def test_a_step_in_four_parts_is_a_step_in_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    started, start = [], TokenizerStage._start_codes
+    started, start = [], TokenizerStage.prepare
 
     def counted(stage: TokenizerStage) -> None:
         started.append(stage)
         start(stage)
 
-    monkeypatch.setattr(TokenizerStage, "_start_codes", counted)
+    monkeypatch.setattr(TokenizerStage, "prepare", counted)
     parts, one = (
         ranks.train_stage(tmp_path / "parts", accumulate=4),
         ranks.train_stage(tmp_path / "one"),
@@ -80,10 +88,6 @@ def test_a_batch_that_ranks_cannot_share_is_refused(toy_features: TokenizerStage
 
 @pytest.fixture
 def toy_features() -> TokenizerStage:
-    from lavit.data.features import Features
-    from lavit.train.feeds import CorpusFeatures
-    from lavit.visual_tokenizer.tokenizer import VisualTokenizer
-
     features = Features(torch.randn(6, 16, 32, generator=ranks.seeded(0)).numpy())
     tokenizer = VisualTokenizer(toy_config().visual_tokenizer)
     config = toy_training().tokenizer
@@ -107,6 +111,50 @@ def words(data: Path, out: Path) -> list[str]:
 def last_step(run: Path) -> int:
     path = run / "metrics.jsonl"
     return path.read_text().count("\n") * 2 if path.exists() else 0
+
+
+def stage_of(kind: str) -> TokenizerStage | VqganStage:
+    """Two phases of three steps on made-up features."""
+    torch.manual_seed(0)
+    config = replace(toy_config().visual_tokenizer, codes=16)
+    if kind == "vqgan":
+        config = replace(config, dim=3 * 8**2, heads=1, keep="all")
+    features = Features(torch.randn(8, 16, config.dim, generator=ranks.seeded(0)).numpy())
+    feed = CorpusFeatures(features, batch=4, seed=0)
+    training = replace(toy_training(3).tokenizer, batch=4)
+    if kind == "vqgan":
+        return VqganStage(Vqgan(config, width=8), feed, training, seed=0)
+    return TokenizerStage(VisualTokenizer(config), feed, training, seed=0)
+
+
+@pytest.mark.parametrize("kind", ["lavit", "vqgan"])
+@pytest.mark.parametrize("saving", [False, True])
+def test_sigterm_in_k_means_ends_it_at_once_and_loses_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saving: bool, kind: str
+) -> None:
+    """Or while the step before it is saved; the same command starts the codes anew."""
+    where = (loop, "save_checkpoint") if saving else (Codebook, "k_means")
+    work, done = getattr(*where), []
+
+    def stopped(*args: Any, **options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        work(*args, **options)
+        done.append(where)
+
+    def go(name: str) -> None:
+        how = {"checkpoint_every": 100, "log_every": 1, "trackers": ()}
+        accelerator = make_accelerator("fp32")
+        loop.train(
+            stage_of(kind), tmp_path / name, accelerator=accelerator, clip=1.0, warmup=0.1, **how
+        )
+
+    with monkeypatch.context() as patch, pytest.raises(Terminated, match="is saved at step 3:"):
+        patch.setattr(*where, stopped)
+        go("stopped")
+    assert len(done) == saving
+    for name in ("stopped", "whole"):
+        go(name)
+    assert figures(tmp_path / "stopped") == figures(tmp_path / "whole")
 
 
 # Python 3.12 on forks of a process with threads

@@ -52,6 +52,11 @@ class VisualTokens:
         names = ("codes", "lengths", "keep")
         return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
+    def cpu(self) -> VisualTokens:
+        """The same images on the CPU."""
+        # the host waits, once for all of them
+        return VisualTokens(self.codes.cpu(), self.lengths.cpu(), self.keep.cpu())
+
     def split(self) -> tuple[Int[Tensor, "kept"], ...]:
         """Codes of each image."""
         return self.codes.split(self.lengths.tolist())

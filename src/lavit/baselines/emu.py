@@ -98,7 +98,7 @@ class EmuStage(LanguageStage):
     def goals(self, batch: LanguageBatch) -> tuple[Tensor, ...]:
         """Standardised features of the pictures of a batch."""
         where = self.tokenizer.place_code.device
-        found = self.tokenizer.standard(batch.patches.to(where))
+        found = self.tokenizer.standard(batch.patches.to(where).float())
         return (found.to(self.accelerator.device),)
 
 

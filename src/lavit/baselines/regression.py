@@ -99,7 +99,7 @@ class GoalStage(LanguageStage):
         keep, device = batch.keep, self.accelerator.device
         if reader.kind == "features":
             where = self.tokenizer.place_code.device
-            return (self.tokenizer.standard(batch.patches.to(where))[keep].to(device),)
+            return (self.tokenizer.standard(batch.patches.to(where).float())[keep].to(device),)
         pictures = self.documents.corpus.pictures  # type: ignore[union-attr]
         openers = [pictures[number].record.open for number in batch.rows.images.tolist()]
         rows = Pictures(openers, reader.picture).rows(torch.arange(len(openers)))

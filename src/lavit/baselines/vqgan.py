@@ -31,7 +31,7 @@ from lavit.config import InputError, TokenizerConfig, TokenizerTraining
 from lavit.pixels.perceptual import Perceptual
 from lavit.presets import efficientnet_lite0
 from lavit.sequence import VisualTokens
-from lavit.train.batches import Randomness, Shard, seeded
+from lavit.train.batches import Randomness, Shard, seeded, to_device
 from lavit.train.feeds import FeatureBatch, FeatureFeed
 from lavit.train.loop import Metric, Stage
 from lavit.vision.encoder import load_vision
@@ -126,22 +126,23 @@ class VqganStage(Stage):
             raise InputError("VQGAN trains on whole steps: set accumulate to 1")
         self.module, self.feed, self.config, self.seed = tokenizer, feed, config, seed
         self.steps = config.steps
+        self.prepared = config.steps_a if config.k_means else -1
         side = tokenizer.patch * tokenizer.grid
         self.perceptual = Perceptual(load_vision(efficientnet_lite0(image_size=side)))
         self.quantised: tuple[Tensor, Quantised] | None = None
 
     def batch(self, step: int, shard: Shard) -> FeatureBatch:
-        """Pictures of a step; before the first ones with codes, the codes are started."""
-        if step == self.config.steps_a and self.config.k_means:
-            self._start_codes()
+        """Pictures of a step."""
         return self.feed.batch(step, shard)
 
     @torch.no_grad()
-    def _start_codes(self) -> None:
+    def prepare(self) -> None:
+        """Start the codes by k-means on vectors of training pictures."""
         rows: list[Tensor] = []
         while sum(map(len, rows)) < self.config.k_means_vectors:
             found = self.feed.batch(self.steps + len(rows), self.shard).patches
-            rows.append(self.module.vectors(found.to(self.accelerator.device)).flatten(0, 1))
+            patches = to_device(found, self.accelerator.device).float()
+            rows.append(self.module.vectors(patches).flatten(0, 1))
         generator = seeded(self.seed, Randomness.K_MEANS)
         self.module.codebook.k_means(
             torch.cat(rows), rounds=self.config.k_means, generator=generator
@@ -149,7 +150,7 @@ class VqganStage(Stage):
 
     def losses(self, module: nn.Module, batch: FeatureBatch, step: int) -> dict[str, Metric]:
         """The header's, with the discriminator's own."""
-        patches = batch.patches.to(self.accelerator.device)
+        patches = to_device(batch.patches, self.accelerator.device).float()
         pictures, quantise = self.module.fold(patches), step >= self.config.steps_a
         made, vectors, quantised = module(patches, quantise=quantise)
         l1 = (made - pictures).abs().mean()

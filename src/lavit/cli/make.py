@@ -33,6 +33,7 @@ def train(
     plan: bool = False,
     gpus: int = 1,
     memory: float | None = None,
+    precision: Literal["auto", "fp32", "bf16"] | None = None,
 ) -> None:
     """Train a stage, or all three, of a preset on a data set.
 
@@ -45,7 +46,7 @@ def train(
     processes of torchrun. --stream reads the data as they come, shard by shard, in every stage, and
     keeps none of them; --tokens takes the codes of stage 2 from a folder of `lavit
     tokenize-corpus`, and then nothing is read, only written. --plan trains nothing: it computes the
-    memory of each stage on --gpus GPUs of --memory GiB each.
+    memory of each stage on --gpus GPUs of --memory GiB; --precision fp32 is for those without bf16.
     """
     from dataclasses import replace
 
@@ -64,7 +65,8 @@ def train(
     model = chosen.model
     if lora is not None:
         model = replace(model, language=replace(model.language, lora_rank=lora))
-    training = replace(chosen.training, seed=seed)
+    numbers = precision or chosen.training.precision
+    training = replace(chosen.training, seed=seed, precision=numbers)
     if minutes is not None:
         training = scaled(training, minutes / chosen.minutes)
     if stream:
@@ -76,12 +78,10 @@ def train(
         from lavit.train.plan import plan_stage
 
         for one in STAGES if stage == "all" else (stage,):
-            found = plan_stage(one, model, training, gpus=gpus, memory=memory)
-            print("\n".join(found.lines()))
+            print(*plan_stage(one, model, training, gpus=gpus, memory=memory).lines(), sep="\n")
         return
     if not data or out is None:
-        needed = "--data (what to learn from) and --out (the run's folder)"
-        raise InputError(f"a training needs {needed}")
+        raise InputError("a training needs --data (what to learn from), --out (the run's folder)")
     with ProgressBar() as progress:
         run = open_run(
             out,

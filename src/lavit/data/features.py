@@ -136,8 +136,7 @@ def tokenize_features(
     device = next(tokenizer.parameters()).device
     pictures = torch.arange(len(features)) if pictures is None else pictures
     parts = [tokenizer.encode(features.rows(one).to(device)) for one in pictures.split(CHUNK)]
-    whole = VisualTokens.joined(parts)
-    return VisualTokens(whole.codes.cpu(), whole.lengths.cpu(), whole.keep.cpu())
+    return VisualTokens.joined(parts).cpu()
 
 
 def nothing_read(vision: VisionConfig) -> tuple[Features, VisualTokens]:

@@ -48,6 +48,8 @@ class Record:
 
     def open(self) -> Image.Image:
         """The picture as RGB; a broken or absent one raises `InputError` naming the record."""
+        if self.image == b"":
+            raise InputError(f"{self.name}: it holds no picture")
         try:
             return open_image(self.image)
         except InputError as error:
@@ -270,10 +272,15 @@ def _tried(records: Iterable[Record]) -> Iterator[tuple[Record, tuple[int, int] 
 
 def _load(datasets: Any, data: str | Path, split: str, cache: Path | None, streaming: bool) -> Any:
     """A `datasets.Dataset`, or `IterableDataset`; what the library raises becomes one line."""
+    from lavit.data.tars import load_dataset  # which imports `datasets`
+
     path, name = Path(data), str(data)
     if cache is None and path.exists() and not streaming:
         cache = Path(datasets.config.HF_DATASETS_CACHE) / f"lavit-{_fingerprint(path)}"
-    where = {"cache_dir": None if cache is None else str(cache), "streaming": streaming}
+    where: dict[str, Any] = {
+        "cache_dir": None if cache is None else str(cache),
+        "streaming": streaming,
+    }
     if not (cache and cache.exists()):
         _look_at(path, streaming)
     try:
@@ -282,13 +289,13 @@ def _load(datasets: Any, data: str | Path, split: str, cache: Path | None, strea
             if builder is None:
                 kinds = ", ".join(BUILDERS)
                 raise InputError(f"{name!r} is not a known kind of data file: {kinds}")
-            return datasets.load_dataset(builder, data_files=files, split=split, **where)
+            return load_dataset(builder, data_files=files, split=split, **where)
         if path.is_dir():
-            return _load_folder(datasets, path, split, where)
+            return _load_folder(load_dataset, path, split, where)
         named = path.suffix.lower() in (*BUILDERS, ".txt")  # a hub name ends otherwise
         if named or isinstance(data, Path) or name.count("/") > 1 or name.startswith((".", "~")):
             raise InputError(f"{name!r} does not exist: give a folder, a file or a hub name")
-        return datasets.load_dataset(name, split=split, **where)
+        return load_dataset(name, split=split, **where)
     except InputError:
         raise
     except Exception as error:  # datasets has no common error class
@@ -320,13 +327,13 @@ def _fingerprint(path: Path) -> str:
     return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
 
 
-def _load_folder(datasets: Any, path: Path, split: str, where: Mapping[str, Any]) -> Any:
+def _load_folder(load_dataset: Any, path: Path, split: str, where: Mapping[str, Any]) -> Any:
     """By README.md if it lists splits; tar or parquet shards; else pictures, in SPLIT/ or not."""
     files = sorted(file for file in path.rglob("*") if file.is_file())
     if not files:
         raise InputError(f"{str(path)!r} is empty: no pictures, no shards, no tables")
     if lists_splits(path):
-        return datasets.load_dataset(str(path), split=split, **where)
+        return load_dataset(str(path), split=split, **where)
     if PICTURES.isdisjoint(file.suffix.lower() for file in files):
         for suffix in (".tar", ".parquet"):
             shards = [file for file in files if file.suffix.lower() == suffix]
@@ -336,14 +343,14 @@ def _load_folder(datasets: Any, path: Path, split: str, where: Mapping[str, Any]
             if shards:
                 chosen = {split: [str(file) for file in named or shards]}
                 builder = BUILDERS[suffix]
-                return datasets.load_dataset(builder, data_files=chosen, split=split, **where)
+                return load_dataset(builder, data_files=chosen, split=split, **where)
         raise InputError(f"{str(path)!r} holds no pictures and no .tar or .parquet shards")
     inside = (path / split).is_dir()
     if not inside and split != "train":
         found = ", ".join(sorted(sub.name for sub in path.iterdir() if sub.is_dir())) or "none"
         raise InputError(f"{str(path)!r} has no split {split!r}: its sub-folders are {found}")
     pattern = f"{(path / split if inside else path).resolve()}/**"
-    return datasets.load_dataset("imagefolder", data_files={split: pattern}, split=split, **where)
+    return load_dataset("imagefolder", data_files={split: pattern}, split=split, **where)
 
 
 def _encoded(value: Any, folder: Path, name: str) -> tuple[str | bytes, str]:

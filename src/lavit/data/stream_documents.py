@@ -86,8 +86,8 @@ class StreamingDocuments(Rows):
         return batch
 
     def pictures(self, images: Int[Tensor, "images"]) -> Shown:
-        """Features (fp32) and masks of pictures of the last batch."""
-        return self._patches[images].float(), self._keep[images]
+        """Features (fp16) and masks of pictures of the last batch."""
+        return self._patches[images], self._keep[images]
 
     def state(self) -> UInt8[Tensor, "bytes"]:
         """The place behind the last batch; every process must call."""
@@ -158,6 +158,8 @@ class StreamingDocuments(Rows):
         keep: dict[int, Tensor] = {}
         if pictures:
             features, tokens = self.encode([image for image, *_ in pictures])
+            # the host waits on the stream's thread, once for all pictures of the block
+            features, tokens = features.to("cpu", torch.half), tokens.cpu()
             both = zip(tokens.split(), pictures, strict=True)
             for number, (codes, (_, text, taken)) in enumerate(both):
                 try:
@@ -166,8 +168,8 @@ class StreamingDocuments(Rows):
                     self.streams.leave_out(taken, error)
                     continue
                 if documents[-1].images:
-                    patches[number] = features[number].to("cpu", torch.half, copy=True)
-                    keep[number] = tokens.keep[number].cpu()
+                    patches[number] = features[number].clone()  # the others are not kept
+                    keep[number] = tokens.keep[number]
         order = rng.permutation(len(documents))
         return Block(start, tuple(documents[number] for number in order), patches, keep)
 

@@ -5,6 +5,7 @@
     OUT/caches/KEY/         features and text tokenizer of a pool, for all runs on it
     OUT/tokenizers/KEY-S/   stage 1 of seed S
     OUT/models/KEY-S/       a run folder: that tokenizer, and stages 2 and 3 of an arm
+    OUT/rows/KEY-S.json     what an arm was found to be; copied to another OUT, it is not made again
 
 A key is a hash of all settings that the part depends on, so arms with equal settings share it, in
 other studies too. What is finished is skipped, what was killed goes on from its checkpoint.
@@ -28,7 +29,7 @@ from lavit.data.lines import json_lines
 from lavit.data.scenes.dataset import write_pool
 from lavit.data.scenes.splits import Rules
 from lavit.evaluate.budget import Cost, cost_of
-from lavit.evaluate.measure import Say, key_of, known_figures, measure, source_of
+from lavit.evaluate.measure import Say, figures_key, key_of, known_figures, measure, source_of
 from lavit.evaluate.study import Study, in_model, in_training, retuned
 from lavit.files import replacing, save_tensors
 from lavit.presets import Preset
@@ -240,7 +241,7 @@ class Bench:
 
         An LM that another arm trains counts as a new one of its size.
         """
-        path = self.tokenizer(name, seed) / f"cost-{self._language_key(name, seed)}.json"
+        path = self.tokenizer(name, seed) / f"cost-{self._language_key(name)}.json"
         if not path.exists():
             preset, encoded = self.study.preset_of(name), self.encoded(name, seed)
             with tempfile.TemporaryDirectory() as scratch:
@@ -249,9 +250,9 @@ class Bench:
                 write_json(path, to_json(cost_of(run, encoded)))
         return Cost(**read_json(path))
 
-    def _language_key(self, name: str, seed: int) -> str:
+    def _language_key(self, name: str) -> str:
         arm, preset = self.study.arms[name], self.study.preset_of(name)
-        others = [self._language_key(one, seed) for one in (arm.lm_of, arm.goes_on) if one]
+        others = [self._language_key(one) for one in (arm.lm_of, arm.goes_on) if one]
         parts = [to_json(preset.model.language), to_json(preset.training.language), others]
         texts = [arm.texts, *self.study.texts()] if arm.texts else []
         return key_of([*parts, *texts, preset.training.text_vocabulary, *self._shared(name)])
@@ -271,7 +272,7 @@ class Bench:
         steps = steps or max(1, round(share * self._budget(seed) / cost.targets_per_step))
         cost = replace(cost, steps=steps)
         pixels = to_json(self.study.preset_of(name).training.pixels)
-        parts = [self.tokenizer_key(name), self._language_key(name, seed), steps, rate, pixels]
+        parts = [self.tokenizer_key(name), self._language_key(name), steps, rate, pixels]
         folder = self.out / "models" / f"{key_of(parts)}-{TUNING + seed if tuning else seed}"
         if not (folder / "language" / "done").exists():
             seed_here = TUNING + seed if tuning else seed
@@ -325,6 +326,20 @@ class Bench:
         trained = self.model(other, seed) if other else None
         return None if trained is None else trained.folder
 
+    def row_key(self, name: str, column: str) -> str:
+        """A hash of all that an arm's figures depend on, but for the seed."""
+        study, arm, preset = self.study, self.study.arms[name], self.study.preset_of(name)
+        first = next(iter(study.arms))
+        parts: list[Any] = [figures_key(study, name, study.figures), column, arm.share]
+        parts += [self.tokenizer_key(name), self.tokenizer_key(first), self._language_key(first)]
+        parts += [study.rates, study.chosen_by] * arm.rates
+        if not arm.tokenizer_alone:
+            parts += [self._language_key(name)]
+        if arm.pixels:
+            parts += [to_json(preset.model.pixels), to_json(preset.training.pixels)]
+            parts += [source_of(arm.conditioned)] * (arm.conditioned is not None)
+        return key_of(parts)
+
     @staticmethod
     def _seconds(folder: Path) -> float:
         """Seconds of stage 2; 0 where a run was taken up after its last step."""
@@ -360,10 +375,14 @@ def compare(bench: Bench, seeds: int) -> dict[str, Any]:
 
 def measured_run(bench: Bench, name: str, seed: int, column: str) -> dict[str, Any] | None:
     """One arm of one seed as plain data; None where the column's run is that of equal tokens."""
-    trained = bench.model(name, seed, column)
-    if trained is None:
-        return None
-    measured = bench.measured(name, trained.folder, bench.study.figures)
-    where = trained.folder.relative_to(bench.out).as_posix()
-    cost = to_json(trained.cost)
-    return {"seed": seed, "run": where, "rate": trained.rate, "cost": cost, **measured}
+    path = bench.out / "rows" / f"{bench.row_key(name, column)}-{seed}.json"
+    if not path.exists():
+        trained, row = bench.model(name, seed, column), None
+        if trained is not None:
+            measured = bench.measured(name, trained.folder, bench.study.figures)
+            where = trained.folder.relative_to(bench.out).as_posix()
+            cost = to_json(trained.cost)
+            row = {"seed": seed, "run": where, "rate": trained.rate, "cost": cost, **measured}
+        write_json(path, {"study": bench.study.name, "arm": name, "column": column, "row": row})
+    found: dict[str, Any] | None = read_json(path)["row"]
+    return found

@@ -36,7 +36,7 @@ class Maps:
     colour: Float[Tensor, "pictures colours rows columns"]
     style: Float[Tensor, "pictures styles rows columns"]
     place: Float[Tensor, "pictures 3 rows columns"]
-    ground: Float[Tensor, "pictures colours"]
+    ground: Float[Tensor, "pictures grounds"]
     pattern: Float[Tensor, "pictures patterns"]
 
 

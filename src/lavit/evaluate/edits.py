@@ -132,7 +132,10 @@ def edit_blind(exam: Exam) -> Figure:
     asked = edits(exam)
     pairs = zip(asked, turned(asked), strict=True)
     blind = [replace(one, sources=other.sources) for one, other in pairs]
-    return share(done(asked, seen_edited(exam, f"edit blind {exam.count}", blind)))
+    looks = seen_edited(exam, f"edit blind {exam.count}", blind)
+    unchanged = seen(exam, "edit sources", [exam.small(one.sources[0]) for one in asked])
+    floor = ("that picture unchanged", average(done(asked, turned(unchanged))))
+    return share(done(asked, looks), floor=floor)
 
 
 def edit_oracle(exam: Exam) -> Figure:

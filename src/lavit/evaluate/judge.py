@@ -8,6 +8,7 @@ below compare what was seen with the facts that were wanted. They are strict:
               colour are wrong, each of them. A thing that is unknown belongs to no group.
     extra     a thing of a name that was not wanted, or an unknown one: `all_right` fails
     free      what the wanted facts do not say (None)
+    unknown   as a background or a pattern: no one of them in all of the picture, so it is wrong
 
 A relation that is wanted holds if it is clear by half of what the world demands; the boxes are
 measured, not known.
@@ -35,6 +36,8 @@ from lavit.files import load_strictly, load_tensors, sha256
 
 FOLDER = Path(__file__).with_name("judge")
 UNKNOWN = "unknown"
+GROUNDS = (*world.BACKGROUNDS, UNKNOWN)
+PATTERNS = (*world.PATTERNS, UNKNOWN)
 BETWEEN = math.sqrt(max(world.EXTENTS["small"]) * min(world.EXTENTS["big"]))  # longer is big
 LOOSE = world.CLEAR / 2  # relations of measured boxes are clear by this much
 SHARED = 0.25  # and share this much of the other axis
@@ -56,7 +59,7 @@ class SeenThing:
 
 @dataclass(frozen=True)
 class Seen:
-    """What the judge sees in one picture."""
+    """What the judge sees in one picture; "unknown" is a background or pattern of several."""
 
     background: str
     pattern: str
@@ -114,8 +117,8 @@ class Judge:
         for start in range(0, len(pictures), BATCH):
             batch = [_pixels(one) for one in pictures[start : start + BATCH]]
             maps = self.detector(torch.stack(batch))
-            grounds = [tuple(world.BACKGROUNDS)[one] for one in maps.ground.argmax(1).tolist()]
-            patterns = [world.PATTERNS[one] for one in maps.pattern.argmax(1).tolist()]
+            grounds = [GROUNDS[one] for one in maps.ground.argmax(1).tolist()]
+            patterns = [PATTERNS[one] for one in maps.pattern.argmax(1).tolist()]
             found += zip(grounds, patterns, find(maps, heat=FAINT), strict=True)
         return found
 
@@ -140,7 +143,7 @@ class Judge:
 def sizes(names: Sequence[str]) -> tuple[int, int, int, int, int]:
     """How many logits a detector of these names has, of each kind."""
     colours, styles = len(world.COLOURS), len(world.STYLES)
-    return len(names), colours, styles, len(world.BACKGROUNDS), len(world.PATTERNS)
+    return len(names), colours, styles, len(GROUNDS), len(PATTERNS)
 
 
 def _pixels(picture: Image.Image) -> torch.Tensor:

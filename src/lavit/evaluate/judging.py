@@ -14,7 +14,16 @@ import numpy as np
 from PIL import Image
 
 from lavit.data.scenes.render import render, rotated, sprite, stands_out
-from lavit.data.scenes.world import BACKGROUNDS, SHAPES, Box, Scene, Thing, facts, objects
+from lavit.data.scenes.world import (
+    BACKGROUNDS,
+    PATTERNS,
+    SHAPES,
+    Box,
+    Scene,
+    Thing,
+    facts,
+    objects,
+)
 from lavit.evaluate import spoil
 from lavit.evaluate.drawing import all_of, seen_true, wanted
 from lavit.evaluate.exam import Exam
@@ -24,11 +33,20 @@ SPOILED = {
     "replaced": "one object replaced by another",
     "blob": "by a blob",
     "half": "by half of itself",
+    "cut": "by three quarters of itself",
+    "joined": "half of it joined to half of another",
+    "flat": "by its silhouette in its mean colour",
+    "twice": "drawn twice, with a shift",
+    "behind": "another behind it",
+    "outside": "another that is cut by the border",
+    "ground": "a part of the picture on another background",
+    "overlaid": "a part of the picture in another pattern",
     "swapped": "two colours swapped",
     "pattern": "pattern only",
     "blank": "blank",
     "noise": "noise",
 }
+NAMEABLE = ("cut", "flat")  # a reader would name what is left: shares are told, and not the worst
 
 
 def judge_test(exam: Exam) -> Figure:
@@ -39,28 +57,34 @@ def judge_test(exam: Exam) -> Figure:
 
 
 def false_accepts(exam: Exam) -> Figure:
-    """Share of pictures, spoiled in the worst way, that pass for the true ones."""
+    """Share of pictures, spoiled in the worst way, that pass for the true ones; `NAMEABLE` ways are
+    among the details alone."""
     ordinary = [exam.scene("test", n) for n in range(exam.count)]
     binding = [exam.scene("binding", n) for n in range(exam.count)]
     found: dict[str, list[bool]] = {}
     for number, kind in enumerate(SPOILED):
         scenes = for_kind(kind, ordinary, binding)
-        rngs = [exam.rng(n, 40 + number) for n in range(exam.count)]
-        pairs = zip(scenes, rngs, strict=True)
+        rngs = (exam.rng(n, 40 + number) for n in range(exam.count))
+        pairs = zip(scenes, rngs, strict=False)  # fewer scenes where not all can be spoiled so
         pictures = [spoiled(scene, kind, exam.drawn_size, rng) for scene, rng in pairs]
         found[kind] = all_of([facts(scene) for scene in scenes], exam.judge.look(pictures))
+    found = {kind: hits for kind, hits in found.items() if hits}
     details = {kind: average(hits) for kind, hits in found.items()}
-    worst = max(found, key=lambda kind: (sum(found[kind]), kind))
+    wrong = [kind for kind in found if kind not in NAMEABLE]
+    worst = max(wrong, key=lambda kind: (average(found[kind]), kind))
     return share(found[worst], note=f"the worst kind: {worst}", details=details)
 
 
 def for_kind(kind: str, ordinary: Sequence[Scene], binding: Sequence[Scene]) -> Sequence[Scene]:
-    """The scenes that can be spoiled in one way: colours are swapped in scenes of two shapes."""
+    """The scenes that can be spoiled in one way: colours are swapped in scenes of two shapes, and
+    a silhouette must show."""
+    if kind == "flat":
+        return [scene for scene in ordinary if _with_silhouettes(scene)]
     return binding if kind == "swapped" else ordinary
 
 
 def spoiled(scene: Scene, kind: str, size: int, rng: np.random.Generator) -> Image.Image:
-    """The picture of a scene, spoiled as in `SPOILED`, or "joined" (halves of two things)."""
+    """The picture of a scene, spoiled as in `SPOILED`."""
     if kind == "pattern":
         return render(replace(scene, things=()), size)
     if kind == "blank":
@@ -69,22 +93,69 @@ def spoiled(scene: Scene, kind: str, size: int, rng: np.random.Generator) -> Ima
         return Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8))
     if kind == "swapped":
         return render(_swapped(scene), size)
-    place = int(rng.integers(len(scene.things)))
+    if kind in ("ground", "overlaid"):
+        return _in_parts(scene, kind, size, rng)
+    if kind == "outside":
+        return _with_one_outside(scene, size, rng)
+    places = _with_silhouettes(scene) if kind == "flat" else range(len(scene.things))
+    place = places[int(rng.integers(len(places)))]
     before, thing, after = scene.things[:place], scene.things[place], scene.things[place + 1 :]
     if kind == "replaced":
         other = replace(thing, name=_other(thing, scene, rng))
         return render(replace(scene, things=(*before, other, *after)), size)
     picture = render(replace(scene, things=(*before, *after)), size)
     drawing = drawn_thing(thing, scene.style, size)
-    if kind == "half":
-        return pasted(picture, spoil.half(drawing, rng), thing.box)
-    spoiling = spoil.joined if kind == "joined" else spoil.blob
     while True:  # until it shows
-        other = replace(thing, colour=None)
-        other = replace(other, name=_other(other, scene, rng))
-        changed = spoiling(drawing, drawn_thing(other, scene.style, size), rng)
+        other = _another(thing, scene, size, rng)
+        changed = _spoiled(drawing, other, kind, rng)
         if changed is not None:
             return pasted(picture, changed, thing.box)
+
+
+def _with_silhouettes(scene: Scene) -> list[int]:
+    """Places of the things that look different in one colour alone."""
+    drawings = [sprite(thing.name, thing.colour, scene.style) for thing in scene.things]
+    return [place for place, one in enumerate(drawings) if spoil.varied(one)]
+
+
+def _spoiled(
+    drawing: Image.Image, other: Image.Image, kind: str, rng: np.random.Generator
+) -> Image.Image | None:
+    """A drawing spoiled, with another one where that is needed; None if it does not show."""
+    if kind in ("half", "cut"):
+        return spoil.half(drawing, rng, share=0.5 if kind == "half" else 0.75)
+    if kind == "flat":
+        return spoil.flat(drawing)
+    if kind in ("twice", "behind"):
+        return spoil.behind(drawing, drawing if kind == "twice" else other, rng)
+    return (spoil.joined if kind == "joined" else spoil.blob)(drawing, other, rng)
+
+
+def _another(thing: Thing, scene: Scene, size: int, rng: np.random.Generator) -> Image.Image:
+    """The drawing of another object in a thing's place."""
+    other = replace(thing, colour=None)
+    other = replace(other, name=_other(other, scene, rng))
+    return drawn_thing(other, scene.style, size)
+
+
+def _in_parts(scene: Scene, kind: str, size: int, rng: np.random.Generator) -> Image.Image:
+    """A scene of which a part stands on another background, or in another pattern."""
+    field, choices = "background", tuple(BACKGROUNDS)
+    if kind == "overlaid":
+        field, choices = "pattern", PATTERNS
+    others = [one for one in choices if one != getattr(scene, field)]
+    elsewhere = replace(scene, **{field: others[int(rng.integers(len(others)))]})
+    mask = spoil.part(size, rng, wide=kind == "overlaid")
+    return Image.composite(render(elsewhere, size), render(scene, size), mask)
+
+
+def _with_one_outside(scene: Scene, size: int, rng: np.random.Generator) -> Image.Image:
+    """A scene with one object more, a part of which is beyond the border."""
+    picture, boxes = render(scene, size).convert("RGBA"), [thing.box for thing in scene.things]
+    thing = scene.things[int(rng.integers(len(scene.things)))]
+    while spoil.outside(picture, _another(thing, scene, size, rng), boxes, rng) is None:
+        pass
+    return picture.convert("RGB")
 
 
 def drawn_thing(thing: Thing, style: str, size: int) -> Image.Image:

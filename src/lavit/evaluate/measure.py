@@ -36,6 +36,15 @@ def known_figures(study: Study) -> dict[str, Callable[[Exam], Figure]]:
     return FIGURES | dict(study.own)
 
 
+def figures_key(study: Study, name: str, names: tuple[str, ...], **more: Any) -> str:
+    """A hash of what measures an arm: by the text of a module where the study brings it."""
+    known, kind = known_figures(study), study.arms[name].exam
+    said: list[Any] = [names, study.count, study.rules.options(), *more.values()]
+    said += [source_of(known[figure]) for figure in names if figure in study.own]
+    said += [source_of(kind), kind.__qualname__] * (kind is not Exam)
+    return key_of(said)
+
+
 def measure(
     study: Study,
     name: str,
@@ -45,19 +54,14 @@ def measure(
     valid: bool,
     progress: Say,
 ) -> dict[str, Any]:
-    """Figures of an arm's model with the values of their items, and hashes, kept in its folder.
-
-    The study's own figures, and what measures the arm, go by the text of the modules they are in.
-    """
+    """Figures of an arm's model with the values of their items, and hashes, kept in its folder."""
     known, kind = known_figures(study), study.arms[name].exam
     paints = (folder / "pixels" / "done").exists()  # it may have come since
-    said: list[Any] = [names, study.count, study.rules.options(), valid, paints]
-    said += [source_of(known[figure]) for figure in names if figure in study.own]
-    said += [source_of(kind), kind.__qualname__] * (kind is not Exam)
-    path = folder / f"figures-{key_of(said)}.json"
+    key = figures_key(study, name, names, valid=valid, paints=paints)
+    path = folder / f"figures-{key}.json"
     if not path.exists():
         torch.manual_seed(0)
-        own = "" if kind is Exam else f"-{key_of(said)}"
+        own = "" if kind is Exam else f"-{key}"
         exam = kind(
             folder,
             count=study.count,

@@ -40,7 +40,7 @@ from lavit.evaluate.conversing import PlainReply, plain_reply, user_message
 from lavit.evaluate.drawing import atoms_of, drawn, unpacked
 from lavit.evaluate.exam import Exam
 from lavit.evaluate.examinee import Missing
-from lavit.evaluate.figures import Figure, mean, share
+from lavit.evaluate.figures import Figure, average, mean, share, turned
 from lavit.evaluate.reading import model_answers
 from lavit.files import sha256
 from lavit.images import open_image
@@ -212,7 +212,9 @@ def own_read(exam: Exam) -> Figure:
     task, items = _task(asked, "read"), range(len(asked))
     texts = exam.captions(task, items, lambda n: _shown(exam, asked[n])[0])
     said = [one.facts for one in asked if one.facts is not None]  # of all
-    return share([covers(text, wanted) for text, wanted in zip(texts, said, strict=True)])
+    others = [covers(*pair) for pair in zip(turned(texts), said, strict=True)]
+    hits = [covers(text, wanted) for text, wanted in zip(texts, said, strict=True)]
+    return share(hits, floor=("another item's caption", average(others)))
 
 
 def covers(text: str, wanted: Facts) -> bool:
@@ -233,12 +235,14 @@ def own_answer(exam: Exam) -> Figure:
         lambda n: _shown(exam, asked[n])[0],
         lambda n: asked[n].text,
     )
-    hits = [_among(text, one.answers) for text, one in zip(said, asked, strict=True)]
-    pairs = zip(turns, replies, strict=True)
-    hits += [_among(reply["text"], turn.answers) for turn, reply in pairs if turn.answers]
-    if not hits:
+    pairs = [(text, one.answers) for text, one in zip(said, asked, strict=True)]
+    replied = zip(turns, replies, strict=True)
+    pairs += [(reply["text"], turn.answers) for turn, reply in replied if turn.answers]
+    if not pairs:
         raise Missing("the items hold no question with answers")
-    return share(hits)
+    every = sorted({answer for _, right in pairs for answer in right})
+    same = max(average([_among(answer, right) for _, right in pairs]) for answer in every)
+    return share([_among(*pair) for pair in pairs], floor=("one answer to all", same))
 
 
 def _among(text: str, right: tuple[str, ...]) -> bool:
@@ -261,7 +265,9 @@ def own_draw(exam: Exam) -> Figure:
             said.append(turn.facts)
     if not said:
         raise Missing("the items ask for no picture")
-    return mean(atoms_of(said, exam.judge.look(pictures)), within=(0.0, 1.0))
+    looks = exam.judge.look(pictures)
+    floor = ("another item's drawing", average(atoms_of(said, turned(looks))))
+    return mean(atoms_of(said, looks), floor=floor, within=(0.0, 1.0))
 
 
 OWN: dict[str, Callable[[Exam], Figure]] = {

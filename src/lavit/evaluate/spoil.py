@@ -1,31 +1,39 @@
-"""Drawings spoiled: what a judge must not take for the thing itself.
+"""Drawings and pictures spoiled: what a judge must not take for the thing or the scene itself.
 
-Each takes a drawing (RGBA, cut to what is drawn) and returns another of the same size. The judge is
-trained on such drawings as "unknown" (recipes/judge.py) and measured on them (judge_errors.py).
+Most take a drawing (RGBA, cut to what is drawn) and return another. The judge is trained on such
+drawings as "unknown" (recipes/judge.py) and measured on others of them (judging.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
 from PIL import Image, ImageFilter
 
+from lavit.data.scenes.world import Box
+
 BLOBS = ("blurred", "coarse", "scrambled", "blended")
 SHOWS = 0.3  # what differs less from the drawing as it was may still pass for it
+GONE = 0.1  # of a drawing, at least, is gone where a side of it is
 Rng = np.random.Generator
 COLOURFUL = 40.0  # of 255: a drawing less colourful than this looks the same in other hues
 
 
-def half(drawing: Image.Image, rng: Rng, *, share: float = 0.5) -> Image.Image:
-    """A drawing of which one side is gone: `share` of its width or height is kept."""
+def half(drawing: Image.Image, rng: Rng, *, share: float = 0.5) -> Image.Image | None:
+    """A drawing of which one side is gone: `share` of its width or height is kept. None if there
+    was next to nothing in the rest.
+    """
     width, height = drawing.size
     side = int(rng.integers(4))
     along = height if side % 2 else width
     kept = max(2, round(along * share))
     start = 0 if side < 2 else along - kept
     box = (0, start, width, start + kept) if side % 2 else (start, 0, start + kept, height)
-    return drawing.crop(box)
+    left = drawing.crop(box)
+    solid, rest = (np.asarray(one.getchannel("A")).sum() for one in (drawing, left))
+    return left if 1 - rest / max(1, solid) >= GONE else None
 
 
 def hue(drawing: Image.Image, rng: Rng) -> Image.Image | None:
@@ -85,6 +93,88 @@ def joined(drawing: Image.Image, other: Image.Image, rng: Rng) -> Image.Image | 
     at = (0, height // 2) if rng.random() < 0.5 else (width // 2, 0)
     spoiled.paste(mixed.crop((*at, width, height)), at)
     return spoiled.convert("RGBA") if difference(soft, spoiled) >= SHOWS else None
+
+
+def varied(drawing: Image.Image) -> bool:
+    """Does a drawing look different in its mean colour alone?"""
+    return difference(drawing.convert("RGBa"), flat(drawing).convert("RGBa")) >= SHOWS / 2
+
+
+def flat(drawing: Image.Image) -> Image.Image:
+    """A drawing all in its mean colour, of the same outline."""
+    pixels = np.asarray(drawing.convert("RGBa")).astype(np.float64)
+    mean = pixels[..., :3].sum((0, 1)) / max(1.0, pixels[..., 3].sum()) * 255
+    red, green, blue = (int(channel) for channel in mean.clip(0, 255))
+    silhouette = Image.new("RGBA", drawing.size, (red, green, blue))
+    silhouette.putalpha(drawing.getchannel("A"))
+    return silhouette
+
+
+def behind(drawing: Image.Image, other: Image.Image, rng: Rng) -> Image.Image:
+    """A drawing with another behind it, a quarter to a half of its side off; it grows by that.
+
+    The same drawing twice is one that is drawn with a shift.
+    """
+    width, height = drawing.size
+    angle, far = (
+        float(rng.uniform(0, 2 * np.pi)),
+        float(rng.uniform(0.25, 0.5)) * max(width, height),
+    )
+    right, down = round(far * np.cos(angle)), round(far * np.sin(angle))
+    whole = Image.new("RGBA", (width + abs(right), height + abs(down)))
+    front = (max(0, -right), max(0, -down))
+    whole.alpha_composite(other.resize(drawing.size), (front[0] + right, front[1] + down))
+    whole.alpha_composite(drawing, front)
+    return whole
+
+
+def outside(
+    picture: Image.Image, drawing: Image.Image, boxes: Sequence[Box], rng: Rng,
+) -> Box | None:  # fmt: skip
+    """Set a drawing into a picture (RGBA, changed in place), a part of it beyond the border.
+
+    Gives the box of what is seen of it; None if it came too near to one of `boxes`.
+    """
+    whole, (width, height) = picture.width, drawing.size
+    side, seen, along = int(rng.integers(4)), rng.uniform(0.35, 0.75), rng.uniform(0.05, 0.95)
+    across, length = (width, height) if side % 2 else (height, width)
+    kept = max(2, round(across * float(seen)))
+    place = round(float(along) * whole - length / 2)
+    near = 0 if side < 2 else whole - kept
+    hidden = across - kept if side < 2 else 0
+    if side % 2:
+        part = drawing.crop((hidden, 0, hidden + kept, length))
+        at = (near, place)
+    else:
+        part = drawing.crop((0, hidden, length, hidden + kept))
+        at = (place, near)
+    at = (min(max(0, at[0]), whole - part.width), min(max(0, at[1]), whole - part.height))
+    middle = ((at[0] + part.width / 2) / whole, (at[1] + part.height / 2) / whole)
+    box = Box(*middle, max(part.size) / whole)
+    if any(max(abs(box.x - b.x), abs(box.y - b.y)) < (box.side + b.side) / 2 for b in boxes):
+        return None
+    picture.alpha_composite(part, at)
+    return box
+
+
+def part(size: int, rng: Rng, *, wide: bool = False) -> Image.Image:
+    """Where a picture has another background: a mask (L) of a side, a corner, a band, a frame or,
+    if `wide`, of a side or a corner alone."""
+    mask = np.zeros((size, size), dtype=np.uint8)
+    share = float(rng.uniform(0.35, 0.5) if wide else rng.uniform(0.2, 0.5))
+    long, start = round(size * share), int(rng.integers(size))
+    way = int(rng.integers(2 if wide else 4))
+    if way == 0:
+        mask[:long] = 255
+    elif way == 1:
+        mask[: round(size * share**0.5), : round(size * share**0.5)] = 255
+    elif way == 2:
+        mask[min(start, size - long) :][:long] = 255
+    else:
+        edge = max(2, round(size * float(rng.uniform(0.04, 0.12))))
+        mask[:] = 255
+        mask[edge:-edge, edge:-edge] = 0
+    return Image.fromarray(np.rot90(mask, int(rng.integers(4))).copy())
 
 
 def difference(a: Image.Image, b: Image.Image) -> float:

@@ -7,7 +7,7 @@ at once:
 
     whole         what is kept of the forward pass
     recomputed    what is kept around the units that are computed again, what enters each of them,
-                  and the largest unit
+                  and the largest unit: which one it is is another question at another size
 
 Casts of weights are the same for one picture and for two, so they drop out; the plan adds them.
 Autocast casts here as it does on CUDA, norms and losses to fp32, whatever the device.
@@ -15,7 +15,7 @@ Autocast casts here as it does on CUDA, norms and losses to fp32, whatever the d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -76,8 +76,19 @@ def numbers_of(numbers: Numbers) -> Iterator[None]:
 
 def kept(forward: Callable[[], object], units: list[nn.Module]) -> KeptBytes:
     """What autograd keeps of a call; `units` are the modules that may be computed again."""
+    return _with_largest(_by_kind(forward, [units]))
+
+
+def _with_largest(found: KeptBytes) -> KeptBytes:
+    """Both kinds of bytes, of what `_by_kind` found: the largest unit is known at full size."""
+    return np.array([found[0], found[1] + max(found[2:], default=0)])
+
+
+def _by_kind(forward: Callable[[], object], kinds: Sequence[Sequence[nn.Module]]) -> KeptBytes:
+    """Whole; around all units that may be computed again; the largest unit of each kind."""
+    units = [unit for kind in kinds for unit in kind]
     outside: dict[int, Tensor] = {}
-    inside: list[dict[int, Tensor]] = []
+    inside: dict[nn.Module, list[dict[int, Tensor]]] = {unit: [] for unit in units}
     entered: dict[int, Tensor] = {}
     stack = [outside]
 
@@ -85,13 +96,13 @@ def kept(forward: Callable[[], object], units: list[nn.Module]) -> KeptBytes:
         stack[-1][tensor.untyped_storage()._cdata] = tensor
         return tensor
 
-    def within(run: Callable[..., Any]) -> Callable[..., Any]:
+    def within(unit: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             for value in tree_leaves((args, kwargs)):
                 if isinstance(value, Tensor):
                     entered[value.untyped_storage()._cdata] = value
-            inside.append({})
-            stack.append(inside[-1])
+            inside[unit].append({})
+            stack.append(inside[unit][-1])
             try:
                 return run(*args, **kwargs)
             finally:
@@ -103,7 +114,7 @@ def kept(forward: Callable[[], object], units: list[nn.Module]) -> KeptBytes:
         (unit, name) for unit in units for name in ("forward", "padded") if hasattr(unit, name)
     ]
     for unit, name in named:  # mergers and reconstructors have both
-        setattr(unit, name, within(getattr(unit, name)))
+        setattr(unit, name, within(unit, getattr(unit, name)))
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             forward()
@@ -111,9 +122,13 @@ def kept(forward: Callable[[], object], units: list[nn.Module]) -> KeptBytes:
         for unit, name in named:
             delattr(unit, name)
     around = {**entered, **outside}
-    own = [_bytes(part, but=around) for part in inside]
-    whole = _bytes({**outside, **{key: t for part in inside for key, t in part.items()}})
-    return np.array([whole, _bytes(around) + max(own, default=0)], dtype=float)
+    parts = [part for unit in units for part in inside[unit]]
+    whole = _bytes({**outside, **{key: t for part in parts for key, t in part.items()}})
+    largest = (
+        max((_bytes(part, but=around) for unit in kind for part in inside[unit]), default=0)
+        for kind in kinds
+    )
+    return np.array([whole, _bytes(around), *largest], dtype=float)
 
 
 def _bytes(tensors: dict[int, Tensor], but: dict[int, Tensor] | None = None) -> int:
@@ -169,7 +184,7 @@ def language_bytes(config: Any, lora: LanguageConfig, document: int, numbers: Nu
                 with numbers_of(numbers):
                     return language.hidden(language.embed(ids), **packed)
 
-            return kept(forward, list(blocks))
+            return _by_kind(forward, [list(blocks)])
 
         return _each(count) / document
 
@@ -177,7 +192,7 @@ def language_bytes(config: Any, lora: LanguageConfig, document: int, numbers: Nu
         one, two = at(channels, 1), at(channels, 2)
         return one + (config.num_hidden_layers - 1) * (two - one)
 
-    return _drawn_out(whole, head)
+    return _with_largest(_drawn_out(whole, head))
 
 
 def _small_tokenizer() -> TokenizerConfig:
@@ -209,7 +224,7 @@ def reader_bytes(config: TokenizerConfig, held: int, numbers: Numbers) -> KeptBy
                 with numbers_of(numbers):
                     return reader(patches, keep)
 
-            return kept(forward, list(merger.blocks))
+            return _by_kind(forward, [list(merger.blocks)])
 
         return _each(count)
 
@@ -217,7 +232,7 @@ def reader_bytes(config: TokenizerConfig, held: int, numbers: Numbers) -> KeptBy
         one, two = at(heads, channels, 1), at(heads, channels, 2)
         return one + (config.merger_depth - 1) * (two - one)
 
-    return _of_heads(whole, config.heads, config.dim / config.heads)
+    return _with_largest(_of_heads(whole, config.heads, config.dim / config.heads))
 
 
 def tokenizer_bytes(
@@ -246,8 +261,8 @@ def tokenizer_bytes(
                     out = tokenizer(patches, noise, quantise=False, dense=dense)
                     return cosine_distance(out.features, tokenizer.standard(patches)).mean()
 
-            blocks = [*tokenizer.merger.blocks, *tokenizer.reconstructor.blocks]
-            return kept(forward, blocks)
+            blocks = (tokenizer.merger.blocks, tokenizer.reconstructor.blocks)
+            return _by_kind(forward, [list(kind) for kind in blocks])
 
         return _each(count)
 
@@ -257,7 +272,7 @@ def tokenizer_bytes(
         deeper = (config.merger_depth - 1) * merger
         return one + deeper + (config.reconstructor_depth - 1) * rebuilt
 
-    return _of_heads(whole, config.heads, config.dim / config.heads)
+    return _with_largest(_of_heads(whole, config.heads, config.dim / config.heads))
 
 
 def denoiser_of(config: PixelsConfig) -> nn.Module:
@@ -298,6 +313,6 @@ def pixels_bytes(config: PixelsConfig, numbers: Numbers) -> KeptBytes:
                     found: Tensor = unet(noisy, times, **how).sample
                     return found.float().square().mean()
 
-            return kept(forward, units)
+            return _by_kind(forward, [[unit] for unit in units])
 
-        return _each(count)
+        return _with_largest(_each(count))

@@ -38,6 +38,13 @@ class PictureBatch:
     places: Int[Tensor, "images"]
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; on its way to CUDA it is pinned, so that the host need not wait."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 class Randomness(IntEnum):
     """What is drawn at random in training: each has a stream of its own."""
 

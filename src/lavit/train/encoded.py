@@ -160,6 +160,7 @@ def feature_feed(run: Run[TrainConfig], encoded: Encoded) -> FeatureFeed:
         return CorpusFeatures(encoded.features, **how)
 
     def encode(images: list[Image]) -> list[Tensor]:
+        # the host waits on the stream's thread: a batch ahead takes nothing of the device
         return list(vision.encode(images).to("cpu", torch.half))
 
     return StreamedFeatures(run.data, encode, **how, **run.sharing)
@@ -174,8 +175,9 @@ def pixel_feed(run: Run[TrainConfig], encoded: Encoded) -> PixelFeed:
         return CorpusPixels(Pictures(openers, size), encoded.tokens.split(), **how)
 
     def make(images: list[Image]) -> list[tuple[UInt8[Tensor, "3 size size"], Tensor]]:
-        found = [part.cpu() for part in encoded.encode(images)[1].split()]
-        return list(zip(levels(images, size), found, strict=True))
+        # the host waits on the stream's thread, once for all of them
+        codes = encoded.encode(images)[1].cpu().split()
+        return list(zip(levels(images, size), codes, strict=True))
 
     return StreamedPixels(run.data, make, **how, **run.sharing)
 

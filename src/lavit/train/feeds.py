@@ -28,8 +28,8 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class FeatureBatch:
-    """Features (fp32) of pictures of this rank, and their places in the global batch, which seed
-    their noise.
+    """Features of pictures of this rank, fp16 where they are streamed, and their places in the
+    global batch, which seed their noise.
     """
 
     patches: Float[Tensor, "images patches dim"]
@@ -147,7 +147,7 @@ class StreamedFeatures(_Streamed[Tensor]):
     def batch(self, step: int, shard: Shard) -> FeatureBatch:
         """The next pictures, if the step is a new one."""
         found, places = self._part(step, shard)
-        return FeatureBatch(torch.stack(found).float(), places)
+        return FeatureBatch(torch.stack(found), places)
 
     def some(self, count: int) -> Float[Tensor, "images patches dim"]:
         """Features of the first pictures of the whole stream, whatever the rank."""

@@ -24,7 +24,7 @@ from lavit.data.stream_documents import StreamingDocuments
 from lavit.language.model import Language, LanguageLoss, table_and_head
 from lavit.layout import answer_text, question_text
 from lavit.sequence import IGNORE, Batch, VisualTokens, slot_lengths
-from lavit.train.batches import Shard
+from lavit.train.batches import Shard, to_device
 from lavit.train.loop import Metric, Stage
 from lavit.train.muon import matrices_apart
 from lavit.visual_tokenizer.attention import group_documents
@@ -126,10 +126,10 @@ class LanguageStage(Stage):
         """Cross-entropy over all target tokens of a step; loss and accuracy of text and codes."""
         device = self.accelerator.device
         groups = group_documents(batch.rows.documents).to(device)  # from the CPU: nobody waits
-        rows = batch.rows.to(device)
+        rows = Batch(*(to_device(field, device) for field in vars(batch.rows).values()))
         where = self.tokenizer.place_code.device  # the CPU, where nothing else needs the tokenizer
-        patches = self.tokenizer.prepare(batch.patches.to(where)).to(device)
-        keep = batch.keep.to(device)
+        patches = self.tokenizer.prepare(to_device(batch.patches, where).float())
+        patches, keep = to_device(patches, device), to_device(batch.keep, device)
         out: LanguageLoss = module(rows, patches, keep, groups, *self.goals(batch))
         loss = out.total / batch.targets * self.accelerator.num_processes
         return {

@@ -50,6 +50,7 @@ class Stage(ABC):
     config: Any  # of this stage's training
     accumulate = 1  # parts of a step
     shards = False  # whether FSDP2 may spread the module
+    prepared = -1  # a step that `prepare` comes before; all is saved before it
     accelerator: Accelerator  # of the training that this stage is in
 
     @property
@@ -62,6 +63,10 @@ class Stage(ABC):
         rate, decay = self.config.learning_rate, self.config.weight_decay
         params = [p for p in self.module.parameters() if p.requires_grad]
         return [{"params": params, "lr": rate, "weight_decay": decay}]
+
+    def prepare(self) -> None:
+        """Work that takes long, once, before the step `prepared`; SIGTERM ends it at once."""
+        raise NotImplementedError
 
     @abstractmethod
     def batch(self, step: int, shard: Shard) -> Any:
@@ -151,6 +156,8 @@ def train(
         for step in range(start, stage.steps):
             for group, rate in zip(optimizer.param_groups, base, strict=True):
                 group["lr"] = rate * schedule(step, stage.steps, warmup)
+            if step == stage.prepared:
+                _prepare(stage, step, came)
             parts, after = step_once(stage, module, optimizer, step, clip=clip)
             done, last = step + 1, step + 1 == stage.steps
             norms += after["gradient_norm"]  # looked at where the host waits anyway
@@ -169,25 +176,45 @@ def train(
                 for line in sample(done):
                     metrics.append("samples.jsonl", done, line)
             ending = _by_any(came, accelerator)
-            if done % checkpoint_every == 0 or last or ending:
+            if done % checkpoint_every == 0 or last or ending or done == stage.prepared:
                 check_gradients(norms, stage.name, done)
                 state = {"accelerator": accelerator, "keep": keep_last}
                 save_checkpoint(folder, done, plain, optimizer, stage, **state)
                 accelerator.wait_for_everyone()
             if ending:
-                said = f"stopped by SIGTERM, {stage.name} is saved at step {done}"
-                raise Terminated(f"{said}: the same command goes on from there")
+                raise _stopped(f"{stage.name} is saved at step {done}")
     accelerator.free_memory()
 
 
+def _prepare(stage: Stage, step: int, came: list[int]) -> None:
+    """Long work of a stage that was just saved; SIGTERM ends it at once."""
+    kept = f"{stage.name} is saved at step {step}"
+    if _by_any(came, stage.accelerator):  # while it was saved
+        raise _stopped(kept)
+    with _sigterms(kept):
+        stage.prepare()
+
+
+def _stopped(kept: str) -> Terminated:
+    return Terminated(f"stopped by SIGTERM, {kept}: the same command goes on from there")
+
+
 @contextlib.contextmanager
-def _sigterms() -> Iterator[list[int]]:
-    """The SIGTERMs that have come; they do nothing else. Threads get none."""
+def _sigterms(kept: str = "") -> Iterator[list[int]]:
+    """The SIGTERMs that have come; they raise what is `kept`, or do nothing else. Threads get
+    none.
+    """
     came: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield came
         return
-    before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+
+    def note(number: int, _: object) -> None:
+        came.append(number)
+        if kept:
+            raise _stopped(kept)
+
+    before = signal.signal(signal.SIGTERM, note)
     try:
         yield came
     finally:

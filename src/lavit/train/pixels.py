@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from lavit.config import PixelsTraining
 from lavit.pixels.decoder import Pixels
 from lavit.pixels.perceptual import Perceptual
-from lavit.train.batches import Randomness, Shard, seeded
+from lavit.train.batches import Randomness, Shard, seeded, to_device
 from lavit.train.feeds import PixelBatch, PixelFeed
 from lavit.train.loop import Metric, Stage
 from lavit.train.muon import matrices_apart
@@ -67,11 +67,12 @@ class PixelsStage(Stage):
         """Mean squared error of the predicted noise."""
         device, places = self.accelerator.device, batch.places.tolist()
         drawn = zip(places, batch.codes, strict=True)
-        codes = [self._erring(place, own, batch.others, step).to(device) for place, own in drawn]
+        codes = [self._erring(place, own, batch.others, step) for place, own in drawn]
         with torch.no_grad():
-            lengths = torch.tensor([len(c) for c in codes], device=device)
-            features = self.tokenizer.decode(torch.cat(codes), lengths)
-            latents = self.module.encode(batch.pictures.to(device))
+            lengths = torch.tensor([len(c) for c in codes])
+            given = to_device(torch.cat(codes), device), to_device(lengths, device)
+            features = self.tokenizer.decode(*given)
+            latents = self.module.encode(to_device(batch.pictures, device))
         kind = Randomness.DIFFUSION
         loss = module(
             latents,

@@ -53,7 +53,7 @@ CONTEXT = 1.0  # GiB of a GPU that its driver, kernels and library take; the one
 
 @dataclass(frozen=True)
 class Plan:
-    """What one GPU (or this machine) must hold during a step, in GiB by kind, and if it does."""
+    """What one GPU must hold during a step, in GiB by kind, and if it does."""
 
     stage: str
     layout: Parallelism
@@ -105,14 +105,16 @@ def plan_stage(
     layout: Parallelism | None = None,
     memory: float | None = None,
     lora: int | None = None,
-    precision: Literal["fp32", "bf16"] = "bf16",
+    precision: Literal["fp32", "bf16"] | None = None,
 ) -> Plan:
     """Plan a stage. `memory` is one GPU's in GiB; `lora` a rank that replaces the configuration's.
 
     If the configuration does not fit into the memory given, recomputing is switched on, then rows
     or pictures are divided by accumulation down to one a pass, then under LoRA the second merger
-    is frozen. `layout` defaults to FSDP2 for stage 2 on several GPUs, to DDP for the others.
+    is frozen. `layout` defaults to FSDP2 for stage 2 on several GPUs, to DDP for the others;
+    `precision` to the configuration's, "auto" being bf16.
     """
+    precision = precision or ("fp32" if training.precision == "fp32" else "bf16")
     if gpus < 1 or not (memory is None or memory > 0):
         raise InputError(f"a plan needs at least one GPU with memory, not {gpus} with {memory} GiB")
     several: Parallelism = "fsdp2" if stage == "language" else "ddp"
@@ -170,8 +172,7 @@ class _Counter(ABC):
     def gib(self, rows: int, *, recompute: bool) -> dict[str, float]:
         """GiB by kind at so many packed rows or pictures a pass."""
         found = self.bytes(rows, recompute)
-        if self.size == 2:
-            found["context (assumed)"] = CONTEXT * GIB
+        found["context (assumed)"] = CONTEXT * GIB
         return {name: count / GIB for name, count in found.items() if count}
 
     def bytes(self, rows: int, recompute: bool) -> dict[str, float]:

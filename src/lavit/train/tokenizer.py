@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lavit.config import InputError, TokenizerTraining
 from lavit.train import health
-from lavit.train.batches import Randomness, Shard, seeded
+from lavit.train.batches import Randomness, Shard, seeded, to_device
 from lavit.train.feeds import FeatureBatch, FeatureFeed
 from lavit.train.loop import Metric, Stage
 from lavit.train.muon import matrices_apart
@@ -42,6 +42,7 @@ class TokenizerStage(Stage):
     ) -> None:
         self.module, self.feed, self.config, self.seed = tokenizer, feed, config, seed
         self.steps, self.accumulate = config.steps, config.accumulate
+        self.prepared = config.steps_a if config.k_means else -1
         tokenizer.recompute(config.recompute)
         patches = feed.some(SOME)
         tokenizer.measure(patches)
@@ -75,9 +76,7 @@ class TokenizerStage(Stage):
         return matrices_apart(groups, self.module, but=selector)
 
     def batch(self, step: int, shard: Shard) -> FeatureBatch:
-        """Pictures of a step; before the first ones with codes, the codes are started."""
-        if step == self.config.steps_a and step != self.step and self.config.k_means:
-            self._start_codes()
+        """Pictures of a step."""
         return self.feed.batch(step, shard)
 
     def trains_selector(self, step: int) -> bool:
@@ -138,13 +137,13 @@ class TokenizerStage(Stage):
         self, batch: FeatureBatch, step: int
     ) -> tuple[Float[Tensor, "images patches dim"], Float[Tensor, "images patches 2"] | None]:
         """Features of pictures, and the selector's noise while it trains."""
-        patches = batch.patches.to(self.accelerator.device)
+        patches = to_device(batch.patches, self.accelerator.device).float()
         if not self.trains_selector(step):
             return patches, None
         places, kind = batch.places.tolist(), Randomness.SELECTOR
         generators = [seeded(self.seed, kind, step, place) for place in places]
         noise = torch.stack([gumbel((patches.shape[1], 2), generator) for generator in generators])
-        return patches, noise.to(self.accelerator.device)
+        return patches, to_device(noise, self.accelerator.device)
 
     def _begin(self, step: int, mask: Tensor) -> None:
         """Count the patches kept of all pictures of a step, whose first part has this mask."""
@@ -167,15 +166,15 @@ class TokenizerStage(Stage):
         return (self.config.rate - (mean + (everywhere - mean).detach())).square()
 
     @torch.no_grad()
-    def _start_codes(self) -> None:
-        """k-means on vectors of pictures of the training set, the same ones on any ranks."""
+    def prepare(self) -> None:
+        """Start the codes: k-means on vectors of training pictures, the same ones on any ranks."""
         tokenizer, wanted = self.module, self.config.k_means_vectors
         rows: list[Tensor] = []
         for number in range(wanted):
             for part in range(self.accumulate):
                 shard = self.shard.part(part, self.accumulate)
                 patches = self.feed.batch(self.steps + number, shard).patches
-                patches = patches.to(self.accelerator.device)
+                patches = to_device(patches, self.accelerator.device).float()
                 merged = tokenizer.merger(tokenizer.prepare(patches), tokenizer.select(patches))
                 rows.append(gather_rows(tokenizer.codebook.project(merged)))
             if sum(map(len, rows)) >= wanted:

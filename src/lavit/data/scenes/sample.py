@@ -16,7 +16,14 @@ import numpy as np
 from lavit.config import InputError
 from lavit.data.scenes import world
 from lavit.data.scenes.chance import Rng, pick, shuffled
-from lavit.data.scenes.splits import HELD_OUT_COLOURS, Rules, generator, share_of, valid_world
+from lavit.data.scenes.splits import (
+    HELD_OUT_COLOURS,
+    Rules,
+    generator,
+    hidden,
+    share_of,
+    valid_world,
+)
 from lavit.data.scenes.world import JITTER, Box, Cell, Scene, Size, Thing, apart, boxes_of, facts
 
 Layout = tuple[tuple[Cell, ...], ...]  # cells of each group
@@ -55,7 +62,7 @@ def scene_at(split: str, index: int, *, seed: int = 0, rules: Rules | None = Non
 def belongs(scene: Scene, split: str, rules: Rules) -> bool:
     """Is this scene one that a split may hold?"""
     if "ladder" in split:
-        return True
+        return hidden(scene) is None
     if valid_world(scene):
         return False
     if split == "train":
@@ -267,8 +274,6 @@ def _ladder(rng: Rng, rules: Rules, number: int, style: str) -> Scene | None:
     kinds: list[tuple[str, str | None]] = []
     for _ in cells:
         kinds += _kinds(rng, rules, 1).items()
-        if kinds[-1][1] == background:
-            return None
     places = zip(kinds, cells, strict=True)
     things = tuple(_thing(*kind, "small", cell, 0.0, rng) for kind, cell in places)
     return Scene(background, pattern, style, things)

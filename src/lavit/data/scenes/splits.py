@@ -192,15 +192,22 @@ def valid_world(scene: Scene) -> str | None:
         return "too many groups, or too many of one kind"
     if any(thing.size == "big" for thing in scene.things) and len(scene.things) > world.MOST_BIG:
         return "a big thing among many"
-    for thing in scene.things:
-        if thing.colour == scene.background:
-            return f"a {thing.colour} shape on {thing.colour}"
-        style = scene.style if scene.style in world.STYLES else "twemoji"
-        if not stands_out(thing.name, thing.colour, style, scene.background):
-            return f"{thing.name} does not show on {scene.background}"
+    if why := hidden(scene):
+        return why
     if not apart([thing.box for thing in scene.things]):
         return "things too near each other or the border"
     return "a relation that is unclear" if murky(groups) else None
+
+
+def hidden(scene: Scene) -> str | None:
+    """Which thing does not show on the background, or None."""
+    style = scene.style if scene.style in world.STYLES else "twemoji"
+    for thing in scene.things:
+        if thing.colour == scene.background:
+            return f"a {thing.colour} shape on {thing.colour}"
+        if not stands_out(thing.name, thing.colour, style, scene.background):
+            return f"{thing.name} does not show on {scene.background}"
+    return None
 
 
 def generator(split: str, index: int, seed: int) -> np.random.Generator:
