@@ -9,6 +9,7 @@ import gc
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ |= {
@@ -66,6 +67,25 @@ torch.set_num_threads(1)
 def pytest_collection_finish() -> None:
     """Each stage collects garbage at its end: let it pass over what was imported."""
     gc.freeze()
+
+
+ROOMS = ("lavit.data.documents", "lavit.data.stream_documents")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_windows() -> Iterator[None]:
+    """Toys train on a dozen rows: eight are filled together, not 64."""
+    with pytest.MonkeyPatch.context() as patch:
+        for room in ROOMS:
+            patch.setattr(f"{room}.WINDOW", 8)
+        yield
+
+
+@pytest.fixture
+def whole_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are filled as in use."""
+    for room in ROOMS:
+        monkeypatch.setattr(f"{room}.WINDOW", 64)
 
 
 NAMES = (
@@ -244,9 +264,10 @@ def toy_config() -> ModelConfig:
 
 
 def toy_training(steps: int = 6) -> TrainConfig:
-    """A few steps of every stage."""
+    """A few steps of every stage, without samples."""
     return TrainConfig(
         text_vocabulary=300,
+        sample_every=0,
         checkpoint_every=4,
         log_every=2,
         tokenizer=TokenizerTraining(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -244,32 +242,6 @@ def test_no_word_list_limits_what_is_written(room: str) -> None:
         texts = {n.value for n in tree if isinstance(n, ast.Constant) and isinstance(n.value, str)}
         spoken = {word.lower() for text in texts if text.count(" ") < 9 for word in text.split()}
         assert len(spoken & words) < 4, (path.name, spoken & words)
-
-
-WITHOUT_SCENES = """
-import importlib, sys
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.startswith("lavit.data.scenes"):
-            raise ImportError(name)
-
-sys.meta_path.insert(0, Blocked())
-import lavit
-rooms = "model", "train.run", "train.finetune", "generate.pipeline", "data.stream", "cli"
-for module in (*rooms, "evaluate.folder"):
-    importlib.import_module(f"lavit.{module}")
-from lavit.cli import main
-main(["data", "check", sys.argv[1], "--json"])
-"""
-
-
-def test_all_but_scenes_works_without_scenes(toy_data: Path) -> None:
-    said = subprocess.run(
-        [sys.executable, "-c", WITHOUT_SCENES, str(toy_data)], capture_output=True, text=True
-    )
-    assert said.returncode == 0, said.stderr
-    assert '"records": 8' in said.stdout
 
 
 def test_annotations_are_checked_while_tests_run() -> None:

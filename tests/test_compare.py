@@ -18,7 +18,14 @@ from lavit.evaluate.results import write_results
 from lavit.evaluate.study import Arm, Comparison, Study, in_model, load_study
 from lavit.presets import Preset
 
+pytestmark = pytest.mark.usefixtures("few_rows")
 STUDIES = sorted((Path(__file__).parent.parent / "recipes" / "studies").glob("*.py"))
+
+
+@pytest.fixture
+def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Targets are counted in as many rows as are filled together."""
+    monkeypatch.setattr("lavit.evaluate.budget.WINDOW", 8)
 
 
 def toy_preset() -> Preset:

@@ -152,7 +152,7 @@ def test_all_stages_train_on_it(
     """With samples of stage 2; `lavit caption` and the like then run there too."""
     from device import DEVICE
 
-    training = replace(toy_training(1), precision=precision)
+    training = replace(toy_training(1), precision=precision, sample_every=1)
     training = streaming(training) if stream else training
     with pytest.MonkeyPatch.context() as patch:
         short_streams(patch)
@@ -282,7 +282,7 @@ def test_a_step_says_why_where_the_host_waits_for_the_device(
         found.update(here)
         return done
 
-    training = replace(toy_training(2), precision="bf16", sample_every=0)
+    training = replace(toy_training(2), precision="bf16")
     training = streaming(training) if stream else training
     with pytest.MonkeyPatch.context() as patch:
         short_streams(patch)

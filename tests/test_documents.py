@@ -253,6 +253,7 @@ def test_rows_are_full_and_take_the_documents_as_they_come() -> None:
     assert np.std(means) < 0.5 * np.std(lengths)  # and one row is like another
 
 
+@pytest.mark.usefixtures("whole_windows")
 def test_two_rows_a_step_are_full_functions_of_the_step(toy_data: Path, prose: Path) -> None:
     corpus = load_corpus(f"{toy_data},{prose}:0.3")
     first, second = (documents_of(corpus, rows=2, tokens=128) for _ in range(2))

@@ -18,12 +18,14 @@ from lavit.train.run import open_run, train_stages
 GOLDEN = Path(__file__).parent / "golden" / "nano.json"
 
 
+@pytest.mark.usefixtures("whole_windows")
 def test_first_losses_of_nano(shapes_data: Path, tmp_path: Path) -> None:
     preset = nano()
     t = preset.training
     training = replace(
         t,
         log_every=1,
+        sample_every=0,
         tokenizer=replace(t.tokenizer, steps_a=3, steps_b=2, batch=8, k_means_vectors=300),
         language=replace(t.language, steps=3, rows=1),
         pixels=replace(t.pixels, steps=3, batch=8),

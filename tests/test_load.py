@@ -22,19 +22,39 @@ from lavit.config import InputError
 from lavit.generate.decoder import Decoder
 from lavit.generate.packed import obstacle
 
+WITHOUT_SCENES = """
+import importlib, json, sys
 
-def test_a_caption_reads_no_pixels_and_no_diffusers(toy_run: Path, tmp_path: Path) -> None:
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith("lavit.data.scenes"):
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Blocked())
+import lavit
+run, data, picture = sys.argv[1:]
+pipeline = lavit.load(run, parts=lavit.config.TO_READ)
+pipeline.caption(picture)
+print(json.dumps([pipeline.model.pixels, "diffusers" in sys.modules, "datasets" in sys.modules]))
+rooms = "model", "train.run", "train.finetune", "generate.pipeline", "data.stream", "cli"
+for module in (*rooms, "evaluate.folder"):
+    importlib.import_module(f"lavit.{module}")
+from lavit.cli import main
+main(["data", "check", data, "--json"])
+"""
+
+
+def test_a_caption_reads_no_pixels_and_no_diffusers_and_nothing_else_needs_scenes(
+    toy_run: Path, toy_data: Path, tmp_path: Path
+) -> None:
     """Neither the decoder's weights nor the library that they need, seconds of import."""
     toy_picture("red bar").save(tmp_path / "picture.png")
-    code = (
-        "import sys, json, lavit\n"
-        f"pipeline = lavit.load({str(toy_run)!r}, parts=lavit.config.TO_READ)\n"
-        f"pipeline.caption({str(tmp_path / 'picture.png')!r})\n"
-        "slow = ['diffusers' in sys.modules, 'datasets' in sys.modules]\n"
-        "print(json.dumps([pipeline.model.pixels, *slow]))"
-    )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert json.loads(found.stdout.splitlines()[-1]) == [None, False, False]
+    given = map(str, (toy_run, toy_data, tmp_path / "picture.png"))
+    command = [sys.executable, "-c", WITHOUT_SCENES, *given]
+    said = subprocess.run(command, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    read, checked = said.stdout.split("\n", 1)
+    assert json.loads(read) == [None, False, False] and '"records": 8' in checked
 
 
 def test_one_line_says_where(

@@ -158,13 +158,13 @@ def test_a_language_model_of_any_width_keeps_what_small_ones_say(
 @pytest.mark.parametrize("dense", [True, False])
 @pytest.mark.parametrize("numbers", ["fp32", "autocast"])
 def test_a_tokenizer_of_any_size_keeps_what_small_ones_say(dense: bool, numbers: str) -> None:
-    """Wider and deeper than what is measured."""
-    small = replace(toy_config().visual_tokenizer, heads=2)
-    config = replace(small, dim=2 * 40, merger_depth=3, reconstructor_depth=4)
+    """Wider and deeper than what is measured, and of more heads."""
+    small = replace(toy_config().visual_tokenizer, heads=5)
+    config = replace(small, dim=5 * 40, merger_depth=3, reconstructor_depth=4)
     planned = tokenizer_bytes(config, 5, dense=dense, numbers=numbers)
     own = activations.SMALL
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(activations, "_drawn_out", lambda measure, width: measure(40))
+        patch.setattr(activations, "_of_heads", lambda measure, heads, width: measure(heads, 40))
         measured = tokenizer_bytes(config, 5, dense=dense, numbers=numbers)
     assert own == activations.SMALL
     np.testing.assert_allclose(planned, measured, rtol=0.02)

@@ -136,6 +136,7 @@ def test_fewer_shards_than_processes_are_refused(shards: Path) -> None:
         documents_of(str(shards), ranks=2, rows=3)
 
 
+@pytest.mark.usefixtures("whole_windows")
 def test_no_record_is_lost_or_told_twice(shards: Path) -> None:
     documents = documents_of(str(shards))
     batches = [documents.batch(step) for step in range(64)]
@@ -155,17 +156,18 @@ def test_pictures_that_are_read_bring_their_own_features(shards: Path) -> None:
     assert numbers == records(documents, batch)
 
 
-@pytest.mark.parametrize("stop", [1, 7, 31, 32, 50])
+@pytest.mark.parametrize("stop", [1, 3, 4, 6, 13])
 def test_a_resumed_stream_gives_the_batches_of_an_uninterrupted_one(
     stop: int, shards: Path
 ) -> None:
+    """Four steps are a window."""
     whole, killed = documents_of(str(shards)), documents_of(str(shards))
-    expected = [whole.batch(step) for step in range(stop + 40)]
+    expected = [whole.batch(step) for step in range(stop + 10)]
     for step in range(stop):
         killed.batch(step)
     resumed = documents_of(str(shards))
     resumed.load_state(killed.state())
-    for step in range(stop, stop + 40):
+    for step in range(stop, stop + 10):
         batch = resumed.batch(step)
         assert batch.ids.equal(expected[step].ids) and batch.images.equal(expected[step].images)
     with pytest.raises(InputError, match="with 1 processes"):
@@ -237,7 +239,7 @@ def stage_two(toy_run: Path, out: Path, data: str, *, watch=None, **changes) -> 
         for part in ("vision", "visual_tokenizer"):
             shutil.copytree(toy_run / part, out / part)
         write_config(out, model)
-    training = replace(toy_training(8), sample_every=0, checkpoint_every=4, log_every=1)
+    training = replace(toy_training(8), checkpoint_every=4, log_every=1)
     training = replace(training, language=replace(training.language, **changes))
     train_stages(open_run(out, data, model, training, watch=watch), ("language",))
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

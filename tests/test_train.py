@@ -16,7 +16,13 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
 from conftest import NAMES, toy_config, toy_picture, toy_training
-from lavit.config import InputError, LanguageConfig, Mixture
+from lavit.config import (
+    InputError,
+    LanguageConfig,
+    Mixture,
+    read_json,
+    write_json,
+)
 from lavit.data.bulk import CorpusJob, tokenize_corpus
 from lavit.data.corpus import load_corpus
 from lavit.data.documents import Documents
@@ -206,7 +212,10 @@ def test_pictures_may_be_read_as_codes_in_training_too(
     """The reader stays as stage 1 made it; samples are read the same way."""
     folder, config = begun_run(toy_run, tmp_path / "run"), toy_config()
     training = toy_training()
-    training = replace(training, language=replace(training.language, steps=1))
+    training = replace(training, language=replace(training.language, steps=1), sample_every=1)
+    begun = read_json(folder / "training.json")
+    begun["training"]["sample_every"] = 1
+    write_json(folder / "training.json", begun)
     config = replace(config, language=replace(config.language, read_as="codes"))
     train_stages(open_run(folder, toy_data, config, training), ("language",))
     names = ("visual_tokenizer", "reader")

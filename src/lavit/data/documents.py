@@ -114,11 +114,7 @@ class Rows:
     def segments(self, parts: Sequence_[Part], codes: Codes) -> Document:
         """Parts, whose pictures are numbers, as a document; one may enter as codes of its own."""
         look = partial(segments, end=self.vocabulary.end, rows=self.read_rows)
-
-        def own(part: ImagePart) -> tuple[int, ...]:
-            return codes(part.image) if part.read or part.codes is None else part.codes
-
-        return look(parts, self.ids, own)
+        return look(parts, self.ids, partial(_own, codes))
 
     def lay_out(self, document: Document, rng: Rng) -> Sequence:
         """A document as ids, with labels for a share of the codes that are read."""
@@ -244,6 +240,11 @@ class Documents(Rows):
         rows = self._rows(step // steps, steps * self.config.rows)
         first = step % steps * self.config.rows
         return self.pack(rows[first : first + self.config.rows])
+
+
+def _own(codes: Codes, part: ImagePart) -> tuple[int, ...]:
+    """The codes that a part enters with; those of its picture, where it has none of its own."""
+    return codes(part.image) if part.read or part.codes is None else part.codes
 
 
 def _one(items: Sequence_[T], rng: Rng) -> T:

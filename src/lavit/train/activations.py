@@ -1,8 +1,9 @@
 """Bytes that autograd keeps of a step, counted on small copies of a model and drawn out to its own.
 
 What is kept grows linearly with the number of tokens or pictures, with the depth of a stack, and,
-while patches, tokens and heads stay, with the width of its layers. So a few passes of small copies,
-through the very code that trains, give the bytes of any size. Two kinds are counted at once:
+while patches and tokens stay, with the width of its heads and their number. So a few passes of
+small copies, through the very code that trains, give the bytes of any size. Two kinds are counted
+at once:
 
     whole         what is kept of the forward pass
     recomputed    what is kept around the units that are computed again, what enters each of them,
@@ -17,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -145,6 +147,12 @@ def _drawn_out(measure: Callable[[int], KeptBytes], width: float) -> KeptBytes:
     return low + (high - low) * (width - SMALL[0]) / (SMALL[1] - SMALL[0])
 
 
+def _of_heads(measure: Callable[[int, int], KeptBytes], heads: int, width: float) -> KeptBytes:
+    """With so many heads of `width`, by what one and two have: each more adds as much."""
+    one, two = (_drawn_out(partial(measure, few), width) for few in (1, 2))
+    return one + (heads - 1) * (two - one)
+
+
 def language_bytes(config: Any, lora: LanguageConfig, document: int, numbers: Numbers) -> KeptBytes:
     """Bytes a token of a LM on packed documents; `config` is transformers' of the LM."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -200,9 +208,9 @@ def _small_tokenizer() -> TokenizerConfig:
 def reader_bytes(config: TokenizerConfig, held: int, numbers: Numbers) -> KeptBytes:
     """Bytes a picture of the merger and projection that read it, `held` patches kept."""
 
-    def at(channels: int, depth: int) -> KeptBytes:
-        dim = config.heads * channels
-        merger = merger_of(replace(config, dim=dim, merger_depth=depth))
+    def at(heads: int, channels: int, depth: int) -> KeptBytes:
+        dim = heads * channels
+        merger = merger_of(replace(config, dim=dim, heads=heads, merger_depth=depth))
         reader = MergerReader(merger, 8)
         if numbers == "bf16":
             reader.to(torch.bfloat16)
@@ -220,11 +228,11 @@ def reader_bytes(config: TokenizerConfig, held: int, numbers: Numbers) -> KeptBy
 
         return _each(count)
 
-    def whole(channels: int) -> KeptBytes:
-        one, two = at(channels, 1), at(channels, 2)
+    def whole(heads: int, channels: int) -> KeptBytes:
+        one, two = at(heads, channels, 1), at(heads, channels, 2)
         return one + (config.merger_depth - 1) * (two - one)
 
-    return _with_largest(_drawn_out(whole, config.dim / config.heads))
+    return _with_largest(_of_heads(whole, config.heads, config.dim / config.heads))
 
 
 def tokenizer_bytes(
@@ -232,17 +240,18 @@ def tokenizer_bytes(
 ) -> KeptBytes:
     """Bytes a picture of stage 1 while its selector trains, `held` patches kept."""
 
-    def at(channels: int, merger: int, reconstructor: int) -> KeptBytes:
-        depths: dict[str, Any] = {
+    def at(heads: int, channels: int, merger: int, reconstructor: int) -> KeptBytes:
+        sizes: dict[str, Any] = {
+            "heads": heads,
+            "dim": heads * channels,
             "merger_depth": merger,
             "reconstructor_depth": reconstructor,
             "codes": CODES,
         }
-        dim = config.heads * channels
-        tokenizer = VisualTokenizer(replace(config, dim=dim, **depths)).train()
+        tokenizer = VisualTokenizer(replace(config, **sizes)).train()
 
         def count(pictures: int) -> KeptBytes:
-            patches = torch.randn(pictures, config.patches, dim)
+            patches = torch.randn(pictures, config.patches, heads * channels)
             wanted = torch.arange(config.patches)[None, :, None] < held
             noise = torch.where(wanted ^ torch.tensor([False, True]), 99.0, -99.0)
             noise = noise.expand(pictures, -1, -1)
@@ -257,13 +266,13 @@ def tokenizer_bytes(
 
         return _each(count)
 
-    def whole(channels: int) -> KeptBytes:
-        one = at(channels, 1, 1)
-        merger, rebuilt = at(channels, 2, 1) - one, at(channels, 1, 2) - one
+    def whole(heads: int, channels: int) -> KeptBytes:
+        one = at(heads, channels, 1, 1)
+        merger, rebuilt = at(heads, channels, 2, 1) - one, at(heads, channels, 1, 2) - one
         deeper = (config.merger_depth - 1) * merger
         return one + deeper + (config.reconstructor_depth - 1) * rebuilt
 
-    return _with_largest(_drawn_out(whole, config.dim / config.heads))
+    return _with_largest(_of_heads(whole, config.heads, config.dim / config.heads))
 
 
 def denoiser_of(config: PixelsConfig) -> nn.Module:

@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from threading import Lock
@@ -115,10 +116,7 @@ class Vision(nn.Module):
     def states(self, pixels: Float[Tensor, "images 3 height width"]) -> list[Tensor]:
         """Output of every block; `hidden_states[-1]` of transformers is normed in some models."""
         states: list[Tensor] = []
-
-        def keep(module: nn.Module, inputs: tuple[Any, ...], out: Tensor | tuple[Any, ...]) -> None:
-            states.append(out[0] if isinstance(out, tuple) else out)
-
+        keep = partial(_keep, states)
         with ONE_AT_A_TIME:
             hooks = [block.register_forward_hook(keep) for block in self._blocks(self.encoder)]
             try:
@@ -136,6 +134,15 @@ class Vision(nn.Module):
         """The stack of blocks: the longest module list of the encoder."""
         lists = (part for part in encoder.modules() if isinstance(part, nn.ModuleList))
         return max(lists, key=len)
+
+
+def _keep(
+    states: list[Tensor],
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    out: Tensor | tuple[Any, ...],
+) -> None:
+    states.append(out[0] if isinstance(out, tuple) else out)
 
 
 class PixelPatches(nn.Module):
