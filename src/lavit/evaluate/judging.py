@@ -106,8 +106,7 @@ def spoiled(scene: Scene, kind: str, size: int, rng: np.random.Generator) -> Ima
     picture = render(replace(scene, things=(*before, *after)), size)
     drawing = drawn_thing(thing, scene.style, size)
     while True:  # until it shows
-        other = _another(thing, scene, size, rng)
-        changed = _spoiled(drawing, other, kind, rng)
+        changed = _spoiled(drawing, _another(thing, scene, size, rng), kind, rng)
         if changed is not None:
             return pasted(picture, changed, thing.box)
 
@@ -140,12 +139,12 @@ def _another(thing: Thing, scene: Scene, size: int, rng: np.random.Generator) ->
 
 def _in_parts(scene: Scene, kind: str, size: int, rng: np.random.Generator) -> Image.Image:
     """A scene of which a part stands on another background, or in another pattern."""
-    field, choices = "background", tuple(BACKGROUNDS)
-    if kind == "overlaid":
-        field, choices = "pattern", PATTERNS
-    others = [one for one in choices if one != getattr(scene, field)]
-    elsewhere = replace(scene, **{field: others[int(rng.integers(len(others)))]})
-    mask = spoil.part(size, rng, wide=kind == "overlaid")
+    whole = kind == "overlaid"
+    now, choices = (scene.pattern, PATTERNS) if whole else (scene.background, tuple(BACKGROUNDS))
+    others = [one for one in choices if one != now]
+    other = others[int(rng.integers(len(others)))]
+    elsewhere = replace(scene, pattern=other) if whole else replace(scene, background=other)
+    mask = spoil.part(size, rng, wide=whole)
     return Image.composite(render(elsewhere, size), render(scene, size), mask)
 
 
