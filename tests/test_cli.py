@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image
 
 from conftest import toy_picture
 from lavit.cli import main
+from lavit.files import load_tensors, save_tensors
 
 
 @pytest.fixture
@@ -206,6 +208,8 @@ def test_ask_answers(toy_run: Path, picture: str, capsys: pytest.CaptureFixture[
         ("choose", "PICTURE"),
         ("choose", "PICTURE", "red", "--n", "2"),
         ("draw", " ", "--out", "x.png"),
+        ("draw", "\udcff", "--out", "x.png"),
+        ("ask", "PICTURE", "which \ud800?"),
         ("draw", "red", "--out", "x.png", "--n", "0"),
         ("draw", "red", "--out", "TEXT/x.png", "--steps", "1"),
         ("train", "all", "--data", "EMPTY", "--out", "RUN"),
@@ -309,3 +313,40 @@ def test_the_package_is_the_command_line() -> None:
         [sys.executable, "-m", "lavit", "data", "--help"], capture_output=True, text=True
     )
     assert found.returncode == 0 and "scenes" in found.stdout
+
+
+def test_a_long_question_is_said_to_be_cut(
+    toy_run: Path, picture: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for count, said in ((50, []), (51, ["51 words"])):
+        caplog.clear()
+        main(["ask", picture, "red " * count, "--model", str(toy_run)])
+        assert [each in caplog.text for each in said] == [True] * len(said)
+        assert ("are read" in caplog.text) == bool(said)
+
+
+def test_a_model_with_too_long_a_name_is_not_there(
+    picture: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["caption", picture, "--model", "x" * 3000])
+    assert stop.value.code == 2
+    assert "there is no model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", ["language/model", "vision/model", "pixels/condition/model"])
+def test_weights_that_are_no_numbers_are_said_to_be_damaged(
+    file: str, toy_run: Path, picture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(toy_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    path = tmp_path / "run" / f"{file}.safetensors"
+    tensors = {name: tensor * float("nan") for name, tensor in load_tensors(path).items()}
+    save_tensors(tensors, path)
+    words = ["caption", picture]
+    if "pixels" in file:
+        words = ["draw", "red", "--out", str(tmp_path / "x.png")]
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--model", str(tmp_path / "run")])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "damaged?" in error or "diverge?" in error

@@ -111,10 +111,10 @@ def scale_levels(
 
 
 def to_image(picture: Float[Tensor, "3 height width"]) -> Image.Image:
-    """Values in -1..1 (clipped) as an RGB picture; a value that is not finite raises ValueError."""
+    """Values in -1..1 (clipped) as an RGB picture; one that is not finite raises InputError."""
     picture = picture.detach().float().cpu()
     if not torch.isfinite(picture).all():
-        raise ValueError("the picture holds values that are not finite: did training diverge?")
+        raise InputError("the picture holds values that are not finite: did training diverge?")
     levels = ((picture.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
 

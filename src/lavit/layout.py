@@ -43,6 +43,7 @@ from lavit.sequence import Document, Image, Text
 Reply = Literal["text", "image", "auto"]
 UNWANTED = re.compile(r'[.!"()*#:;~]')  # removed from questions
 QUESTION_WORDS = 50
+HALF = re.compile("[\ud800-\udfff]")  # of a character: of bytes that are no UTF-8, or bad JSON
 ROLES = ("system", "user", "assistant")
 Flat = list[tuple[str, str]]  # role, and text with marks for pictures
 Spans = list[tuple[str, bool]]  # text with marks, and whether it is learnt
@@ -141,14 +142,14 @@ def answer_text(answer: str) -> str:
 
 
 def ids_of(
-    tokenizer: PreTrainedTokenizerBase,
-    text: str,
-    controls: bool = False,
+    tokenizer: PreTrainedTokenizerBase, text: str, controls: bool = False
 ) -> tuple[int, ...]:
     """Ids of a text, without the tokenizer's own begin and end.
 
     Control tokens that it spells are words like others, unless `controls` are meant.
     """
+    if half := HALF.search(text):
+        raise InputError(f"a text holds {half[0]!r}, which is no character: is it UTF-8?")
     options = {"add_special_tokens": False, "split_special_tokens": not controls}
     return tuple(tokenizer(text, verbose=False, **options)["input_ids"])
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -74,7 +75,7 @@ def model_folder(
     where there is no such model.
     """
     folder = Path(model)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # that of Path raises for a name that is too long
         return folder
     shipped = sorted(path.parent.name for path in WEIGHTS.glob("*/config.json"))
     if str(model) in shipped:

@@ -266,6 +266,8 @@ class Session:
             writers[place] = stream
         for (inside, *_), places in groups.items():
             together = torch.cat([logits[place] for place in places])
+            if together.isnan().any():
+                raise InputError("the model's logits are no numbers: are its weights damaged?")
             members = [writers[place] for place in places]
             allowed = self._writing_ids if inside else torch.arange(together.shape[-1])
             for row, stream in enumerate(members):

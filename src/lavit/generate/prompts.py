@@ -6,6 +6,7 @@ each is encoded alone, so that a prompt does not depend on its batch.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +25,7 @@ from lavit.generate.sampling import Sampling
 from lavit.generate.stream import Job
 from lavit.images import ImageInput, open_image
 from lavit.layout import (
+    QUESTION_WORDS,
     ImagePart,
     Part,
     Reply,
@@ -40,6 +42,8 @@ from lavit.layout import (
 from lavit.model import LaVIT
 from lavit.sequence import lay_out
 from lavit.visual_tokenizer.selector import KeepPolicy
+
+log = logging.getLogger(__name__)
 
 Parts = Sequence[Part]
 
@@ -153,6 +157,9 @@ def answers_of(
         if not any(map(str.isalnum, question)):
             said = f"the question {question!r} has no words"
             raise InputError(f"{said}: ask about the picture")
+        if (count := len(question.split())) > QUESTION_WORDS:
+            said = f"a question has {count} words, of which the first {QUESTION_WORDS} are read"
+            log.warning("%s: shorten it, or chat", said)
     parts = [asking(picture, (question, None), keep=keep) for picture, question in pairs]
     return Inputs(parts, isinstance(images, ImageInput))
 

@@ -15,6 +15,7 @@ through the head in chunks (head.py): no mask over whole rows and no full logits
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -306,4 +307,7 @@ def _init_like(rows: Tensor, table: Tensor, trained: bool) -> None:
     """
     if not table.is_meta:
         known = table.detach().float()
-        rows.normal_(std=float(known.std()) / (4 if trained else 1)).add_(known.mean(0))
+        spread = float(known.std())
+        if not math.isfinite(spread):
+            raise InputError("the language model's table holds no numbers: is its file damaged?")
+        rows.normal_(std=spread / (4 if trained else 1)).add_(known.mean(0))
