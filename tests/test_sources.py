@@ -12,7 +12,7 @@ from PIL import Image
 
 from lavit.config import InputError
 from lavit.data.inspect import inspect_data
-from lavit.data.sources import Record, check, load_records, readable
+from lavit.data.sources import Record, check, load_records, readable, stream_source
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
@@ -61,12 +61,16 @@ def as_tar(folder: Path, cache: Path) -> Path:
     shards = cache / "shards"
     shards.mkdir()
     for index, name in enumerate(("red", "green")):
-        with tarfile.open(shards / f"{index:05d}.tar", "w") as tar:
-            for suffix, data in (("png", png(COLOURS[name])), ("txt", name.encode())):
-                entry = tarfile.TarInfo(f"{index:05d}.{suffix}")
-                entry.size = len(data)
-                tar.addfile(entry, io.BytesIO(data))
+        write_tar(shards / f"{index:05d}.tar", name)
     return shards
+
+
+def write_tar(path: Path, name: str) -> None:
+    with tarfile.open(path, "w") as tar:
+        for suffix, data in (("png", png(COLOURS[name])), ("txt", name.encode())):
+            entry = tarfile.TarInfo(f"{path.stem}.{suffix}")
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
 
 
 def as_folder(folder: Path, cache: Path) -> Path:
@@ -164,6 +168,22 @@ def test_bad_sources_are_one_clear_line(folder, tmp_path):
         with pytest.raises(InputError, match=words) as raised:
             load_records(source, split, cache=tmp_path / "cache")
         assert source.name in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_nothing_of_a_folder_is_passed_over_unsaid(folder: Path, tmp_path: Path) -> None:
+    """Pictures beside shards, shards beside others that name train, and a table cut short."""
+    table, shards = as_parquet(folder, tmp_path), as_tar(folder, tmp_path)
+    (shards / "preview.png").write_bytes(png(COLOURS["red"]))
+    with pytest.raises(InputError, match=r"holds pictures and \.tar shards, of which"):
+        load_records(shards)
+    (shards / "preview.png").unlink()
+    write_tar(shards / "train-2.tar", "blue")
+    with pytest.raises(InputError, match=r"'train', and 00000\.tar names no split"):
+        load_records(shards)
+    table.write_bytes(table.read_bytes()[:-2])
+    for stream in (load_records, stream_source):
+        with pytest.raises(InputError, match=r"pairs\.parquet is cut short, or no"):
+            stream(table)
 
 
 def test_a_missing_file_is_never_taken_for_a_hub_name() -> None:

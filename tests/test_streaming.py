@@ -129,6 +129,31 @@ def test_a_stream_stopped_twice_within_a_buffer_serves_each_record_once(
     assert Counter(served) == {f"grey {number}": 1 for number in range(total)}
 
 
+def test_a_stream_whose_shards_have_changed_says_so(
+    shards: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stream = Stream(str(shards))
+    stream.take()
+    place = stream.state()
+    Stream(str(shards)).load_state(place)
+    assert not caplog.messages
+    shutil.copy(shards / "000.tar", shards / "more.tar")
+    Stream(str(shards)).load_state(place)
+    assert "has 5 shards, and had 4 when its place was saved" in caplog.messages[-1]
+
+
+def test_a_table_without_rows_among_others_is_none(tmp_path: Path) -> None:
+    import datasets
+    import pyarrow.parquet as pq
+
+    rows = datasets.Dataset.from_dict({"text": [f"grey {number}" for number in range(200)]})
+    rows.to_parquet(str(tmp_path / "a.parquet"))
+    pq.write_table(pq.read_table(tmp_path / "a.parquet").slice(0, 0), tmp_path / "b.parquet")
+    stream = Stream(str(tmp_path))
+    assert len({stream.take().texts[0] for _ in range(200)}) == 200
+    assert stream.epoch == 0
+
+
 def test_fewer_shards_than_processes_are_refused(shards: Path) -> None:
     with pytest.raises(InputError, match="4 shards for 5 processes"):
         Stream(str(shards), rank=0, ranks=5)

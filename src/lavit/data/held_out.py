@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,19 @@ def lists_splits(folder: Path) -> bool:
     """Does a data set's card say which files its splits are?"""
     card = folder / "README.md"
     return card.is_file() and "data_files:" in card.read_text(encoding="utf-8", errors="replace")
+
+
+def shards_of(shards: Sequence[Path], split: str, folder: Path) -> Sequence[Path]:
+    """The shards of a split: those that name it; all of them are train where none does."""
+    names = {shard: shard.relative_to(folder).as_posix() for shard in shards}
+    named = [shard for shard, name in names.items() if split in name]
+    if not named and split != "train":
+        raise InputError(f"{str(folder)!r} has no {shards[0].suffix} shard named {split!r}")
+    for name in names.values() if named and split == "train" else ():
+        if not any(word in name for word in (split, *OTHERS)):
+            said = f"{str(folder)!r} has shards named {split!r}, and {name} names no split"
+            raise InputError(f"{said}: rename it, or give it a folder of its own")
+    return named or shards
 
 
 def is_held_out(row: Mapping[str, Any], image: str, folder: Path) -> bool:

@@ -21,7 +21,7 @@ from typing import Any
 from PIL import Image
 
 from lavit.config import InputError, require
-from lavit.data.held_out import HELD_OUT, divides, lists_splits, part_of
+from lavit.data.held_out import HELD_OUT, divides, lists_splits, part_of, shards_of
 from lavit.data.lines import json_lines
 from lavit.data.text import Texts, text_files
 from lavit.images import open_image
@@ -33,7 +33,7 @@ BUILDERS = {
     ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".tar": "webdataset",
 }  # fmt: skip
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
-END_OF_TAR = 1024  # bytes, zeros
+ENDS = {".tar": bytes(1024), ".parquet": b"PAR1"}  # of whole shards
 LICENCE_WORDS = ("license", "licence", "attribution", "copying", "notice")
 
 
@@ -308,13 +308,15 @@ def _load(datasets: Any, data: str | Path, split: str, cache: Path | None, strea
 
 def _look_at(path: Path, streaming: bool) -> None:
     """Name a line that is broken and a shard that is cut short, of which libraries say less."""
-    files = [path] if path.is_file() else [*path.rglob("metadata.jsonl"), *path.rglob("*.tar")]
+    kinds = ("metadata.jsonl", *(f"*{suffix}" for suffix in ENDS))
+    files = [path] if path.is_file() else [file for kind in kinds for file in path.rglob(kind)]
     for file in sorted(files):
-        if file.suffix.lower() == ".tar":
-            with file.open("rb") as tar:
-                tar.seek(-min(END_OF_TAR, file.stat().st_size), os.SEEK_END)
-                if tar.read() != bytes(END_OF_TAR):
-                    raise InputError(f"{file} is cut short, or no tar: its end is missing")
+        if end := ENDS.get(file.suffix.lower()):
+            with file.open("rb") as shard:
+                shard.seek(-min(len(end), file.stat().st_size), os.SEEK_END)
+                if shard.read() != end:
+                    kind = file.suffix.lower()[1:]
+                    raise InputError(f"{file} is cut short, or no {kind}: its end is missing")
         elif file.suffix.lower() == ".jsonl" and not streaming:
             deque(json_lines(file), maxlen=0)
 
@@ -334,16 +336,16 @@ def _load_folder(load_dataset: Any, path: Path, split: str, where: Mapping[str, 
         raise InputError(f"{str(path)!r} is empty: no pictures, no shards, no tables")
     if lists_splits(path):
         return load_dataset(str(path), split=split, **where)
-    if PICTURES.isdisjoint(file.suffix.lower() for file in files):
-        for suffix in (".tar", ".parquet"):
-            shards = [file for file in files if file.suffix.lower() == suffix]
-            named = [file for file in shards if split in file.relative_to(path).as_posix()]
-            if shards and not named and split != "train":
-                raise InputError(f"{str(path)!r} has no {suffix} shard named {split!r}")
-            if shards:
-                chosen = {split: [str(file) for file in named or shards]}
-                builder = BUILDERS[suffix]
-                return load_dataset(builder, data_files=chosen, split=split, **where)
+    pictured = not PICTURES.isdisjoint(file.suffix.lower() for file in files)
+    for suffix in (".tar", ".parquet"):
+        shards = [file for file in files if file.suffix.lower() == suffix]
+        if pictured and any(shard.stem != "metadata" for shard in shards):
+            both = f"{str(path)!r} holds pictures and {suffix} shards"
+            raise InputError(f"{both}, of which one would be ignored: give each its own folder")
+        if shards and not pictured:
+            chosen = {split: [str(file) for file in shards_of(shards, split, path)]}
+            return load_dataset(BUILDERS[suffix], data_files=chosen, split=split, **where)
+    if not pictured:
         raise InputError(f"{str(path)!r} holds no pictures and no .tar or .parquet shards")
     inside = (path / split).is_dir()
     if not inside and split != "train":

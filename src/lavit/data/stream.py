@@ -14,6 +14,7 @@ served of it is passed over, so that a resumed run reads the same records in the
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from lavit.data.documents import Rng, by_shares
 from lavit.data.sources import Record, stream_source
 from lavit.vision.encoder import BLOCK
 
+log = logging.getLogger(__name__)
 BUFFER = 1024  # records that are shuffled together, with their encoded pictures
 FILES = 20_000  # the same of records that are paths: a folder is often sorted by its sub-folders
 RECORDS_DRAW, SOURCES_DRAW, SHARDS_DRAW = 12, 13, 14  # kinds of random numbers, as `Randomness`
@@ -113,7 +115,8 @@ class Stream:
         rows = self._loaded  # which `datasets` does not say before it has read on
         if rows is None and self._rest is not None:
             rows = self.rows.state_dict()
-        return {"epoch": self.epoch, "read": self.read, "rows": rows}
+        shards = self.source.rows.num_shards  # of all processes
+        return {"epoch": self.epoch, "read": self.read, "rows": rows, "shards": shards}
 
     def state(self) -> StreamPlace:
         """The place in the stream, as JSON data."""
@@ -121,6 +124,10 @@ class Stream:
 
     def load_state(self, state: StreamPlace) -> None:
         """Go to a place."""
+        now, before = self.source.rows.num_shards, state.get("shards")
+        if before not in (None, now):
+            said = f"{self.name!r} has {now} shards, and had {before} when its place was saved"
+            log.warning("%s: this epoch goes on with other records, not with all of them", said)
         self.epoch, self.read, self._rest, self._buffer = state["epoch"], state["read"], None, []
         self._loaded = state["rows"]
         if self._loaded is not None:

@@ -23,6 +23,7 @@ from lavit.data.sources import IMAGE_COLUMNS, PICTURES, TEXT_COLUMNS
 log = logging.getLogger(__name__)
 ENDINGS = (*IMAGE_COLUMNS, *sorted(ending[1:] for ending in PICTURES))  # the first one is taken
 FIRST = 10_000  # samples that are looked through for a picture
+TABLE = 64  # rows of a table that are read together
 Sample = dict[str, Any]
 
 
@@ -37,6 +38,8 @@ def load_dataset(
         files = builder.config.data_files
         builder = Tars(cache_dir=cache_dir, dataset_name="tars", data_files=files, **given)
     if streaming:
+        if getattr(builder.config, "batch_size", 0) is None:  # by parquet's first row group, which
+            builder.config.batch_size = TABLE  # may be empty
         return builder.as_streaming_dataset(split=split)
     builder.download_and_prepare()
     return builder.as_dataset(split=split)
