@@ -268,6 +268,8 @@ def test_the_papers_model_fits_where_it_is_said_to(
 def test_a_plan_that_cannot_be_is_refused() -> None:
     with pytest.raises(InputError, match="at least one GPU"):
         plan_stage("language", *sizes(2), gpus=0)
+    with pytest.raises(InputError, match="cannot be shared by 7 GPUs"):
+        plan_stage("language", *sizes(2), gpus=7)
 
 
 def test_the_command_prints_parts_and_verdict(capsys: pytest.CaptureFixture) -> None:

@@ -122,7 +122,10 @@ def plan_stage(
     if lora is not None:
         model = replace(model, language=replace(model.language, lora_rank=lora))
     config: Any = getattr(training, stage)
-    here = max(1, (config.rows if stage == "language" else config.batch) // gpus)
+    count, what = (config.rows, "rows") if stage == "language" else (config.batch, "pictures")
+    if count % gpus:
+        raise InputError(f"a batch of {count} {what} cannot be shared by {gpus} GPUs: use a divisor")
+    here = count // gpus
     merger = stage != "language" or config.train_merger
     wanted = min(here, max(1, config.accumulate))
     tries = [(merger, wanted, config.recompute)]
