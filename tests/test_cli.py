@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -29,6 +30,26 @@ def picture(tmp_path: Path) -> str:
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
     main(words)
     return capsys.readouterr().out.splitlines()
+
+
+def test_a_full_disk_leaves_the_picture_of_before(
+    toy_run: Path,
+    picture: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(path: Path, data: bytes) -> int:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = Path(picture).read_bytes()
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(SystemExit) as ended:
+        main(["draw", "red", "--out", picture, "--steps", "1", "--model", str(toy_run)])
+    assert ended.value.code == 1
+    assert "No space left on device: make room" in capsys.readouterr().err
+    assert Path(picture).read_bytes() == before
 
 
 def test_caption_json_has_one_object_a_line(
@@ -212,6 +233,7 @@ def test_ask_answers(toy_run: Path, picture: str, capsys: pytest.CaptureFixture[
         ("ask", "PICTURE", "which \ud800?"),
         ("draw", "red", "--out", "x.png", "--n", "0"),
         ("draw", "red", "--out", "TEXT/x.png", "--steps", "1"),
+        ("draw", "red", "--out", "x.xyz"),
         ("train", "all", "--data", "EMPTY", "--out", "RUN"),
         ("train", "all", "--data", "EMPTY", "--out", "RUN", "--preset", "huge"),
         ("train", "tokenizer", "--data", "EMPTY", "--out", "RUN", "--minutes", "nan"),

@@ -25,6 +25,7 @@ from lavit.cli import eval as measure
 from lavit.cli import make, serving, use
 from lavit.config import InputError, Terminated
 
+MAKE_ROOM = ": make room on the disk, then the same command goes on"
 VERBS: dict[str, Callable[..., Any]] = {
     "caption": use.caption,
     "choose": use.choose,
@@ -92,8 +93,9 @@ def exits() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more
         raise SystemExit(141) from gone  # as the shell has it for SIGPIPE
     except InputError as error:
-        print(f"lavit: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        full = error.__cause__ is not None and _is_full(error.__cause__)
+        print(f"lavit: {error}{MAKE_ROOM if full else ''}", file=sys.stderr)
+        raise SystemExit(1 if full else 2) from error
     except Terminated as stop:
         print(f"lavit: {stop}", file=sys.stderr)
         raise SystemExit(128 + signal.SIGTERM) from stop
@@ -106,7 +108,7 @@ def exits() -> Iterator[None]:
         alarm = health is not None and isinstance(error, health.Alarm)
         if not alarm and not _is_full(error):
             raise
-        cure = "" if alarm else ": make room on the disk, then the same command goes on"
+        cure = "" if alarm else MAKE_ROOM
         print(f"lavit: {' '.join(str(error).split())}{cure}", file=sys.stderr)
         raise SystemExit(1) from error
     finally:

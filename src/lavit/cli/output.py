@@ -6,12 +6,13 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from lavit.config import InputError
+from lavit.config import InputError, write_whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -70,19 +71,27 @@ def write_pictures(pictures: Sequence[Image | None], out: Path) -> None:
     for number, picture in enumerate(pictures):
         if picture is None:
             continue
-        name = out if len(pictures) == 1 else out.with_stem(f"{out.stem}-{number}")
-        try:
-            name.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(name)
-        except (OSError, ValueError) as error:
-            raise InputError(f"cannot write {name}: {error}") from error
+        name, data = out if len(pictures) == 1 else out.with_stem(f"{out.stem}-{number}"), BytesIO()
+        picture.save(data, _format_of(out))
+        write_whole(name, data.getvalue())
         print(name)
+
+
+def _format_of(out: Path) -> str:
+    """The format of a picture's file, by its ending; raises `InputError` where there is none."""
+    from PIL import Image
+
+    found = Image.registered_extensions().get(out.suffix.lower())
+    if found not in Image.SAVE:
+        raise InputError(f"{out} ends as no picture does: name it .png, .jpg or .webp")
+    return found
 
 
 def write_drawn(draw: Callable[[], Sequence[Image]], out: Path) -> None:
     """Draw and save; where the safety checker refuses some pictures the others are saved first."""
     from lavit.generate.safety import Refused
 
+    _format_of(out)  # before anything is drawn
     try:
         pictures = draw()
     except Refused as refused:

@@ -124,7 +124,8 @@ def plan_stage(
     config: Any = getattr(training, stage)
     count, what = (config.rows, "rows") if stage == "language" else (config.batch, "pictures")
     if count % gpus:
-        raise InputError(f"a batch of {count} {what} cannot be shared by {gpus} GPUs: use a divisor")
+        said = f"a batch of {count} {what} cannot be shared by {gpus} GPUs"
+        raise InputError(f"{said}: plan for a divisor of it")
     here = count // gpus
     merger = stage != "language" or config.train_merger
     wanted = min(here, max(1, config.accumulate))
