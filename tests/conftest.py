@@ -9,8 +9,13 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
+from functools import wraps
+from inspect import isgeneratorfunction
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_args, get_type_hints
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
@@ -20,10 +25,10 @@ os.environ |= {
 
 
 def check_annotations() -> None:
-    """Of modules imported from here on; a check by jaxtyping costs ten times one by beartype."""
-    from beartype import BeartypeConf
+    """Of modules imported from here on."""
+    import jaxtyping
+    from beartype import BeartypeConf, beartype
     from beartype.claw import beartype_package
-    from jaxtyping import TypeCheckError, install_import_hook
 
     root = Path(__file__).parents[1] / "src"
     names = ("from jaxtyping import", "TYPE_CHECKING")  # shapes; what beartype cannot look up
@@ -32,11 +37,55 @@ def check_annotations() -> None:
         for path in root.rglob("[!_]*.py")
         if any(name in path.read_text() for name in names)
     ]
-    conf = BeartypeConf(is_pep484_tower=True, claw_is_pep526=False, violation_type=TypeCheckError)
+    wrong = jaxtyping.TypeCheckError
+    conf = BeartypeConf(is_pep484_tower=True, claw_is_pep526=False, violation_type=wrong)
     beartype_package("lavit", conf=conf)
-    install_import_hook(
-        shaped, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
-    )
+    jaxtyping.install_import_hook(shaped, "beartype.beartype")
+    jaxtyping.jaxtyped = lighter(jaxtyping.jaxtyped, beartype(conf=conf))
+
+
+def lighter(jaxtyped: Callable[..., Any], check: Callable[..., Any]) -> Callable[..., Any]:
+    """A `jaxtyped` that costs a third: it binds no signature and checks parameters once, and
+    shapes are compared where there are some."""
+    from jaxtyping import AbstractArray
+
+    one_meaning = jaxtyped("context")  # of the names in shapes
+
+    def shapes(hint: Any) -> bool:
+        if isinstance(hint, type) and issubclass(hint, AbstractArray):
+            return True
+        return any(map(shapes, hint if isinstance(hint, list) else get_args(hint)))
+
+    def looked_up(hint: Any, room: dict[str, Any]) -> Any:
+        try:
+            return get_type_hints(SimpleNamespace(__annotations__={"it": hint}), room)["it"]
+        except Exception:  # imported for type checkers alone
+            return Any
+
+    def checked(function: Any) -> Any:
+        if isinstance(function, type):
+            if is_dataclass(function) and "__init__" in vars(function):
+                function.__init__ = checked(function.__init__)
+            return function
+        written, room = function.__annotations__, vars(sys.modules[function.__module__])
+        found = {name: looked_up(hint, room) for name, hint in written.items()}
+        shaped = any(map(shapes, found.values()))
+        if shaped and isgeneratorfunction(function):
+            return jaxtyped(function, typechecker=check)
+        function.__annotations__ = found
+        inside = check(function)
+        function.__annotations__ = written
+        if not shaped:
+            return inside
+
+        @wraps(function)
+        def within(*given: Any, **named: Any) -> Any:
+            with one_meaning:
+                return inside(*given, **named)
+
+        return within
+
+    return lambda typechecker: checked
 
 
 if "pytest" in sys.modules:  # recipes take toys from here without
