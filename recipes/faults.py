@@ -85,7 +85,7 @@ class End:
 class Bench:
     """A folder for toy data, toy models and what becomes of them."""
 
-    def __init__(self, place: Path) -> None:
+    def __init__(self, place: Path, many: int = MANY) -> None:
         self.place, self.runs = place, 0
         training = toy_training(STEPS)
         one = replace(training.tokenizer, steps_a=1, steps_b=1)
@@ -95,7 +95,7 @@ class Bench:
         )
         self.data, self.many = place / "data", place / "many"
         self.tars, self.talks = place / "tars", place / "talks.jsonl"
-        self._write_data()
+        self._write_data(many)
         data, model = str(self.data), str(place / "made" / "pixels")
         out = ("--preset", "toy", "--data", data, "--out", "OUT")
         tars = ("--preset", "toy", "--data", str(self.tars), "--out", "OUT")
@@ -117,8 +117,8 @@ class Bench:
         }
         self.known: dict[str, tuple[dict[str, bytes], float]] = {}
 
-    def _write_data(self) -> None:
-        for folder, count, size in ((self.data, PICTURES, 48), (self.many, MANY, 32)):
+    def _write_data(self, many: int) -> None:
+        for folder, count, size in ((self.data, PICTURES, 48), (self.many, many, 32)):
             (folder / "train").mkdir(parents=True)
             lines = []
             for number in range(count):
@@ -382,7 +382,7 @@ def main(kills: int = 20, seed: int = 0, only: str = "") -> None:
     rng = np.random.default_rng(seed)
     gc.freeze()  # forks need not look through what was imported
     with tempfile.TemporaryDirectory() as place:
-        bench = Bench(Path(place))
+        bench = Bench(Path(place), MANY if "feature cache" in only or not only else 0)
         names = only.split(",") if only else [name for name in bench.works if name != OTHER]
         chosen = [bench.works[name] for name in names]
         rows = kill_all(bench, chosen, kills, rng)
