@@ -14,24 +14,24 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 from lavit.config import InputError
 
-CODES = {  # of number types in safetensors
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+if TYPE_CHECKING:  # processes that draw scenes need folders, and no torch: seconds of import each
+    from torch import Tensor, nn
+
+CODES = {  # of torch's number types in safetensors
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "uint8": "U8",
+    "bool": "BOOL",
 }
 
 
@@ -88,6 +88,8 @@ def alone(folder: Path, file: str = "") -> Iterator[None]:
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write tensors as safetensors, creating the folder."""
+    from safetensors.torch import save_file
+
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     save_file(plain, path, {"format": "pt"})  # transformers looks for it
@@ -98,11 +100,16 @@ def write_tensors(tensors: Mapping[str, Tensor], values: Iterable[Tensor], path:
 
     `tensors` says names, shapes and number types, in the order of `values`.
     """
+    import torch
+
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.numel() * tensor.element_size()
-        about = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape)}
+        about = {
+            "dtype": CODES[str(tensor.dtype).removeprefix("torch.")],
+            "shape": list(tensor.shape),
+        }
         header[name] = {**about, "data_offsets": [begin, end]}
     said = json.dumps(header).encode()
     said += b" " * (-len(said) % 8)
@@ -116,6 +123,8 @@ def write_tensors(tensors: Mapping[str, Tensor], values: Iterable[Tensor], path:
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file, mapped; a missing or broken one raises `InputError`."""
+    from safetensors.torch import load_file
+
     try:
         return load_file(path)
     except FileNotFoundError as error:
