@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import toy_config, toy_picture, toy_training
+from conftest import short_streams, toy_config, toy_picture, toy_training
 from lavit.config import InputError, Mixture, write_config
 from lavit.data.bulk import CorpusJob, corpus_codes, tokenize_corpus, tokenizer_hash
 from lavit.data.corpus import Corpus, Picture, load_corpus
@@ -271,8 +271,10 @@ def stage_two(toy_run: Path, out: Path, data: str, *, watch=None, **changes) -> 
 
 
 def test_stage_two_on_a_stream_resumes_to_the_same_losses(
-    shards: Path, toy_run: Path, tmp_path: Path
+    shards: Path, toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    short_streams(monkeypatch)
+
     def kill(report: Report) -> None:
         if report.step == 6:
             raise KeyboardInterrupt
