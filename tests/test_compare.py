@@ -14,7 +14,7 @@ import pytest
 from conftest import toy_config, toy_training
 from lavit.config import InputError, Mixture
 from lavit.evaluate import pace
-from lavit.evaluate.compare import Bench, compare
+from lavit.evaluate.compare import COLUMNS, Bench, compare
 from lavit.evaluate.differences import paired_difference
 from lavit.evaluate.results import write_results
 from lavit.evaluate.study import Arm, Comparison, Study, in_model, load_study
@@ -143,6 +143,14 @@ def test_a_study_is_checked(tmp_path: Path) -> None:
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(InputError, match="defines no STUDY"):
         load_study(tmp_path / "empty.py")
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_rows_of_a_study_have_names_of_their_own(path: Path, tmp_path: Path) -> None:
+    study = load_study(path)
+    bench, measured = Bench(study, tmp_path), [n for n, arm in study.arms.items() if arm.measured]
+    keys = {bench.row_key(name, column) for name in measured for column in COLUMNS}
+    assert len(keys) == len(measured) * len(COLUMNS)
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)

@@ -311,7 +311,7 @@ class Bench:
             parts += [self._language_key(name)]
         if arm.pixels:
             parts += [to_json(preset.model.pixels), to_json(preset.training.pixels)]
-            parts += [source_of(arm.conditioned)] * (arm.conditioned is not None)
+            parts += [source_of(arm.conditioned)] if arm.conditioned else []
         return key_of(parts)
 
     @staticmethod
