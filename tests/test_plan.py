@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from lavit.language.reader import MergerReader
 from lavit.presets import lavit_7b
 from lavit.sequence import IGNORE, Batch
 from lavit.train import activations
+from lavit.train import plan as plan_room
 from lavit.train.activations import kept, language_bytes, numbers_of, tokenizer_bytes
 from lavit.train.plan import CONTEXT, GIB, TEXT, plan_stage
 from lavit.visual_tokenizer.attention import group_documents
@@ -30,6 +32,21 @@ from lavit.visual_tokenizer.tokenizer import VisualTokenizer, cosine_distance, m
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
 import lavit_7b as lavit_7b_recipe
+
+
+@pytest.fixture(scope="module", autouse=True)
+def read_once() -> Iterator[None]:
+    """What a reader keeps is measured once for its sizes, not in each plan."""
+    known: dict[str, np.ndarray] = {}
+
+    def measured(*sizes: Any) -> np.ndarray:
+        if repr(sizes) not in known:
+            known[repr(sizes)] = activations.reader_bytes(*sizes)
+        return known[repr(sizes)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_room, "reader_bytes", measured)
+        yield
 
 
 def sizes(rows: int, *, recompute: bool = False, wide: int = 8) -> tuple[ModelConfig, TrainConfig]:

@@ -325,8 +325,9 @@ class _Language(_Counter):
     def train_merger(self, on: bool) -> None:
         """Whether the second merger trains."""
         cast("MergerReader", self.module.reader).merger.requires_grad_(on)
+        self.__dict__.pop("parts", None)  # counted anew
 
-    @property
+    @cached_property
     def parts(self) -> tuple[PartCount, ...]:
         return count_parts(self.module)
 
