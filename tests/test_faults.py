@@ -79,6 +79,7 @@ def test_sigterm_ends_a_training_with_its_step_saved(
     [
         (Terminated("stopped by SIGTERM, pixels is saved at step 3"), 143, "saved at step 3"),
         (OSError(28, "No space left on device"), 1, "make room on the disk"),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: reset"), 1, "another process"),
         (RuntimeError("I/O error: File too large (os error 27)"), 1, "make room on the disk"),
     ],
 )

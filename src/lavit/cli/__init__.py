@@ -1,7 +1,7 @@
 """The command line: every verb of the package, one function each. The only room that prints.
 
-Bad input ends with one line on stderr and exit code 2, a failing training (`Alarm`) and a full disk
-with code 1, SIGTERM with 143.
+Bad input ends with one line on stderr and exit code 2, a failing training (`Alarm`), a full disk or
+another rank that ended with code 1, SIGTERM with 143.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from lavit.cli import make, serving, use
 from lavit.config import InputError, Terminated
 
 MAKE_ROOM = ": make room on the disk, then the same command goes on"
+LOST = re.compile(r"gloo/transport|NCCL error|ncclRemoteError")  # what torch says of a dead rank
 VERBS: dict[str, Callable[..., Any]] = {
     "caption": use.caption,
     "choose": use.choose,
@@ -105,11 +106,17 @@ def exits() -> Iterator[None]:
     except Exception as error:
         # not imported for this: it brings torch, and --help is to be quick
         health = sys.modules.get("lavit.train.health")
-        alarm = health is not None and isinstance(error, health.Alarm)
-        if not alarm and not _is_full(error):
+        said = " ".join(str(error).split())
+        if LOST.search(said):
+            line = f"another process of this command has ended ({said[:200]})"
+            line += ": see its last line; the same command goes on from the last checkpoint"
+        elif health is not None and isinstance(error, health.Alarm):
+            line = said
+        elif _is_full(error):
+            line = said + MAKE_ROOM
+        else:
             raise
-        cure = "" if alarm else MAKE_ROOM
-        print(f"lavit: {' '.join(str(error).split())}{cure}", file=sys.stderr)
+        print(f"lavit: {line}", file=sys.stderr)
         raise SystemExit(1) from error
     finally:
         signal.signal(signal.SIGTERM, before)
