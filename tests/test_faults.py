@@ -10,6 +10,7 @@ import signal
 import sys
 import tarfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from lavit.files import alone
 from lavit.model import LaVIT
 from lavit.presets import PRESETS
 from lavit.train.encoded import _tokens_in
-from lavit.train.loop import Report
+from lavit.train.loop import Report, _sigterms
 from lavit.train.metrics import Metrics, read_lines
 from lavit.train.run import open_run, train_stages
 from test_train import begun_run, losses
@@ -98,6 +99,26 @@ def test_what_ends_a_command_is_one_line(
         main(["demo"])
     lines = capsys.readouterr().err.splitlines()
     assert end.value.code == code and len(lines) == 1 and said in lines[0]
+
+
+def test_a_sigterm_that_a_library_makes_an_error_of_is_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """safetensors says of it: could not determine the shape of UntypedStorage."""
+
+    def swallow(error: Exception) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Terminated:
+            raise error from None
+
+    for error in (ValueError("could not determine the shape"), InputError("no encoder")):
+        monkeypatch.setitem(VERBS, "demo", partial(swallow, error=error))
+        with pytest.raises(SystemExit) as end:
+            main(["demo"])
+        assert end.value.code == 143 and "stopped by SIGTERM" in capsys.readouterr().err
+    with pytest.raises(Terminated, match="all is saved"), _sigterms("all is saved"):
+        swallow(ValueError("could not determine the shape"))
 
 
 def test_a_second_process_is_refused(toy_run: Path, toy_data: Path, tmp_path: Path) -> None:

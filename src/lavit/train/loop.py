@@ -217,6 +217,10 @@ def _sigterms(kept: str = "") -> Iterator[list[int]]:
     before = signal.signal(signal.SIGTERM, note)
     try:
         yield came
+    except Exception:
+        if kept and came:  # libraries make errors of their own of what a handler raises
+            raise _stopped(kept) from None
+        raise
     finally:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
