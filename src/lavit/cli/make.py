@@ -57,6 +57,11 @@ def train(
     from lavit.vision.encoder import encoder_at
 
     _check_seed(seed)
+    if fsdp and stage != "language":
+        said = f"FSDP2 shards the language stage only, not {stage}"
+        raise InputError(f"{said}: leave --fsdp out (DDP), and train language with it afterwards")
+    if fsdp and plan and gpus < 2:
+        raise InputError("FSDP2 shards over GPUs and there is one: plan with --gpus N")
     chosen = find(preset)
     if lm is not None:
         chosen = with_lm(chosen, lm)
