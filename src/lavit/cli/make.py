@@ -57,11 +57,8 @@ def train(
     from lavit.vision.encoder import encoder_at
 
     _check_seed(seed)
-    if fsdp and stage != "language":
-        said = f"FSDP2 shards the language stage only, not {stage}"
-        raise InputError(f"{said}: leave --fsdp out (DDP), and train language with it afterwards")
-    if fsdp and plan and gpus < 2:
-        raise InputError("FSDP2 shards over GPUs and there is one: plan with --gpus N")
+    if fsdp:
+        _check_fsdp(stage, plan, gpus)
     chosen = find(preset)
     if lm is not None:
         chosen = with_lm(chosen, lm)
@@ -100,6 +97,14 @@ def train(
         )
         train_stages(run, STAGES if stage == "all" else (stage,))
     print(f"trained: {out}")
+
+
+def _check_fsdp(stage: str, plan: bool, gpus: int) -> None:
+    if stage != "language":
+        said = f"FSDP2 shards the language stage only, not {stage}"
+        raise InputError(f"{said}: leave --fsdp out (DDP), and train language with it afterwards")
+    if plan and gpus < 2:
+        raise InputError("FSDP2 shards over GPUs and there is one: plan with --gpus N")
 
 
 def finetune(
