@@ -170,6 +170,8 @@ def _opening(where: str | Path, named: str = "") -> Iterator[None]:
     """Turn what fails while an LM is opened into one line."""
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:  # configurations, weights and tokenizers fail in ways of their own
         if "tiktoken" in str(error):  # what transformers says where it cannot read SentencePiece
             require("sentencepiece", extra="published")

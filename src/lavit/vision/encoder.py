@@ -212,6 +212,8 @@ def load_vision(config: VisionConfig, folder: Path | None = None) -> Vision:
         kind = Blip2VisionModel if architecture.model_type == BLIP else AutoModel
         whole = config.source == "folder"  # others may lack what is not read, a pooler
         encoder = pretrained(kind, where, whole=whole, dtype=torch.float32)
+    except InputError:
+        raise
     except Exception as error:  # configurations and weights fail in ways of their own
         why = " ".join(str(error).split())[:200] or type(error).__name__
         named = "" if where == folder or folder is None else f" (vision.source, {folder.parent})"
