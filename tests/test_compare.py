@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +14,11 @@ import pytest
 from conftest import toy_config, toy_training
 from lavit.config import InputError, Mixture
 from lavit.evaluate import pace
-from lavit.evaluate.compare import Bench, compare
+from lavit.evaluate.compare import COLUMNS, Bench, compare
 from lavit.evaluate.differences import paired_difference
 from lavit.evaluate.results import write_results
 from lavit.evaluate.study import Arm, Comparison, Study, in_model, load_study
+from lavit.evaluate.study_data import made_at
 from lavit.presets import Preset
 
 pytestmark = pytest.mark.usefixtures("few_rows")
@@ -90,7 +93,7 @@ def test_finished_parts_are_not_made_again_and_seeds_differ_by_seed_alone(tmp_pa
     (tmp_path / "rows").rename(elsewhere / "rows")
     assert compare(Bench(study, tmp_path), 2) == found
     assert compare(Bench(study, elsewhere), 2) == found  # from what was found alone
-    assert [path.name for path in elsewhere.iterdir()] == ["rows"]
+    assert {path.name for path in elsewhere.iterdir()} == {"rows", "locks"}
     keys = {
         Bench(one, tmp_path).row_key("codes", "tokens")
         for one in (study, replace(study, count=3), replace(study, pictures=30))
@@ -108,6 +111,28 @@ def test_finished_parts_are_not_made_again_and_seeds_differ_by_seed_alone(tmp_pa
         assert seeds == [0, 1] and said[0] == said[1] and min(steps) > 0
 
 
+class Nothing(Bench):
+    """Trains nothing, so that every row is there at once."""
+
+    def model(self, name: str, seed: int, column: str = "tokens") -> None:
+        return None
+
+
+def test_processes_share_the_arms(tmp_path: Path) -> None:
+    bench, rows = Nothing(replace(TWO, figures=("kept_share",)), tmp_path), tmp_path / "rows"
+    held = rows / f"{bench.row_key('features', 'tokens')}-0.json"
+    with ThreadPoolExecutor() as threads:
+        with made_at(tmp_path, held):
+            other = threads.submit(compare, bench, 1)
+            while len(names := {path.name for path in rows.glob("*.json")}) < 3:
+                assert not other.done()
+                time.sleep(0.01)
+            time.sleep(0.1)
+            assert not other.done() and held.name not in names  # it waits for what another makes
+            held.write_text('{"row": {"seed": "of another process"}}')
+        assert other.result()["tokens"]["features"] == [{"seed": "of another process"}]
+
+
 def test_a_study_is_checked(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no figure 'noto'"):
         compare(Bench(TWO, tmp_path), 1)
@@ -118,6 +143,14 @@ def test_a_study_is_checked(tmp_path: Path) -> None:
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(InputError, match="defines no STUDY"):
         load_study(tmp_path / "empty.py")
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_rows_of_a_study_have_names_of_their_own(path: Path, tmp_path: Path) -> None:
+    study = load_study(path)
+    bench, measured = Bench(study, tmp_path), [n for n, arm in study.arms.items() if arm.measured]
+    keys = {bench.row_key(name, column) for name in measured for column in COLUMNS}
+    assert len(keys) == len(measured) * len(COLUMNS)
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)

@@ -66,11 +66,15 @@ def replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
+class Busy(InputError):
+    """Another process writes there."""
+
+
 @contextmanager
-def alone(folder: Path, file: str = "") -> Iterator[None]:
+def alone(folder: Path, file: str = "", *, wait: bool = False) -> Iterator[None]:
     """Be the only process that writes into a folder, or a file of it; the lock dies with it.
 
-    Raises `InputError` if another one is at it.
+    Where another one is at it, `wait` for its end, or raise `Busy`.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -79,10 +83,10 @@ def alone(folder: Path, file: str = "") -> Iterator[None]:
         raise InputError(f"cannot write to {folder}: {error.strerror}") from error
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             said = f"another process is writing to {folder / file}"
-            raise InputError(f"{said}: wait for its end, or name another place") from error
+            raise Busy(f"{said}: wait for its end, or name another place") from error
         yield
 
 

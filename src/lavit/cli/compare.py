@@ -19,8 +19,9 @@ def compare(
     """Train and measure all arms of a study (recipes/studies/NAME.py) and write what was found.
 
     --seeds N runs of every arm (default: the study's). --plan times single steps and prints what
-    the whole costs, then ends. A stopped comparison goes on with the same command. Tables, plots
-    and data go to --docs, runs to --out, which studies share.
+    the whole costs, then ends. A stopped comparison goes on with the same command; given in a
+    second shell, both share the arms. Tables, plots and data go to --docs, runs to --out, which
+    studies share.
     """
     from lavit.evaluate.compare import Bench
     from lavit.evaluate.compare import compare as run
@@ -38,8 +39,9 @@ def compare(
             print(f"{line.what:<40}{line.count:>6}{line.minutes:>10.1f}{line.total:>10.0f}")
         print(f"{'hours':<56}{sum(line.total for line in lines) / 60:>10.1f}")
         return
-    with alone(out), ProgressBar() as progress:
+    with ProgressBar() as progress:
         bench = Bench(found, out, watch=progress.report, progress=progress.count)
         values = run(bench, count)
     command = f"lavit compare {shlex.quote(study.as_posix())} --seeds {count}"
-    print(write_results(found, values, docs, command))
+    with alone(docs, "results", wait=True):
+        print(write_results(found, values, docs, command))

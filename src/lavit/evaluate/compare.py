@@ -6,9 +6,11 @@
     OUT/tokenizers/KEY-S/   stage 1 of seed S
     OUT/models/KEY-S/       a run folder: that tokenizer, and stages 2 and 3 of an arm
     OUT/rows/KEY-S.json     what an arm was found to be; copied to another OUT, it is not made again
+    OUT/locks/              what a process has in hand
 
 A key is a hash of all settings that the part depends on, so arms with equal settings share it, in
 other studies too. What is finished is skipped, what was killed goes on from its checkpoint.
+Processes on one OUT share the arms: each takes those that no other has in hand.
 
 Budgets are equal in target tokens of stage 2, those that the first arm has in its preset's steps.
 Where an arm costs more than 5 % more or fewer FLOPs a token than the first, it is trained again for
@@ -17,21 +19,19 @@ as many FLOPs as that one.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from lavit.config import InputError, read_config, read_json, to_json, write_json, write_whole
-from lavit.data.lines import json_lines
-from lavit.data.scenes.dataset import write_pool
-from lavit.data.scenes.splits import Rules
+from lavit.config import InputError, read_config, read_json, to_json, write_json
 from lavit.evaluate.budget import Cost, cost_of
 from lavit.evaluate.measure import Say, figures_key, key_of, known_figures, measure, source_of
 from lavit.evaluate.study import Study, in_model, in_training, retuned
-from lavit.files import replacing, save_tensors
+from lavit.evaluate.study_data import StudyData, made_at
+from lavit.files import Busy, replacing, save_tensors
 from lavit.presets import Preset
 from lavit.storage import export_lm, load_language, load_visual_tokenizer
 from lavit.train.encoded import Encoded
@@ -65,59 +65,17 @@ class Bench:
         progress: Say = lambda what, done, of: None,
     ) -> None:
         self.study, self.out, self.watch, self.progress = study, out, watch, progress
+        self.data = StudyData(study, out, progress)
         self._encoded: tuple[tuple[Path, str], Encoded] | None = None  # the last tokenizer's
-
-    def pool(self, rules: Rules) -> Path:
-        """Scenes of some rules, drawn once."""
-        options = {"pictures": self.study.pictures, "size": self._size, **rules.options()}
-        folder = self.out / "pools" / key_of(options)
-        say = self._saying("pictures")
-        write_pool(folder, pictures=self.study.pictures, rules=rules, size=self._size, progress=say)
-        return folder
-
-    def data(self, name: str) -> Path:
-        """What an arm learns from: its pool, or what its `rows` leave of it."""
-        arm, pool = self.study.arms[name], self.pool(self.study.rules_of(name))
-        if arm.rows is None:
-            return pool
-        rows = list(arm.rows(row for _, row in json_lines(pool / "train" / "metadata.jsonl")))
-        folder = pool.with_name(f"{pool.name}-{key_of(rows)}")
-        if not folder.exists():
-            with replacing(folder) as new:
-                (new / "train").mkdir()
-                for row in rows:
-                    (new / "train" / row["file_name"]).hardlink_to(
-                        pool / "train" / row["file_name"]
-                    )
-                lines = "".join(json.dumps(row) + "\n" for row in rows)
-                (new / "train" / "metadata.jsonl").write_text(lines)
-                (new / "origin.json").write_bytes((pool / "origin.json").read_bytes())
-        return folder
-
-    def source(self, name: str, data: Path) -> str:
-        """An arm's data with the texts that are mixed in, as the data of a run are named."""
-        weight = self.study.arms[name].texts
-        if not weight:
-            return str(data)
-        lines = [json.dumps({"text": text}) for text in self.study.texts()]
-        path = self.out / "texts" / f"{key_of(lines)}.jsonl"
-        if not path.exists():
-            write_whole(path, "\n".join(lines) + "\n")
-        return f"{data},{path}:{weight:g}"
-
-    @property
-    def _size(self) -> int:
-        return self.study.preset().model.vision.image_size
-
-    def _saying(self, what: str) -> Callable[[int, int], None]:
-        return lambda done, of: self.progress(what, done, of)
 
     def tokenizer(self, name: str, seed: int) -> Path:
         """Stage 1 of an arm."""
         arm, preset = self.study.arms[name], self.study.preset_of(name)
         given = self.tokenizer(arm.selector_of, seed) if arm.selector_of else None
         folder = self.out / "tokenizers" / f"{self.tokenizer_key(name)}-{seed}"
-        if not (folder / "visual_tokenizer" / "done").exists():
+        with made_at(self.out, folder):
+            if (folder / "visual_tokenizer" / "done").exists():
+                return folder
             weights: dict[str, Any] = {}
             if arm.selector is not None:
                 weights = arm.selector(self.study, preset, seed)
@@ -126,7 +84,10 @@ class Bench:
             if weights and not (folder / "selector").exists():
                 with replacing(folder / "selector") as new:
                     save_tensors(weights, new / "model.safetensors")
-            train_stages(self._run(folder, name, preset, seed, texts=False), ("tokenizer",))
+            encoded = Encoded(self._run(folder, name, preset, seed, texts=False))
+            with made_at(self.out, (folder / "cache").resolve()):  # which all seeds share
+                _ = encoded.features
+            train_stages(encoded.run, ("tokenizer",), encoded)
         return folder
 
     def tokenizer_key(self, name: str) -> str:
@@ -159,8 +120,9 @@ class Bench:
         **options: Any,
     ) -> Run[Any]:
         """A run on an arm's data, which shares the cache of all runs on them."""
-        data, training = self.data(name), replace(preset.training, seed=seed, sample_every=0)
-        source = self.source(name, data) if texts else str(data)
+        data = self.data.folder(name)
+        training = replace(preset.training, seed=seed, sample_every=0)
+        source = self.data.source(name, data) if texts else str(data)
         shared = [data.name, to_json(preset.model.vision), training.text_vocabulary]
         shared += [source] * (source != str(data))
         cache = self.out / "caches" / key_of(shared)
@@ -176,10 +138,12 @@ class Bench:
     def encoded(self, name: str, seed: int) -> Encoded:
         """Data, features and tokens of an arm; those of the last tokenizer stay in memory."""
         folder = self.tokenizer(name, seed)
-        key = folder, self.source(name, self.data(name))
+        key = folder, self.data.source(name, self.data.folder(name))
         if self._encoded is None or self._encoded[0] != key:
             run = self._run(folder, name, self.study.preset_of(name), seed, texts=False)
             self._encoded = key, Encoded(replace(run, data=key[1]))
+            with made_at(self.out, (folder / "cache").resolve()):
+                _ = self._encoded[1].tokens
         return self._encoded[1]
 
     def rate(self, name: str) -> float:
@@ -207,9 +171,9 @@ class Bench:
                 return None
             steps = max(1, round(wanted / trained.cost.flops_per_step))
             trained = self._language(name, seed, rate, share=arm.share, steps=steps)
-        if arm.pixels and not (trained.folder / "pixels" / "done").exists():
-            self._train(name, seed, trained.folder, self._preset(name, rate, trained.cost.steps),
-                        ("language", "pixels"))  # fmt: skip
+        if arm.pixels:
+            preset = self._preset(name, rate, trained.cost.steps)
+            self._train(name, seed, trained.folder, preset, ("language", "pixels"))
         return trained
 
     def _alone(self, name: str, seed: int) -> Path:
@@ -220,8 +184,7 @@ class Bench:
         parts = [to_json(preset.model.pixels), to_json(preset.training.pixels)]
         key = key_of([self.tokenizer_key(name), *parts])
         folder = self.out / "models" / f"{key}-{seed}"
-        if not (folder / "pixels" / "done").exists():
-            self._train(name, seed, folder, preset, ("pixels",))
+        self._train(name, seed, folder, preset, ("pixels",))
         return folder
 
     def _preset(self, name: str, rate: float, steps: int) -> Preset:
@@ -274,10 +237,8 @@ class Bench:
         pixels = to_json(self.study.preset_of(name).training.pixels)
         parts = [self.tokenizer_key(name), self._language_key(name), steps, rate, pixels]
         folder = self.out / "models" / f"{key_of(parts)}-{TUNING + seed if tuning else seed}"
-        if not (folder / "language" / "done").exists():
-            seed_here = TUNING + seed if tuning else seed
-            preset = self._preset(name, rate, steps)
-            self._train(name, seed, folder, preset, ("language",), seed_here)
+        preset = self._preset(name, rate, steps)
+        self._train(name, seed, folder, preset, ("language",), TUNING + seed if tuning else seed)
         return Trained(folder, replace(cost, seconds=self._seconds(folder)), rate)
 
     def _train(
@@ -289,7 +250,20 @@ class Bench:
         stages: tuple[str, ...],
         seed_here: int | None = None,
     ) -> None:
-        """Train stages of a run on an arm's tokenizer."""
+        """Train stages of a run on an arm's tokenizer, unless the last of them is done."""
+        with made_at(self.out, folder):
+            if not (folder / stages[-1] / "done").exists():
+                self._train_here(name, seed, folder, preset, stages, seed_here)
+
+    def _train_here(
+        self,
+        name: str,
+        seed: int,
+        folder: Path,
+        preset: Preset,
+        stages: tuple[str, ...],
+        seed_here: int | None,
+    ) -> None:
         encoded, tokenizer = self.encoded(name, seed), self.tokenizer(name, seed)
         if "pixels" in stages and (conditioned := self.study.arms[name].conditioned):
             encoded = conditioned(folder, encoded)
@@ -337,7 +311,7 @@ class Bench:
             parts += [self._language_key(name)]
         if arm.pixels:
             parts += [to_json(preset.model.pixels), to_json(preset.training.pixels)]
-            parts += [source_of(arm.conditioned)] * (arm.conditioned is not None)
+            parts += [source_of(arm.conditioned)] if arm.conditioned else []
         return key_of(parts)
 
     @staticmethod
@@ -350,7 +324,8 @@ class Bench:
         self, name: str, folder: Path, names: tuple[str, ...], *, valid: bool = False
     ) -> dict[str, Any]:
         """Figures of an arm's model; see `measure`."""
-        return measure(self.study, name, folder, names, valid=valid, progress=self.progress)
+        with made_at(self.out, folder):
+            return measure(self.study, name, folder, names, valid=valid, progress=self.progress)
 
 
 def compare(bench: Bench, seeds: int) -> dict[str, Any]:
@@ -364,25 +339,37 @@ def compare(bench: Bench, seeds: int) -> dict[str, Any]:
     known = known_figures(study)
     if wrong := [name for name in study.figures if name not in known]:
         raise InputError(f"there is no figure {wrong[0]!r}: choose from {', '.join(known)}")
-    found: dict[str, Any] = {column: {} for column in COLUMNS}
-    for column in COLUMNS:
-        for name, arm in study.arms.items():
-            if not arm.measured:
-                continue
-            found[column][name] = [measured_run(bench, name, seed, column) for seed in range(seeds)]
+    names = [name for name, arm in study.arms.items() if arm.measured]
+    rows = [*product(COLUMNS, names, range(seeds))]
+    found: dict[str, Any] = {column: {name: [None] * seeds for name in names} for column in COLUMNS}
+    for wait in (False, True):  # what others had in hand is read, or made, once they are through
+        left, rows = rows, []
+        for column, name, seed in left:
+            try:
+                found[column][name][seed] = measured_run(bench, name, seed, column, wait=wait)
+            except Busy:
+                if wait:
+                    raise
+                rows.append((column, name, seed))
     return found
 
 
-def measured_run(bench: Bench, name: str, seed: int, column: str) -> dict[str, Any] | None:
-    """One arm of one seed as plain data; None where the column's run is that of equal tokens."""
+def measured_run(
+    bench: Bench, name: str, seed: int, column: str, *, wait: bool = True
+) -> dict[str, Any] | None:
+    """One arm of one seed as plain data; None where the column's run is that of equal tokens.
+
+    Where another process makes it, `wait` for its end, or raise `Busy`.
+    """
     path = bench.out / "rows" / f"{bench.row_key(name, column)}-{seed}.json"
-    if not path.exists():
-        trained, row = bench.model(name, seed, column), None
-        if trained is not None:
-            measured = bench.measured(name, trained.folder, bench.study.figures)
-            where = trained.folder.relative_to(bench.out).as_posix()
-            cost = to_json(trained.cost)
-            row = {"seed": seed, "run": where, "rate": trained.rate, "cost": cost, **measured}
-        write_json(path, {"study": bench.study.name, "arm": name, "column": column, "row": row})
+    with made_at(bench.out, path, wait=wait):
+        if not path.exists():
+            trained, row = bench.model(name, seed, column), None
+            if trained is not None:
+                measured = bench.measured(name, trained.folder, bench.study.figures)
+                where = trained.folder.relative_to(bench.out).as_posix()
+                cost = to_json(trained.cost)
+                row = {"seed": seed, "run": where, "rate": trained.rate, "cost": cost, **measured}
+            write_json(path, {"study": bench.study.name, "arm": name, "column": column, "row": row})
     found: dict[str, Any] | None = read_json(path)["row"]
     return found
