@@ -216,7 +216,7 @@ def load_vision(
         architecture = AutoConfig.from_pretrained(where)
         kind = Blip2VisionModel if architecture.model_type == BLIP else AutoModel
         whole = config.source == "folder"  # others may lack what is not read, a pooler
-        how = {"whole": whole, "strict": whole and strict, "dtype": torch.float32}
+        how: dict[str, Any] = {"whole": whole, "strict": whole and strict, "dtype": torch.float32}
         encoder = pretrained(kind, where, **how)
     except Exception as error:  # configurations and weights fail in ways of their own
         why = " ".join(str(error).split())[:200] or type(error).__name__
