@@ -6,7 +6,8 @@ Random weights, made on the spot: rates do not depend on them. `large`, the defa
 Llama of 1.1 B weights, EVA ViT-g/14 and Stable Diffusion 1.5's UNet at 512 px, in bf16; `small`
 fits a test, in fp32. Runs of a comparison alternate, round after round; medians count.
 
-decode_ratio          tokens a second of our engine over transformers' `generate`, same LM, greedy
+decode_ratio          tokens a second of our engine (on CUDA compiled, with a static cache) over
+                      transformers' `generate` as it comes (growing cache), same LM, greedy
 decode_bandwidth      bytes of weights that a step reads, over its time, over the rate at which a
                       large tensor is copied (read and written) in the same run
 train_mfu             FLOPs of a packed step by the configuration (6 a weight of a product and
@@ -51,6 +52,7 @@ from lavit.presets import lavit_7b, nano
 from lavit.sequence import IGNORE, Batch
 from lavit.train.parts import STABLE_DIFFUSION_VAE
 from lavit.vision.encoder import BLOCK, load_vision
+from lavit.visual_tokenizer.attention import group_documents
 from lavit.visual_tokenizer.merger import Merger
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
@@ -214,13 +216,15 @@ def train(size: Size, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds of a whole step with clipping and AdamW, and the share of the peak."""
     language = language_of(size).train()
     optimizer = torch.optim.AdamW(language.parameters(), lr=1e-5, eps=1e-6, fused=True)
-    batch = packed_rows(language, size).to(size.device)
+    rows = packed_rows(language, size)
+    batch = rows.to(size.device)
     half = size.dtype == torch.bfloat16
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
+        groups = group_documents(rows.documents).to(size.device)  # as in stage 2: nobody waits
         with torch.autocast(size.device.type, torch.bfloat16, enabled=half):
-            loss = language(batch).total / batch.labels.numel()
+            loss = language(batch, groups=groups).total / batch.labels.numel()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(language.parameters(), 1.0)
         optimizer.step()

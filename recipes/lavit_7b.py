@@ -180,21 +180,22 @@ def mixed(pairs: str, text: str, language: Path, config: ModelConfig, rate: floa
 def place(run: Path, vision: Path, language: Path, pixels: Path) -> None:
     """Put the parts that training begins with where a run looks for them, once.
 
-    Raises `InputError` where the run has begun with another language model or decoder.
+    Raises `InputError` where the run has begun with another of them.
     """
-    if not (run / "vision").exists():
-        if vision.is_file():
-            convert_encoder(vision, run / "vision")
-        else:
-            with replacing(run / "vision") as new:
-                shutil.copytree(vision, new, dirs_exist_ok=True)
-    for name, given in (("base", language), ("decoder", pixels)):
+    run.mkdir(parents=True, exist_ok=True)
+    for name, given in (("base", language), ("decoder", pixels), ("encoder", vision)):
         link, given = run / name, given.resolve()
         if not link.exists() and not link.is_symlink():
             link.symlink_to(given, target_is_directory=True)
         if link.resolve() != given:
             said = f"{run} has begun with {link.resolve()}, not {given}"
             raise InputError(f"{said}: give that one, or another --out")
+    if not (run / "vision").exists():
+        if vision.is_file():
+            convert_encoder(vision, run / "vision")
+        else:
+            with replacing(run / "vision") as new:
+                shutil.copytree(vision, new, dirs_exist_ok=True)
 
 
 def main(

@@ -1,14 +1,15 @@
 """One leg of a training, where a machine is lent for minutes: take up the state, train, pack it.
 
-Starts a training command of `lavit` on what STATE holds, ends it after so many minutes by SIGTERM
-(which saves the step; one that comes to the leg ends it too), and writes what the next leg needs
-back to STATE: at most 8 files of 16 MiB for nano and mini. Of STATE and RUN, the one that is
-farther goes on. Features and codes of a corpus are not packed: they are made again, or, with
---stream, in each step. Nothing is fetched: `--data scenes --stream` is drawn from seeds.
+Starts a training command of `lavit` on what STATE holds, ends it by SIGTERM (which saves the step;
+one that comes to the leg ends it too), and writes what the next leg needs back to STATE: at most 8
+files of 16 MiB for nano and mini. All is over after so many minutes, imports included. Of STATE and
+RUN, the one that is farther goes on. Features and codes of a corpus are not packed: they are made
+again, or, with --stream, in each step. Nothing is fetched: `--data scenes --stream` is drawn from
+seeds.
 
 Command   python recipes/leg.py STATE RUN --minutes 9 -- train all --preset mini --data scenes
               --stream        (any `lavit train` without --out, which is RUN)
-Cost      the minutes, and the time that the last step and its checkpoint take
+Cost      the minutes
 Expected  losses of a training in legs are those of one in a piece; "goes on" or "done" at the end
 """
 
@@ -25,6 +26,7 @@ import time
 import zlib
 from pathlib import Path
 
+import psutil
 import tyro
 
 from lavit.config import InputError, read_json
@@ -34,8 +36,15 @@ from lavit.train.settings import PART_OF
 
 PIECE, PIECES = 16 * 2**20, 8  # bytes of a file, files
 GRACE = 20.0  # seconds before the end that a step and its checkpoint may take
-MADE_AGAIN = ("tensorboard", ".lock")
+PACKING = 10.0  # seconds behind it for the state
+MADE_AGAIN = ("tensorboard",)
+SETTINGS = ("finetune.json", "training.json")  # what a run is; a fine-tuning ends with both
 CARRIED = ("cache/text",)  # of the cache: a text tokenizer that was trained is no function of it
+
+
+def settings_of(run: Path) -> Path | None:
+    """The file that says what a run is, if one has begun."""
+    return next((run / name for name in SETTINGS if (run / name).is_file()), None)
 
 
 def kept(run: Path) -> list[Path]:
@@ -44,7 +53,8 @@ def kept(run: Path) -> list[Path]:
     for path in sorted(run.rglob("*")):
         name = path.relative_to(run)
         top = name.parts[0]
-        if not path.is_file() or top in MADE_AGAIN:
+        hidden = any(part.startswith(".") for part in name.parts)  # a lock, what a kill left
+        if not path.is_file() or hidden or top in MADE_AGAIN:
             continue
         if top == "cache" and not str(name).startswith(CARRIED):
             continue
@@ -65,7 +75,7 @@ def pack(run: Path, state: Path) -> int:
     `InputError` for more than `PIECES`, a run that has not begun, and a STATE of something else.
     """
     packed(state)
-    if not (run / "training.json").exists():
+    if settings_of(run) is None:
         raise InputError(f"{run} holds no training yet: give the leg more --minutes")
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w:gz", compresslevel=1) as tar:
@@ -116,8 +126,9 @@ def unpack(state: Path, run: Path) -> None:
     state, run = state.resolve(), run.resolve()
     if state == run or state in run.parents or run in state.parents:
         raise InputError(f"STATE ({state}) and RUN ({run}) lie in each other: give two folders")
-    data, is_run = packed(state), (run / "training.json").exists()
-    if run.exists() and not is_run and any(path.name != ".lock" for path in run.iterdir()):
+    data, settings = packed(state), settings_of(run)
+    there = {path.name for path in run.iterdir() if path.name[0] != "."} if run.exists() else set()
+    if settings is None and there - {"cache"}:  # which may come before the settings
         raise InputError(f"{run} holds no training but something else: give RUN another folder")
     if not data:
         return
@@ -127,9 +138,12 @@ def unpack(state: Path, run: Path) -> None:
                 tar.extractall(new, filter="data")
         except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
             raise InputError(f"{state} is damaged: {error}") from error
-        if is_run and read_json(new / "training.json") != read_json(run / "training.json"):
+        if settings is None:
+            return
+        packed_settings = settings_of(new)
+        if packed_settings is None or read_json(packed_settings) != read_json(settings):
             raise InputError(f"{run} and {state} are of two trainings: give another RUN")
-        if is_run and reached(run) >= reached(new):
+        if reached(run) >= reached(new):
             shutil.rmtree(new)
             new.mkdir()  # empty: the run stays
 
@@ -155,6 +169,11 @@ def leg(command: list[str], seconds: float) -> int:
     return 128 + signal.SIGTERM if code == -signal.SIGTERM else code
 
 
+def running() -> float:
+    """Seconds since this process began."""
+    return time.time() - psutil.Process().create_time()
+
+
 def main(
     state: tyro.conf.Positional[Path],
     run: tyro.conf.Positional[Path],
@@ -162,12 +181,11 @@ def main(
     minutes: float = 9.0,
 ) -> None:
     """Unpack, train, pack."""
-    started = time.monotonic()
     if words[:1] != ("train",):
         raise InputError(f"a leg is a training: write -- train STAGE ..., not {' '.join(words)}")
     unpack(state, run)
     command = [sys.executable, "-m", "lavit", *words, "--out", str(run)]
-    code = leg(command, 60 * minutes - (time.monotonic() - started))
+    code = leg(command, 60 * minutes - PACKING - running())
     if code not in (0, 128 + signal.SIGTERM):
         raise SystemExit(code)
     count = pack(run, state)

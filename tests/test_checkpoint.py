@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import weakref
 from collections.abc import Callable
@@ -12,12 +14,17 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lavit.config import InputError
 from lavit.train import checkpoint as room
-from lavit.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from lavit.train.checkpoint import (
+    drop_all_but,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 
 class Weights:
@@ -167,3 +174,96 @@ def test_a_checkpoint_takes_the_memory_of_one_tensor(
     wanted = {n: t for n, t in stage.module.state_dict().items() if n != "0.bias"}
     assert written.keys() == wanted.keys()
     assert all(torch.equal(written[name], tensor) for name, tensor in wanted.items())
+
+
+def not_a_number(tensors: dict[str, Tensor], name: str) -> None:
+    tensors[name].view(-1)[0] = float("nan")
+
+
+def of_integers(tensors: dict[str, Tensor], name: str) -> None:
+    tensors[name] = tensors[name].long()
+
+
+def halved(tensors: dict[str, Tensor], name: str) -> None:
+    tensors[name] = tensors[name].half()
+
+
+def missing(tensors: dict[str, Tensor], name: str) -> None:
+    """With all moments of its weight."""
+    for key in [key for key in tensors if key.split("/")[-1] == name.split("/")[-1]]:
+        del tensors[key]
+
+
+@pytest.mark.parametrize("spoil", [not_a_number, of_integers, halved, missing])
+@pytest.mark.parametrize("file", ["module", "optimizer", "state"])
+def test_tensors_that_are_not_as_saved_are_refused(
+    tmp_path: Path, file: str, spoil: Callable[[dict[str, Tensor], str], None]
+) -> None:
+    stage = Weights()
+    stage.step()
+    stage.save(tmp_path, 1)
+    path = tmp_path / "1" / f"{file}.safetensors"
+    tensors = load_file(path)
+    spoil(tensors, max(tensors, key=lambda name: tensors[name].numel()))
+    save_file(tensors, path)
+    with pytest.raises(InputError, match=f"or damaged .{file}.safetensors.*delete it to go on"):
+        Weights().load(tmp_path / "1")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"step": None}, {"step": 1.5}, {"step": 2}, {"stage": "pixels"}, {"step": 1}],
+)
+def test_a_checkpoint_of_another_step_or_stage_is_refused(tmp_path: Path, said: dict) -> None:
+    Weights().save(tmp_path, 1)
+    path = tmp_path / "1"
+    if said == {"step": 1}:  # past the end of the stage
+        path = path.rename(tmp_path / "11")
+        said = {"step": 11}
+    about = json.loads((path / "step.json").read_text())
+    (path / "step.json").write_text(json.dumps(about | said))
+    with pytest.raises(InputError, match=r"step.json says step"):
+        Weights().load(path)
+
+
+def test_a_half_copied_one_is_named_with_its_cure(tmp_path: Path) -> None:
+    Weights().save(tmp_path, 1)
+    (tmp_path / "1" / "module.safetensors").unlink()
+    with pytest.raises(InputError, match=r"module\.safetensors is missing.*delete it to go on"):
+        Weights().load(tmp_path / "1")
+
+
+def test_what_is_no_checkpoint_is_left_alone(tmp_path: Path) -> None:
+    """Stray files and folders, copies that lack a part; what a crash left goes."""
+    stage = Weights()
+    stage.save(tmp_path, 1)
+    (tmp_path / ".DS_Store").touch()
+    (tmp_path / "7").touch()
+    (tmp_path / "latest").symlink_to("1")
+    for name in ("1.bak", "007", "\N{SUPERSCRIPT TWO}", ".9.new", ".8.old"):
+        shutil.copytree(tmp_path / "1", tmp_path / name)
+    shutil.copytree(tmp_path / "1", tmp_path / "55", ignore=lambda *_: ["step.json"])
+    stage.save(tmp_path, 2, keep=1)
+    strays = {".DS_Store", "7", "latest", "1.bak", "007", "\N{SUPERSCRIPT TWO}", "55"}
+    assert {path.name for path in tmp_path.iterdir()} == strays | {"2"}
+    assert {path.name for path in drop_all_but(tmp_path, 1)} == strays
+    assert latest_checkpoint(tmp_path) == tmp_path / "2"
+
+
+def test_a_half_removed_one_does_not_pass_for_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Weights()
+    for step in (1, 2):
+        stage.save(tmp_path, step)
+
+    def die(path: Path) -> None:
+        (path / "module.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", die)
+        with pytest.raises(KeyboardInterrupt):
+            drop_all_but(tmp_path, 1)
+    shutil.rmtree(tmp_path / "2")
+    assert latest_checkpoint(tmp_path) is None

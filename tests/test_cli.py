@@ -241,6 +241,9 @@ def test_ask_answers(toy_run: Path, picture: str, capsys: pytest.CaptureFixture[
         ("train", "tokenizer", "--data", "scenes", "--out", "RUN", "--stream", "--seed", "-1"),
         ("train", "language", "--plan", "--lora", "-3"),
         ("train", "language", "--plan", "--memory", "nan"),
+        ("train", "language", "--plan", "--fsdp"),
+        ("train", "tokenizer", "--plan", "--fsdp", "--gpus", "8"),
+        ("train", "all", "--data", "EMPTY", "--out", "RUN", "--fsdp"),
     ],
     ids=lambda words: " ".join(words),
 )

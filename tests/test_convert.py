@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, ViTConfig
 
 import published
 from conftest import toy_picture
@@ -26,6 +27,7 @@ from lavit.convert.tensors import read_pickle
 from lavit.files import load_tensors, save_tensors
 from lavit.model import LaVIT
 from lavit.presets import lavit_7b
+from lavit.vision.encoder import load_vision
 
 DATA = Path(__file__).parent / "data"
 PARITY = DATA / "parity.safetensors"
@@ -558,6 +560,22 @@ class Evil:
 
     def __reduce__(self):
         return (print, ("ran",))
+
+
+def test_nobody_is_advised_to_open_a_pickle(tmp_path: Path) -> None:
+    """Neither a file of ours nor one of a folder of transformers."""
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ViTConfig(**shape).save_pretrained(tmp_path)
+    torch.save({"a": Evil()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError) as of_file:
+        read_pickle(tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError) as of_folder:
+        load_vision(replace(lavit_7b().model.vision, source=str(tmp_path)))
+    for found in (of_file, of_folder):
+        said = str(found.value)
+        assert "more than tensors (print)" in said and "\n" not in said
+        assert said.endswith("that you trust, with torch.load(weights_only=True)")
+        assert "False" not in said
 
 
 @pytest.mark.parametrize(

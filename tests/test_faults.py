@@ -11,8 +11,10 @@ import signal
 import sys
 import tarfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,14 +23,15 @@ from conftest import toy_config, toy_training
 from lavit.cli import VERBS, main
 from lavit.config import InputError, Terminated, from_json, read_config, to_json
 from lavit.data.corpus import load_corpus
-from lavit.data.features import compute_features
+from lavit.data.features import Features, compute_features
 from lavit.data.sources import open_source
 from lavit.data.stream import Stream
 from lavit.evaluate.kept import Kept
 from lavit.files import alone
 from lavit.model import LaVIT
 from lavit.presets import PRESETS
-from lavit.train.loop import Report
+from lavit.train.encoded import _tokens_in
+from lavit.train.loop import Report, _sigterms
 from lavit.train.metrics import Metrics, read_lines
 from lavit.train.run import open_run, train_stages
 from test_train import begun_run, losses
@@ -78,6 +81,7 @@ def test_sigterm_ends_a_training_with_its_step_saved(
     [
         (Terminated("stopped by SIGTERM, pixels is saved at step 3"), 143, "saved at step 3"),
         (OSError(28, "No space left on device"), 1, "make room on the disk"),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: reset"), 1, "another process"),
         (RuntimeError("I/O error: File too large (os error 27)"), 1, "make room on the disk"),
     ],
 )
@@ -96,6 +100,26 @@ def test_what_ends_a_command_is_one_line(
         main(["demo"])
     lines = capsys.readouterr().err.splitlines()
     assert end.value.code == code and len(lines) == 1 and said in lines[0]
+
+
+def test_a_sigterm_that_a_library_makes_an_error_of_is_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """safetensors says of it: could not determine the shape of UntypedStorage."""
+
+    def swallow(error: Exception) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Terminated:
+            raise error from None
+
+    for error in (ValueError("could not determine the shape"), InputError("no encoder")):
+        monkeypatch.setitem(VERBS, "demo", partial(swallow, error=error))
+        with pytest.raises(SystemExit) as end:
+            main(["demo"])
+        assert end.value.code == 143 and "stopped by SIGTERM" in capsys.readouterr().err
+    with pytest.raises(Terminated, match="all is saved"), _sigterms("all is saved"):
+        swallow(ValueError("could not determine the shape"))
 
 
 def test_a_second_process_is_refused(toy_run: Path, toy_data: Path, tmp_path: Path) -> None:
@@ -138,6 +162,31 @@ def test_checkpoints_with_other_moments_are_refused(
         shutil.rmtree(file.parent)
     train_stages(run, ("language",))
     assert losses(folder)[-1] in losses(toy_run)
+
+
+def test_what_is_no_checkpoint_is_named(
+    toy_run: Path, toy_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = begun_run(toy_run, tmp_path / "run")
+    kept = folder / "checkpoints" / "language"
+    shutil.copytree(toy_run / "checkpoints" / "language", kept)
+    (kept / ".DS_Store").touch()
+    train_stages(open_run(folder, toy_data, toy_config(), toy_training()), ("language",))
+    assert f"{kept / '.DS_Store'} is no checkpoint and is left alone" in caplog.text
+
+
+def test_a_kill_leaves_no_file_of_another_name_in_the_cache(
+    toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rust writes a file through one of a random name, which nobody would remove."""
+    config = toy_config()
+    tokenizer = LaVIT.from_pretrained(toy_run, parts=("visual_tokenizer",)).visual_tokenizer
+    features = Features(np.zeros((3, config.vision.patches, config.vision.dim), np.float16))
+    monkeypatch.setattr("safetensors.torch.serialize_file", None)
+    path = tmp_path / "tokens.safetensors"
+    made = _tokens_in(path, tokenizer, features, torch.arange(3))
+    assert _tokens_in(path, tokenizer, features, torch.arange(3)).codes.equal(made.codes)
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
 
 
 def test_features_that_were_cut_short_are_computed_anew(

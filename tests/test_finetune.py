@@ -149,6 +149,8 @@ def test_bad_input_is_one_clear_line(toy_run: Path, data: Path, tmp_path: Path) 
     )
     with pytest.raises(InputError, match="other settings"):
         finetune(tmp_path / "new", data, toy_run, training)
+    short = replace(training, language=replace(training.language, steps=1), checkpoint_every=9)
+    finetune(tmp_path / "new", data, toy_run, short)  # which changes no figure
 
 
 def test_minutes_become_steps_that_stay(

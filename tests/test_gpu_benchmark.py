@@ -30,6 +30,13 @@ def test_it_runs_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert all(math.isfinite(value) and value > 0 for value in figures.values()), figures
 
 
+def test_a_step_does_not_wait_to_group_its_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are grouped from the CPU, as in stage 2; the model would ask the device."""
+    size = replace(gpu.size_of("small", torch.device("cpu")), rows=1, product=64)
+    monkeypatch.setattr("lavit.language.model.group_documents", None)
+    assert gpu.train(size, 1)[1]["train_mfu"] > 0
+
+
 def test_flops_by_the_configuration_are_those_of_the_step() -> None:
     """The counter sees squares of documents, of which the causal half is needed."""
     size = gpu.size_of("small", torch.device("cpu"))

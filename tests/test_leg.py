@@ -214,3 +214,41 @@ def test_folders_of_something_else_are_neither_state_nor_run(tmp_path: Path) -> 
         with pytest.raises(InputError, match="is no state of a training"):
             leg.pack(run, folder)
     assert leg.reached(run) == (0, 10) and (own / "thesis.tex").exists() and leg.packed(state)
+
+
+def test_a_fine_tuning_goes_in_legs_too(tmp_path: Path) -> None:
+    """Until its end it has no training.json; a stop before its settings leaves its cache alone."""
+    run, state, following = tmp_path / "run", tmp_path / "state", tmp_path / "next"
+    (run / "cache").mkdir(parents=True)
+    (run / ".training.json.new").touch()  # a kill left it
+    leg.unpack(state, run)
+    checkpoint = run / "checkpoints" / "finetune" / "4"
+    write_json(checkpoint / "step.json", {"step": 4})
+    write_json(run / "finetune.json", {"data": "talks"})
+    leg.pack(run, state)
+    leg.unpack(state, following)
+    assert leg.reached(following) == (0, 4)
+    write_json(run / "finetune.json", {"data": "others"})
+    with pytest.raises(InputError, match="two trainings"):
+        leg.unpack(state, run)
+
+
+def test_what_a_kill_left_is_not_packed(tmp_path: Path) -> None:
+    run = run_at(tmp_path / "run", 10)
+    for name in (".language.new", "checkpoints/tokenizer/.11.new"):
+        write_json(run / name / "half.json", {})
+    assert not [name for name in leg.kept(run) if "half" in name.name]
+
+
+def test_a_leg_counts_imports_and_packing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, given = tmp_path / "run", []
+
+    def train(command: list[str], seconds: float) -> int:
+        given.append(seconds)
+        run_at(run, 10)
+        return 143
+
+    monkeypatch.setattr(leg, "leg", train)
+    monkeypatch.setattr(leg, "running", lambda: 33.0)
+    leg.main(tmp_path / "state", run, ("train", "all"), minutes=9)
+    assert given == [540 - 33 - leg.PACKING]

@@ -221,6 +221,7 @@ def test_layouts_divide_what_they_say(precision: Literal["fp32", "bf16"]) -> Non
         assert ddp.gib[name] == alone.gib[name]
         assert fsdp.gib[name] == pytest.approx(alone.gib[name] / 4)
     assert (alone.rows, ddp.rows, fsdp.rows) == (8, 2, 2)
+    assert "fsdp2 (--fsdp) on 4" in "".join(fsdp.lines())  # a training without it is DDP
     assert ddp.gib["activations"] == pytest.approx(alone.gib["activations"] / 4)
     # FSDP2 casts weights, autocast products alone: with bf16 weights norms keep bf16 too
     language = build(model).to(torch.bfloat16 if precision == "bf16" else torch.float32)

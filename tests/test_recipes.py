@@ -125,7 +125,7 @@ def test_parts_are_placed_once_and_whole(
         lavit_7b.place(run, *parts)
     names = {path.name for path in (run / "vision").iterdir()}
     assert names == {path.name for path in (given / "vit").iterdir()}
-    for others in ((parts[0], given, parts[2]), (*parts[:2], given)):
+    for others in ((given, *parts[1:]), (parts[0], given, parts[2]), (*parts[:2], given)):
         with pytest.raises(InputError, match="has begun with"):
             lavit_7b.place(run, *others)
 

@@ -14,7 +14,7 @@ from PIL import Image
 from conftest import toy_picture
 from lavit.config import InputError
 from lavit.data.inspect import inspect_data
-from lavit.data.sources import Record, check, load_records, readable, stream_source
+from lavit.data.sources import Record, check, load_records, open_source, readable, stream_source
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
@@ -203,6 +203,49 @@ def test_nothing_of_a_folder_is_passed_over_unsaid(folder: Path, tmp_path: Path)
     for stream in (load_records, stream_source):
         with pytest.raises(InputError, match=r"pairs\.parquet is cut short, or no"):
             stream(table)
+
+
+LINKS = ["https://a.example/1.jpg?w=2", "https://a.example/2.PNG", "https://a.example/3"]
+PAGES = ["https://a.example/1.html", "https://a.example/2", "https://a.example/3.jpg"]
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize(
+    ("columns", "of_pictures"),
+    [
+        ({"url": LINKS}, True),
+        ({"URL": PAGES, "WIDTH": [1, 2, 3], "HEIGHT": [1, 2, 3]}, True),  # as LAION's
+        ({"image_url": PAGES}, True),
+        ({"url": PAGES}, False),  # prose of the web
+    ],
+)
+def test_links_to_pictures_are_no_table_of_texts(
+    tmp_path: Path, columns: dict[str, list], of_pictures: bool, streams: bool
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": ["a", "b", "c"], **columns}), tmp_path / "a.parquet")
+    opened = stream_source if streams else open_source
+    if not of_pictures:
+        assert not hasattr(opened(tmp_path / "a.parquet"), "open")
+        return
+    with pytest.raises(InputError, match=r"holds links to pictures.*download them, img2dataset"):
+        opened(tmp_path / "a.parquet")
+
+
+def test_pictures_that_the_metadata_do_not_name_are_counted(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once, and without those of conversations."""
+    for name in ("more", "talk", "still more"):
+        (folder / "train" / f"{name}.png").write_bytes(png(COLOURS["blue"]))
+    (folder / "train" / "conversations.jsonl").write_text('{"images": ["talk.png"]}')
+    for _ in range(2):
+        assert len(load_records(folder)) == 2 and stream_source(folder).of_files
+    (said,) = caplog.messages
+    assert "left out 2 pictures of" in said and "metadata.jsonl does not name:" in said
+    assert "/more.png" in said and "/still more.png" in said
 
 
 def test_a_missing_file_is_never_taken_for_a_hub_name() -> None:

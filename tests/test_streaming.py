@@ -6,10 +6,12 @@ import io
 import json
 import shutil
 import tarfile
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -152,6 +154,35 @@ def test_a_table_without_rows_among_others_is_none(tmp_path: Path) -> None:
     stream = Stream(str(tmp_path))
     assert len({stream.take().texts[0] for _ in range(200)}) == 200
     assert stream.epoch == 0
+
+
+def test_of_a_table_a_few_rows_are_in_memory_whatever_its_row_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a stream stopped within the group goes on with the same rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    monkeypatch.setattr("lavit.data.stream.BUFFER", 16)
+    rng, count = np.random.default_rng(0), 768
+    table = pa.table({"text": [f"{number} {rng.bytes(8000).hex()}" for number in range(count)]})
+    path = tmp_path / "one.parquet"
+    pq.write_table(table, path, row_group_size=count, write_batch_size=16)  # at most in a page
+    assert pq.ParquetFile(path).num_row_groups == 1  # of 12 MB
+    stream = Stream(str(path))
+    before, peak = pa.total_allocated_bytes(), 0
+    tracemalloc.start()  # of what is read from files, which is no memory of pyarrow's
+    first = []
+    for _ in range(150):
+        first.append(stream.take().texts[0][:9])
+        peak = max(peak, pa.total_allocated_bytes() - before + tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    assert peak < 6 * 2**20, f"{peak / 2**20:.0f} MB"
+    resumed = Stream(str(path))
+    resumed.load_state(json.loads(json.dumps(stream.state())))
+    rest = [resumed.take().texts[0][:9] for _ in range(count - 150)]
+    assert rest[:50] == [stream.take().texts[0][:9] for _ in range(50)]
+    assert len({*first, *rest}) == count
 
 
 def test_fewer_shards_than_processes_are_refused(shards: Path) -> None:

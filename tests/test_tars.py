@@ -81,6 +81,43 @@ def test_a_text_that_is_no_text_is_named(tmp_path: Path, caplog: pytest.LogCaptu
     assert said == f"left out the text a.txt of {tmp_path / '0.tar'}: it is not UTF-8"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_caption_may_stand_in_the_json_of_a_sample(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    """As img2dataset writes it; a text beside it is taken first."""
+    write_tar(tmp_path / "tars" / "0.tar", "a.jpg b.jpg b.txt c.jpg d.jpg")
+    said = {"a": '{"key": 1, "caption": "of é"}', "c": '{"key": 1}', "d": "[", "e": "[]"}
+    with tarfile.open(tmp_path / "tars" / "1.tar", "w") as tar:
+        for key, text in said.items():
+            add(tar, f"{key}.jpg", jpeg())
+            add(tar, f"{key}.json", text.encode())
+        add(tar, "f.json", b'{"caption": "no"}')
+        add(tar, "f.txt", b"of f")
+        add(tar, "f.jpg", jpeg())
+    if stream:
+        source: Streamed = stream_source(tmp_path / "tars")
+        records = [source.record(row, place) for place, row in enumerate(source.rows)]
+    else:
+        records = list(load_records(tmp_path / "tars", cache=tmp_path / "cache"))
+    texts = [record.texts for record in records]
+    assert texts[4:] == [("of é",), (), (), (), ("of f",)] and texts[1] == ("of b",)
+    assert len(caplog.messages) == 2
+    assert all("it is no JSON object" in message for message in caplog.messages)
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(data)
+    tar.addfile(entry, io.BytesIO(data))
+
+
+def jpeg() -> bytes:
+    stream = io.BytesIO()
+    toy_picture(NAMES[0]).save(stream, "JPEG")
+    return stream.getvalue()
+
+
 def test_tars_of_text_are_texts_and_the_first_of_more_may_be(tmp_path: Path) -> None:
     """A source of pictures whose first shard has none stays one."""
     first = write_tar(tmp_path / "tars" / "0.tar", "a.txt b.txt")

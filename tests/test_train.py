@@ -111,6 +111,22 @@ def test_other_settings_on_the_same_folder_are_refused(toy_run: Path, toy_data: 
         open_run(toy_run, toy_data, toy_config(), replace(toy_training(), seed=1))
 
 
+def test_settings_that_change_no_figure_may_change(
+    toy_run: Path, toy_data: Path, tmp_path: Path
+) -> None:
+    """How often a run saves and says something; the last ones are written down."""
+    folder = begun_run(toy_run, tmp_path / "run")
+    (folder / "visual_tokenizer" / "done").touch()
+    free = {"checkpoint_every": 7, "keep_last": 5, "log_every": 3}
+    run = open_run(folder, toy_data, toy_config(), replace(toy_training(), **free))
+    train_stages(run, ("tokenizer",))
+    saved = json.loads((folder / "training.json").read_text())["training"]
+    assert {name: saved[name] for name in free} == free
+    for other in ({"clip": 2.0}, {"sample_every": 4}):
+        with pytest.raises(InputError, match="other settings"):
+            open_run(folder, toy_data, toy_config(), replace(toy_training(), **other))
+
+
 def begun_run(toy_run: Path, folder: Path) -> Path:
     """A run whose first stage is that of the toy run."""
     for part in ("vision", "visual_tokenizer"):

@@ -10,6 +10,8 @@ import hashlib
 import json
 import logging
 import os
+import pickle
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -172,6 +174,8 @@ def pretrained(
     log.addFilter(_is_error)
     try:
         model, info = kind.from_pretrained(where, output_loading_info=True, **options)
+    except pickle.UnpicklingError as error:
+        raise more_than_tensors(where, error) from error
     finally:
         log.removeFilter(_is_error)
     kinds = ["mismatched_keys", *["missing_keys"] * whole]
@@ -194,6 +198,15 @@ def _strays(model: nn.Module, unknown: set[str], folder: Path) -> Iterator[str]:
                 number = found.get_slice(name).get_dtype()
                 if name in unknown or (name in floats and number.startswith(("I", "U", "BOOL"))):
                     yield f"{file.name}: {name} ({number})"
+
+
+def more_than_tensors(where: str | Path, error: pickle.UnpicklingError) -> InputError:
+    """Of a pickle that is not opened. What torch says advises to open it all the same."""
+    named = re.search(r"GLOBAL (\S+)", str(error))
+    what = f" ({named[1]})" if named else ""
+    said = f"{where} holds more than tensors{what}, which may run code, and is not opened"
+    cure = "in an environment that you trust, with torch.load(weights_only=True)"
+    return InputError(f"{said}: convert it to safetensors {cure}")
 
 
 def _is_error(record: logging.LogRecord) -> bool:

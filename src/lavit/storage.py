@@ -126,9 +126,7 @@ def check_base(config: LanguageConfig, folder: Path) -> None:
 def load_base(
     config: LanguageConfig, folder: Path | None, *, strict: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The causal LM that `config` names, and its text tokenizer ("random" has none yet); `strict`
-    refuses other weights beside those of an LM that was saved here.
-    """
+    """The causal LM of `config` (`strict`: all that a folder holds), its text tokenizer or None."""
     if config.source == "random":
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.architecture)), None
     if config.source == SMOLLM2:
@@ -176,6 +174,8 @@ def _opening(where: str | Path, named: str = "") -> Iterator[None]:
     """Turn what fails while an LM is opened into one line."""
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:  # configurations, weights and tokenizers fail in ways of their own
         if "tiktoken" in str(error):  # what transformers says where it cannot read SentencePiece
             require("sentencepiece", extra="published")

@@ -1,7 +1,7 @@
 """The command line: every verb of the package, one function each. The only room that prints.
 
-Bad input ends with one line on stderr and exit code 2, a failing training (`Alarm`) and a full disk
-with code 1, SIGTERM with 143.
+Bad input ends with one line on stderr and exit code 2, a failing training (`Alarm`), a full disk or
+another rank that ended with code 1, SIGTERM with 143.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from lavit.cli import make, serving, use
 from lavit.config import InputError, Terminated
 
 MAKE_ROOM = ": make room on the disk, then the same command goes on"
+STOPPED = "stopped by SIGTERM: a run goes on where it was, with the same command"
+LOST = re.compile(r"gloo/transport|NCCL error|ncclRemoteError")  # what torch says of a dead rank
 VERBS: dict[str, Callable[..., Any]] = {
     "caption": use.caption,
     "choose": use.choose,
@@ -69,10 +71,6 @@ def _group(name: str) -> None:
     )
 
 
-def _on_sigterm(*_: object) -> None:
-    raise Terminated("stopped by SIGTERM: a run goes on where it was, with the same command")
-
-
 def _is_full(error: BaseException) -> bool:
     """Is this a disk without room, or a file larger than allowed? Rust says so in words alone."""
     said = re.search(r"os error (\d+)", str(error))
@@ -83,10 +81,20 @@ def _is_full(error: BaseException) -> bool:
 @contextlib.contextmanager
 def exits() -> Iterator[None]:
     """What is raised within, and SIGTERM, as a line on stderr and an exit code; recipes too."""
-    before = signal.signal(signal.SIGTERM, _on_sigterm)
+    came: list[Terminated] = []
+
+    def stop(*_: object) -> None:
+        came.append(Terminated(STOPPED))
+        raise came[0]
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         try:
             yield
+        except Exception:
+            if came:  # safetensors and torch make errors of their own of what a handler raises
+                raise came[0] from None
+            raise
         finally:
             sys.stdout.flush()  # `lavit --help | head`: that the reader has left shows here
     except BrokenPipeError as gone:
@@ -96,20 +104,26 @@ def exits() -> Iterator[None]:
         full = error.__cause__ is not None and _is_full(error.__cause__)
         print(f"lavit: {error}{MAKE_ROOM if full else ''}", file=sys.stderr)
         raise SystemExit(1 if full else 2) from error
-    except Terminated as stop:
-        print(f"lavit: {stop}", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGTERM) from stop
-    except KeyboardInterrupt as stop:
+    except Terminated as end:
+        print(f"lavit: {end}", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGTERM) from end
+    except KeyboardInterrupt as end:
         print("lavit: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        raise SystemExit(130) from stop
+        raise SystemExit(130) from end
     except Exception as error:
         # not imported for this: it brings torch, and --help is to be quick
         health = sys.modules.get("lavit.train.health")
-        alarm = health is not None and isinstance(error, health.Alarm)
-        if not alarm and not _is_full(error):
+        said = " ".join(str(error).split())
+        if LOST.search(said):
+            line = f"another process of this command has ended ({said[:200]})"
+            line += ": see its last line; the same command goes on from the last checkpoint"
+        elif health is not None and isinstance(error, health.Alarm):
+            line = said
+        elif _is_full(error):
+            line = said + MAKE_ROOM
+        else:
             raise
-        cure = "" if alarm else MAKE_ROOM
-        print(f"lavit: {' '.join(str(error).split())}{cure}", file=sys.stderr)
+        print(f"lavit: {line}", file=sys.stderr)
         raise SystemExit(1) from error
     finally:
         signal.signal(signal.SIGTERM, before)

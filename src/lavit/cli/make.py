@@ -57,6 +57,7 @@ def train(
     from lavit.vision.encoder import encoder_at
 
     _check_seed(seed)
+    _check_fsdp(fsdp, stage, plan, gpus)
     chosen = find(preset)
     if lm is not None:
         chosen = with_lm(chosen, lm)
@@ -65,8 +66,7 @@ def train(
     model = chosen.model
     if lora is not None:
         model = replace(model, language=replace(model.language, lora_rank=lora))
-    numbers = precision or chosen.training.precision
-    training = replace(chosen.training, seed=seed, precision=numbers)
+    training = replace(chosen.training, seed=seed, precision=precision or chosen.training.precision)
     if minutes is not None:
         training = scaled(training, minutes / chosen.minutes)
     if stream:
@@ -95,6 +95,14 @@ def train(
         )
         train_stages(run, STAGES if stage == "all" else (stage,))
     print(f"trained: {out}")
+
+
+def _check_fsdp(fsdp: bool, stage: str, plan: bool, gpus: int) -> None:
+    if fsdp and stage != "language":
+        said = f"FSDP2 shards the language stage only, not {stage}"
+        raise InputError(f"{said}: leave --fsdp out (DDP), and train language with it afterwards")
+    if fsdp and plan and gpus < 2:
+        raise InputError("FSDP2 shards over GPUs and there is one: plan with --gpus N")
 
 
 def finetune(

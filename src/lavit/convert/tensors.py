@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lavit.config import InputError
+from lavit.files import more_than_tensors
 
 log = logging.getLogger(__name__)
 BARE = ""  # name of the tensor in a pickle that holds a single tensor instead of a dictionary
@@ -31,8 +32,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing: is the published folder fully downloaded?") from error
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path} holds more than tensors and is not opened: {reason}") from error
+        raise more_than_tensors(path, error) from error
     except (RuntimeError, ValueError, EOFError, OSError) as error:
         reason = " ".join(str(error).split())[:200] or "it is empty"
         raise InputError(f"{path} is not a readable PyTorch file: {reason}") from error

@@ -11,8 +11,7 @@ them, `check` reports on a whole source.
 from __future__ import annotations
 
 import hashlib
-import os
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from PIL import Image
 
 from lavit.config import InputError, require
 from lavit.data.held_out import HELD_OUT, divides, lists_splits, part_of, shards_of
-from lavit.data.lines import json_lines
+from lavit.data.look import PICTURES, link_column, look_at, say_unnamed
 from lavit.data.text import Texts, text_files
 from lavit.images import open_image
 
@@ -32,8 +31,6 @@ PROSE_COLUMNS = ("content", "document", "body")  # of tables without pictures
 BUILDERS = {
     ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".tar": "webdataset",
 }  # fmt: skip
-PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
-ENDS = {".tar": bytes(1024), ".parquet": b"PAR1"}  # of whole shards
 LICENCE_WORDS = ("license", "licence", "attribution", "copying", "notice")
 
 
@@ -197,6 +194,9 @@ def _open(
         image = None  # a path of something else
     words = TEXT_COLUMNS if image else (*TEXT_COLUMNS, *PROSE_COLUMNS)
     text = given[1] or next((one for one in words if one in names), None)
+    if image is None and given[1] is None and (links := link_column(rows)):
+        first = f"{name!r} holds links to pictures ({links}): download them, img2dataset makes tars"
+        raise InputError(f"{first}; to train on its texts alone, leave that column out")
     if image is None and text is None:
         lacks = f"{name!r} has no picture column among {', '.join(names)}"
         raise InputError(f"{lacks}: name it image, or give image_column")
@@ -285,7 +285,7 @@ def _load(datasets: Any, data: str | Path, split: str, cache: Path | None, strea
         "streaming": streaming,
     }
     if not (cache and cache.exists()):
-        _look_at(path, streaming)
+        look_at(path, streaming)
     try:
         if path.is_file():
             builder, files = BUILDERS.get(path.suffix.lower()), {split: str(path)}
@@ -312,23 +312,6 @@ def _why(error: Exception) -> str:
     cause = error.__cause__ or error.__context__
     lines = (str(error) or "it has no records").splitlines()
     return f"{lines[0]}{f' ({str(cause).splitlines()[0]})' if cause and str(cause) else ''}"
-
-
-def _look_at(path: Path, streaming: bool) -> None:
-    """Name a line that is broken, and a file that is empty or cut short: libraries say less."""
-    kinds = ("metadata.jsonl", "metadata.csv", *(f"*{suffix}" for suffix in ENDS))
-    files = [path] if path.is_file() else [file for kind in kinds for file in path.rglob(kind)]
-    for file in sorted(files):
-        if file.stat().st_size < 2**12 and not file.read_bytes().strip():
-            raise InputError(f"{file} is empty: it names no records")
-        if end := ENDS.get(file.suffix.lower()):
-            with file.open("rb") as shard:
-                shard.seek(-min(len(end), file.stat().st_size), os.SEEK_END)
-                if shard.read() != end:
-                    kind = file.suffix.lower()[1:]
-                    raise InputError(f"{file} is cut short, or no {kind}: its end is missing")
-        elif file.suffix.lower() == ".jsonl" and not streaming:
-            deque(json_lines(file), maxlen=0)
 
 
 def _fingerprint(path: Path) -> str:
@@ -361,7 +344,9 @@ def _load_folder(load_dataset: Any, path: Path, split: str, where: Mapping[str, 
     if not inside and split != "train":
         found = ", ".join(sorted(sub.name for sub in path.iterdir() if sub.is_dir())) or "none"
         raise InputError(f"{str(path)!r} has no split {split!r}: its sub-folders are {found}")
-    pattern = f"{(path / split if inside else path).resolve()}/**"
+    folder = (path / split if inside else path).resolve()
+    say_unnamed(folder)
+    pattern = f"{folder}/**"
     return load_dataset("imagefolder", data_files={split: pattern}, split=split, **where)
 
 

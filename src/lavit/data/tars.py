@@ -4,42 +4,46 @@ names differ in their endings alone.
 `datasets` takes its columns from the first samples: it refuses tars whose first ones differ, finds
 no picture of another ending and no text that only later ones have, and ends at a file that comes
 twice. Here every sample is a row: one without a picture says so when it is opened, and a file that
-comes again begins another sample. A source whose first samples all lack pictures is one of texts.
+comes again begins another sample. A sample's .json gives its caption where no text stands beside
+it (img2dataset writes both). A source whose first samples all lack pictures is one of texts.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
 import datasets
+from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.packaged_modules.webdataset.webdataset import WebDataset, base_plus_ext
 
-from lavit.data.sources import IMAGE_COLUMNS, PICTURES, TEXT_COLUMNS
+from lavit.data.look import PICTURES
+from lavit.data.sources import IMAGE_COLUMNS, TEXT_COLUMNS, texts_of
+from lavit.data.tables import Tables
 
 log = logging.getLogger(__name__)
 ENDINGS = (*IMAGE_COLUMNS, *sorted(ending[1:] for ending in PICTURES))  # the first one is taken
 FIRST = 10_000  # samples that are looked through for a picture
-TABLE = 64  # rows of a table that are read together
 Sample = dict[str, Any]
 
 
 def load_dataset(
     path: str, *, split: str, cache_dir: str | None, streaming: bool, **of: Any
 ) -> Any:
-    """`datasets.load_dataset`, but for tars: here, in a folder or on the hub."""
+    """`datasets.load_dataset`, but for tars and parquet: here, in a folder or on the hub."""
     builder = datasets.load_dataset_builder(path, cache_dir=cache_dir, **of)
     if isinstance(builder, WebDataset):
         same = ("hash", "base_path", "token", "repo_id", "storage_options")
         given = {name: getattr(builder, name) for name in same}
         files = builder.config.data_files
         builder = Tars(cache_dir=cache_dir, dataset_name="tars", data_files=files, **given)
+    elif isinstance(builder, Parquet):
+        builder.__class__ = Tables
     if streaming:
-        if getattr(builder.config, "batch_size", 0) is None:  # by parquet's first row group, which
-            builder.config.batch_size = TABLE  # may be empty
         return builder.as_streaming_dataset(split=split)
     builder.download_and_prepare()
     return builder.as_dataset(split=split)
@@ -47,6 +51,8 @@ def load_dataset(
 
 class Tars(WebDataset):  # type: ignore[misc]  # which is Any
     """Reads tars as the header says; what is no picture and no text is passed over."""
+
+    VERSION = datasets.Version("0.1.0")  # of how they are read: another fills its cache anew
 
     def _split_generators(self, dl_manager: Any) -> list[Any]:
         image, text = datasets.Image(decode=False), datasets.Value("string")
@@ -77,7 +83,7 @@ def _rows(path: str, files: Iterable[tuple[str, Any]]) -> Iterator[Sample]:
             yield _row(path, key, found)
             found = {}
         key = base
-        found[ending] = name, file.read() if ending in (*ENDINGS, *TEXT_COLUMNS) else b""
+        found[ending] = name, file.read() if ending in (*ENDINGS, *TEXT_COLUMNS, "json") else b""
     if found:
         yield _row(path, key, found)
 
@@ -86,14 +92,25 @@ def _row(path: str, key: str, found: dict[str, tuple[str, bytes]]) -> Sample:
     """Of the files of a sample, by their endings."""
     name, data = next((found[one] for one in ENDINGS if one in found), (key, b""))
     row: Sample = {"__key__": key, "image": {"path": name, "bytes": data}, "text": None}
-    if text := next((found[one] for one in TEXT_COLUMNS if one in found), None):
+    if text := next((found[one] for one in (*TEXT_COLUMNS, "json") if one in found), None):
         try:
-            row["text"] = text[1].decode()
+            said = text[1].decode()
+            row["text"] = said if found.get("json") is not text else _caption(said)
         except UnicodeDecodeError:
-            _leave_out(path, text[0])
+            _leave_out(path, text[0], "it is not UTF-8")
+        except (ValueError, RecursionError):
+            _leave_out(path, text[0], "it is no JSON object")
     return row
 
 
+def _caption(said: str) -> str | None:
+    """The first text of a JSON object by the name that columns of texts have."""
+    cells = json.loads(said)
+    if not isinstance(cells, dict):
+        raise ValueError(said)
+    return next((text for name in TEXT_COLUMNS for text in texts_of(cells.get(name))), None)
+
+
 @lru_cache(maxsize=10_000)  # once, although epochs read it again
-def _leave_out(path: str, name: str) -> None:
-    log.warning("left out the text %s of %s: it is not UTF-8", name, path)
+def _leave_out(path: str, name: str, why: str) -> None:
+    log.warning("left out the text %s of %s: %s", name, path, why)

@@ -4,16 +4,19 @@
                        optimizer.safetensors   moments, by the names of the weights
                        state.safetensors       the stage's own: use of codes, averaged weights, …
                        random.safetensors      random states of every rank
-                       step.json               stage and step
+                       step.json               stage, step, and which tensors there are
 
 Tensors are whole whatever the layout, so a run may go on under another one (FSDP2, DDP, one
 process). A checkpoint appears under its name only when it is complete, and older ones go then: a
-crash while saving loses nothing.
+crash while saving loses nothing. What else lies in the folder is left alone, and named.
 """
 
 from __future__ import annotations
 
+import hashlib
+import re
 import shutil
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,13 +33,18 @@ if TYPE_CHECKING:
     from lavit.train.loop import Stage
 
 
+FILES = ("module", "optimizer", "state", "random")
+STEP = re.compile(r"0|[1-9][0-9]*")
+LEFT = re.compile(r"\.[0-9]+\.(new|old)")  # what a crash leaves of saving or of removing one
+
+
 def latest_checkpoint(folder: Path) -> Path | None:
     """The complete checkpoint with the highest step, if there is one."""
     return max(_complete(folder), key=lambda path: int(path.name), default=None)
 
 
 def _complete(folder: Path) -> list[Path]:
-    return [path.parent for path in folder.glob("*/step.json") if path.parent.name.isdigit()]
+    return [path.parent for path in folder.glob("*/step.json") if STEP.fullmatch(path.parent.name)]
 
 
 def save_checkpoint(
@@ -52,22 +60,29 @@ def save_checkpoint(
     """Write `folder/<step>`, drop all but the newest `keep`. Every rank calls, the first writes."""
     main = accelerator.is_main_process
     random, state = _random_states(accelerator), stage.state()
+    trained, moments = _trained(module), _moments(module, optimizer)
     with replacing(folder / str(step)) if main else nullcontext() as new:
-        _save_whole(_trained(module), new and new / "module.safetensors")
-        _save_whole(_moments(module, optimizer), new and new / "optimizer.safetensors")
+        _save_whole(trained, new and new / "module.safetensors")
+        _save_whole(moments, new and new / "optimizer.safetensors")
         if new is None:
             return
         save_tensors(state, new / "state.safetensors")
         save_tensors(random, new / "random.safetensors")
-        write_json(new / "step.json", {"step": step, "stage": stage.name})
+        hashes = dict(zip(FILES, map(_kinds, (trained, moments, state, random)), strict=True))
+        write_json(new / "step.json", {"step": step, "stage": stage.name, "tensors": hashes})
     drop_all_but(folder, keep)
 
 
-def drop_all_but(folder: Path, keep: int) -> None:
-    """Remove what is not among the newest complete checkpoints, parts that a crash left too."""
-    newest = sorted(_complete(folder), key=lambda path: int(path.name))[-keep:]
-    for path in set(folder.iterdir()).difference(newest):
-        shutil.rmtree(path)
+def drop_all_but(folder: Path, keep: int) -> list[Path]:
+    """Remove older complete checkpoints and what a crash left; returns what is none of ours."""
+    for path in folder.iterdir():
+        if LEFT.fullmatch(path.name) and path.is_dir():
+            shutil.rmtree(path)
+    for path in sorted(_complete(folder), key=lambda path: int(path.name))[:-keep]:
+        old = path.with_name(f".{path.name}.old")
+        path.rename(old)  # first: half removed, it must not pass for whole
+        shutil.rmtree(old)
+    return sorted(set(folder.iterdir()).difference(_complete(folder)))
 
 
 def load_checkpoint(
@@ -79,18 +94,44 @@ def load_checkpoint(
     accelerator: Accelerator,
 ) -> int:
     """Read a checkpoint back; returns the step to go on with."""
-    names = ("module", "optimizer", "state", "random")
-    found = {name: load_tensors(path / f"{name}.safetensors") for name in names}
+    try:
+        found = {name: load_tensors(path / f"{name}.safetensors") for name in FILES}
+        step = _checked_step(path, stage, found)
+    except InputError as error:
+        raise _unlike(path, str(error)) from error
     try:
         load_weights(path, module)
         _load_moments(module, optimizer, found["optimizer"])
         stage.load_state(found["state"])
         _set_random_states(found["random"], accelerator)
-        return int(read_json(path / "step.json")["step"])
+        return step
     except InputError:
         raise
-    except (KeyError, ValueError, RuntimeError, AssertionError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise _unlike(path, " ".join(str(error).split())[:200]) from error
+
+
+def _checked_step(path: Path, stage: Stage, found: Mapping[str, Mapping[str, Tensor]]) -> int:
+    """The step of a checkpoint; what is not as it was saved raises `InputError`."""
+    said, step = read_json(path / "step.json"), int(path.name)
+    if (said.get("step"), said.get("stage")) != (step, stage.name) or step > stage.steps:
+        has = f"step {said.get('step')!r} of {said.get('stage')!r}"
+        wanted = f"{step} of {stage.name!r}, which has {stage.steps}"
+        raise InputError(f"step.json says {has}, expected {wanted}")
+    hashes = said.get("tensors", {})  # older checkpoints have none
+    for file, tensors in found.items():
+        if isinstance(hashes, dict) and hashes.get(file, _kinds(tensors)) != _kinds(tensors):
+            raise InputError(f"{file}.safetensors holds other tensors than were saved")
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise InputError(f"{file}.safetensors: {name} holds what is no number")
+    return step
+
+
+def _kinds(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of names, number types and shapes."""
+    kinds = sorted((name, str(one.dtype), tuple(one.shape)) for name, one in tensors.items())
+    return hashlib.sha256(repr(kinds).encode()).hexdigest()[:16]
 
 
 def load_weights(path: Path, module: nn.Module) -> None:

@@ -35,7 +35,7 @@ from lavit.data.features import (
 )
 from lavit.data.sources import Record
 from lavit.data.stream_documents import StreamingDocuments
-from lavit.files import load_tensors, save_tensors
+from lavit.files import load_tensors, write_tensors
 from lavit.images import levels
 from lavit.language.model import Language
 from lavit.model import LaVIT
@@ -139,7 +139,7 @@ def _tokens_in(
             log.warning("%s is damaged (%s): its tokens are made anew", path, error)
     made = tokenize_features(tokenizer, features, pictures)
     new = path.with_name(f".{path.name}")
-    save_tensors(vars(made), new)
+    write_tensors(vars(made), vars(made).values(), new)
     new.replace(path)  # whole, or not there
     return made
 

@@ -53,6 +53,7 @@ from lavit.train.loop import Report, step_once
 from lavit.train.metrics import check_trackers
 from lavit.train.muon import Muon
 from lavit.train.run import Run, train_loop
+from lavit.train.settings import FREE
 from lavit.train.spread import make_accelerator
 
 log = logging.getLogger(__name__)
@@ -191,6 +192,7 @@ def _open(
         saved = read_json(folder / FILE)
         with naming(folder / FILE):
             settled = from_json(FinetuneTraining, saved.pop("training", {}))
+        settled = replace(settled, **{name: getattr(training, name) for name in FREE})
         if minutes is not None:
             _take_steps(run, settled.language.steps)
         before = saved.get("sha256")

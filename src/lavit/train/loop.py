@@ -143,13 +143,13 @@ def train(
     base = [group["lr"] for group in optimizer.param_groups]
     optimizer = accelerator.prepare_optimizer(optimizer)
     plain, start = accelerator.unwrap_model(module), 0
-    if accelerator.is_main_process and folder.exists():
-        drop_all_but(folder, keep_last)
     if found := latest_checkpoint(folder):
         start = load_checkpoint(found, plain, optimizer, stage, accelerator=accelerator)
         said = "%s resumes at step %d: all that trains is loaded from %s"
         log.info(said, stage.name, start, found)
     main = accelerator.is_main_process
+    for other in drop_all_but(folder, keep_last) if main and folder.is_dir() else ():
+        log.warning("%s is no checkpoint and is left alone", other)
     opened = Metrics(run, stage.name, start, trackers=trackers, enabled=main)
     with opened as metrics, _sigterms() as came:
         started, norms = time.perf_counter(), torch.zeros((), device=accelerator.device)
@@ -217,6 +217,10 @@ def _sigterms(kept: str = "") -> Iterator[list[int]]:
     before = signal.signal(signal.SIGTERM, note)
     try:
         yield came
+    except Exception:
+        if kept and came:  # libraries make errors of their own of what a handler raises
+            raise _stopped(kept) from None
+        raise
     finally:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 

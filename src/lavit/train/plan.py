@@ -84,7 +84,8 @@ class Plan:
         what = "rows" if self.stage == "language" else "pictures"
         rows = f"{self.rows} {what} a pass, accumulate {self.accumulate}"
         kept = "recomputed" if self.recompute else "kept"
-        how = f"{self.layout} on {self.gpus}, {self.precision}, {rows}, {kept} activations"
+        layout = "fsdp2 (--fsdp)" if self.layout == "fsdp2" else self.layout
+        how = f"{layout} on {self.gpus}, {self.precision}, {rows}, {kept} activations"
         lines += ["", f"GiB each ({how})"]
         lines += [f"  {name:<30}{value:>10.2f}" for name, value in self.gib.items()]
         if not self.merger:

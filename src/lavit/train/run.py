@@ -61,7 +61,7 @@ from lavit.train.loop import Report, Stage, train
 from lavit.train.metrics import check_trackers
 from lavit.train.pixels import PixelsStage
 from lavit.train.samples import Samples
-from lavit.train.settings import PART_OF, STAGES, Settings, same_run, with_stage
+from lavit.train.settings import PART_OF, STAGES, Settings, same_run, with_free, with_stage
 from lavit.train.spread import halve_frozen, make_accelerator
 from lavit.train.tokenizer import TokenizerStage
 from lavit.vision.encoder import Vision
@@ -172,7 +172,7 @@ def _agree(run: Run[TrainConfig], stages: Sequence[str]) -> None:
     if not same_run(saved, run.settings, begun):
         said = f"{run.folder} holds a run with other settings"
         raise InputError(f"{said}: give another --out, or delete it to start anew")
-    saved = run.settings | saved
+    saved = with_free(run.settings | saved, run.settings)
     for stage in set(stages).difference(begun):
         saved = with_stage(saved, stage, run.settings)
     run.accelerator.wait_for_everyone()

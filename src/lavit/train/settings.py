@@ -14,6 +14,7 @@ from lavit.config import InputError, ModelConfig, TrainConfig, from_json
 PART_OF = {"tokenizer": "visual_tokenizer", "language": "language", "pixels": "pixels"}
 STAGES = tuple(PART_OF)
 Settings = dict[str, Any]
+FREE = ("checkpoint_every", "keep_last", "log_every")  # of the loop: they change no figure
 
 
 def with_stage(settings: Settings, stage: str, other: Settings) -> Settings:
@@ -24,14 +25,22 @@ def with_stage(settings: Settings, stage: str, other: Settings) -> Settings:
     return found
 
 
+def with_free(settings: Settings, other: Settings) -> Settings:
+    """The settings with those of another's that change no figure."""
+    free = {name: other["training"][name] for name in FREE}
+    return settings | {"training": settings["training"] | free}
+
+
 def same_run(saved: Settings, mine: Settings, stages: Sequence[str]) -> bool:
-    """Whether two descriptions of a run agree in these stages, and in all that is of no stage.
+    """Whether two descriptions of a run agree in these stages, and in all that is of no stage and
+    changes a figure.
 
     A setting that the older lacks is its default.
     """
     if any(saved.get(name) != mine.get(name) for name in ("data", "start")):
         return False
     try:
+        saved = with_free(saved, mine)
         for stage in set(STAGES).difference(stages):
             saved = with_stage(saved, stage, mine)
         return all(

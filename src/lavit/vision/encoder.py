@@ -218,6 +218,8 @@ def load_vision(
         whole = config.source == "folder"  # others may lack what is not read, a pooler
         how: dict[str, Any] = {"whole": whole, "strict": whole and strict, "dtype": torch.float32}
         encoder = pretrained(kind, where, **how)
+    except InputError:
+        raise
     except Exception as error:  # configurations and weights fail in ways of their own
         why = " ".join(str(error).split())[:200] or type(error).__name__
         named = "" if where == folder or folder is None else f" (vision.source, {folder.parent})"
