@@ -6,9 +6,8 @@ captioned and drawn from. The package's scenes cannot be imported meanwhile.
 
 Command   python recipes/other_data.py OUT [--minutes 3] [--forms jsonl tar parquet]
 Cost      three times `--minutes` on two idle cores, and a minute of commands each
-Expected  every command ends with 0; like figures for all forms: 5 % are held out by a hash of
-          names, which are others in each form. So few pictures are learnt by heart in minutes, not
-          understood.
+Expected  every command ends with 0; like figures for all forms, which hold out the same 5 %. So
+          few pictures are learnt by heart in minutes, not understood.
 """
 
 from __future__ import annotations

@@ -114,6 +114,19 @@ def test_what_is_missing_is_said_before_anything_is_trained(
     assert not (run.folder / "cache").exists()
 
 
+def test_lora_without_a_layer_to_adapt_is_said_before_anything_is_trained(
+    toy_run: Path, toy_data: Path, tmp_path: Path
+) -> None:
+    """GPT-NeoX names its layers otherwise."""
+    own = lm_folder("gpt_neox", toy_run, tmp_path / "lm")
+    model = toy_config()
+    asked = replace(model, language=replace(model.language, source=str(own), lora_rank=2))
+    run = open_run(tmp_path / "run", toy_data, asked, toy_training(1))
+    with pytest.raises(InputError, match=r"LoRA finds none of the layers q_proj, .*GPTNeoX"):
+        train_stages(run, ("tokenizer", "language"))
+    assert not (run.folder / "cache").exists()
+
+
 def test_a_trained_lm_learns_slowly() -> None:
     before, after = nano(), with_lm(nano(), "some/name")
     expected = before.training.language.learning_rate / 10

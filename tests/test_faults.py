@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -271,6 +272,24 @@ def test_weights_that_are_missing_are_not_drawn_at_random(toy_run: Path, tmp_pat
         save_file(tensors, file, {"format": "pt"})
         with pytest.raises(InputError, match="weights are missing or of another size"):
             LaVIT.from_pretrained(folder, parts=(part,))
+
+
+@pytest.mark.parametrize("part", ["vision", "language", "pixels/unet"])
+def test_weights_that_are_too_many_or_integers_are_named(
+    toy_run: Path, tmp_path: Path, part: str
+) -> None:
+    """transformers and diffusers pass over the ones and round the others."""
+    folder = tmp_path / "model"
+    shutil.copytree(toy_run, folder, ignore=shutil.ignore_patterns("checkpoints", "cache"))
+    (file,) = (folder / part).glob("*.safetensors")
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("weight"))
+    spoiled = {"more.weight": torch.ones(2)}, {name: tensors[name].long()}
+    for change, wrong in zip(spoiled, ("more.weight (F32)", f"{name} (I64)"), strict=True):
+        save_file(tensors | change, file, {"format": "pt"})
+        with pytest.raises(InputError, match=re.escape(f"{file.name}: {wrong}")) as error:
+            LaVIT.from_pretrained(folder, parts=(part.split("/")[0],))
+        assert str(folder / part) in str(error.value)
 
 
 @pytest.mark.parametrize(

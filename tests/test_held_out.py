@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,34 @@ def test_more_pictures_move_none(folder: Path, tmp_path: Path) -> None:
 
 def number(text: str) -> int:
     return int(text.split()[1].rstrip("."))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "tar"])
+def test_the_same_files_in_another_form_are_divided_alike(
+    folder: Path, tmp_path: Path, kind: str
+) -> None:
+    """Else a model that was trained on a folder would be measured on its own pictures as tars."""
+    again = tmp_path / "named otherwise"
+    again.mkdir()
+    if kind == "tar":
+        with tarfile.open(again / "0.tar", "w") as tar:
+            for number in range(COUNT):
+                for ending, data in (("png", png(number)), ("txt", f"grey {number}.".encode())):
+                    info = tarfile.TarInfo(f"one{number}.{ending}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    else:
+        again = table(folder, tmp_path, kind)
+    assert texts(again, "held_out") == texts(folder, "held_out")
+
+
+def test_copies_of_a_picture_are_on_one_side(folder: Path) -> None:
+    rows = (folder / "metadata.jsonl").read_text().splitlines()
+    for number in range(COUNT):
+        shutil.copy(folder / f"{number:03d}.png", folder / f"copy{number}.png")
+        rows.append(json.dumps({"file_name": f"copy{number}.png", "text": f"grey {number}."}))
+    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    assert texts(folder, "held_out") and not texts(folder, "held_out") & texts(folder, "train")
 
 
 def test_few_pictures_are_all_training(tmp_path: Path) -> None:

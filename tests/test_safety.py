@@ -15,6 +15,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from conftest import toy_config, toy_picture
 from lavit.config import InputError
+from lavit.generate.pipeline import Pipeline
 from lavit.generate.safety import FOLDER, Refused, Release, SafetyChecker, release_of, watermarked
 from lavit.images import pixels
 from lavit.model import LaVIT
@@ -138,6 +139,12 @@ def test_a_missing_checker_says_how_to_get_it_and_how_to_do_without(tmp_path: Pa
         release_of(LaVIT(model_in(tmp_path, safety=True).config))
     toy_checker().save_pretrained(tmp_path / FOLDER)
     assert release_of(model_in(tmp_path, safety=True)).checker is not None
+
+
+def test_an_empty_watermark_is_refused(tmp_path: Path) -> None:
+    """A shell's variable that is not set: who asks for a mark must not get pictures without."""
+    with pytest.raises(InputError, match="the watermark is empty"):
+        Pipeline(model_in(tmp_path, safety=False), watermark="")
 
 
 def test_a_damaged_checker_is_never_skipped(tmp_path: Path):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from conftest import toy_picture
 from lavit.config import InputError
 from lavit.data.inspect import inspect_data
 from lavit.data.sources import Record, check, load_records, open_source, readable, stream_source
@@ -168,6 +170,23 @@ def test_bad_sources_are_one_clear_line(folder, tmp_path):
         with pytest.raises(InputError, match=words) as raised:
             load_records(source, split, cache=tmp_path / "cache")
         assert source.name in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("open_it", [load_records, stream_source])
+@pytest.mark.parametrize("name", ["pics/metadata.jsonl", "pics/metadata.csv", "a.jsonl", "a.csv"])
+def test_a_table_without_a_line_is_said_to_be_empty(
+    tmp_path: Path, name: str, open_it: Callable[[str], object]
+) -> None:
+    (tmp_path / "pics").mkdir()
+    toy_picture("red dot").save(tmp_path / "pics" / "0.png")
+    file = tmp_path / name
+    file.write_text("\n")
+    with pytest.raises(InputError, match=f"{file} is empty"):
+        open_it(str(tmp_path / name.split("/")[0]))
+    if name == "a.csv":
+        file.write_text("image,text\n")
+        with pytest.raises(InputError, match=r"a\.csv"):
+            open_it(str(file))
 
 
 def test_nothing_of_a_folder_is_passed_over_unsaid(folder: Path, tmp_path: Path) -> None:

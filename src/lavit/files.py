@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from lavit.config import InputError
 
@@ -160,8 +160,8 @@ def load_strictly(module: nn.Module, tensors: dict[str, Tensor], where: Path) ->
 class WrongWeights(ValueError):
     """Weights (`names`, three of them at most) are not those that a configuration has."""
 
-    def __init__(self, names: str) -> None:
-        super().__init__(f"weights are missing or of another size: {names}")
+    def __init__(self, names: str, what: str = "missing or of another size") -> None:
+        super().__init__(f"weights are {what}: {names}")
         self.names = names
 
 
@@ -176,8 +176,8 @@ def pretrained(
     """A model of a transformers or diffusers folder or hub id.
 
     Raises `WrongWeights` for weights that are of other sizes, if it is to be `whole` missing (they
-    would be drawn at random, and named in a table), or if `strict` unknown; other errors are those
-    of `kind.from_pretrained`, which takes the `options`.
+    would be drawn at random, and named in a table), or if `strict` unknown or integers; other
+    errors are those of `kind.from_pretrained`, which takes the `options`.
     """
     log = logging.getLogger("transformers.modeling_utils")
     log.addFilter(_is_error)
@@ -187,10 +187,26 @@ def pretrained(
         raise more_than_tensors(where, error) from error
     finally:
         log.removeFilter(_is_error)
-    kinds = ["mismatched_keys", *["missing_keys"] * whole, *["unexpected_keys"] * strict]
+    kinds = ["mismatched_keys", *["missing_keys"] * whole]
     if wrong := sorted(str(key) for kind in kinds for key in info[kind]):
         raise WrongWeights(", ".join(wrong[:3]))
+    unknown = {str(key) for key in info["unexpected_keys"]}
+    if strict and (wrong := [*_strays(model, unknown, Path(where))] or sorted(unknown)):
+        raise WrongWeights(", ".join(wrong[:3]), "unknown or integers")
     return model
+
+
+def _strays(model: nn.Module, unknown: set[str], folder: Path) -> Iterator[str]:
+    """Tensors of a folder, each behind its file, that are unknown, or integers in a float's place:
+    libraries pass over the ones and round the others.
+    """
+    floats = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as found:
+            for name in found.keys():  # noqa: SIM118  # no dictionary
+                number = found.get_slice(name).get_dtype()
+                if name in unknown or (name in floats and number.startswith(("I", "U", "BOOL"))):
+                    yield f"{file.name}: {name} ({number})"
 
 
 def more_than_tensors(where: str | Path, error: pickle.UnpicklingError) -> InputError:

@@ -242,7 +242,6 @@ def _laid(
     """Parts of turns; without a `reply` to come, the last turn is one, and is learnt."""
     kinds = [turn.kind for turn in turns]
     read = (reply or kinds[-1]) == "text"
-    controls = _controls(tokenizer)
     marked: list[Part] = []
     flat: Flat = []
 
@@ -257,8 +256,9 @@ def _laid(
             if isinstance(piece, ImagePart):
                 text += mark(replace(piece, read=read and not learnt, target=learnt))
                 continue
-            for place, words in enumerate(controls.split(piece)):
-                text += mark(TextPart(words, target=learnt)) if place % 2 else words
+            for place, words in enumerate(_controls(tokenizer, turn.role).split(piece)):
+                halves = (words[:1], words[1:]) if place % 2 else ()  # none is a token by itself
+                text += "".join(mark(TextPart(half, learnt)) for half in halves) or words
         flat.append((turn.role, text))
     if tokenizer.chat_template:
         return _parts(_templated(flat, tokenizer, reply), marked, controls=True)
@@ -266,10 +266,12 @@ def _laid(
     return parts if reply else [*parts[:-1], replace(parts[-1], ends=True)]
 
 
-def _controls(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """The control tokens that a chat template may use, in one group."""
+def _controls(tokenizer: PreTrainedTokenizerBase, role: str) -> re.Pattern[str]:
+    """What a template alone may write; of its markers of turns, not all are special everywhere."""
+    template = str(tokenizer.chat_template) if role != "assistant" else ""
     tokens = tokenizer.added_tokens_decoder.values() if tokenizer.chat_template else ()
-    known = sorted((token.content for token in tokens if token.special), key=len, reverse=True)
+    named = {one.content for one in tokens if one.content.strip() and one.content in template}
+    known = sorted(named | {one.content for one in tokens if one.special}, key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, known)) or '(?!)'})")
 
 
@@ -297,8 +299,7 @@ def _turns(messages: Any) -> list[Turn]:
         begin = "a conversation begins with the user (or a system message)"
         raise InputError(f"{begin}: the assistant answers")
     if any(turn.role == "system" and turn.kind == "image" for turn in turns):
-        cure = "put the picture into a user's message"
-        raise InputError(f"a system message holds text only: {cure}")
+        raise InputError("a system message holds text only: put the picture into a user's message")
     return turns
 
 

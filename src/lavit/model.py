@@ -209,7 +209,7 @@ class LaVIT(nn.Module):
         found = cls(config, folder=folder)
         found.left_out = tuple(part for part in PARTS if part not in parts)
         if "vision" in wanted:
-            found.vision = load_vision(config.vision, folder / "vision")
+            found.vision = load_vision(config.vision, folder / "vision", strict=True)
         if "visual_tokenizer" in wanted:
             found.visual_tokenizer = load_visual_tokenizer(config, folder)
         if "pixels" in wanted:

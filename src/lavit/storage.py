@@ -117,13 +117,16 @@ def check_base(config: LanguageConfig, folder: Path) -> None:
         where = _place_of_base(config, folder)
         with _opening(where):
             _text_of(where)
+        if config.lora_rank:
+            with torch.device("meta"):
+                lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(where))
+            inject_lora(lm, config)
 
 
 def load_base(
-    config: LanguageConfig,
-    folder: Path | None,
+    config: LanguageConfig, folder: Path | None, *, strict: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The causal LM that `config` names, and its text tokenizer ("random" has none yet)."""
+    """The causal LM of `config` (`strict`: all that a folder holds), its text tokenizer or None."""
     if config.source == "random":
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.architecture)), None
     if config.source == SMOLLM2:
@@ -140,7 +143,8 @@ def load_base(
     named = "" if where == folder or folder is None else f" (language.source, {folder.parent})"
     with _opening(where, named):
         text = _text_of(where)
-        return pretrained(AutoModelForCausalLM, where), text
+        strict = strict and config.source == "folder"
+        return pretrained(AutoModelForCausalLM, where, strict=strict), text
 
 
 def _place_of_base(config: LanguageConfig, folder: Path | None) -> str | Path:
@@ -318,7 +322,6 @@ def export(language: Language, text: PreTrainedTokenizerBase, folder: Path) -> N
     text.save_pretrained(folder)
 
 
-@torch.no_grad()
 def export_lm(language: Language, text: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write the LM alone, without visual rows, as a plain transformers folder."""
     language.lm.save_pretrained(folder)
@@ -330,8 +333,7 @@ def load_visual_tokenizer(config: ModelConfig, folder: Path) -> VisualTokenizer:
     tokenizer = build_tokenizer(config.visual_tokenizer)
     where = folder / "visual_tokenizer" / "model.safetensors"
     tensors = load_tensors(where)
-    known = {"codebook.vectors", "codebook.mass"} <= tensors.keys()
-    if known and "codebook.sums" not in tensors:
+    if "codebook.sums" not in tensors and {"codebook.vectors", "codebook.mass"} <= tensors.keys():
         mass = tensors["codebook.mass"][:, None]  # shipped models leave the sums out
         tensors["codebook.sums"] = tensors["codebook.vectors"] * mass
     load_strictly(tokenizer, tensors, where)
@@ -356,7 +358,7 @@ def load_language(config: ModelConfig, folder: Path) -> tuple[Language, PreTrain
     if (folder / "language").is_dir() and not (folder / "reader").is_dir():
         said = f"{folder} has no reader for pictures (reader/ is missing)"
         raise InputError(f"{said}: copy it there, or train the language stage again")
-    lm, text = load_base(config.language, folder / "language")
+    lm, text = load_base(config.language, folder / "language", strict=True)
     if text is None:
         raise InputError(f"{folder} names no language model that was trained: train that stage")
     tokenizer = config.visual_tokenizer
@@ -384,10 +386,11 @@ def _load_adapter(language: Language, folder: Path, config: LanguageConfig) -> N
     rank, targets = own.get("r"), own.get("target_modules")
     if (rank, targets) != (config.lora_rank, sorted(config.lora_targets)):
         ours = f"config.json says rank {config.lora_rank} in {', '.join(config.lora_targets)}"
-        raise InputError(
-            f"{folder}/adapter_config.json: r {rank!r}, target_modules {targets}; {ours}"
-        )
-    tensors = load_tensors(folder / "adapter_model.safetensors")
+        said = f"r {rank!r}, target_modules {targets}; {ours}"
+        raise InputError(f"{folder}/adapter_config.json: {said}")
+    tensors = load_tensors(file := folder / "adapter_model.safetensors")
+    if wrong := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
+        raise InputError(f"{file}: {wrong[0]} is of {tensors[wrong[0]].dtype}, not of floats")
     tensors = {name.removeprefix(IN_PEFT): tensor for name, tensor in tensors.items()}
     try:
         result = require("peft", extra="mini").set_peft_model_state_dict(language.lm, tensors)

@@ -2,16 +2,19 @@
 model on.
 
 A source without splits of its own (a folder of pictures, one table, shards that name no other
-split) is divided by a hash of each record's name: below 0.05 it is in the split "held_out", else in
-"train". The name is the picture's path below the source, the key of a WebDataset record, or, for a
-picture inside a table, its bytes; so neither order nor shards matter, and more pictures move none.
-A source of fewer than 40 pictures is all training; streams are always divided.
+split) is divided by a hash of each picture's bytes: below 0.05 it is in the split "held_out", else
+in "train". So names, order and shards do not matter, more pictures move none, the same files as a
+folder, as tars or as a table are divided alike, and of copies of a file none is held out while
+another is learnt. Hashed are the length and the first bytes of a file, so that a stream reads no
+more of those that it passes over. A source of fewer than 40 pictures is all training; streams are
+always divided.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +25,7 @@ from lavit.config import InputError
 HELD_OUT = "held_out"
 SHARE = 0.05
 FEWEST = 40  # pictures of a source that is divided
+HEAD = 2**16  # bytes of a picture that are hashed
 OTHERS = ("test", "valid", "validation", "val", "dev", HELD_OUT)  # names that tell of splits
 
 
@@ -59,36 +63,34 @@ def shards_of(shards: Sequence[Path], split: str, folder: Path) -> Sequence[Path
     return named or shards
 
 
-def is_held_out(row: Mapping[str, Any], image: str, folder: Path) -> bool:
-    """Does a record's name hash below the share?"""
-    digest = hashlib.sha256(_name(row, image, folder)).digest()
+def is_held_out(image: Any, folder: Path) -> bool:
+    """Does a picture, a cell of `datasets`, hash below the share? Paths are below the folder."""
+    digest = hashlib.sha256(_content(image, folder)).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < SHARE
 
 
-def _name(row: Mapping[str, Any], image: str, folder: Path) -> bytes:
-    value = row[image]
-    if row.get("__key__"):
-        return str(row["__key__"]).encode()
-    if isinstance(value, Mapping):
-        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
-    if isinstance(value, bytes):
-        return hashlib.sha256(value).digest()
+def _content(image: Any, folder: Path) -> bytes:
+    """How long a picture's file is, and how it begins; the path of one that cannot be read."""
+    if isinstance(image, Mapping):
+        image = image["bytes"] if image.get("bytes") is not None else image.get("path")
+    if isinstance(image, bytes):
+        return b"%d " % len(image) + image[:HEAD]
     try:
-        return (folder.resolve() / str(value)).relative_to(folder.resolve()).as_posix().encode()
-    except ValueError:
-        return str(value).encode()
+        with (folder / str(image)).open("rb") as file:
+            return b"%d " % os.fstat(file.fileno()).st_size + file.read(HEAD)
+    except (OSError, ValueError):
+        return str(image).encode()
 
 
 def part_of(rows: Any, split: str, image: str, folder: Path, data: str, *, streaming: bool) -> Any:
     """The rows of one split of a source that is divided; few pictures are all training."""
     out = split == HELD_OUT
     if streaming:
-        return rows.filter(lambda row: is_held_out(row, image, folder) == out)
+        return rows.filter(lambda row: is_held_out(row[image], folder) == out)
     count = len(rows)
     if count >= FEWEST:
-        columns = [name for name in (image, "__key__") if name in rows.column_names]
-        held = [is_held_out(row, image, folder) for row in rows.select_columns(columns)]
-        if any(held):
+        held = [is_held_out(row[image], folder) for row in rows.select_columns([image])]
+        if 0 < sum(held) < count:  # copies of one picture are on one side
             return rows.select([number for number, one in enumerate(held) if one == out])
     if not out:
         return rows

@@ -28,10 +28,12 @@ SAMPLE = 32  # rows whose links are looked at
 
 
 def look_at(path: Path, streaming: bool) -> None:
-    """Name a line that is broken and a shard that is cut short."""
-    kinds = ("metadata.jsonl", *(f"*{suffix}" for suffix in ENDS))
+    """Name a line that is broken, and a file that is empty or cut short."""
+    kinds = ("metadata.jsonl", "metadata.csv", *(f"*{suffix}" for suffix in ENDS))
     files = [path] if path.is_file() else [file for kind in kinds for file in path.rglob(kind)]
     for file in sorted(files):
+        if file.stat().st_size < 2**12 and not file.read_bytes().strip():
+            raise InputError(f"{file} is empty: it names no records")
         if end := ENDS.get(file.suffix.lower()):
             with file.open("rb") as shard:
                 shard.seek(-min(len(end), file.stat().st_size), os.SEEK_END)

@@ -181,7 +181,10 @@ def _open(
     if not streaming and len(rows) == 0:
         raise InputError(f"{name!r} is empty: split {split!r} holds no records")
     if rows.features is None:
-        rows = rows._resolve_features()
+        try:
+            rows = rows._resolve_features()
+        except Exception as error:  # of whatever reads the first rows
+            raise InputError(f"{name!r} cannot be opened: {_why(error)}") from error
     names = rows.column_names
     for one in given:
         if one is not None and one not in names:
@@ -299,11 +302,16 @@ def _load(datasets: Any, data: str | Path, split: str, cache: Path | None, strea
     except InputError:
         raise
     except Exception as error:  # datasets has no common error class
-        lines = str(error).splitlines() or [type(error).__name__]
-        cause = error.__cause__ or error.__context__
-        why = f"{lines[0]}{f' ({str(cause).splitlines()[0]})' if cause and str(cause) else ''}"
         absent = "" if path.exists() else " is not a file or folder here, and as a name on the hub"
-        raise InputError(f"{name!r}{absent}, split {split!r}, cannot be opened: {why}") from error
+        opened = f"{name!r}{absent}, split {split!r}, cannot be opened"
+        raise InputError(f"{opened}: {_why(error)}") from error
+
+
+def _why(error: Exception) -> str:
+    """A line of what `datasets` says, and of what made it say so."""
+    cause = error.__cause__ or error.__context__
+    lines = (str(error) or "it has no records").splitlines()
+    return f"{lines[0]}{f' ({str(cause).splitlines()[0]})' if cause and str(cause) else ''}"
 
 
 def _fingerprint(path: Path) -> str:

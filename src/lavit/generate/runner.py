@@ -76,6 +76,8 @@ class Runner:
         watermark: str | None = None,
         compile: str | None = None,
     ) -> None:
+        if watermark == "":
+            raise InputError("the watermark is empty: give text to hide, or leave it out")
         self.model, self.safety, self.watermark = model, safety, watermark
         self.compile = compile
         if isinstance(protocol, str):

@@ -8,13 +8,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lavit.config import LanguageConfig, require
+from lavit.config import InputError, LanguageConfig, require
 
 
 def inject_lora(lm: PreTrainedModel, config: LanguageConfig) -> None:
-    """Put LoRA layers into an LM in place; of its weights only they train then."""
+    """Put LoRA layers into an LM in place; of its weights only they train then.
+
+    Raises `InputError` for an LM that has none of the layers.
+    """
     peft = require("peft", extra="mini")
     rank, targets = config.lora_rank, list(config.lora_targets)
+    if not any(name.rsplit(".", 1)[-1] in targets for name, _ in lm.named_modules()):
+        said = f"LoRA finds none of the layers {', '.join(targets)} in {type(lm).__name__}"
+        raise InputError(f"{said}: leave --lora out, all weights train then")
     lora = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
     peft.inject_adapter_in_model(lora, lm)
 

@@ -191,8 +191,13 @@ def encoder_at(source: str) -> VisionConfig:
         raise InputError(f"no vision encoder at {source}: {why}; {expected}") from error
 
 
-def load_vision(config: VisionConfig, folder: Path | None = None) -> Vision:
-    """Build the encoder that `config` names, in fp32; `folder` is where that of "folder" lies."""
+def load_vision(
+    config: VisionConfig, folder: Path | None = None, *, strict: bool = False
+) -> Vision:
+    """Build the encoder that `config` names, in fp32; `folder` is where that of "folder" lies.
+
+    `strict` refuses weights there that are more than the encoder's: what was saved here has none.
+    """
     if config.source == EFFICIENTNET:
         return Vision(config, _efficientnet_lite0(config))
     if config.source == PIXELS:
@@ -211,7 +216,8 @@ def load_vision(config: VisionConfig, folder: Path | None = None) -> Vision:
         architecture = AutoConfig.from_pretrained(where)
         kind = Blip2VisionModel if architecture.model_type == BLIP else AutoModel
         whole = config.source == "folder"  # others may lack what is not read, a pooler
-        encoder = pretrained(kind, where, whole=whole, dtype=torch.float32)
+        how: dict[str, Any] = {"whole": whole, "strict": whole and strict, "dtype": torch.float32}
+        encoder = pretrained(kind, where, **how)
     except InputError:
         raise
     except Exception as error:  # configurations and weights fail in ways of their own
