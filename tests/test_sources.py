@@ -189,6 +189,17 @@ def test_a_table_without_a_line_is_said_to_be_empty(
             open_it(str(file))
 
 
+def test_a_parquet_table_without_rows_is_said_to_be_empty(
+    folder: Path, tmp_path: Path, open_it: Callable[[str], object]
+) -> None:
+    from pyarrow import parquet
+
+    table = as_parquet(folder, tmp_path)
+    parquet.write_table(parquet.read_table(table).slice(0, 0), table)
+    with pytest.raises(InputError, match=f"{table} is empty"):
+        open_it(str(table))
+
+
 def test_nothing_of_a_folder_is_passed_over_unsaid(folder: Path, tmp_path: Path) -> None:
     """Pictures beside shards, shards beside others that name train, and a table cut short."""
     table, shards = as_parquet(folder, tmp_path), as_tar(folder, tmp_path)

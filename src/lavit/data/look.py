@@ -34,6 +34,8 @@ def look_at(path: Path, streaming: bool) -> None:
     for file in sorted(files):
         if file.stat().st_size < 2**12 and not file.read_bytes().strip():
             raise InputError(f"{file} is empty: it names no records")
+        if path.is_file() and path.suffix.lower() == ".parquet" and not _rows_of(path):
+            raise InputError(f"{path} is empty: it has no rows")
         if end := ENDS.get(file.suffix.lower()):
             with file.open("rb") as shard:
                 shard.seek(-min(len(end), file.stat().st_size), os.SEEK_END)
@@ -42,6 +44,17 @@ def look_at(path: Path, streaming: bool) -> None:
                     raise InputError(f"{file} is cut short, or no {kind}: its end is missing")
         elif file.suffix.lower() == ".jsonl" and not streaming:
             deque(json_lines(file), maxlen=0)
+
+
+def _rows_of(table: Path) -> int:
+    """Of a parquet file; one that cannot be read is named later, so it counts as one."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return int(pq.read_metadata(table).num_rows)
+    except (pa.ArrowException, OSError):
+        return 1
 
 
 @lru_cache(maxsize=1000)  # once, although each split and stage opens its source
