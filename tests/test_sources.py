@@ -189,6 +189,7 @@ def test_a_table_without_a_line_is_said_to_be_empty(
             open_it(str(file))
 
 
+@pytest.mark.parametrize("open_it", [load_records, stream_source])
 def test_a_parquet_table_without_rows_is_said_to_be_empty(
     folder: Path, tmp_path: Path, open_it: Callable[[str], object]
 ) -> None:
