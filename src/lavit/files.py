@@ -5,6 +5,7 @@ Text and JSON, whole or not at all too, are written by config.py.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -59,13 +60,25 @@ def replacing(folder: Path) -> Iterator[Path]:
         yield new
         if not any(new.iterdir()):
             return
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
+        if not folder.exists():
+            os.replace(new, folder)
+        elif not _exchange(new, folder):  # a kill in between would leave none
+            shutil.rmtree(old, ignore_errors=True)
             os.replace(folder, old)
-        os.replace(new, folder)
-        shutil.rmtree(old, ignore_errors=True)
+            os.replace(new, folder)
+            shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change places in one step, where the system can (Linux's renameat2)."""
+    swap = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2
+    if swap is None:
+        return False
+    done: int = swap(here, os.fsencode(one), here, os.fsencode(other), exchange)
+    return done == 0
 
 
 class Busy(InputError):
