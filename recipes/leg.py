@@ -180,7 +180,11 @@ def main(
     words: tyro.conf.Positional[tuple[str, ...]],
     minutes: float = 9.0,
 ) -> None:
-    """Unpack, train, pack."""
+    """Take up STATE in RUN, train for so many minutes, pack STATE: at most 8 files of 16 MiB.
+
+    words: the training behind --, e.g. -- train all --preset mini --data scenes --stream
+    minutes: of all, imports too; the last 30 seconds are for saving and packing.
+    """
     if words[:1] != ("train",):
         raise InputError(f"a leg is a training: write -- train STAGE ..., not {' '.join(words)}")
     unpack(state, run)
