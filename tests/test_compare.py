@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -13,7 +14,7 @@ import pytest
 
 from conftest import toy_config, toy_training
 from lavit.config import InputError, Mixture
-from lavit.evaluate import pace
+from lavit.evaluate import measure, pace
 from lavit.evaluate.compare import COLUMNS, Bench, compare
 from lavit.evaluate.differences import paired_difference
 from lavit.evaluate.results import write_results
@@ -109,6 +110,20 @@ def test_finished_parts_are_not_made_again_and_seeds_differ_by_seed_alone(tmp_pa
         seeds = [one["training"].pop("seed") for one in said]
         steps = [one["training"]["language"].pop("steps") for one in said]  # by the same budget
         assert seeds == [0, 1] and said[0] == said[1] and min(steps) > 0
+
+
+@pytest.mark.parametrize("changed", ["JUDGE", "FROZEN"])
+def test_rows_of_another_judge_or_world_are_made_anew(
+    changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(TWO, tmp_path)
+    before = bench.row_key("codes", "tokens")
+    own, other = getattr(measure, changed), tmp_path / "other"
+    shutil.copytree(own, other) if own.is_dir() else shutil.copy(own, other)
+    with (other / "judge.json" if own.is_dir() else other).open("a") as file:
+        file.write(" ")
+    monkeypatch.setattr(measure, changed, other)
+    assert bench.row_key("codes", "tokens") != before
 
 
 class Nothing(Bench):

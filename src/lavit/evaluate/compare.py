@@ -236,9 +236,10 @@ class Bench:
         cost = replace(cost, steps=steps)
         pixels = to_json(self.study.preset_of(name).training.pixels)
         parts = [self.tokenizer_key(name), self._language_key(name), steps, rate, pixels]
-        folder = self.out / "models" / f"{key_of(parts)}-{TUNING + seed if tuning else seed}"
+        seed_here = TUNING + seed if tuning else seed
+        folder = self.out / "models" / f"{key_of(parts)}-{seed_here}"
         preset = self._preset(name, rate, steps)
-        self._train(name, seed, folder, preset, ("language",), TUNING + seed if tuning else seed)
+        self._train(name, seed, folder, preset, ("language",), seed_here)
         return Trained(folder, replace(cost, seconds=self._seconds(folder)), rate)
 
     def _train(
@@ -251,26 +252,6 @@ class Bench:
         seed_here: int | None = None,
     ) -> None:
         """Train stages of a run on an arm's tokenizer, unless the last of them is done."""
-        with made_at(self.out, folder):
-            if not (folder / stages[-1] / "done").exists():
-                self._train_here(name, seed, folder, preset, stages, seed_here)
-
-    def _train_here(
-        self,
-        name: str,
-        seed: int,
-        folder: Path,
-        preset: Preset,
-        stages: tuple[str, ...],
-        seed_here: int | None,
-    ) -> None:
-        encoded, tokenizer = self.encoded(name, seed), self.tokenizer(name, seed)
-        if "pixels" in stages and (conditioned := self.study.arms[name].conditioned):
-            encoded = conditioned(folder, encoded)
-        self._take_base(name, seed, folder)
-        start = self._start(name, seed)
-        seed_here = seed if seed_here is None else seed_here
-        run = self._run(folder, name, preset, seed_here, start=start)
         last: list[Report] = []
 
         def watch(report: Report) -> None:
@@ -278,12 +259,22 @@ class Bench:
             if self.watch:
                 self.watch(report)
 
-        run.watch = watch
-        if start is None:
-            take_tokenizer(run, tokenizer)
-        train_stages(run, stages, encoded)
-        if took := [one.steps / one.rate for one in last if one.stage == "language"]:
-            write_json(folder / "seconds.json", {"language": took[-1]})
+        with made_at(self.out, folder):
+            if (folder / stages[-1] / "done").exists():
+                return
+            encoded, tokenizer = self.encoded(name, seed), self.tokenizer(name, seed)
+            if "pixels" in stages and (conditioned := self.study.arms[name].conditioned):
+                encoded = conditioned(folder, encoded)
+            self._take_base(name, seed, folder)
+            start = self._start(name, seed)
+            seed_here = seed if seed_here is None else seed_here
+            run = self._run(folder, name, preset, seed_here, start=start)
+            run.watch = watch
+            if start is None:
+                take_tokenizer(run, tokenizer)
+            train_stages(run, stages, encoded)
+            if took := [one.steps / one.rate for one in last if one.stage == "language"]:
+                write_json(folder / "seconds.json", {"language": took[-1]})
 
     def _take_base(self, name: str, seed: int, folder: Path) -> None:
         """Put the language model that an arm begins with where its run looks for it."""

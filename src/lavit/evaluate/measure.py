@@ -12,10 +12,12 @@ from typing import Any
 import torch
 
 from lavit.config import read_json, write_json
+from lavit.data.scenes.frozen import PATH as FROZEN
 from lavit.evaluate.evaluation import FIGURES
 from lavit.evaluate.exam import Exam, world_hash
-from lavit.evaluate.examinee import Missing, config_hash
+from lavit.evaluate.examinee import Missing, config_hash, hash_of
 from lavit.evaluate.figures import Figure, nothing
+from lavit.evaluate.judge import FOLDER as JUDGE
 from lavit.evaluate.study import Study
 
 Say = Callable[[str, int, int], None]
@@ -37,9 +39,12 @@ def known_figures(study: Study) -> dict[str, Callable[[Exam], Figure]]:
 
 
 def figures_key(study: Study, name: str, names: tuple[str, ...], **more: Any) -> str:
-    """A hash of what measures an arm: by the text of a module where the study brings it."""
+    """A hash of what measures an arm, the frozen scenes and the judge among it: by the text of a
+    module where the study brings it.
+    """
     known, kind = known_figures(study), study.arms[name].exam
     said: list[Any] = [names, study.count, study.rules.options(), *more.values()]
+    said += [hash_of([FROZEN, *sorted(JUDGE.iterdir())])]
     said += [source_of(known[figure]) for figure in names if figure in study.own]
     said += [source_of(kind), kind.__qualname__] * (kind is not Exam)
     return key_of(said)
