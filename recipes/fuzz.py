@@ -47,11 +47,16 @@ from lavit.train.run import open_run, train_stages
 class Inputs(Maker):
     """Models, tokens and words besides."""
 
+    def parts(self, pattern: str) -> list[Path]:
+        """Files and folders of the model, without what its training left beside them."""
+        left = {"tensorboard", "checkpoints", "cache"}
+        return [path for path in sorted(self.model.rglob(pattern)) if not left & set(path.parts)]
+
     def copied(self, name: str) -> tuple[Path, Path]:
         """A model folder of links, but for one file, which is a copy."""
         folder = self.fresh()
-        for path in self.model.rglob("*"):
-            if path.is_file() and not {"tensorboard", "checkpoints", "cache"} & set(path.parts):
+        for path in self.parts("*"):
+            if path.is_file():
                 link = folder / path.relative_to(self.model)
                 link.parent.mkdir(parents=True, exist_ok=True)
                 link.symlink_to(path)
@@ -96,8 +101,7 @@ class Inputs(Maker):
 
     def weights(self) -> Case:
         """A safetensors file of a part: damaged, or whole with a tensor of another name or size."""
-        files = sorted(p.relative_to(self.model) for p in self.model.rglob("*.safetensors"))
-        name = str(self.one([p for p in files if "checkpoints" not in p.parts]))
+        name = str(self.one([p.relative_to(self.model) for p in self.parts("*.safetensors")]))
         folder, file = self.copied(name)
         way = self.one(("renamed", "resized", "kind", "header", "long header", "file", "file"))
         if way in ("renamed", "resized", "kind"):

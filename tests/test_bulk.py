@@ -179,6 +179,26 @@ def test_other_tokenizers_settings_and_damage_are_refused(
         load_tokens(out)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "line"),
+    [
+        ("shards", -1, "shards is -1, expected a int above 0"),
+        ("patches", 0, "patches is 0, expected a int above 0"),
+        ("patches", 7, "do not agree"),
+        ("patches", 10**11, "do not agree"),
+    ],
+)
+def test_a_manifest_with_other_numbers_is_refused(
+    toy_data: Path, toy_tokenizer: Path, tmp_path: Path, name: str, value: int, line: str
+) -> None:
+    out = tmp_path / "out"
+    tokenize_corpus(CorpusJob(data=toy_data, out=out, model=toy_tokenizer), workers=0)
+    said = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps(said | {name: value}))
+    with pytest.raises(InputError, match=line):
+        load_tokens(out)
+
+
 def test_a_corpus_of_broken_pictures_is_refused_and_named(
     damaged: Path, toy_tokenizer: Path, tmp_path: Path
 ) -> None:

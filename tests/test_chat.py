@@ -157,6 +157,7 @@ STRICT = (
     ("messages", "options", "line"),
     [
         ([], {}, "a list of messages"),
+        (-1, {}, "a list of messages"),
         ({"role": "user", "content": "hi"}, {}, "a list of messages"),
         (["hi"], {}, "message 0 is not a message"),
         (

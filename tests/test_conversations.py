@@ -187,6 +187,10 @@ def test_files_of_conversations_are_told_apart(tmp_path: Path) -> None:
     assert holds_conversations(write(tmp_path, [read("red dot")]))
     (tmp_path / "prose.jsonl").write_text('{"text": "a"}\n')
     assert not holds_conversations(tmp_path / "prose.jsonl") and not holds_conversations(tmp_path)
+    for data in (b"", bytes(64), b"PAR1" + bytes(64) + b"PAR1"):
+        (tmp_path / "broken.parquet").write_bytes(data)
+        with pytest.raises(InputError, match=r"broken\.parquet is not a readable parquet file"):
+            holds_conversations(tmp_path / "broken.parquet")
 
 
 def shared_forms(folder: Path) -> dict[str, Path]:

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -285,7 +285,7 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _turns(messages: Any) -> list[Turn]:
     """Checked messages, with one turn for neighbours of one role, a line each."""
-    if isinstance(messages, Mapping | str) or not messages:
+    if isinstance(messages, Mapping | str) or not isinstance(messages, Iterable) or not messages:
         like = '{"role": "user", "content": "hello"}'
         raise InputError(f"a conversation is a list of messages such as {like}")
     turns: list[Turn] = []

@@ -188,9 +188,10 @@ def load_tokens(folder: str | Path, *, tokenizer: str | None = None) -> TokenCor
     manifest = read_json(folder / MANIFEST)
     kinds = {"complete": bool, "tokenizer": str, "shards": int, "patches": int}
     for name, kind in kinds.items():
-        if type(manifest.get(name)) is not kind:
-            lacks = f"{name} is {manifest.get(name)!r}, expected a {kind.__name__}"
-            raise InputError(f"{folder / MANIFEST}: {lacks}; tokenise again")
+        if type(found := manifest.get(name)) is not kind or (type(found) is int and found < 1):
+            wanted = f"a {kind.__name__}{' above 0' * (kind is int)}"
+            said = f"{folder / MANIFEST}: {name} is {found!r}, expected {wanted}"
+            raise InputError(f"{said}; tokenise again")
     if not manifest["complete"]:
         raise InputError(f"{folder} is not finished: run the same lavit tokenize-corpus again")
     if tokenizer is not None and tokenizer != manifest["tokenizer"]:
@@ -203,16 +204,15 @@ def load_tokens(folder: str | Path, *, tokenizer: str | None = None) -> TokenCor
     table = require("pyarrow", extra="ray").concat_tables(tables).combine_chunks()
     if len(table) == 0:
         raise InputError(f"{folder} holds no tokens: every picture was broken")
-    keep = table["keep"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    tokens = VisualTokens(
-        torch.from_numpy(table["codes"].combine_chunks().flatten().to_numpy().astype(np.int64)),
-        torch.from_numpy(table["length"].to_numpy().astype(np.int64)),
-        torch.from_numpy(keep.reshape(len(table), manifest["patches"]).copy()),
-    )
-    agree = torch.equal(tokens.keep.sum(1), tokens.lengths)
-    if not agree or len(tokens.codes) != int(tokens.lengths.sum()):
+    masks = table["keep"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    keep = torch.from_numpy(masks.copy())
+    codes = torch.from_numpy(table["codes"].combine_chunks().flatten().to_numpy().astype(np.int64))
+    lengths = torch.from_numpy(table["length"].to_numpy().astype(np.int64))
+    agree = len(keep) == len(table) * manifest["patches"] and len(codes) == int(lengths.sum())
+    if not agree or not torch.equal(keep.view(len(table), -1).sum(1), lengths):
         lacks = f"{folder}: codes, masks and lengths do not agree"
         raise InputError(f"{lacks}; delete the folder and tokenise again")
+    tokens = VisualTokens(codes, lengths, keep.view(len(table), -1))
     records = torch.from_numpy(table["record"].to_numpy().copy())
     return TokenCorpus(tokens, tuple(table["name"].to_pylist()), records)
 

@@ -36,10 +36,12 @@ def holds_conversations(path: Path) -> bool:
     if path.suffix.lower() not in SUFFIXES or not path.is_file():
         return False
     if path.suffix.lower() == ".parquet":
-        names = require("pyarrow.parquet", extra="train").read_schema(path).names
-        return bool({"messages", "conversations"} & {*names}) or {"prompt", "completion"} <= {
-            *names
-        }
+        try:
+            names = {*require("pyarrow.parquet", extra="train").read_schema(path).names}
+        except (OSError, ValueError) as error:  # pyarrow's own are of these two
+            said = str(error).splitlines()[0]
+            raise InputError(f"{path} is not a readable parquet file: {said}") from error
+        return bool({"messages", "conversations"} & names) or {"prompt", "completion"} <= names
     with path.open("rb") as file:
         return bool(NAMED.search(file.read(HEAD)))
 
