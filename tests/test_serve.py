@@ -40,7 +40,7 @@ from lavit.serve.worker import Order, Worker
 
 PROMPT = "a red star on a blue background"
 LOW: dict[str, Any] = {"quality": "low"}  # half of the solver's steps
-HOW = {"steps": 6}
+HOW = {"steps": 2}
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +232,7 @@ def test_responses_stream(client: OpenAI) -> None:
     assert "".join(deltas) == plain.output_text == events[-1].response.output_text
     assert events[-1].response.usage == plain.usage
 
-    tool = {"type": "image_generation", "partial_images": 2, "quality": "low"}
+    tool = {"type": "image_generation", "partial_images": 2, "quality": "medium"}
     how = {"tools": [tool], "tool_choice": {"type": "image_generation"}, "stream": True}
     events = list(create(model="nano", input=PROMPT, **how))
     names = [event.type.removeprefix("response.") for event in events]
