@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from lavit.config import InputError, Mixture
 from lavit.evaluate import measure, pace
 from lavit.evaluate.compare import COLUMNS, Bench, compare
 from lavit.evaluate.differences import paired_difference
-from lavit.evaluate.results import write_results
+from lavit.evaluate.results import section, write_results
 from lavit.evaluate.study import Arm, Comparison, Study, in_model, load_study
 from lavit.evaluate.study_data import made_at
 from lavit.presets import Preset
@@ -176,6 +177,23 @@ def test_a_plan_counts_runs(path: Path) -> None:
     trained = [arm for arm in study.arms.values() if not arm.tokenizer_alone]
     assert counts["language models, equal tokens"] == 3 * len(trained)
     assert 0 < counts["tokenizers"] <= 3 * len(study.arms)
+
+
+def test_the_seeds_whose_budgets_are_equal_already_are_marked() -> None:
+    def row(value: float) -> dict[str, Any]:
+        figure = {"value": value, "items": None}
+        cost = {"steps": 1, "targets_per_step": 1.0, "flops_per_step": 1.0, "seconds": 1.0}
+        return {"figures": {"f": figure}, "cost": cost, "rate": 1.0}
+
+    arms = {"all": Arm(), "some": Arm(), "none": Arm()}
+    study = Study("toy", "a claim", "more", arms, ("f",), (), seeds=2)
+    tokens = {name: [row(0.25), row(0.5)] for name in arms}
+    flops = {"all": [None, None], "some": [row(0.75), None], "none": [row(0.125), row(0.125)]}
+    page = section(study, {"tokens": tokens, "flops": flops}, "lavit compare toy.py")
+    equal = page[page.index("### Equal FLOPs") :]
+    assert "| all* | **0.375** (0.250, 0.500) |" in equal
+    assert "| some (of seed 1: *) | **0.625** (0.750, 0.500) |" in equal
+    assert "| none | **0.125** (0.125, 0.125) |" in equal
 
 
 def test_two_levels_of_chance_have_the_width_that_they_should() -> None:

@@ -125,7 +125,6 @@ class PixelsConfig:
     null_tokens: int = 77  # "text": rows of the stored embedding
     condition_dropout: float = 0.1  # share of training pictures that see the null condition
     weighting: Literal["equal", "min-snr"] = "equal"  # of noise levels (arXiv 2303.09556)
-    error: Literal["squared", "absolute"] = "squared"  # of the answer; Eq. 5: squared
     sees: Literal["noisy", "estimate"] = "noisy"  # latents, or the best linear guess of clean ones
     # diffusers configs with "_class_name"; empty: the saved UNet's, no autoencoder (`patch` pixels
     # are folded instead), Stable Diffusion's noise
@@ -264,7 +263,8 @@ class PixelsTraining(StageTraining):
     # share of a picture's codes that are another's, drawn evenly from 0 to this: a LM errs, and a
     # decoder that only knows true codes does worse on its (arXiv 2106.15282)
     code_noise: float = 0.0
-    # of the distance of denoised and true pictures in early layers (pixels/perceptual.py)
+    # of the distance between denoised and true picture in the encoder's early layers
+    # (pixels/perceptual.py); for decoders trained from scratch in minutes
     perceptual_weight: float = 0.0
 
 

@@ -108,9 +108,7 @@ def _values(study: Study, found: Outcome, column: str) -> list[str]:
     notes: dict[str, int] = {}
     for arm, own in found["tokens"].items():
         rows = [row_of(found, column, arm, seed) for seed in range(len(own))]
-        cells = [
-            arm + ("*" if column != "tokens" and own and found[column][arm][0] is None else "")
-        ]
+        cells = [arm + ("" if column == "tokens" else _star(found[column][arm]))]
         for figure in study.figures:
             values = [row["figures"][figure]["value"] for row in rows]
             if None in values:
@@ -130,6 +128,14 @@ def _values(study: Study, found: Outcome, column: str) -> list[str]:
         lines += ["", "\\* within 5 % of the first arm's FLOPs already: the run of equal tokens."]
     lines += [f"\n({number}) {reason}." for reason, number in notes.items()]
     return lines
+
+
+def _star(runs: list[dict[str, Any] | None]) -> str:
+    """Marks an arm whose runs are those of equal tokens, or the seeds of which they are."""
+    same = [str(seed) for seed, run in enumerate(runs) if run is None]
+    if same and len(same) < len(runs):
+        return f" (of seed {', '.join(same)}: *)"
+    return "*" if same else ""
 
 
 def _compared(study: Study, found: Outcome, column: str) -> list[str]:

@@ -159,8 +159,7 @@ class Pixels(nn.Module):
         perceptual: Perceptual | None = None,
         perceptual_weight: float = 0.0,
     ) -> Loss:
-        """Loss of Eq. 5 on latents (`encode`, computed once): squared error of the predicted noise
-        (or of what the schedule predicts; or absolute, by the configuration).
+        """Loss of Eq. 5 on latents (`encode`, computed once): squared error of the predicted noise.
 
         Each picture gets a noise level and, with probability `condition_dropout`, the null
         condition; from a generator of its own where there are several, whatever the batch.
@@ -177,8 +176,7 @@ class Pixels(nn.Module):
         if target is None:
             target = self.scheduler.get_velocity(latents, noise, times)
         found = self._predict(noisy, times, condition)
-        errors = (found.float() - target.float()).abs().flatten(1)
-        errors = (errors.square() if self.config.error == "squared" else errors).mean(1)
+        errors = (found.float() - target.float()).square().flatten(1).mean(1)
         loss = (errors * level_weights(self.scheduler, times, self.config.weighting)).mean()
         if perceptual is None:
             return loss
