@@ -40,7 +40,7 @@ from lavit.serve.worker import Order, Worker
 
 PROMPT = "a red star on a blue background"
 LOW: dict[str, Any] = {"quality": "low"}  # half of the solver's steps
-HOW = {"steps": 2}  # the same
+HOW = {"steps": 1}  # the same
 
 
 @pytest.fixture(scope="module")
@@ -158,8 +158,8 @@ def test_pictures_are_those_of_the_pipeline(client: OpenAI, pipeline: Pipeline) 
     assert found.size == size and found.usage.input_tokens_details.image_tokens == 0
     assert found.usage.output_tokens == found.usage.output_tokens_details.image_tokens > 0
 
-    how["quality"] = "medium"  # all of the solver's steps: half of them have one partial image
-    final = pipeline.draw(PROMPT, seed=3)
+    how["quality"] = "high"  # twice the solver's steps: one has no partial image
+    final = pipeline.draw(PROMPT, seed=3, steps=4)
     events = list(client.images.generate(stream=True, partial_images=2, **how))
     assert [event.type for event in events] == [
         *["image_generation.partial_image"] * 2,
@@ -234,7 +234,7 @@ def test_responses_stream(client: OpenAI) -> None:
     assert "".join(deltas) == plain.output_text == events[-1].response.output_text
     assert events[-1].response.usage == plain.usage
 
-    tool = {"type": "image_generation", "partial_images": 2, "quality": "medium"}
+    tool = {"type": "image_generation", "partial_images": 2, "quality": "high"}
     how = {"tools": [tool], "tool_choice": {"type": "image_generation"}, "stream": True}
     events = list(create(model="nano", input=PROMPT, **how))
     names = [event.type.removeprefix("response.") for event in events]

@@ -64,8 +64,8 @@ def folded_pixels(vision: VisionConfig, *, patch: int, width: int, depth: int) -
         direction=True,
         sees="estimate",
         patch=patch,
-        steps=4,  # more make shapes up that the features do not ask for (LOG.md)
-        guidance=1.5,
+        steps=2,  # more make shapes up that the features do not ask for (LOG.md)
+        guidance=1.0,
         scheduler={
             "_class_name": "DDIMScheduler",
             "beta_schedule": "linear",
@@ -198,7 +198,7 @@ def mini() -> Preset:
         visual_tokenizer=tokenizer,
         language=LanguageConfig(source="smollm2-135m", lora_rank=8),
         # wider than the 192 channels of 8 x 8 pixels, or its stream cannot hold the picture
-        pixels=replace(folded_pixels(vision, patch=8, width=256, depth=4), size=128),
+        pixels=replace(folded_pixels(vision, patch=8, width=256, depth=4), size=128, steps=8),
     )
     training = TrainConfig(
         tokenizer=replace(t.tokenizer, steps_a=3000, steps_b=5000, k_means_vectors=60_000),
