@@ -5,13 +5,13 @@ Noise is a function of (seed, step, place in the global batch): one rank and two
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from lavit.config import PixelsTraining
 from lavit.pixels.decoder import Pixels
@@ -22,6 +22,8 @@ from lavit.train.loop import Metric, Stage
 from lavit.train.muon import matrices_apart
 from lavit.vision.encoder import Vision
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
+
+Weights = tuple[Tensor, ...] | list[Tensor]
 
 
 class PixelsStage(Stage):
@@ -49,7 +51,7 @@ class PixelsStage(Stage):
         if pixels.vae is not None:
             pixels.vae.requires_grad_(False)
         pixels.recompute(config.recompute)
-        average = get_ema_multi_avg_fn(config.ema)
+        average = moving_average(config.ema)
         self.averaged = AveragedModel(pixels, multi_avg_fn=average, use_buffers=False)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -109,3 +111,20 @@ class PixelsStage(Stage):
         own = self.averaged.state_dict().keys()
         self.averaged.load_state_dict({name: state[name] for name in own})
         self.feed.load_state({name: state[name] for name in state.keys() - own})
+
+
+def moving_average(decay: float) -> Callable[[Weights, Weights, Tensor | int], None]:
+    """The average of weights that `AveragedModel` moves after each step.
+
+    It is short at first, as in TensorFlow's: at a decay of 0.998 the first weights would else be
+    5 % of the average after 1,500 steps, and 22 % after 750.
+    """
+
+    @torch.no_grad()
+    def move(averaged: Weights, current: Weights, steps: Tensor | int) -> None:
+        done = int(steps)
+        share = 1 - min(decay, (1 + done) / (10 + done))
+        for mean, new in zip(averaged, current, strict=True):
+            mean.lerp_(new, share)
+
+    return move
