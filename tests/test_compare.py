@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -22,6 +23,7 @@ from lavit.evaluate.results import section, write_results
 from lavit.evaluate.study import Arm, Comparison, Study, in_model, load_study
 from lavit.evaluate.study_data import made_at
 from lavit.presets import Preset
+from lavit.train.health import Alarm
 
 pytestmark = pytest.mark.usefixtures("few_rows")
 STUDIES = sorted((Path(__file__).parent.parent / "recipes" / "studies").glob("*.py"))
@@ -206,6 +208,112 @@ def test_the_seeds_whose_budgets_are_equal_already_are_marked() -> None:
     assert "| all* | **0.375** (0.250, 0.500) |" in equal
     assert "| some (of seed 1: *) | **0.625** (0.750, 0.500) |" in equal
     assert "| none | **0.125** (0.125, 0.125) |" in equal
+
+
+def entry(values: list[float] | None, *, floor: float = 0.1, wide: float = 0.04) -> dict[str, Any]:
+    """A figure of a row."""
+    if values is None:
+        return {"value": None, "items": [], "reason": "it has no decoder"}
+    value = float(np.mean(values))
+    ends = {"low": value - wide / 2, "high": value + wide / 2}
+    return {"value": value, "items": values, "floor": floor, **ends}
+
+
+def found_of(**arms: list[dict[str, Any]]) -> dict[str, Any]:
+    """An outcome of equal tokens whose rows have one figure."""
+    cost = {"steps": 1, "targets_per_step": 1.0, "flops_per_step": 1.0, "seconds": 1.0}
+    rest = {"cost": cost, "rate": 0.5, "tried": {"0.5": -1.25, "1": None}}
+    return {"tokens": {a: [{"figures": {"f": e}, **rest} for e in es] for a, es in arms.items()}}
+
+
+def test_a_page_says_what_is_missing_and_what_is_at_its_floor() -> None:
+    study = Study(
+        "toy", "a claim", "more", {"a": Arm(), "b": Arm()}, ("f",), (Comparison("a", "b", "f", 1),)
+    )
+    low = [entry([0.12, 0.10]), entry([0.11, 0.10])]
+    page = section(study, found_of(a=low, b=[entry([0.09, 0.09])] * 2), "lavit compare toy.py")
+    assert "both at the floor" in page and "(0.110, 0.105; floor 0.100)" in page
+    assert "Rates of a, by read_pairs_likelihood on validation: 0.5: -1.250, 1: failed." in page
+    high = [entry([0.5, 0.52]), entry([0.5, 0.54])]
+    page = section(study, found_of(a=high, b=low), "lavit compare toy.py")
+    assert "as claimed" in page and "both at" not in page
+    gone = [entry([0.1, 0.2]), entry(None)]  # of the second seed alone
+    page = section(study, found_of(a=gone, b=low), "lavit compare toy.py")
+    assert "none (1)" in page and "(1) it has no decoder." in page
+    longer = [entry([0.5, 0.5, 0.5])] * 2
+    page = section(study, found_of(a=longer, b=low), "lavit compare toy.py")
+    assert "or it is of other items" in page
+
+
+class Tried(Bench):
+    """Knows what its arms reach with each rate; one of them fails."""
+
+    reached: dict[float, float | None]
+
+    def tried(self, name: str) -> dict[float, float | None]:
+        return self.reached
+
+
+def test_a_rate_is_the_best_of_those_that_train(tmp_path: Path) -> None:
+    study = replace(TWO, arms={"features": Arm(rates=True)}, rates=(0.5, 1.0, 2.0))
+    bench = Tried(study, tmp_path)
+    for reached, best in (
+        ({0.5: -2.0, 1.0: -2.0, 2.0: -2.0}, 1.0),  # of equals the preset's own
+        ({0.5: -2.0, 1.0: -3.0, 2.0: None}, 0.5),
+        ({0.5: -2.0, 1.0: -1.5, 2.0: -1.0}, 2.0),
+    ):
+        bench.reached = reached
+        assert bench.rate("features") == best
+    bench.reached = dict.fromkeys(study.rates)
+    with pytest.raises(InputError, match="trains with none of its rates"):
+        bench.rate("features")
+
+
+def test_a_rate_that_diverges_is_no_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = small(
+        replace(TWO, figures=("kept_share",), arms={"features": Arm(rates=True)}, rates=(0.5, 1.0))
+    )
+    bench, trained = Bench(replace(study, rates=(0.5, 1.0)), tmp_path), Bench._language
+
+    def language(self: Bench, name: str, seed: int, rate: float, **how: Any) -> Any:
+        if rate == 1.0:
+            raise Alarm("the loss is no number")
+        return trained(self, name, seed, rate, **how)
+
+    monkeypatch.setattr(Bench, "_language", language)
+    tried = bench.tried("features")
+    assert tried[1.0] is None and isinstance(tried[0.5], float) and tried[0.5] < 0
+    assert bench.rate("features") == 0.5
+
+
+def test_an_arm_that_others_begin_with_has_one_run(tmp_path: Path) -> None:
+    """Its language model is theirs in both columns; one that goes on does so in its own column."""
+    study = small(
+        replace(
+            TWO,
+            figures=("kept_share",),
+            arms={
+                "codes": TWO.arms["codes"],
+                "base": Arm(),
+                "from base": Arm(lm_of="base"),
+                "first part": Arm(share=0.5, measured=False),
+                "last part": Arm(goes_on="first part", share=0.5),
+            },
+        )
+    )
+    found = compare(Bench(study, tmp_path), 1)
+    assert found["flops"]["base"] == [None] and found["flops"]["last part"][0] is not None
+    runs = [tmp_path / found[column]["last part"][0]["run"] for column in COLUMNS]
+    starts = [json.loads((run / "training.json").read_text())["start"] for run in runs]
+    assert starts[0] != starts[1]
+
+
+def test_held_out_prose_is_not_in_the_prose_that_is_mixed_in() -> None:
+    replay = load_study(STUDIES[0].with_name("replay.py"))
+    module = sys.modules[replay.own["text_nats"].__module__]
+    seen = {part for text in replay.texts() for part in module.paragraphs(text)}
+    unseen = [part for text in module.held_out() for part in module.paragraphs(text)]
+    assert len(seen) > 1000 and len(unseen) > 100 and not seen & set(unseen)
 
 
 def test_two_levels_of_chance_have_the_width_that_they_should() -> None:

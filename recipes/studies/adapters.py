@@ -6,8 +6,8 @@ Score     docs/results.md
 
 All arms begin with one language model of the same seed, trained on the texts of scenes without
 pictures, and learn to read alone. Each has its own rates: the best of 0.5, 1 and 2 times the
-preset's, by reading on validation after a quarter of the budget. The Q-Former is narrower and
-shallower than BLIP-2's (12 layers of 768), else as it is there.
+preset's, by the likelihood of descriptions on validation after a quarter of the budget. The
+Q-Former is narrower and shallower than BLIP-2's (12 layers of 768), else as it is there.
 """
 
 from __future__ import annotations

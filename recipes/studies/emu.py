@@ -8,7 +8,8 @@ Same encoder, LM, documents and target tokens (one for each row of a picture, as
 Figures of identity go through what each paints from: features rebuilt from codes, or from rows;
 drawings are painted by a decoder of the same size that learnt from those. LaVIT writes with its own
 guidance; Emu's rows are predicted, not drawn, so that there is nothing to guide. Each arm's rates:
-the best of 0.5, 1 and 2 times the preset's, by reading on validation after a quarter of the budget.
+the best of 0.5, 1 and 2 times the preset's, by the likelihood of descriptions on validation after a
+quarter of the budget.
 lavit.baselines.emu says what is taken from the paper, and what differs.
 """
 

@@ -4,8 +4,11 @@ linear      one Linear on every patch                        LLaVA, MiniGPT-4
 resampler   latents that attend to patches and themselves    Flamingo (arXiv 2204.14198)
 Q-Former    queries of a BERT that attends to patches        BLIP-2 (arXiv 2301.12597)
 
-All take every patch, whatever the keep mask says, and only their LM's words give them a loss:
-none makes as many rows as a picture has codes, except `LinearReader` where all patches are kept.
+All take every patch, whatever the keep mask says. Their LM's words give them a loss, and codes do
+for the few pictures that have as many of them as the reader makes rows (up to 2 % of scenes).
+Different from the papers: Flamingo's resampler feeds cross-attention with gates inside the LM, here
+its rows stand before the words; BLIP-2's first stage (contrast, matching and captions by the
+Q-Former alone) is left out.
 """
 
 from __future__ import annotations

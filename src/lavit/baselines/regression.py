@@ -2,8 +2,9 @@
 
 A reader says what is regressed: it maps hidden states (`head`) and gives the goals of all its rows.
 The position before a slot predicts that slot's goal; the error is squared, and its mean over the
-channels of a goal counts as much as a token's cross-entropy. Which positions learn, the labels say,
-as they do for codes.
+channels of a goal is added to the tokens' cross-entropies, times `weight`. Errors of goals are not
+of one size: an answer of 0 costs 0.09 of a histogram of gradients, 1.0 of normalised pixels, and a
+code 6.9 nats. Which positions learn, the labels say, as they do for codes.
 
     document    S f1 f2 f3 E t t .
     predicts    1  2  3  E t t .        1 2 3: goals of the slots f1 f2 f3

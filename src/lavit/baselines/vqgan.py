@@ -9,7 +9,8 @@ begins when a half of the training is over. From the paper: all of that, and tha
 every code of the grid. Different here: three scales and no attention block, group norms in the
 discriminator, the codebook is LaVIT's (unit vectors, averages in place of gradients, k-means at
 the start of phase b: one that learns by gradients dies in minutes), the perceptual distance is in
-EfficientNet's early layers in place of LPIPS' VGG, and AdamW has this project's betas.
+EfficientNet's early layers in place of LPIPS' VGG, and one AdamW with this project's betas and one
+clip of gradients trains generator and discriminator.
 
 The "encoder" before it is none (`VisionConfig.source` "pixels"): a patch is its pixels.
 """

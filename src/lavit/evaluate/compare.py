@@ -19,6 +19,7 @@ as many FLOPs as that one.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -35,6 +36,7 @@ from lavit.files import Busy, replacing, save_tensors
 from lavit.presets import Preset
 from lavit.storage import export_lm, load_language, load_visual_tokenizer
 from lavit.train.encoded import Encoded
+from lavit.train.health import Alarm
 from lavit.train.loop import Report
 from lavit.train.run import Run, open_run, take_tokenizer, train_stages
 
@@ -147,45 +149,65 @@ class Bench:
         return self._encoded[1]
 
     def rate(self, name: str) -> float:
-        """The multiple of the preset's rates that an arm reads best with after a quarter."""
+        """The multiple of the preset's rates that an arm reads best with after a quarter; of equals
+        the one that is nearest to 1.
+        """
         if not self.study.arms[name].rates:
             return 1.0
-        found = {}
-        for rate in self.study.rates:
-            tried = self._language(name, 0, rate, share=TUNING_SHARE, tuning=True)
-            seen = self.measured(name, tried.folder, (self.study.chosen_by,), valid=True)
-            found[rate] = seen["figures"][self.study.chosen_by]["value"] or 0.0
-        return max(found, key=lambda rate: found[rate])
+        found = self.tried(name)
+        best = {rate: value for rate, value in found.items() if value is not None}
+        if not best:
+            said = f"the arm {name!r} of {self.study.name} trains with none of its rates"
+            raise InputError(f"{said} ({', '.join(map(str, found))}): give the study smaller ones")
+        return max(best, key=lambda rate: (best[rate], -abs(math.log(rate))))
+
+    def tried(self, name: str) -> dict[float, float | None]:
+        """What an arm reaches with each rate after a quarter; None for one that fails to train."""
+        found: dict[float, float | None] = {}
+        for rate in self.study.rates if self.study.arms[name].rates else ():
+            try:
+                run = self._language(name, 0, rate, share=TUNING_SHARE, tuning=True)
+            except Alarm:
+                found[rate] = None
+                continue
+            seen = self.measured(name, run.folder, (self.study.chosen_by,), valid=True)
+            found[rate] = seen["figures"][self.study.chosen_by]["value"]
+        return found
 
     def model(self, name: str, seed: int, column: str = "tokens") -> Trained | None:
-        """A finished arm; None where the column's run would be that of equal tokens."""
+        """A finished arm; None where the column's run would be that of equal tokens.
+
+        An arm that others begin with has one run, which they begin with in both columns.
+        """
         arm, rate = self.study.arms[name], self.rate(name)
         if arm.tokenizer_alone:
-            return Trained(self._alone(name, seed), Cost(), rate) if column == "tokens" else None
+            return self._alone(name, seed) if column == "tokens" else None
         trained = self._language(name, seed, rate, share=arm.share)
         if column == "flops":
             first = next(iter(self.study.arms))
             wanted = self._language(first, seed, self.rate(first), share=1.0).cost.flops
             wanted *= arm.share
-            if abs(trained.cost.flops / wanted - 1) <= TOLERANCE:
+            base = any(other.lm_of == name for other in self.study.arms.values())
+            if base or abs(trained.cost.flops / wanted - 1) <= TOLERANCE:
                 return None
             steps = max(1, round(wanted / trained.cost.flops_per_step))
-            trained = self._language(name, seed, rate, share=arm.share, steps=steps)
+            trained = self._language(name, seed, rate, share=arm.share, steps=steps, column=column)
         if arm.pixels:
             preset = self._preset(name, rate, trained.cost.steps)
-            self._train(name, seed, trained.folder, preset, ("language", "pixels"))
+            start = self._start(name, seed, column)
+            self._train(name, seed, trained.folder, preset, ("language", "pixels"), start=start)
         return trained
 
-    def _alone(self, name: str, seed: int) -> Path:
+    def _alone(self, name: str, seed: int) -> Trained:
         """An arm's tokenizer, or a run that has it and a decoder."""
         if not self.study.arms[name].pixels:
-            return self.tokenizer(name, seed)
+            return Trained(self.tokenizer(name, seed), Cost(), 1.0)
         preset = self.study.preset_of(name)
         parts = [to_json(preset.model.pixels), to_json(preset.training.pixels)]
         key = key_of([self.tokenizer_key(name), *parts])
         folder = self.out / "models" / f"{key}-{seed}"
         self._train(name, seed, folder, preset, ("pixels",))
-        return folder
+        return Trained(folder, Cost(), 1.0)
 
     def _preset(self, name: str, rate: float, steps: int) -> Preset:
         preset = retuned(self.study.preset_of(name), rate)
@@ -229,17 +251,22 @@ class Bench:
         share: float,
         steps: int | None = None,
         tuning: bool = False,
+        column: str = "tokens",
     ) -> Trained:
-        """Stage 2 of an arm, of so many steps or for its share of the budget."""
+        """Stage 2 of an arm, of so many steps or for its share of the budget; where it goes on from
+        another arm, from that one's run in the column.
+        """
         cost = self._cost(name, seed)
         steps = steps or max(1, round(share * self._budget(seed) / cost.targets_per_step))
         cost = replace(cost, steps=steps)
         pixels = to_json(self.study.preset_of(name).training.pixels)
         parts = [self.tokenizer_key(name), self._language_key(name), steps, rate, pixels]
+        start = self._start(name, seed, column)
+        parts += [] if start is None else [start.name]
         seed_here = TUNING + seed if tuning else seed
         folder = self.out / "models" / f"{key_of(parts)}-{seed_here}"
         preset = self._preset(name, rate, steps)
-        self._train(name, seed, folder, preset, ("language",), seed_here)
+        self._train(name, seed, folder, preset, ("language",), seed_here, start)
         return Trained(folder, replace(cost, seconds=self._seconds(folder)), rate)
 
     def _train(
@@ -250,6 +277,7 @@ class Bench:
         preset: Preset,
         stages: tuple[str, ...],
         seed_here: int | None = None,
+        start: Path | None = None,
     ) -> None:
         """Train stages of a run on an arm's tokenizer, unless the last of them is done."""
         last: list[Report] = []
@@ -266,7 +294,6 @@ class Bench:
             if "pixels" in stages and (conditioned := self.study.arms[name].conditioned):
                 encoded = conditioned(folder, encoded)
             self._take_base(name, seed, folder)
-            start = self._start(name, seed)
             seed_here = seed if seed_here is None else seed_here
             run = self._run(folder, name, preset, seed_here, start=start)
             run.watch = watch
@@ -285,10 +312,10 @@ class Bench:
             with replacing(folder / "base") as new:
                 export_lm(*load_language(read_config(trained.folder), trained.folder), new)
 
-    def _start(self, name: str, seed: int) -> Path | None:
+    def _start(self, name: str, seed: int, column: str = "tokens") -> Path | None:
         """The model that an arm goes on from."""
         other = self.study.arms[name].goes_on
-        trained = self.model(other, seed) if other else None
+        trained = (self.model(other, seed, column) or self.model(other, seed)) if other else None
         return None if trained is None else trained.folder
 
     def row_key(self, name: str, column: str) -> str:
@@ -331,8 +358,9 @@ def compare(bench: Bench, seeds: int) -> dict[str, Any]:
     if wrong := [name for name in study.figures if name not in known]:
         raise InputError(f"there is no figure {wrong[0]!r}: choose from {', '.join(known)}")
     names = [name for name, arm in study.arms.items() if arm.measured]
-    rows = [*product(COLUMNS, names, range(seeds))]
-    found: dict[str, Any] = {column: {name: [None] * seeds for name in names} for column in COLUMNS}
+    columns = COLUMNS[: 1 + any(not arm.tokenizer_alone for arm in study.arms.values())]
+    rows = [*product(columns, names, range(seeds))]
+    found: dict[str, Any] = {column: {name: [None] * seeds for name in names} for column in columns}
     for wait in (False, True):  # what others had in hand is read, or made, once they are through
         left, rows = rows, []
         for column, name, seed in left:
@@ -361,6 +389,7 @@ def measured_run(
                 where = trained.folder.relative_to(bench.out).as_posix()
                 cost = to_json(trained.cost)
                 row = {"seed": seed, "run": where, "rate": trained.rate, "cost": cost, **measured}
+                row["tried"] = {f"{rate:g}": value for rate, value in bench.tried(name).items()}
             write_json(path, {"study": bench.study.name, "arm": name, "column": column, "row": row})
     found: dict[str, Any] | None = read_json(path)["row"]
     return found

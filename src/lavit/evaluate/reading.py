@@ -19,8 +19,9 @@ from lavit.data.scenes.sample import scene_at
 from lavit.data.scenes.world import Facts, Scene, facts
 from lavit.evaluate.drawing import by_number, drawings, wanted
 from lavit.evaluate.exam import Exam
-from lavit.evaluate.figures import Figure, average, averages, share, turned
+from lavit.evaluate.figures import Figure, average, averages, mean, share, turned
 from lavit.evaluate.tokens import OTHER_SEED
+from lavit.generate.score import likelihood
 
 KNOWN = 3_000  # scenes like training's, whose questions a text-only answer is learnt from
 SPLITS = ("test", "pairs", "binding", "number", "style", "noto")
@@ -61,6 +62,16 @@ def read_exact(exam: Exam, split: str) -> Figure:
         ceiling=("true descriptions", average(exact(truth, said))),
         details={**by_number(said, hits), **mistakes(texts, said)},
     )
+
+
+def read_likelihood(exam: Exam) -> Figure:
+    """Mean log-likelihood, in nats a token, of true descriptions of things never seen together."""
+    exam.needs("language")
+    scenes = [exam.scene("pairs", item) for item in range(exam.count)]
+    told = [describe(scene, exam.rng(item)) for item, scene in enumerate(scenes)]
+    model = exam.pipe.model
+    shown = zip(told, map(exam.picture, scenes), strict=True)
+    return mean([likelihood(model, words, picture) for words, picture in shown])
 
 
 def mistakes(texts: Sequence[str], said: Sequence[Facts]) -> dict[str, float]:

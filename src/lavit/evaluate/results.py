@@ -17,10 +17,14 @@ from PIL import Image, ImageDraw
 
 from lavit.config import write_json, write_whole
 from lavit.evaluate.differences import Difference, paired_difference
-from lavit.evaluate.study import Study
+from lavit.evaluate.study import Comparison, Study
 
 Outcome = Mapping[str, Mapping[str, list[dict[str, Any] | None]]]  # column, arm, seed
 TITLES = {"tokens": "Equal target tokens", "flops": "Equal FLOPs"}
+COUNTED = (
+    "Tokens, FLOPs and seconds are of stage 2, and of the last part of an arm that goes on from "
+    "another; stage 1 is not counted."
+)
 HEAD = """# Results
 
 Written by `lavit compare`, a part for each study of recipes/studies/; the values of all items and
@@ -37,7 +41,7 @@ def row_of(found: Outcome, column: str, arm: str, seed: int) -> dict[str, Any]:
 
 def values_of(found: Outcome, column: str, arm: str, figure: str) -> np.ndarray | None:
     """Values [seeds items] of an arm: of items where they are kept, else the figure's alone; None
-    where a seed has none.
+    where a seed has none, or as many as no other.
     """
     rows = []
     for seed in range(len(found["tokens"][arm])):
@@ -45,17 +49,35 @@ def values_of(found: Outcome, column: str, arm: str, figure: str) -> np.ndarray 
         if entry["value"] is None:
             return None
         rows.append(entry["items"] or [entry["value"]])
-    return np.array(rows, dtype=np.float64)
+    same = len({len(row) for row in rows}) == 1
+    return np.array(rows, dtype=np.float64) if same else None
 
 
 def differences(study: Study, found: Outcome, column: str) -> list[Difference | None]:
-    """The study's comparisons; None where an arm lacks the figure."""
+    """The study's comparisons; None where an arm lacks the figure, or has it of other items."""
     made: list[Difference | None] = []
     for one in study.comparisons:
         pair = [values_of(found, column, arm, one.figure) for arm in (one.arm, one.against)]
         both = [values for values in pair if values is not None]
-        made.append(paired_difference(both[0], both[1]) if len(both) == 2 else None)
+        alike = len(both) == 2 and both[0].shape == both[1].shape
+        made.append(paired_difference(both[0], both[1]) if alike else None)
     return made
+
+
+def at_floor(found: Outcome, column: str, arm: str, figure: str) -> bool:
+    """Whether an arm's figure may be what a trivial answer gets: its interval of all seeds, a
+    half-width from their mean, holds the mean floor.
+    """
+    entries = [
+        row_of(found, column, arm, seed)["figures"][figure]
+        for seed in range(len(found["tokens"][arm]))
+    ]
+    if any(entry["value"] is None or entry.get("floor") is None for entry in entries):
+        return False
+    value = float(np.mean([entry["value"] for entry in entries]))
+    floor = float(np.mean([entry["floor"] for entry in entries]))
+    wide = float(np.mean([entry["high"] - entry["low"] for entry in entries])) / 2
+    return abs(value - floor) <= wide / len(entries) ** 0.5
 
 
 def write_results(study: Study, found: Outcome, docs: Path, command: str) -> Path:
@@ -64,7 +86,11 @@ def write_results(study: Study, found: Outcome, docs: Path, command: str) -> Pat
     data["differences"] = {
         column: [
             {"arm": one.arm, "against": one.against, "figure": one.figure}
-            | ({} if apart is None else {**vars(apart), "verdict": apart.verdict(one.claimed)})
+            | (
+                {}
+                if apart is None
+                else vars(apart) | {"verdict": verdict(found, column, one, apart)}
+            )
             for one, apart in zip(study.comparisons, differences(study, found, column), strict=True)
         ]
         for column in found
@@ -85,7 +111,7 @@ def write_results(study: Study, found: Outcome, docs: Path, command: str) -> Pat
 def section(study: Study, found: Outcome, command: str) -> str:
     """A study in words and tables."""
     seeds = len(next(iter(found["tokens"].values())))
-    items = f"{seeds} seeds, {study.count} items a figure, {study.pictures:,} pictures"
+    items = f"{seeds} seeds, at most {study.count} items a figure, {study.pictures:,} pictures"
     lines = [
         f"## {study.name}",
         "",
@@ -95,6 +121,7 @@ def section(study: Study, found: Outcome, command: str) -> str:
         "",
         items + ".",
     ]
+    lines += ["", *wrap(f"{COUNTED} In brackets: each seed.", 100)]
     for column in found:
         lines += ["", f"### {TITLES[column]}", "", *_values(study, found, column)]
         lines += ["", *_compared(study, found, column)]
@@ -112,12 +139,15 @@ def _values(study: Study, found: Outcome, column: str) -> list[str]:
         for figure in study.figures:
             values = [row["figures"][figure]["value"] for row in rows]
             if None in values:
-                reason = next(r["figures"][figure]["reason"] for r in rows)
+                entries = (row["figures"][figure] for row in rows)
+                reason = next(entry["reason"] for entry in entries if entry["value"] is None)
                 notes[reason] = notes.get(reason, len(notes) + 1)
                 cells.append(f"none ({notes[reason]})")
                 continue
             each = ", ".join(f"{value:.3f}" for value in values)
-            cells.append(f"**{float(np.mean(values)):.3f}** ({each})")
+            floors = [row["figures"][figure].get("floor") for row in rows]
+            floor = "" if None in floors else f"; floor {float(np.mean(floors)):.3f}"
+            cells.append(f"**{float(np.mean(values)):.3f}** ({each}{floor})")
         costs = [row["cost"] for row in rows]
         tokens = np.mean([cost["steps"] * cost["targets_per_step"] for cost in costs])
         flops = np.mean([cost["steps"] * cost["flops_per_step"] for cost in costs])
@@ -127,7 +157,16 @@ def _values(study: Study, found: Outcome, column: str) -> list[str]:
     if column != "tokens":
         lines += ["", "\\* within 5 % of the first arm's FLOPs already: the run of equal tokens."]
     lines += [f"\n({number}) {reason}." for reason, number in notes.items()]
+    chosen = {arm: row_of(found, column, arm, 0).get("tried") for arm in found["tokens"]}
+    for arm, tried in chosen.items():
+        if tried:
+            each = ", ".join(f"{rate}: {_reached(value)}" for rate, value in tried.items())
+            lines += ["", f"Rates of {arm}, by {study.chosen_by} on validation: {each}."]
     return lines
+
+
+def _reached(value: float | None) -> str:
+    return "failed" if value is None else f"{value:.3f}"
 
 
 def _star(runs: list[dict[str, Any] | None]) -> str:
@@ -145,12 +184,20 @@ def _compared(study: Study, found: Outcome, column: str) -> list[str]:
     for one, apart in zip(study.comparisons, differences(study, found, column), strict=True):
         cells = [f"{one.arm} against {one.against}", one.figure]
         if apart is None:
-            lines.append(_line([*cells, "none", "none", "an arm has no such figure (above)"]))
+            missing = "an arm has no such figure (above), or it is of other items"
+            lines.append(_line([*cells, "none", "none", missing]))
             continue
         interval = f"{apart.value:+.3f} [{apart.low:+.3f}, {apart.high:+.3f}]"
         each = ", ".join(f"{value:+.3f}" for value in apart.seeds)
-        lines.append(_line([*cells, interval, each, apart.verdict(one.claimed)]))
+        lines.append(_line([*cells, interval, each, verdict(found, column, one, apart)]))
     return lines
+
+
+def verdict(found: Outcome, column: str, one: Comparison, apart: Difference) -> str:
+    """What a difference says of a claim; nothing where both arms do no better than a floor."""
+    if all(at_floor(found, column, arm, one.figure) for arm in (one.arm, one.against)):
+        return "both at the floor"
+    return apart.verdict(one.claimed)
 
 
 def _line(cells: list[str]) -> str:
