@@ -85,7 +85,7 @@ def train(run: Path, /, share: float = 1.0) -> None:
         t,
         tokenizer=replace(t.tokenizer, steps_a=2000, steps_b=4000),
         language=then,
-        pixels=replace(t.pixels, steps=10_000),
+        pixels=replace(t.pixels, steps=16_000, batch=16),
     )
     before, training = (
         scaled(replace(training, language=language), share) for language in (first, then)
