@@ -27,6 +27,7 @@ from lavit.train import activations
 from lavit.train import plan as plan_room
 from lavit.train.activations import kept, language_bytes, numbers_of, tokenizer_bytes
 from lavit.train.plan import CONTEXT, GIB, TEXT, plan_stage
+from lavit.train.settings import STAGES
 from lavit.visual_tokenizer.attention import group_documents
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer, cosine_distance, merger_of
 
@@ -288,6 +289,22 @@ def test_a_plan_that_cannot_be_is_refused() -> None:
         plan_stage("language", *sizes(2), gpus=0)
     with pytest.raises(InputError, match="cannot be shared by 7 GPUs"):
         plan_stage("language", *sizes(2), gpus=7)
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "language", "pixels"])
+def test_a_checkpoint_takes_the_room_that_was_said(stage: str, toy_run: Path) -> None:
+    """Headers, random states and the codebook's sums are the rest of a toy's."""
+    last = max((toy_run / "checkpoints" / stage).iterdir(), key=lambda at: int(at.name))
+    found = sum(path.stat().st_size for path in last.rglob("*"))
+    said = plan_stage(stage, toy_config(), toy_training()).disk * GIB
+    assert said == pytest.approx(found, rel=0, abs=45_000)
+
+
+def test_what_does_not_fit_says_what_helps() -> None:
+    """Stage 2 can be shared or made smaller; a denoiser is whole on each GPU."""
+    little = [plan_stage(stage, *sizes(2), memory=0.01).lines()[-2] for stage in STAGES]
+    assert all("what helps: GPUs of 2 GiB" in line for line in little)
+    assert ["--lora 16" in line and "--gpus" in line for line in little] == [False, True, False]
 
 
 def test_the_command_prints_parts_and_verdict(capsys: pytest.CaptureFixture) -> None:

@@ -66,6 +66,7 @@ class Plan:
     parts: tuple[PartCount, ...]
     gib: dict[str, float]
     memory: float | None
+    disk: float  # GiB of one checkpoint
 
     @property
     def total(self) -> float:
@@ -83,18 +84,21 @@ class Plan:
         lines += [f"{part.name:<24}{part.trains:>16,}{part.frozen:>16,}" for part in self.parts]
         what = "rows" if self.stage == "language" else "pictures"
         rows = f"{self.rows} {what} a pass, accumulate {self.accumulate}"
-        kept = "recomputed" if self.recompute else "kept"
-        layout = "fsdp2 (--fsdp)" if self.layout == "fsdp2" else self.layout
-        how = f"{layout} on {self.gpus}, {self.precision}, {rows}, {kept} activations"
+        layout = self.layout + " (--fsdp)" * (self.layout == "fsdp2")
+        how = f"{layout} on {self.gpus}, {self.precision}, {rows}, "
+        how += f"{'recomputed' if self.recompute else 'kept'} activations"
         lines += ["", f"GiB each ({how})"]
         lines += [f"  {name:<30}{value:>10.2f}" for name, value in self.gib.items()]
         if not self.merger:
             lines.append("  (the second merger is frozen: train_merger=False)")
         verdict = {None: "", True: ": fits into {}", False: ": does NOT fit into {}"}[self.fits]
-        return [
-            *lines,
-            f"  {'total':<30}{self.total:>10.2f}{verdict.format(f'{self.memory or 0:.4g}')}",
-        ]
+        lines += [f"  {'total':<30}{self.total:>10.2f}{verdict.format(f'{self.memory or 0:.4g}')}"]
+        if self.fits is False:
+            whole = self.stage == "language" and not any(part.frozen for part in self.parts)
+            ways = [f"GPUs of {int(self.total) + 1} GiB", *["--lora 16"] * whole]
+            ways += ["more --gpus, which share it"] * (self.stage == "language")
+            lines.append(f"  what helps: {', or '.join(ways)}")
+        return [*lines, f"  {'a checkpoint, on disk':<30}{self.disk:>10.2f}"]
 
 
 def plan_stage(
@@ -144,7 +148,7 @@ def plan_stage(
                 counter.train_merger(merger)
             how = (stage, layout, gpus, precision, rows, accumulate, recompute, merger)
             found = counter.gib(rows, recompute=recompute)
-            plan = Plan(*how, counter.parts, found, memory)
+            plan = Plan(*how, counter.parts, found, memory, counter.checkpoint / GIB)
             if memory is None or plan.fits:
                 break
     return plan
@@ -193,6 +197,11 @@ class _Counter(ABC):
             "frozen parts": self.frozen,
             "activations": rows * float(self.kept[int(recompute)]),
         }
+
+    @property
+    def checkpoint(self) -> float:
+        """Bytes of a checkpoint: weights that train, and their moments."""
+        return 12.0 * sum(part.trains for part in self.parts) - 4.0 * self.turning
 
     @property
     @abstractmethod
@@ -286,6 +295,10 @@ class _Pixels(_Counter):
     def parts(self) -> tuple[PartCount, ...]:
         trained = [PartCount(name, numel(part), 0) for name, part in self.module.named_children()]
         return (*trained, PartCount("autoencoder", 0, numel(self.autoencoder)))
+
+    @property
+    def checkpoint(self) -> float:
+        return super().checkpoint + 4.0 * numel(self.module)
 
     @cached_property
     def autoencoder(self) -> nn.Module:
