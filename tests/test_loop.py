@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.optim.swa_utils import AveragedModel
 
 from conftest import NAMES, toy_config, toy_training
 from lavit.config import InputError, TrainConfig
@@ -22,11 +21,12 @@ from lavit.pixels.decoder import Pixels
 from lavit.train.batches import Shard, to_device
 from lavit.train.checkpoint import latest_checkpoint
 from lavit.train.encoded import Encoded, language_stage
+from lavit.train.feeds import CorpusPixels
 from lavit.train.first import first_language
 from lavit.train.health import Alarm
 from lavit.train.loop import Stage, train
 from lavit.train.metrics import check_trackers
-from lavit.train.pixels import moving_average
+from lavit.train.pixels import PixelsStage
 from lavit.train.run import open_run, train_stages
 from lavit.train.spread import make_accelerator
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer, cosine_distance
@@ -146,18 +146,22 @@ def test_a_step_of_stage_3_in_parts_is_the_step(
 
 def test_averaged_weights_forget_the_first_ones_and_then_move_as_asked() -> None:
     """A short training ends near its last weights; in a long one each step has its share."""
-    module = torch.nn.Linear(1, 1, bias=False)
-    averaged = AveragedModel(module, multi_avg_fn=moving_average(0.95))
-    for value in (0.0, *[1.0] * 50):  # with 0.95 from the start 8 % would be left of the first
-        module.weight.data.fill_(value)
-        averaged.update_parameters(module)
-    assert 1 - averaged.module.weight.item() < 1e-6
+    config = toy_config()
+    pixels, tokenizer = Pixels.build(config.pixels), VisualTokenizer(config.visual_tokenizer)
+    pictures = CorpusPixels.__new__(CorpusPixels)  # none are drawn here
+    training = replace(toy_training().pixels, ema=0.95)
+    stage = PixelsStage(pixels, tokenizer, pictures, training, seed=0)
+    weights = pixels.unet.conv_in.weight
+    torch.nn.init.zeros_(stage.averaged.unet.conv_in.weight)
+    torch.nn.init.ones_(weights)
+    for step in range(50):  # with 0.95 from the start 8 % would be left of the first
+        stage.after_step(step)
+    mean = stage.averaged.unet.conv_in.weight
+    assert (1 - mean).max() < 1e-6
 
-    for _ in range(400):  # the decay is what was asked for after 171
-        averaged.update_parameters(module)
-    module.weight.data.fill_(2.0)
-    averaged.update_parameters(module)
-    assert averaged.module.weight.item() == pytest.approx(1.05)
+    torch.nn.init.constant_(weights, 2.0)
+    stage.after_step(400)
+    assert torch.allclose(mean, torch.tensor(1.05))
 
 
 def test_recomputing_really_drops_activations(toy_data: Path, tmp_path: Path) -> None:

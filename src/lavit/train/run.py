@@ -274,7 +274,7 @@ def train_pixels(
     seed, tokenizer = run.training.seed, tokenizer.to(device)
     stage = PixelsStage(pixels, tokenizer, feed, config, seed=seed)
     train_loop(run, stage, warmup=config.warmup)
-    pixels.load_state_dict(stage.averaged.module.state_dict())
+    pixels.load_state_dict(stage.averaged.state_dict())
     save_parts(run, LaVIT(run.config, pixels=pixels), "pixels")
 
 
