@@ -113,6 +113,18 @@ def test_finished_parts_are_not_made_again_and_seeds_differ_by_seed_alone(tmp_pa
         assert seeds == [0, 1] and said[0] == said[1] and min(steps) > 0
 
 
+def test_a_stopped_arm_goes_on_however_the_folder_is_spelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    study = small(replace(TWO, figures=("kept_share",), arms={"features": Arm()}))
+    found = compare(Bench(study, Path("out")), 1)
+    shutil.rmtree(Path("out") / found["tokens"]["features"][0]["run"] / "language")
+    shutil.rmtree(Path("out", "rows"))  # as if the training had been killed before its end
+    again = compare(Bench(study, tmp_path / "out"), 1)
+    assert again["tokens"]["features"][0]["figures"] == found["tokens"]["features"][0]["figures"]
+
+
 @pytest.mark.parametrize("changed", ["JUDGE", "FROZEN"])
 def test_rows_of_another_judge_or_world_are_made_anew(
     changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -152,11 +152,10 @@ def test_averaged_weights_forget_the_first_ones_and_then_move_as_asked() -> None
     training = replace(toy_training().pixels, ema=0.95)
     stage = PixelsStage(pixels, tokenizer, pictures, training, seed=0)
     weights = pixels.unet.conv_in.weight
-    torch.nn.init.zeros_(stage.averaged.unet.conv_in.weight)
+    mean = stage.averaged["unet.conv_in.weight"].zero_()
     torch.nn.init.ones_(weights)
     for step in range(50):  # with 0.95 from the start 8 % would be left of the first
         stage.after_step(step)
-    mean = stage.averaged.unet.conv_in.weight
     assert (1 - mean).max() < 1e-6
 
     torch.nn.init.constant_(weights, 2.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,7 +28,7 @@ from lavit.train import activations
 from lavit.train import plan as plan_room
 from lavit.train.activations import kept, language_bytes, numbers_of, tokenizer_bytes
 from lavit.train.plan import CONTEXT, GIB, TEXT, plan_stage
-from lavit.train.settings import STAGES
+from lavit.train.run import open_run, train_stages
 from lavit.visual_tokenizer.attention import group_documents
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer, cosine_distance, merger_of
 
@@ -291,20 +292,40 @@ def test_a_plan_that_cannot_be_is_refused() -> None:
         plan_stage("language", *sizes(2), gpus=7)
 
 
+def of_checkpoint(run: Path, stage: str) -> int:
+    """Bytes of the last one."""
+    last = max((run / "checkpoints" / stage).iterdir(), key=lambda at: int(at.name))
+    return sum(path.stat().st_size for path in last.rglob("*"))
+
+
 @pytest.mark.parametrize("stage", ["tokenizer", "language", "pixels"])
 def test_a_checkpoint_takes_the_room_that_was_said(stage: str, toy_run: Path) -> None:
     """Headers, random states and the codebook's sums are the rest of a toy's."""
-    last = max((toy_run / "checkpoints" / stage).iterdir(), key=lambda at: int(at.name))
-    found = sum(path.stat().st_size for path in last.rglob("*"))
     said = plan_stage(stage, toy_config(), toy_training()).disk * GIB
-    assert said == pytest.approx(found, rel=0, abs=45_000)
+    assert said == pytest.approx(of_checkpoint(toy_run, stage), rel=0, abs=45_000)
+
+
+def test_muon_keeps_one_moment_of_a_matrix(toy_run: Path, toy_data: Path, tmp_path: Path) -> None:
+    for part in ("vision", "visual_tokenizer"):
+        shutil.copytree(toy_run / part, tmp_path / part)
+    training = toy_training(1)
+    training = replace(training, pixels=replace(training.pixels, optimizer="muon"))
+    train_stages(open_run(tmp_path, toy_data, toy_config(), training), ("pixels",))
+    less = [plan_stage("pixels", toy_config(), t).disk for t in (toy_training(1), training)]
+    fewer = of_checkpoint(toy_run, "pixels") - of_checkpoint(tmp_path, "pixels")
+    assert (less[0] - less[1]) * GIB == pytest.approx(fewer, rel=0.05)
 
 
 def test_what_does_not_fit_says_what_helps() -> None:
     """Stage 2 can be shared or made smaller; a denoiser is whole on each GPU."""
-    little = [plan_stage(stage, *sizes(2), memory=0.01).lines()[-2] for stage in STAGES]
-    assert all("what helps: GPUs of 2 GiB" in line for line in little)
-    assert ["--lora 16" in line and "--gpus" in line for line in little] == [False, True, False]
+
+    def said(stage: str, **how: Any) -> str:
+        return plan_stage(stage, *sizes(2), memory=0.01, **how).lines()[-2]
+
+    pixels, language, lora = said("pixels"), said("language"), said("language", lora=4)
+    assert all("what helps: GPUs of 2 GiB" in line for line in (pixels, language, lora))
+    assert ["--gpus" in line for line in (pixels, language, lora)] == [False, True, True]
+    assert ["--lora" in line for line in (pixels, language, lora)] == [False, True, False]
 
 
 def test_the_command_prints_parts_and_verdict(capsys: pytest.CaptureFixture) -> None:

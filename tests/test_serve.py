@@ -158,7 +158,7 @@ def test_pictures_are_those_of_the_pipeline(client: OpenAI, pipeline: Pipeline) 
     assert found.size == size and found.usage.input_tokens_details.image_tokens == 0
     assert found.usage.output_tokens == found.usage.output_tokens_details.image_tokens > 0
 
-    how["quality"] = "high"  # twice the solver's steps: one has no partial image
+    how["quality"] = "high"  # 4 solver steps; nano's own 2 have one partial image
     final = pipeline.draw(PROMPT, seed=3, steps=4)
     events = list(client.images.generate(stream=True, partial_images=2, **how))
     assert [event.type for event in events] == [

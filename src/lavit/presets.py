@@ -200,7 +200,7 @@ def mini() -> Preset:
         visual_tokenizer=tokenizer,
         language=LanguageConfig(source="smollm2-135m", lora_rank=8),
         # wider than the 192 channels of 8 x 8 pixels, or its stream cannot hold the picture
-        pixels=replace(folded_pixels(vision, patch=8, width=256, depth=4), size=128, steps=8),
+        pixels=replace(folded_pixels(vision, patch=8, width=256, depth=4), size=128),
     )
     training = TrainConfig(
         tokenizer=replace(t.tokenizer, steps_a=3000, steps_b=5000, k_means_vectors=60_000),

@@ -40,7 +40,7 @@ def compare(
         print(f"{'hours':<56}{sum(line.total for line in lines) / 60:>10.1f}")
         return
     with ProgressBar() as progress:
-        bench = Bench(found, out.resolve(), watch=progress.report, progress=progress.count)
+        bench = Bench(found, out, watch=progress.report, progress=progress.count)
         values = run(bench, count)
     command = f"lavit compare {shlex.quote(study.as_posix())} --seeds {count}"
     with alone(docs, "results", wait=True):

@@ -64,8 +64,8 @@ class Bench:
         watch: Callable[[Report], None] | None = None,
         progress: Say = lambda what, done, of: None,
     ) -> None:
-        self.study, self.out, self.watch, self.progress = study, out, watch, progress
-        self.data = StudyData(study, out, progress)
+        self.study, self.out, self.watch, self.progress = study, out.resolve(), watch, progress
+        self.data = StudyData(study, self.out, progress)
         self._encoded: tuple[tuple[Path, str], Encoded] | None = None  # the last tokenizer's
 
     def tokenizer(self, name: str, seed: int) -> Path:

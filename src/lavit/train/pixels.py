@@ -6,7 +6,6 @@ Noise is a function of (seed, step, place in the global batch): one rank and two
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -47,7 +46,7 @@ class PixelsStage(Stage):
         if pixels.vae is not None:
             pixels.vae.requires_grad_(False)
         pixels.recompute(config.recompute)
-        self.averaged = deepcopy(pixels).requires_grad_(False)
+        self.averaged = {name: p.detach().clone() for name, p in self._trained()}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """One group, or kernels and matrices apart."""
@@ -100,18 +99,21 @@ class PixelsStage(Stage):
         weights would else be 5 % of them after 1,500 steps, and 22 % after 750.
         """
         share = 1 - min(self.config.ema, (1 + step) / (10 + step))
-        pairs = zip(self.averaged.parameters(), self.module.parameters(), strict=True)
-        for mean, new in pairs:
-            if new.requires_grad:
-                mean.lerp_(new, share)
+        for name, parameter in self._trained():
+            self.averaged[name].lerp_(parameter, share)
         return {}
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        named = self.module.named_parameters()
+        return [(name, parameter) for name, parameter in named if parameter.requires_grad]
 
     def state(self) -> dict[str, Tensor]:
         """The averaged weights, and the place of the feed."""
-        return {**self.averaged.state_dict(), **self.feed.state()}
+        return {**self.averaged, **self.feed.state()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take both back."""
-        own = self.averaged.state_dict().keys()
-        self.averaged.load_state_dict({name: state[name] for name in own})
+        for name, mean in self.averaged.items():
+            mean.copy_(state[name])
+        own = self.averaged.keys()
         self.feed.load_state({name: state[name] for name in state.keys() - own})

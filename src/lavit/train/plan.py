@@ -82,22 +82,22 @@ class Plan:
         """The plan as a table."""
         lines = [f"{self.stage:<24}{'train':>16}{'frozen':>16}"]
         lines += [f"{part.name:<24}{part.trains:>16,}{part.frozen:>16,}" for part in self.parts]
-        what = "rows" if self.stage == "language" else "pictures"
-        rows = f"{self.rows} {what} a pass, accumulate {self.accumulate}"
-        layout = self.layout + " (--fsdp)" * (self.layout == "fsdp2")
-        how = f"{layout} on {self.gpus}, {self.precision}, {rows}, "
-        how += f"{'recomputed' if self.recompute else 'kept'} activations"
-        lines += ["", f"GiB each ({how})"]
+        language = self.stage == "language"
+        what = f"{self.rows} {'rows' if language else 'pictures'} a pass"
+        kept = "recomputed" if self.recompute else "kept"
+        layout = "fsdp2 (--fsdp)" if self.layout == "fsdp2" else self.layout
+        how = f"{layout} on {self.gpus}, {self.precision}, {what}, accumulate {self.accumulate}"
+        lines += ["", f"GiB each ({how}, {kept} activations)"]
         lines += [f"  {name:<30}{value:>10.2f}" for name, value in self.gib.items()]
         if not self.merger:
             lines.append("  (the second merger is frozen: train_merger=False)")
         verdict = {None: "", True: ": fits into {}", False: ": does NOT fit into {}"}[self.fits]
         lines += [f"  {'total':<30}{self.total:>10.2f}{verdict.format(f'{self.memory or 0:.4g}')}"]
         if self.fits is False:
-            whole = self.stage == "language" and not any(part.frozen for part in self.parts)
-            ways = [f"GPUs of {int(self.total) + 1} GiB", *["--lora 16"] * whole]
-            ways += ["more --gpus, which share it"] * (self.stage == "language")
-            lines.append(f"  what helps: {', or '.join(ways)}")
+            helps = f"  what helps: GPUs of {int(self.total) + 1} GiB"
+            helps += ", or more --gpus, which share it" if language else ""
+            frozen = any(part.frozen for part in self.parts)
+            lines.append(helps + (", or --lora 16" if language and not frozen else ""))
         return [*lines, f"  {'a checkpoint, on disk':<30}{self.disk:>10.2f}"]
 
 
@@ -307,10 +307,10 @@ class _Pixels(_Counter):
 
     @property
     def frozen(self) -> float:
-        """The averaged weights are a copy of all, and pictures become latents one by one."""
+        """The averaged weights are a copy of what trains; pictures become latents one by one."""
         widest = 4 * getattr(self.autoencoder, "config", {}).get("block_out_channels", (0,))[0]
         working = 4.0 * widest * self.model.pixels.size**2
-        own = 4.0 * numel(self.module) + 8.0 * numel(self.autoencoder)
+        own = 4.0 * (numel(self.module) + numel(self.autoencoder))
         return own + working + self.tokenizer + self.encoding()
 
     @cached_property

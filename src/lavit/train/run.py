@@ -270,11 +270,11 @@ def train_pixels(
 ) -> None:
     """Stage 3; the averaged weights are saved."""
     config, device = run.training.pixels, run.accelerator.device
-    pixels.to(device)  # the averaged weights are a copy, and belong where the others are
+    pixels.to(device)  # the averaged weights are copies, and belong where the others are
     seed, tokenizer = run.training.seed, tokenizer.to(device)
     stage = PixelsStage(pixels, tokenizer, feed, config, seed=seed)
     train_loop(run, stage, warmup=config.warmup)
-    pixels.load_state_dict(stage.averaged.state_dict())
+    pixels.load_state_dict(pixels.state_dict() | stage.averaged)
     save_parts(run, LaVIT(run.config, pixels=pixels), "pixels")
 
 
