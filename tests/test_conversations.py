@@ -118,12 +118,9 @@ def test_a_template_is_followed_up_to_its_end_of_turn(
         {"role": "assistant", "content": "still"},
     ]
     documents = documents_of(write(tmp_path, [more, drawn("blue bar")]), text, tokens=400)
-    assert [targets(documents, turn) for turn in (0, 1)] == [
-        "red dot<|im_end|>\n",
-        "still<|im_end|>\n",
-    ]
-    assert targets(documents, 2).strip("§") == "<|im_end|>\n"
-    whole = text.decode([i for i in documents.sequences[1].ids if i < len(text)])
+    assert targets(documents, 0) == "red dot<|im_end|>\nstill<|im_end|>\n"
+    assert targets(documents, 1).strip("§") == "<|im_end|>\n"
+    whole = text.decode([i for i in documents.sequences[0].ids if i < len(text)])
     assert whole.startswith("<|im_start|>user\n") and text.eos_token not in whole
 
 

@@ -120,7 +120,7 @@ def test_its_weights_fit_what_may_be_shipped() -> None:
     model, width = preset.model, 576
     pixels = Pixels.build(model.pixels)
     assert megabytes(pixels) <= 12
-    assert model.pixels.size == 128 and model.pixels.steps <= 8
+    assert model.pixels.size >= 128 and model.pixels.steps <= 8
     assert model.pixels.unet["width"] >= pixels.latent_channels  # no bottleneck in its stream
     tokenizer = VisualTokenizer(model.visual_tokenizer)
     assert megabytes(tokenizer) + megabytes(MergerReader(tokenizer.merger, width)) <= 10

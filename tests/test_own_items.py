@@ -23,7 +23,7 @@ from lavit.data.scenes.lexicon import (
 )
 from lavit.data.scenes.parse import parse
 from lavit.data.scenes.questions import answers, normal
-from lavit.data.scenes.rewording import reworded, reworded_talk, words_of_rewording
+from lavit.data.scenes.rewording import freely, reworded, reworded_talk, words_of_rewording
 from lavit.data.scenes.splits import Rules, valid_world, violations
 from lavit.data.scenes.tasks import scene_conversation
 from lavit.data.scenes.world import BACKGROUNDS, COLOURS, Scene, facts
@@ -130,6 +130,35 @@ def test_conversations_are_reworded_and_edits_joined() -> None:
         given = [m for m in free.messages if m.role == "assistant"]
         assert all(isinstance(m.parts[0], Scene | str) for m in given)
     assert joined
+
+
+def test_requests_are_typed_as_people_type_them() -> None:
+    """Half begin with a capital, a third of those without a mark gets one; the words stay."""
+    rng = np.random.default_rng(3)
+    plain = "add a red star"
+    said = [freely(plain, rng) for _ in range(400)]
+    assert 0.4 < sum(one[0].isupper() for one in said) / len(said) < 0.6
+    assert 0.25 < sum(one[-1] in ".!" for one in said) / len(said) < 0.5
+    assert {one.lower().rstrip(".!") for one in said} > {plain}
+    talk = scene_conversation(rng, RULES, 4)
+    for free in (reworded_talk(talk, np.random.default_rng(number)) for number in range(20)):
+        for message in free.messages:
+            if message.role == "assistant":
+                assert message in talk.messages
+
+
+def test_a_test_conversation_leaves_nothing_open() -> None:
+    """What follows a drawing is judged by its scene, so the prompt says all of it."""
+    drawn = 0
+    for number in range(60):
+        rng = np.random.default_rng([4, number])
+        talk = scene_conversation(rng, RULES, 4, split="test")
+        for asked, given in zip(talk.messages[::2], talk.messages[1::2], strict=True):
+            said = parse(str(asked.parts[-1]))
+            if isinstance(given.parts[0], Scene) and said is not None and len(asked.parts) == 1:
+                drawn += said == facts(given.parts[0])
+                assert said == facts(given.parts[0]), asked
+    assert drawn > 10
 
 
 def test_a_frame_is_blind_to_what_is_said() -> None:

@@ -224,7 +224,7 @@ class Mixture:
     writing: float = 0.0
     question: float = 0.0
     edit: float = 0.0
-    conversation: float = 0.0  # one turn of the assistant's, and what stands before it
+    conversation: float = 0.0  # replies of one kind, and what stands before them
     text: float = 0.0  # prompts without their picture
 
 

@@ -184,7 +184,7 @@ def pico() -> Preset:
 
 
 def mini() -> Preset:
-    """Scenes in English: LoRA on SmolLM2-135M, 128 px; 20 hours of two CPU cores.
+    """Scenes in English: LoRA on SmolLM2-135M, 160 px; 20 hours of two CPU cores.
 
     SmolLM2 is most of the cost, 170 tokens a second on two cores, so tokenizer and decoder may be
     deeper than nano's: they have 10 and 12 MB of half precision, the language part 12 MB.
@@ -199,22 +199,24 @@ def mini() -> Preset:
         name="mini",
         visual_tokenizer=tokenizer,
         language=LanguageConfig(source="smollm2-135m", lora_rank=8),
-        # wider than the 192 channels of 8 x 8 pixels, or its stream cannot hold the picture
-        pixels=replace(folded_pixels(vision, patch=8, width=256, depth=4), size=128),
+        # wider than the 192 channels of 8 x 8 pixels, or its stream cannot hold the picture; 2 x 2
+        # latents on a patch
+        pixels=replace(folded_pixels(vision, patch=8, width=224, depth=4), size=160),
     )
     training = TrainConfig(
         tokenizer=replace(t.tokenizer, steps_a=3000, steps_b=5000, k_means_vectors=60_000),
         language=replace(
             t.language,
-            steps=8000,
+            steps=9000,
             rows=2,
             learning_rate=1e-3,
             rows_rate=2e-3,
             reader_rate=1e-3,
             optimizer="adamw",
-            mixture=Mixture(reading=2.0, writing=2.0, question=0.8, edit=1.0, conversation=1.0),
+            # English is known, codes are not: writing first
+            mixture=Mixture(reading=2.0, writing=3.0, question=2.0, edit=1.0, conversation=0.7),
         ),
-        pixels=replace(t.pixels, steps=12_000, batch=16, ema=0.999, code_noise=0.3),
+        pixels=replace(t.pixels, steps=9000, batch=16, ema=0.999),
     )
     return Preset(model, training, minutes=1200)
 

@@ -1,9 +1,10 @@
 """Conversations as documents of fine-tuning: packed rows, a batch a function of (seed, step).
 
-Each turn of the assistant is a document of its own (layout.py): what stands before it, and the turn
-as what is learnt, text up to and including the end of turn, and pictures as their codes. A turn
-longer than a row leaves its conversation out, which is counted and named. Every epoch shows each
-document once.
+Every turn of the assistant is learnt once, text up to and including the end of turn, pictures as
+their codes: with a chat template that only appends, replies in words are learnt in one document and
+pictures in another, else each turn is a document of its own (conversation.py). A document longer
+than a row leaves its conversation out, which is counted and named. Every epoch shows each document
+once.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from lavit.config import InputError
+from lavit.conversation import replies
 from lavit.data.conversations import Conversation, Conversations, refuse_none
 from lavit.data.corpus import Corpus
 from lavit.data.documents import Rows
 from lavit.data.text import TextPieces
-from lavit.layout import replies
 from lavit.sequence import IGNORE, Batch, Document, Sequence, fill_rows, lay_out
 
 
@@ -55,7 +56,7 @@ class ConversationDocuments(Rows):
         self._rows: tuple[int, list[list[int]]] | None = None
 
     def documents(self, conversation: Conversation) -> list[Document]:
-        """A document for each turn of the assistant."""
+        """Documents in which every turn of the assistant is learnt."""
         turns = replies(conversation.messages, self.tokenizer)
         return [self.segments(parts, self.codes.__getitem__) for parts in turns]
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lavit.config import InputError, require
-from lavit.layout import ROLES
+from lavit.conversation import ROLES
 
 MARK = "<image>"
 SUFFIXES = (".jsonl", ".json", ".parquet")

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from lavit.config import InputError
+from lavit.conversation import check_messages
 from lavit.data.conversation_forms import messages_of, shared_rows
 from lavit.data.sources import Record, readable
-from lavit.layout import check_messages
 
 log = logging.getLogger(__name__)
 

@@ -1,9 +1,9 @@
 """Documents of stage 2, drawn from a corpus and packed into rows: a function of (seed, step).
 
-Their kinds are those of `Mixture` (edits are of one picture or several; of a conversation it is one
-turn of the assistant's, and what stands before it); layout.py says how each looks. A picture that
-has several questions is asked up to `ASKED` of them in one document, since reading it is most of
-the cost.
+Their kinds are those of `Mixture` (edits are of one picture or several; of a conversation it is
+replies in words or in pictures, and what stands before them); layout.py and conversation.py say how
+each looks. A picture that has several questions is asked up to `ASKED` of them in one document,
+since reading it is most of the cost.
 
 Each document comes from one source of the corpus, chosen by the sources' weights, and is of a kind
 that this source has. A source of texts gives pieces of them (data/text.py). A share of the writing
@@ -28,6 +28,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lavit.config import InputError, LanguageTraining, Mixture
+from lavit.conversation import replies
 from lavit.data.corpus import Corpus, CorpusPart, LeftOut
 from lavit.data.text import TextPieces
 from lavit.layout import (
@@ -39,7 +40,6 @@ from lavit.layout import (
     editing,
     ids_of,
     reading,
-    replies,
     segments,
 )
 from lavit.sequence import (

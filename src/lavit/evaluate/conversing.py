@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lavit.conversation import Reply as Kind
 from lavit.data.scenes.parse import parse
 from lavit.data.scenes.questions import right, true_of
 from lavit.data.scenes.tasks import FULL, SHORT, SceneConversation, scene_conversation
@@ -16,7 +17,6 @@ from lavit.evaluate.exam import Exam
 from lavit.evaluate.examinee import Missing
 from lavit.evaluate.figures import Figure, average, share, turned
 from lavit.generate.options import ChatMessage
-from lavit.layout import Reply as Kind
 
 TURNS = 4
 TALKS = 8  # that go on together

@@ -31,6 +31,7 @@ from typing import Any
 from PIL.Image import Image
 
 from lavit.config import InputError
+from lavit.conversation import Reply as Kind
 from lavit.data.scenes import world
 from lavit.data.scenes.parse import parse
 from lavit.data.scenes.questions import normal, true_of
@@ -44,7 +45,6 @@ from lavit.evaluate.figures import Figure, average, mean, share, turned
 from lavit.evaluate.reading import model_answers
 from lavit.files import sha256
 from lavit.images import open_image
-from lavit.layout import Reply as Kind
 
 OWN_ITEMS = Path(__file__).with_name("own_items.jsonl")
 KINDS = ("read", "draw", "ask", "edit", "chat")

@@ -21,6 +21,7 @@ import torch
 from PIL.Image import Image
 
 from lavit.config import InputError
+from lavit.conversation import Reply
 from lavit.generate.options import (
     AskingOptions,
     ChatMessage,
@@ -55,7 +56,6 @@ from lavit.generate.runner import Runner, Work, message, shaped, words_and_pictu
 from lavit.generate.score import ranked
 from lavit.generate.stream import Update
 from lavit.images import ImageInput, open_image
-from lavit.layout import Reply
 from lavit.sequence import VisualTokens
 from lavit.visual_tokenizer.selector import KeepPolicy
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lavit.config import InputError
+from lavit.conversation import Reply, conversation, turn_end
 from lavit.generate.options import KeepLike, Messages, Pieces, Seed
 from lavit.generate.protocols import Protocol, fitted
 from lavit.generate.request import Request
@@ -28,16 +29,13 @@ from lavit.layout import (
     QUESTION_WORDS,
     ImagePart,
     Part,
-    Reply,
     asking,
-    conversation,
     drawing,
     editing,
     ids_of,
     mixed,
     reading,
     segments,
-    turn_end,
 )
 from lavit.model import LaVIT
 from lavit.sequence import lay_out

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from lavit.config import InputError
+from lavit.conversation import Reply
 from lavit.generate.engine import Engine
 from lavit.generate.options import (
     ChatMessage,
@@ -46,7 +47,7 @@ from lavit.generate.sampling import Sampling
 from lavit.generate.score import likelihood
 from lavit.generate.stream import Job, Made, Painted, Painter, Update, gathered, updates
 from lavit.images import to_image
-from lavit.layout import Part, Reply, TextPart
+from lavit.layout import Part, TextPart
 from lavit.model import LaVIT
 
 T = TypeVar("T")

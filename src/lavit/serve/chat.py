@@ -18,11 +18,11 @@ from pydantic import AfterValidator, BaseModel, Field, model_validator
 from starlette.responses import JSONResponse, Response
 
 from lavit.config import TokenizerConfig
+from lavit.conversation import Reply
 from lavit.generate.pipeline import Pipeline
 from lavit.generate.protocols import fitted
 from lavit.generate.runner import Work
 from lavit.generate.sampling import Sampling
-from lavit.layout import Reply
 from lavit.serve.answers import Choice, EventStream, WrittenPicture, chat_usage, gathered, sse
 from lavit.serve.errors import ApiError
 from lavit.serve.pictures import data_url

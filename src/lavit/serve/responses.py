@@ -15,8 +15,8 @@ from pydantic import BaseModel, Field, model_validator
 from starlette.responses import JSONResponse, Response
 from typing_extensions import TypedDict
 
+from lavit.conversation import Reply
 from lavit.generate.stream import Update
-from lavit.layout import Reply
 from lavit.serve.answers import EventStream, sse
 from lavit.serve.chat import (
     MESSAGES,

@@ -35,7 +35,7 @@ from lavit.data.scenes.frozen import versions
 from lavit.data.scenes.language import describe, plainly, prompt
 from lavit.data.scenes.questions import SceneQuestion, questions
 from lavit.data.scenes.render import render
-from lavit.data.scenes.rewording import FREE, reworded, reworded_talk
+from lavit.data.scenes.rewording import freely, reworded_talk
 from lavit.data.scenes.sample import scene_at
 from lavit.data.scenes.splits import SPLITS, Rules
 from lavit.data.scenes.tasks import scene_conversation, several
@@ -237,17 +237,14 @@ def _chunk(
 
 
 def in_free_words(unit: Unit, rng: np.random.Generator) -> Unit:
-    """A unit of which most prompts (never the first), questions and edits are reworded."""
-
-    def maybe(text: str) -> str:
-        return reworded(text, rng) if rng.random() < FREE else text
-
+    """A unit of which prompts (never the first), questions and edits are said freely."""
+    typed = partial(freely, rng=rng)
     pictures = []
     for one in unit.pictures:
-        prompts = dict.fromkeys((one.prompts[0], *map(maybe, one.prompts[1:])))
-        asked = tuple(replace(q, question=maybe(q.question)) for q in one.questions)
+        prompts = dict.fromkeys((one.prompts[0], *map(typed, one.prompts[1:])))
+        asked = tuple(replace(q, question=typed(q.question)) for q in one.questions)
         pictures.append(replace(one, prompts=tuple(prompts), questions=asked))
-    change = unit.change and replace(unit.change, prompt=maybe(unit.change.prompt))
+    change = unit.change and replace(unit.change, prompt=typed(unit.change.prompt))
     return Unit(tuple(pictures), change)
 
 

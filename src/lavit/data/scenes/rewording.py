@@ -8,8 +8,9 @@ and so do the names of things: what is held out of a text is held out of its rew
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 from lavit.data.scenes.chance import Rng, pick
 from lavit.data.scenes.lexicon import NUMBERS, article
@@ -18,6 +19,7 @@ from lavit.data.scenes.tasks import FULL, SHORT, TOGETHER, Message, SceneConvers
 from lavit.data.scenes.world import BACKGROUNDS, COLOURS, PATTERNS, STYLES, Scene
 
 FREE = 0.6  # of the requests of a pool are reworded
+CAPITAL, MARKED = 0.5, 0.33  # of them begin with a capital, and end with a mark if they had none
 JOINED = 0.3  # of two edits in turn are asked for at once
 COURTEOUS = 0.35  # of the edits
 COLOUR, GROUND = "|".join(COLOURS), "|".join(BACKGROUNDS)
@@ -164,6 +166,23 @@ def reworded(text: str, rng: Rng) -> str:
     return changed
 
 
+def freely(text: str, rng: Rng) -> str:
+    """A request as people type it: most in other words, some with a capital and a mark."""
+    return _typed(_maybe(text, rng), rng)
+
+
+def _maybe(text: str, rng: Rng) -> str:
+    return reworded(text, rng) if rng.random() < FREE else text
+
+
+def _typed(text: str, rng: Rng) -> str:
+    if rng.random() < CAPITAL:
+        text = text[:1].upper() + text[1:]
+    if text[-1:].isalnum() and rng.random() < MARKED:
+        text += pick(rng, (".", ".", "!"))
+    return text
+
+
 def reworded_talk(talk: SceneConversation, rng: Rng) -> SceneConversation:
     """A conversation of which the user says most in other words, and some edits two at a time."""
     found: list[Message] = []
@@ -171,13 +190,15 @@ def reworded_talk(talk: SceneConversation, rng: Rng) -> SceneConversation:
         if (both := _joined(found, asked, given, rng)) is not None:
             found[-2:] = [both, given]
             continue
-        parts = tuple(_maybe(one, rng) if isinstance(one, str) else one for one in asked.parts)
-        found += [replace(asked, parts=parts), given]
-    return SceneConversation(tuple(found))
+        found += [_said(asked, partial(_maybe, rng=rng)), given]
+    asks = [_said(one, partial(_typed, rng=rng)) if one.role == "user" else one for one in found]
+    return SceneConversation(tuple(asks))
 
 
-def _maybe(text: str, rng: Rng) -> str:
-    return reworded(text, rng) if rng.random() < FREE else text
+def _said(message: Message, how: Callable[[str], str]) -> Message:
+    """A message whose texts are said in another way."""
+    parts = (how(part) if isinstance(part, str) else part for part in message.parts)
+    return replace(message, parts=tuple(parts))
 
 
 def _joined(found: list[Message], asked: Message, given: Message, rng: Rng) -> Message | None:
