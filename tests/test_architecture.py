@@ -203,13 +203,12 @@ def test_stages_1_and_3_take_pictures_and_nothing_else() -> None:
 
     taken = {
         TokenizerStage: {"tokenizer", "feed", "config", "seed"},
-        PixelsStage: {"pixels", "tokenizer", "feed", "config", "seed", "vision"},
+        PixelsStage: {"pixels", "tokenizer", "feed", "config", "seed"},
     }
     kinds = {
         "tokenizer": "VisualTokenizer",
         "pixels": "Pixels",
         "seed": "int",
-        "vision": "Vision | None",
     }
     for stage, names in taken.items():
         kinds["feed"] = "FeatureFeed" if stage is TokenizerStage else "PixelFeed"

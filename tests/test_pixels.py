@@ -6,16 +6,16 @@ from dataclasses import replace
 import diffusers
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import DDIMScheduler
 from torch import Tensor
 
 from lavit.config import InputError, PixelsConfig, from_json, to_json
+from lavit.pixels.condition import GridCondition
 from lavit.pixels.decoder import Pixels
 from lavit.pixels.denoiser import GridDenoiser
 from lavit.pixels.diffusion import clean_latents
 from lavit.pixels.perceptual import Perceptual
-from lavit.presets import efficientnet_lite0
-from lavit.vision.encoder import load_vision
 
 # diffusers' solvers hand torch tensors to np.array, which numpy 2 is unhappy with
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -369,6 +369,21 @@ def test_loss_falls_on_eight_pictures_and_its_gradient_reaches_all(weighting):
     assert all(p.grad is not None and p.grad.any() for p in pixels.parameters())
 
 
+def test_each_latent_on_a_patch_has_a_projection_of_its_own():
+    """2 x 2 latents a patch where the map fits; other sizes resize the same map."""
+    head = GridCondition(grid_config())
+    features = some_features(2)
+    side = round(PATCHES**0.5)
+    grid = head(features, (2 * side, 2 * side)).grid
+    for row, column in ((0, 0), (1, 0), (1, 1)):
+        own = torch.arange(6) * 4 + 2 * row + column
+        found = F.linear(features, head.to_map.weight[own], head.to_map.bias[own])
+        expected = found.transpose(1, 2).unflatten(2, (side, side))
+        assert torch.allclose(grid[:, :, row::2, column::2], expected, atol=1e-6)
+    wide = head(features, (2 * side, 3 * side)).grid
+    assert torch.equal(wide, F.interpolate(grid, (2 * side, 3 * side), mode="bilinear"))
+
+
 def test_dropped_conditions_hide_the_features(config):
     config = replace(config, condition_dropout=1.0)
     pixels, latents = built(config), torch.randn(3, 12 if config.condition == "grid" else 4, 8, 8)
@@ -476,7 +491,7 @@ def test_clean_latents_are_found_again(kind):
 
 def test_perceptual_distance_tells_blur_from_edge():
     """Two pictures equally far in squared error: the one that keeps the edges is nearer."""
-    perceptual = Perceptual(load_vision(efficientnet_lite0(image_size=320)))
+    perceptual = Perceptual()
     sharp = -torch.ones(1, 3, 64, 64)
     sharp[:, :, 16:48, 16:48] = 1
     blurred = torch.nn.functional.avg_pool2d(sharp, 9, 1, 4, count_include_pad=False)

@@ -263,8 +263,8 @@ class PixelsTraining(StageTraining):
     # share of a picture's codes that are another's, drawn evenly from 0 to this: a LM errs, and a
     # decoder that only knows true codes does worse on its (arXiv 2106.15282)
     code_noise: float = 0.0
-    # of the distance between denoised and true picture in the encoder's early layers
-    # (pixels/perceptual.py); for decoders trained from scratch in minutes
+    # of the distance between denoised and true picture in early layers of a network that knows
+    # pictures (pixels/perceptual.py); for decoders trained from scratch in minutes
     perceptual_weight: float = 0.0
 
 

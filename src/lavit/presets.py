@@ -152,11 +152,12 @@ def nano() -> Preset:
             mixture=Mixture(reading=6.0, writing=1.0, question=0.6, edit=0.4),
         ),
         pixels=PixelsTraining(
-            steps=1500,
-            batch=16,
+            steps=3000,
+            batch=8,
             learning_rate=2e-3,
             ema=0.998,
             optimizer="muon",
+            perceptual_weight=0.1,  # a blur is the best guess by squared error (LOG.md)
         ),
     )
     return Preset(model, training, minutes=30)
@@ -177,6 +178,7 @@ def pico() -> Preset:
         sample_every=0,
         tokenizer=replace(t.tokenizer, steps_a=300, steps_b=200, k_means_vectors=20_000),
         language=replace(t.language, steps=600, rows=2, mixture=Mixture(reading=3.0, writing=1.0)),
+        pixels=replace(t.pixels, steps=1500),
     )
     return Preset(model, training, minutes=8)
 
@@ -214,7 +216,7 @@ def mini() -> Preset:
             # English is known, codes are not: writing first
             mixture=Mixture(reading=2.0, writing=3.0, question=2.0, edit=1.0, conversation=0.7),
         ),
-        pixels=replace(t.pixels, steps=9000, ema=0.999, perceptual_weight=0.1),
+        pixels=replace(t.pixels, steps=9000, batch=16, ema=0.999),
     )
     return Preset(model, training, minutes=1200)
 

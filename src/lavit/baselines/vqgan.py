@@ -30,12 +30,10 @@ from torch.func import functional_call
 from lavit.baselines.selectors import Everything
 from lavit.config import InputError, TokenizerConfig, TokenizerTraining
 from lavit.pixels.perceptual import Perceptual
-from lavit.presets import efficientnet_lite0
 from lavit.sequence import VisualTokens
 from lavit.train.batches import Randomness, Shard, seeded, to_device
 from lavit.train.feeds import FeatureBatch, FeatureFeed
 from lavit.train.loop import Metric, Stage
-from lavit.vision.encoder import load_vision
 from lavit.visual_tokenizer.codebook import Codebook, Quantised
 from lavit.visual_tokenizer.layers import Keep, Patches
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
@@ -128,8 +126,7 @@ class VqganStage(Stage):
         self.module, self.feed, self.config, self.seed = tokenizer, feed, config, seed
         self.steps = config.steps
         self.prepared = config.steps_a if config.k_means else -1
-        side = tokenizer.patch * tokenizer.grid
-        self.perceptual = Perceptual(load_vision(efficientnet_lite0(image_size=side)))
+        self.perceptual = Perceptual()
         self.quantised: tuple[Tensor, Quantised] | None = None
 
     def batch(self, step: int, shard: Shard) -> FeatureBatch:

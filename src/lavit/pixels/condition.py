@@ -4,8 +4,8 @@ CrossCondition    Linear D → C: a context of N tokens (512-px decoder). Null: 
                   stored null-text embedding, zero-padded to the context's length and masked
 PooledCondition   two Linears side by side make SDXL's wide context; an attention pool makes its
                   pooled vector. Null: zeros or learned
-GridCondition     Linear D → C, laid out as a map and resized to the latents, concatenated. Not
-                  in the paper: place comes for free. Null: learned or zeros
+GridCondition     Linear D → C for each latent on a patch, laid out as a map, concatenated. Not in
+                  the paper: place comes for free. Null: learned or zeros
 """
 
 from __future__ import annotations
@@ -152,27 +152,34 @@ class PooledCondition(Head):
 
 
 class GridCondition(Head):
-    """The features as a map: projected, laid out in raster order, resized to the latents."""
+    """The features as a map, laid out in raster order, resized to the latents.
+
+    Where k x k latents lie on a patch, each has a projection of its own, as a convolution after
+    them cannot tell which of the k x k it stands on.
+    """
 
     def __init__(self, config: PixelsConfig) -> None:
         super().__init__(config)
-        patches = config.patches
+        patches, width = config.patches, config.condition_dim
         self.side = round(patches**0.5)
         if self.side**2 != patches:
             raise InputError(f'"grid" needs a square number of patches, not {patches}')
-        self.to_map = nn.Linear(config.features_dim, config.condition_dim)
+        latents = self.side if config.vae else config.size // config.patch
+        self.within = 1 if latents % self.side else latents // self.side
+        self.to_map = nn.Linear(config.features_dim, width * self.within**2)
         if self.learned:
-            self.null_map = nn.Parameter(torch.zeros(config.condition_dim))
+            self.null_map = nn.Parameter(torch.zeros(width))
+        self.width = width
 
     def forward(self, features: Patches, size: tuple[int, int]) -> Condition:
         """Condition on features."""
         grid = self.to_map(features).transpose(1, 2).unflatten(2, (self.side, self.side))
+        grid = F.pixel_shuffle(grid, self.within)
         return Condition(grid=F.interpolate(grid, size, mode="bilinear", align_corners=False))
 
     def null(self, images: int, size: tuple[int, int]) -> Condition:
         """The null condition of `images` pictures."""
-        weight = self.to_map.weight
-        vector = self.null_map if self.learned else weight.new_zeros(len(weight))
+        vector = self.null_map if self.learned else self.to_map.weight.new_zeros(self.width)
         return Condition(grid=vector[:, None, None].expand(images, -1, *size))
 
 

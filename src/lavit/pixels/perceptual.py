@@ -1,4 +1,4 @@
-"""A distance between pictures in early layers of the frozen encoder, for small decoders (stage 3).
+"""A distance between pictures in early layers of EfficientNet-Lite0, for small decoders (stage 3).
 
 Squared error alone makes a decoder that is unsure paint the mean of what might be there: a blur.
 Early features of a network that knows pictures tell a blur from an edge (Johnson et al. 2016, arXiv
@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lavit.config import InputError
-from lavit.vision.encoder import EFFICIENTNET, Vision
+from lavit.presets import efficientnet_lite0
+from lavit.vision.encoder import load_vision
 
 BLOCKS = (0, 2, 4, 8)  # of EfficientNet-Lite0, after its stem: strides 2, 4, 8 and 16
 
@@ -22,14 +22,9 @@ BLOCKS = (0, 2, 4, 8)  # of EfficientNet-Lite0, after its stem: strides 2, 4, 8 
 class Perceptual(nn.Module):
     """Mean over layers and places of the squared distance between unit feature vectors."""
 
-    def __init__(self, vision: Vision) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        if vision.config.source != EFFICIENTNET:
-            needed = f"an encoder that takes pictures of any size ({EFFICIENTNET})"
-            given = repr(vision.config.source)
-            hint = "set perceptual_weight to 0"
-            raise InputError(f"a perceptual loss needs {needed}, not {given}: {hint}")
-        self.vision = vision
+        self.vision = load_vision(efficientnet_lite0(image_size=160))  # it takes any size
 
     def forward(
         self,

@@ -19,7 +19,6 @@ from lavit.train.batches import Randomness, Shard, seeded, to_device
 from lavit.train.feeds import PixelBatch, PixelFeed
 from lavit.train.loop import Metric, Stage
 from lavit.train.muon import matrices_apart
-from lavit.vision.encoder import Vision
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
 
@@ -38,10 +37,9 @@ class PixelsStage(Stage):
         config: PixelsTraining,
         *,
         seed: int,
-        vision: Vision | None = None,
     ) -> None:
-        """`vision` is for the loss's perceptual part."""
-        self.perceptual = None if vision is None else Perceptual(vision)
+        device = next(pixels.parameters()).device
+        self.perceptual = Perceptual().to(device) if config.perceptual_weight else None
         self.module, self.feed, self.config, self.seed = pixels, feed, config, seed
         self.steps, self.accumulate = config.steps, config.accumulate
         self.tokenizer = tokenizer.eval()

@@ -219,8 +219,7 @@ def train_stages(
                 train_language(run, language_stage(run, encoded, language, text), text)
             else:
                 pixels, feed = first_pixels(run), pixel_feed(run, encoded)
-                vision = encoded.vision if run.training.pixels.perceptual_weight else None
-                train_pixels(run, pixels, encoded.tokenizer, feed, vision)
+                train_pixels(run, pixels, encoded.tokenizer, feed)
     return encoded
 
 
@@ -268,13 +267,12 @@ def train_pixels(
     pixels: Pixels,
     tokenizer: VisualTokenizer,
     feed: PixelFeed,
-    vision: Vision | None = None,
 ) -> None:
-    """Stage 3; `vision` is for the loss's perceptual part."""
+    """Stage 3; the averaged weights are saved."""
     config, device = run.training.pixels, run.accelerator.device
     pixels.to(device)  # the averaged weights are copies, and belong where the others are
     seed, tokenizer = run.training.seed, tokenizer.to(device)
-    stage = PixelsStage(pixels, tokenizer, feed, config, seed=seed, vision=vision)
+    stage = PixelsStage(pixels, tokenizer, feed, config, seed=seed)
     train_loop(run, stage, warmup=config.warmup)
     pixels.load_state_dict(pixels.state_dict() | stage.averaged)
     save_parts(run, LaVIT(run.config, pixels=pixels), "pixels")
