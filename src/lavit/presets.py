@@ -152,7 +152,7 @@ def nano() -> Preset:
             mixture=Mixture(reading=6.0, writing=1.0, question=0.6, edit=0.4),
         ),
         pixels=PixelsTraining(
-            steps=3000,
+            steps=2000,
             batch=8,
             learning_rate=2e-3,
             ema=0.998,
