@@ -86,7 +86,7 @@ def main(run: Path, /, hours: float = 20.0, minutes: float | None = None) -> Non
     except Terminated as stop:
         print(stop, file=sys.stderr)
         raise SystemExit(MORE) from stop
-    if begun.main and not (run / "mini" / "config.json").exists():  # what was measured there stays
+    if begun.main and not (run / "mini" / "README.md").exists():  # written last; it stays
         print(f"{run / 'mini'}: {ship(run, run / 'mini', SAID):.1f} MB")
 
 

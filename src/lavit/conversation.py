@@ -87,7 +87,7 @@ def replies(
         raise InputError("a complete conversation ends with the assistant's message")
     ends = [number for number, turn in enumerate(turns, 1) if turn.role == "assistant"]
     learnt = {end: [end] for end in ends}
-    if tokenizer.chat_template and _appends(_flat(turns, tokenizer, []), ends, tokenizer):
+    if tokenizer.chat_template and _appended(_flat(turns, tokenizer, []), tokenizer, ends):
         alike = [[end for end in ends if turns[end - 1].kind == kind] for kind in ("text", "image")]
         learnt = {kind[-1]: kind for kind in sorted(filter(None, alike), key=max)}
     return [_laid(turns[:end], tokenizer, None, learnt[end]) for end in learnt]
@@ -212,28 +212,28 @@ def _templated(
     """What stands before the reply, or turns of which these are learnt, by the chat template."""
     if reply is not None:
         return [(_apply(flat, tokenizer, open_reply=True), False)]
-    if not _appends(flat, learnt, tokenizer):
+    spans = _appended(flat, tokenizer, learnt)
+    if spans is None:
         bad = "the chat template of this tokenizer changes earlier turns when a message is added"
         raise InputError(f"{bad}: set tokenizer.chat_template to one that only appends")
-    spans: Spans = []
-    before = ""
-    for end in learnt:
-        asked = _apply(flat[: end - 1], tokenizer, open_reply=True)
-        whole = _apply(flat[:end], tokenizer)
-        spans += [(asked[len(before) :], False), (whole[len(asked) :], True)]
-        before = whole
     return spans
 
 
-def _appends(flat: Flat, ends: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether each of these turns of the assistant only adds text to what stands before it."""
+def _appended(
+    flat: Flat, tokenizer: PreTrainedTokenizerBase, learnt: Sequence[int]
+) -> Spans | None:
+    """Turns up to the last of these numbers, which are learnt; None where one of them does not
+    only add text to what stands before it.
+    """
+    spans: Spans = []
     text = ""
-    for end in ends:
-        for turns, opens in ((end - 1, True), (end, False)):
-            before, text = text, _apply(flat[:turns], tokenizer, open_reply=opens)
+    for end in learnt:
+        for turns, target in ((end - 1, False), (end, True)):
+            before, text = text, _apply(flat[:turns], tokenizer, open_reply=not target)
             if not text.startswith(before):
-                return False
-    return True
+                return None
+            spans.append((text[len(before) :], target))
+    return spans
 
 
 def _apply(flat: Flat, tokenizer: PreTrainedTokenizerBase, *, open_reply: bool = False) -> str:

@@ -157,9 +157,8 @@ def _values(study: Study, found: Outcome, column: str) -> list[str]:
     if column != "tokens":
         lines += ["", "\\* within 5 % of the first arm's FLOPs already: the run of equal tokens."]
     lines += [f"\n({number}) {reason}." for reason, number in notes.items()]
-    chosen = {arm: row_of(found, column, arm, 0).get("tried") for arm in found["tokens"]}
-    for arm, tried in chosen.items():
-        if tried:
+    for arm, runs in found["tokens"].items():
+        if column == "tokens" and (tried := (runs[0] or {}).get("tried")):
             each = ", ".join(f"{rate}: {_reached(value)}" for rate, value in tried.items())
             lines += ["", f"Rates of {arm}, by {study.chosen_by} on validation: {each}."]
     return lines
