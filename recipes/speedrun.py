@@ -207,6 +207,7 @@ def racer(
     base = replace(base, architecture=base.architecture | sizes | {"bos_token_id": None})
     model = replace(world.preset.model, language=base)
     language = build_language(load_base(base, None)[0], tokenizer.merger, model, world.text)
+    language.begin_codes(tokenizer.codebook.vectors)
     codes = tuple(tuple(part.tolist()) for part in tokens.split())
     vocabulary = language.vocabulary
     made: dict[str, Any] = {"config": config, "text": world.text, "seed": seed}

@@ -190,6 +190,26 @@ def test_new_rows_lie_around_the_mean_of_the_lms_own(language: Language) -> None
     assert 0.2 < float(away.std() / own.std()) < 0.3
 
 
+def test_rows_of_codes_begin_as_near_as_their_vectors(language: Language) -> None:
+    vectors = F.normalize(torch.randn(12, 8), dim=-1)
+    vectors[5] = vectors[4]
+    old = {name: rows.clone() for name, rows in language.named_parameters() if "rows" in name}
+    language.begin_codes(vectors)
+    apart = torch.pdist(vectors)
+    for name, rows in language.named_parameters():
+        if "rows" not in name:
+            continue
+        codes, before = rows[2:], old[name][2:]
+        assert torch.equal(rows[:2], old[name][:2])  # the markers
+        torch.testing.assert_close(codes.std(), before.std())
+        torch.testing.assert_close(codes.mean(0), before.mean(0))
+        assert torch.equal(codes[5], codes[4])
+        assert torch.corrcoef(torch.stack([torch.pdist(codes), apart]))[0, 1] > 0.7
+    first = language.rows.clone()
+    language.begin_codes(vectors)
+    torch.testing.assert_close(language.rows, first)  # no chance in it
+
+
 def test_exported_folder_opens_in_transformers_with_equal_logits(
     language: Language, tmp_path: Path
 ) -> None:

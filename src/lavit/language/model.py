@@ -124,6 +124,22 @@ class Language(nn.Module):
         """What the LM's embedding multiplies its rows by (Gemma): the visual rows get the same."""
         return getattr(self.lm.get_input_embeddings(), "embed_scale", 1.0)
 
+    @torch.no_grad()
+    def begin_codes(self, vectors: Float[Tensor, "codes size"]) -> None:
+        """Begin the rows of codes as a fixed random projection of the codebook's `vectors`.
+
+        Codes that are alike begin alike; mean and spread of the rows stay.
+        """
+        generator = torch.Generator().manual_seed(0)
+        mix = torch.randn(vectors.shape[1], self.width, generator=generator)
+        begun = vectors.float().cpu() @ mix
+        begun -= begun.mean(0)
+        for rows in (self.rows, self.head_rows):
+            if rows is not None:
+                codes = rows[-len(vectors) :]
+                mean = codes.mean(0)
+                codes.copy_(begun.to(codes) * ((codes - mean).std() / begun.std()) + mean)
+
     def recompute(self, on: bool) -> None:
         """Activation checkpointing of the LM's and the reader's blocks."""
         module: Any

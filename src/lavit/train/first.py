@@ -81,6 +81,7 @@ def begun_language(
         text = found or text
         assert text is not None  # a random LM comes with a new one
         language = build_language(lm, encoded.tokenizer.merger, run.config, text)
+        language.begin_codes(encoded.tokenizer.codebook.vectors)
     return language.float(), text  # small steps are lost on weights of half precision
 
 
