@@ -186,11 +186,19 @@ def test_rows_of_a_study_have_names_of_their_own(path: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_a_plan_counts_runs(path: Path) -> None:
     study = load_study(path)
-    lines = pace.plan_study(study, 3, {"": pace.Pace(0.01, 1.0, 1.0, 1.0, 0.1)})
+    usual = pace.Pace(0.01, 1.0, 1.0, 1.0, 0.1, targets=100.0)
+    lines = pace.plan_study(study, 3, {"": usual})
     counts = {line.what: line.count for line in lines}
     trained = [arm for arm in study.arms.values() if not arm.tokenizer_alone]
     assert counts["language models, equal tokens"] == 3 * len(trained)
     assert 0 < counts["tokenizers"] <= 3 * len(study.arms)
+    first = next(iter(study.arms))  # with half the target tokens a step, twice the steps
+    more = pace.plan_study(study, 3, {"": usual, first: replace(usual, targets=50.0)})
+    longer = {line.what: line.total for line in more}["language models, equal tokens"]
+    usually = {line.what: line.total for line in lines}["language models, equal tokens"]
+    share = study.arms[first].share * (study.arms[first] in trained)
+    steps = study.preset_of(first).training.language.steps
+    assert longer - usually == pytest.approx(3 * share * steps / 60)
 
 
 def test_the_seeds_whose_budgets_are_equal_already_are_marked() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def compare(
     found = load_study(study)
     count = found.seeds if seeds is None else seeds
     if plan:
+        logging.getLogger("lavit").setLevel(logging.WARNING)  # what it times is thrown away
         lines = plan_study(found, count, paces_of(found))
         print(f"{'what':<40}{'runs':>6}{'minutes':>10}{'in all':>10}")
         for line in lines:

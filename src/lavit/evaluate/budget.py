@@ -18,6 +18,7 @@ from lavit.data.documents import WINDOW
 from lavit.sequence import IGNORE
 from lavit.train.encoded import Encoded, language_stage
 from lavit.train.first import first_language
+from lavit.train.language import LanguageStage
 from lavit.train.run import Run
 
 COUNTED = 3  # steps whose FLOPs are counted
@@ -49,13 +50,23 @@ def cost_of(run: Run[TrainConfig], encoded: Encoded) -> Cost:
     language, text = first_language(run, encoded)
     stage = language_stage(run, encoded, language, text)
     stage.accelerator = Accelerator()
-    steps = -(-WINDOW // run.training.language.rows)
-    targets = sum(int((stage.documents.batch(n).labels != IGNORE).sum()) for n in range(steps))
+    steps, targets = window(stage), targets_per_step(stage)
     with FlopCounterMode(display=False, custom_mapping=_on_cpu()) as counter:
         for step in range(min(COUNTED, steps)):
             batch = stage.batch(step, stage.shard)
             stage.losses(stage.module, batch, step)["loss"].backward()  # type: ignore[union-attr]
-    return Cost(targets / steps, counter.get_total_flops() / min(COUNTED, steps))
+    return Cost(targets, counter.get_total_flops() / min(COUNTED, steps))
+
+
+def window(stage: LanguageStage) -> int:
+    """Steps after which documents are drawn and packed anew."""
+    return -(-WINDOW // stage.config.rows)
+
+
+def targets_per_step(stage: LanguageStage) -> float:
+    """Target tokens of a step, the mean of a window."""
+    steps = range(window(stage))
+    return sum(int((stage.documents.batch(n).labels != IGNORE).sum()) for n in steps) / len(steps)
 
 
 def _on_cpu() -> dict[Any, Any]:

@@ -12,12 +12,14 @@ from statistics import median
 
 from lavit.config import TrainConfig, to_json
 from lavit.data.scenes.dataset import write_pool
+from lavit.evaluate.budget import targets_per_step
 from lavit.evaluate.compare import TUNING_SHARE, Bench
 from lavit.evaluate.measure import key_of
 from lavit.evaluate.study import Study
 from lavit.generate.pipeline import Pipeline
 from lavit.model import LaVIT
 from lavit.presets import Preset
+from lavit.train.encoded import language_stage
 from lavit.train.loop import Report
 from lavit.train.run import open_run, train_stages
 
@@ -29,13 +31,17 @@ WORDY = ("read_", "answer_", "draw_", "write_", "edit_", "compose_", "cycle_", "
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds on this machine, as it is now: a picture, a step of each stage, a caption."""
+    """Seconds on this machine, as it is now: a picture, a step of each stage, a caption.
+
+    `targets` are the target tokens of a step of stage 2.
+    """
 
     picture: float
     tokenizer: float
     language: float
     pixels: float
     caption: float
+    targets: float
 
 
 @dataclass(frozen=True)
@@ -53,12 +59,16 @@ class PlanLine:
 
 
 def paces_of(study: Study) -> dict[str, Pace]:
-    """The pace of the study's preset, "", and those of arms that a rival's part makes others."""
-    found, known = {"": pace_of(study.preset(), study)}, dict[str, Pace]()
+    """The pace of the study's preset, "", and those of arms that a rival's part or other kinds of
+    documents make others.
+    """
+    usual = study.preset()
+    found, known = {"": pace_of(usual, study)}, dict[str, Pace]()
     for name in study.arms:
         preset = study.preset_of(name)
         model, base = preset.model, preset.model.language
-        if model.visual_tokenizer.rival or base.reader:
+        mixed = preset.training.language.mixture != usual.training.language.mixture
+        if model.visual_tokenizer.rival or base.reader or mixed:
             key = key_of([to_json(model), to_json(preset.training)])
             if key not in known:
                 known[key] = pace_of(preset, study)
@@ -92,13 +102,16 @@ def pace_of(preset: Preset, study: Study) -> Pace:
         picture = _seconds(draw) / SCENES
         run = open_run(folder, data, preset.model, training, watch=watch, trackers=())
         encoded = train_stages(run)
-        pipe = Pipeline(LaVIT.from_pretrained(folder))
+        model = LaVIT.from_pretrained(folder)
+        pipe = Pipeline(model)
+        stage = language_stage(run, encoded, model.language, model.text_tokenizer)
         images = [one.record.open() for one in encoded.corpus.pictures[:TIMED]]
         picture += _seconds(lambda: pipe.model.patches(images)) / TIMED
         caption = _seconds(lambda: pipe.caption(images)) / TIMED
+        targets = targets_per_step(stage)
     # the middle step: the first ones warm up, and one starts the codes
     steps = {name: median(b - a for a, b in pairwise(times)) for name, times in at.items()}
-    return Pace(picture, steps["tokenizer"], steps["language"], steps["pixels"], caption)
+    return Pace(picture, caption=caption, targets=targets, **steps)
 
 
 def _seconds(call: Callable[[], object]) -> float:
@@ -117,9 +130,11 @@ def plan_study(study: Study, seeds: int, paces: Mapping[str, Pace]) -> list[Plan
     stage_1 = {bench.tokenizer_key(name): name for name in arms}
 
     def of_arm(name: str, stage: str) -> float:
-        """Minutes of a stage with the preset's steps."""
+        """Minutes of a stage with the preset's steps; of stage 2, with as many target tokens."""
         pace = paces.get(name, usual)
         steps = getattr(study.preset_of(name).training, stage).steps
+        if stage == "language":
+            steps *= usual.targets / pace.targets
         return steps * getattr(pace, stage) / 60
 
     trained = {name: arm for name, arm in arms.items() if not arm.tokenizer_alone}
