@@ -240,6 +240,24 @@ def test_one_switch_compiles_the_step(toy_run: Path) -> None:
 
 
 @forked
+def test_parts_that_diffusers_offloads_work_on_it(toy_run: Path) -> None:
+    from device import DEVICE
+    from lavit.integrations.diffusers import LaVITPipeline
+
+    found = []
+    for offloaded in (False, True):
+        pipe = LaVITPipeline.from_pretrained(toy_run)
+        pipe.set_progress_bar_config(disable=True)
+        if offloaded:
+            pipe.enable_model_cpu_offload(device=DEVICE)
+        seeded = torch.Generator().manual_seed(1)
+        how: dict[str, Any] = {"num_inference_steps": 2, "output_type": "np"}
+        found.append(pipe("red bar", generator=seeded, **how).images)
+        assert all(p.device.type == "cpu" for p in pipe.lavit.parameters())
+    np.testing.assert_allclose(*found, atol=1e-5)
+
+
+@forked
 def test_fine_tuning_and_evaluation_run_on_it(
     toy_run: Path, toy_data: Path, tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 from lavit.config import InputError
+from lavit.generate import engine as engine_module
 from lavit.generate import protocols
 from lavit.generate import sampling as S
 from lavit.generate.decoder import Decoder
@@ -156,6 +158,31 @@ def test_seeds_give_different_completions_of_one_prompt(engine: Engine, mode: st
     requests = [Request(ids=(5, 6), sampling=DRAW, seed=seed, mode=mode) for seed in (7, 8, 9, 7)]
     found = engine.complete(requests)
     assert found[0] == found[3] and len({c.segments for c in found}) > 1
+
+
+def test_choices_of_one_prompt_read_it_once(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[tuple[int, int]] = []
+    prefill = engine.decoder.prefill
+
+    def counted(embeddings: torch.Tensor, lengths: list[int], columns: int) -> Any:
+        read.append((len(lengths), max(lengths)))
+        return prefill(embeddings, lengths, columns)
+
+    monkeypatch.setattr(engine.decoder, "prefill", counted)
+    alone = Request(ids=(7, 5, 9), sampling=GREEDY)
+    asked = [Request(ids=(4, 5), mode="image", sampling=DRAW, seed=seed) for seed in range(3)]
+    asked.append(alone)
+    found = [one.segments for one in engine.complete(asked)]
+    assert read == [(3, 3)]  # both prompts and the unconditional one
+    assert found == [engine.complete([one])[0].segments for one in asked]
+    monkeypatch.setattr(engine_module, "PREFILL", 8)
+    read.clear()
+    texts = [replace(alone, ids=tuple(range(3, 3 + n))) for n in (2, 3, 6, 2)]
+    found = [one.segments for one in engine.complete(texts)]
+    assert read == [(2, 3), (1, 6), (1, 2)]
+    assert found == [engine.complete([one])[0].segments for one in texts]
 
 
 def test_a_late_request_joins_a_running_batch(engine: Engine) -> None:

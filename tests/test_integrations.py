@@ -131,9 +131,10 @@ def test_diffusers_arguments_that_change_nothing_are_taken(toy_run: Path) -> Non
 
     usual: dict[str, Any] = {"safety_checker": None, "use_safetensors": True, "variant": None}
     pipe = LaVITPipeline.from_pretrained(toy_run, torch_dtype="bfloat16", **usual)
-    assert pipe.lavit.dtype == torch.bfloat16 and pipe.settings["safety"] is False
-    for wrong in ({"variant": "fp16"}, {"torch_dtype": torch.int8}, {"torch_dtype": "int3"}):
-        with pytest.raises(InputError, match=r"variant|torch_dtype"):
+    assert pipe.lavit.dtype == torch.bfloat16 and pipe.runner.safety is False
+    wrongs: list[dict[str, Any]] = [{"variant": "fp16"}, {"torch_dtype": torch.int8}]
+    for wrong in (*wrongs, {"torch_dtype": "int3"}, {"dtype": torch.bfloat16}):
+        with pytest.raises(InputError, match=r"variant|dtype"):
             LaVITPipeline.from_pretrained(toy_run, **wrong)
 
 

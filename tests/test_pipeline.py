@@ -355,6 +355,28 @@ def test_the_likelihood_of_a_caption(pipeline: Pipeline) -> None:
     assert best.tobytes() == four[scores.index(max(scores))].tobytes()
 
 
+def test_weights_that_change_are_seen(toy_run: Path) -> None:
+    pipe = lavit.load(toy_run)
+    engine, before = pipe.engine, pipe.caption(toy_picture("red bar"))
+    assert pipe.engine is engine
+    with torch.no_grad():
+        for parameter in pipe.model.language.lm.parameters():
+            parameter.mul_(0.5)
+    fresh = Pipeline(pipe.model).caption(toy_picture("red bar"))
+    assert pipe.caption(toy_picture("red bar")) == fresh
+    assert pipe.engine is not engine and isinstance(before, str)
+
+
+def test_a_watermark_that_cannot_be_is_refused_before_work(
+    toy_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lavit.generate.safety.require", lambda *_, **__: None)
+    pipe = lavit.load(toy_run, watermark="made by us")
+    monkeypatch.setattr("lavit.generate.runner.updates", None)  # nothing is written
+    with pytest.raises(InputError, match="a watermark needs 256 pixels"):
+        pipe.draw("red bar")
+
+
 def test_the_papers_protocol(toy_run: Path) -> None:
     paper = lavit.load(toy_run, protocol="paper")
     image = toy_picture("red bar")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import io
+import json
 import socket
+import socketserver
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,18 +30,22 @@ from conftest import toy_picture
 from lavit.config import InputError
 from lavit.generate.pipeline import Pipeline
 from lavit.generate.sampling import Sampling
+from lavit.generate.stream import Update
 from lavit.serve import fetch
 from lavit.serve.app import create_app
-from lavit.serve.errors import ApiError
+from lavit.serve.chat import ChatRequest, _chunks
+from lavit.serve.errors import ApiError, api_error
 from lavit.serve.limits import Limits
 from lavit.serve.metrics import ServerMetrics
 from lavit.serve.painter import preview_steps
 from lavit.serve.pictures import data_of, data_url, encode
 from lavit.serve.server import Server, keys_of
-from lavit.serve.service import canvas
+from lavit.serve.service import Service, canvas
+from lavit.serve.ticket import PromptSize, Ticket
 from lavit.serve.worker import Order, Worker
 
 PROMPT = "a red star on a blue background"
+MIXED = "multipart/form-data; boundary=x"
 LOW: dict[str, Any] = {"quality": "low"}  # half of the solver's steps
 HOW = {"steps": 1}  # the same
 
@@ -292,6 +299,9 @@ def shown(url: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": [item]}]}
 
 
+GLASS = {"type": "image_generation", "background": "transparent"}
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "word"),
     [
@@ -319,6 +329,11 @@ def shown(url: str) -> dict[str, Any]:
         (EDIT, {"image": URL}, 422, "prompt"),
         ("/v1/responses", {"input": []}, 422, "input"),
         ("/v1/responses", {"input": "a", "previous_response_id": "b"}, 422, "previous"),
+        (EDIT, {"image": URL, "prompt": "a", "mask": {"image_url": URL}}, 422, "mask"),
+        (CHAT, {"messages": [{"role": "user", "content": "a"}], "top_k": 5}, 422, "top_k"),
+        ("/v1/responses", {"input": "a", "conversation": "c"}, 422, "conversation"),
+        ("/v1/responses", {"input": "a", "text": {"format": {"type": "json_schema"}}}, 422, "text"),
+        ("/v1/responses", {"input": "a", "tools": [GLASS]}, 422, "background"),
         ("/v1/tokenize", {"image": URL, "keep": "most"}, 400, "keep"),
         ("/v1/nothing", {}, 404, "address"),
         ("/health", {}, 405, "method"),
@@ -375,6 +390,9 @@ def test_the_gate(pipeline: Pipeline) -> None:
                 assert full.value.response.headers["retry-after"] == "1"
                 assert [event.type for event in running] == ["image_generation.completed"]
         name = {"authorization": "Bearer " + "k" * 16}
+        twice = [*name.items(), ("content-type", "application/json"), ("content-type", MIXED)]
+        many = httpx2.post(address + CHAT, content=b"[" + b"[]," * 10**6, headers=twice)
+        assert many.status_code == 413  # a second type does not make JSON a form
         long = httpx2.stream("POST", address + DRAW, content=slowly(), headers=name)
         with long as answer:
             assert answer.status_code == 408
@@ -436,17 +454,22 @@ def test_a_client_that_leaves_frees_its_lanes(pipeline: Pipeline) -> None:
     asyncio.run(run())
 
 
-def test_a_failing_step_ends_its_requests_alone(pipeline: Pipeline) -> None:
+@pytest.mark.parametrize("error", [ZeroDivisionError("zero"), InputError("no numbers")])
+def test_a_failing_step_ends_its_requests_alone(pipeline: Pipeline, error: Exception) -> None:
+    def fails() -> list:
+        raise error
+
     async def run() -> None:
         worker = Worker(pipeline, Limits(), ServerMetrics())
         talk = [{"role": "user", "content": "hello"}]
         order = Order(lambda pipe: pipe.replies(talk, "text", sampling=Sampling(max_tokens=4)))
         session, step = worker.running.session, worker.running.session.step
-        session.step = lambda: 1 / 0
+        session.step = fails
         ticket, _ = await worker.open(order)
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(RuntimeError, match=str(error)) as failed:
             async for _ in ticket:
                 pass
+        assert api_error(failed.value).status_code == 500
         ticket.close()
         assert worker.running.session is not session and step is not None
         ticket, _ = await worker.open(order)
@@ -456,6 +479,55 @@ def test_a_failing_step_ends_its_requests_alone(pipeline: Pipeline) -> None:
         worker.join()
 
     asyncio.run(run())
+
+
+def test_calls_that_wait_are_told_when_the_server_stops(pipeline: Pipeline) -> None:
+    async def run() -> None:
+        worker, held = Worker(pipeline, Limits(), ServerMetrics()), threading.Event()
+        began = threading.Event()
+
+        def hold(_: Pipeline) -> str:
+            began.set()
+            held.wait(10)
+            return "done"
+
+        first = asyncio.ensure_future(worker.call(hold))
+        await asyncio.to_thread(began.wait, 10)
+        gone, second = (asyncio.ensure_future(worker.call(hold)) for _ in range(2))
+        await asyncio.sleep(0)
+        gone.cancel()
+        worker.stop()
+        with pytest.raises(ApiError, match="stopping"):
+            await second
+        held.set()
+        assert await first == "done"
+        worker.join()
+
+    asyncio.run(run())
+
+
+def test_words_behind_a_picture_wait_for_it(pipeline: Pipeline) -> None:
+    picture = Image.new("RGB", (8, 8))
+    words = [Update(0, "text", text=text) for text in ("before", "behind", ".")]
+    drawn = [Update(0, "image", codes=(1,)), Update(0, "image", codes=(1,), picture=picture)]
+    end = Update(0, "finished", tokens=3, reason="end")
+    updates = [words[0], drawn[0], words[1], words[2], drawn[1], end]
+
+    async def run(form: str) -> list[str]:
+        service = Service(pipeline, Limits())
+        ticket = Ticket(Order(lambda pipe: pipe.replies([], "auto")), 60, lambda _: None)
+        for update in updates:
+            ticket.take(update)
+        body = ChatRequest(messages=asking("draw"), picture_format=form)
+        lines = [line async for line in _chunks(service, ticket, PromptSize(1, 0), body)]
+        ticket.close()
+        service.close()
+        deltas = [json.loads(line[6:])["choices"][0]["delta"] for line in lines[:-1]]
+        kinds = [each.get("content") or each.get("images") for each in deltas]
+        return ["picture" if isinstance(kind, list) else kind for kind in kinds if kind]
+
+    assert asyncio.run(run("content")) == ["before", "picture", "behind."]
+    assert asyncio.run(run("images")) == ["before", "behind", ".", "picture"]
 
 
 def test_time_is_bounded_and_streams_end_with_an_error(pipeline: Pipeline) -> None:
@@ -571,6 +643,34 @@ def test_fetching(connections: list, monkeypatch: pytest.MonkeyPatch) -> None:
         assert {where for where, _ in connect.kept} == {("93.184.216.34", 80)}
         for _, there in connect.kept:
             there.close()
+
+
+def test_a_picture_that_drips_in_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dripping(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(4096)
+            self.request.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n")
+            with contextlib.suppress(OSError):
+                for _ in range(100):
+                    self.request.sendall(b"x")
+                    time.sleep(0.05)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Dripping) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(fetch, "SECONDS", 0.3)
+        monkeypatch.setattr(fetch, "PORTS", {"http": server.server_address[1]})
+        monkeypatch.setattr(fetch, "public_address", lambda host, port: "127.0.0.1")
+        started = time.monotonic()
+        with pytest.raises(ApiError, match="cannot be fetched"):
+            fetch.Fetcher(["slow.example"], 1000).get("http://slow.example/a.png")
+        assert time.monotonic() - started < 3
+        server.shutdown()
+
+
+def test_an_error_hides_the_models_folder_alone() -> None:
+    said = api_error(InputError("run: truncated, see run/config.json"), "run").message
+    assert said == "MODEL: truncated, see MODEL/config.json"
 
 
 def test_small_functions(pipeline: Pipeline) -> None:

@@ -170,8 +170,9 @@ class LaVIT(nn.Module):
         Raises `InputError` for an image of no codes, or of more than there are patches.
         """
         self.needs("visual_tokenizer")
-        lengths = torch.tensor([len(c) for c in codes], device=self.device)
-        return self.visual_tokenizer.decode(torch.cat(list(codes)).to(self.device), lengths)
+        device = next(self.visual_tokenizer.parameters()).device  # parts may lie apart
+        lengths = torch.tensor([len(c) for c in codes], device=device)
+        return self.visual_tokenizer.decode(torch.cat(list(codes)).to(device), lengths)
 
     @classmethod
     def from_pretrained(

@@ -55,5 +55,7 @@ def serve(
         return
     require("ray.serve", extra="replicas")
     from lavit.serve.replicas import serve_replicas
+    from lavit.storage import model_folder
 
+    model_folder(model)  # a wrong name is said once, not by each replica
     serve_replicas(load, replicas, host=host, port=port, keys=keys, fetch_hosts=fetch_hosts)

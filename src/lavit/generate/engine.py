@@ -11,7 +11,7 @@ depend on the batch that it happens to run in (up to the rounding of the product
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 from jaxtyping import Float
@@ -26,12 +26,14 @@ from lavit.generate.writer import Beams, Embeddings, Writer
 from lavit.language.model import Language
 
 LANES = 32  # rows of one forward at most, unless a single request needs more
+PREFILL = 2**14  # tokens of prompts read in one forward at most, unless a single one has more
 StreamLogits = dict[int, Float[Tensor, "rows allowed"]]  # of each stream, by its place
 STATIC_COLUMNS = 256  # static caches are multiples of this
 
 
 class Engine:
-    """Generation with one language model. Built anew after training: it reads the weights once.
+    """Generation with one language model, whose weights it may read once: to be built anew where
+    they change.
 
     `compile` is that of `decoder_for`; `decoder` overrides its choice.
     """
@@ -163,20 +165,28 @@ class Session:
 
     def _admit(self, hidden: Hidden | None) -> tuple[Tensor | None, list[Event]]:
         """Read the prompts that there is room for, each once, and give them lanes."""
-        used = self.lanes
+        used, longest = self.lanes, 0
         admitted: list[tuple[int, Request]] = []
+        prompts: dict[Hashable, Request] = {}  # choices of one request share theirs
         while self.waiting and (not used or used + self.waiting[0][1].lanes <= self.engine.lanes):
-            used += self.waiting[0][1].lanes
+            request = self.waiting[0][1]
+            longest = max(longest, len(request.ids))
+            if prompts and (len(prompts) + 1) * longest > PREFILL:
+                break
+            prompts.setdefault(_prompt(request), request)
+            used += request.lanes
             admitted.append(self.waiting.popleft())
         if not admitted:
             return hidden, []
-        memory, last = self._prefill([request for _, request in admitted])
+        memory, last = self._prefill([*prompts.values()])
+        places = {prompt: place for place, prompt in enumerate(prompts)}
         rows: list[int] = []
         events: list[Event] = []
-        for row, (number, request) in enumerate(admitted):
+        for number, request in admitted:
+            row = places[_prompt(request)]
             room = self.decoder.context - len(request.ids) - (request.mode == "image")
             stream = self._stream(number, request, room)
-            rows += [row, len(admitted)][: stream.lanes] if stream.inside else [row] * stream.lanes
+            rows += [row, len(prompts)][: stream.lanes] if stream.inside else [row] * stream.lanes
             self.streams.append(stream)
             self._layout.append(stream.lanes)
             if stream.inside:
@@ -238,6 +248,8 @@ class Session:
             if not places:
                 continue
             logits = head(hidden[torch.cat([lanes[place] for place in places])])
+            if logits.isnan().any():
+                raise InputError("the model's logits are no numbers: are its weights damaged?")
             each = logits.split([self._layout[place] for place in places])
             for place, own in zip(places, each, strict=True):
                 stream = self.streams[place]
@@ -266,8 +278,6 @@ class Session:
             writers[place] = stream
         for (inside, *_), places in groups.items():
             together = torch.cat([logits[place] for place in places])
-            if together.isnan().any():
-                raise InputError("the model's logits are no numbers: are its weights damaged?")
             members = [writers[place] for place in places]
             allowed = self._writing_ids if inside else torch.arange(together.shape[-1])
             for row, stream in enumerate(members):
@@ -278,6 +288,12 @@ class Session:
             # a text id is its own index, and image start follows
             chosen |= zip(places, allowed[index.cpu()].tolist(), strict=True)
         return chosen
+
+
+def _prompt(request: Request) -> Hashable:
+    """What requests have alike that are read once: all but the seed."""
+    read = request.ids, request.slots, id(request.features)
+    return *read, request.mode, request.sampling, request.inside
 
 
 def _most(request: Request) -> int:

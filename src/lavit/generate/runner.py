@@ -81,15 +81,21 @@ class Runner:
             raise InputError("the watermark is empty: give text to hide, or leave it out")
         self.model, self.safety, self.watermark = model, safety, watermark
         self.compile = compile
+        self._engine: tuple[Any, Engine] | None = None
         if isinstance(protocol, str):
             protocol = protocol_of(protocol, model.config.visual_tokenizer.patches)
         self.protocol = protocol
 
-    @cached_property
+    @property
     def engine(self) -> Engine:
-        """The token engine over this model's language part."""
+        """The token engine over this model's language part; a new one where that has changed."""
         self.model.needs("language")
-        return Engine(self.model.language, compile=self.compile)
+        language = self.model.language
+        changes = sum(p._version for p in language.parameters() if not p.is_inference())
+        now = language.rows.device, language.rows.dtype, changes
+        if self._engine is None or self._engine[0] != now:
+            self._engine = now, Engine(language, compile=self.compile)
+        return self._engine[1]
 
     @cached_property
     def release(self) -> Release:
@@ -134,8 +140,9 @@ class Runner:
         for job in jobs:
             self.engine.check(job.request)
         self.model.needs("visual_tokenizer", "pixels")
-        self.model.pixels.check_size(self.model.pixels.picture_size(size))
-        _ = self.release
+        painted = self.model.pixels.picture_size(size)
+        self.model.pixels.check_size(painted)
+        self.release.check_size(painted)
 
     def _words(
         self,

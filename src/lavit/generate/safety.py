@@ -91,15 +91,17 @@ def watermarked(picture: Image.Image, text: str) -> Image.Image:
     invisible-watermark reads it back, except from flat colours (icons, say): those carry nothing.
     """
     imwatermark = require("imwatermark", extra="watermark")
-    if min(picture.size) < SMALLEST_MARKED:
-        raise InputError(
-            f"a watermark needs {SMALLEST_MARKED} pixels on either side, "
-            f"the picture has {picture.width}x{picture.height}"
-        )
+    _check_marked((picture.height, picture.width))
     encoder = imwatermark.WatermarkEncoder()
     encoder.set_watermark("bytes", text.encode())
     blue_first = np.ascontiguousarray(np.asarray(picture)[..., ::-1])
     return Image.fromarray(np.ascontiguousarray(encoder.encode(blue_first, "dwtDct")[..., ::-1]))
+
+
+def _check_marked(size: tuple[int, int]) -> None:
+    if min(size) < SMALLEST_MARKED:
+        said = f"a watermark needs {SMALLEST_MARKED} pixels on either side"
+        raise InputError(f"{said}, the picture has {size[1]}x{size[0]}")
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,11 @@ class Release:
 
     checker: SafetyChecker | None = None
     watermark: str | None = None  # text
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raise `InputError` where pictures of (height, width) could not carry the watermark."""
+        if self.watermark:
+            _check_marked(size)
 
     def __call__(self, pictures: Sequence[Image.Image], seeds: Sequence[int]) -> list[Image.Image]:
         """The pictures, watermarked where wanted; raises `Refused` if the checker refuses one."""
@@ -128,6 +135,8 @@ def release_of(
     watermark: str | None = None,
 ) -> Release:
     """The release of a model. `safety` None: as configured, which is on for published weights."""
+    if watermark:
+        require("imwatermark", extra="watermark")
     if not (model.config.pixels.safety if safety is None else safety):
         return Release(None, watermark)
     if model.folder is None:

@@ -56,7 +56,7 @@ class LaVITPipeline(DiffusionPipeline):  # type: ignore[misc]  # Any
         super().__init__()
         lavit.needs("visual_tokenizer", "language", "pixels")
         self.register_modules(lavit=lavit, scheduler=scheduler)
-        self.settings: dict[str, Any] = {"protocol": protocol, "safety": safety}
+        self.runner = Runner(lavit, protocol=protocol, safety=safety)
         self.offload_to: torch.device | None = None
         self._interrupt, self._num_timesteps = False, 0
         self._guidance_scale = float(lavit.pixels.config.guidance)
@@ -77,7 +77,7 @@ class LaVITPipeline(DiffusionPipeline):  # type: ignore[misc]  # Any
             raise InputError(f"torch_dtype is {torch_dtype}: use one of {', '.join(DTYPES)}")
         if more.pop("safety_checker", cls) is None:
             safety = False
-        known = inspect.signature(LaVIT.from_pretrained).parameters
+        known = inspect.signature(LaVIT.from_pretrained).parameters.keys() - {"model", "dtype"}
         _refuse({key: value for key, value in more.items() if key not in known}, "from_pretrained")
         more = {key: value for key, value in more.items() if key in known}
         found = LaVIT.from_pretrained(model, dtype=getattr(torch, name), **more)
@@ -165,7 +165,7 @@ class LaVITPipeline(DiffusionPipeline):  # type: ignore[misc]  # Any
             raise InputError(f"num_images_per_prompt is {num_images_per_prompt!r}: give 1 or more")
         prompts = [one for one in prompts for _ in range(num_images_per_prompt)]
         seeds = _seeds(generator, len(prompts))
-        runner = Runner(self.lavit, **self.settings)
+        runner = self.runner
         with self._working(*WRITING):
             how: dict[str, Any] = {
                 "seed": seeds,

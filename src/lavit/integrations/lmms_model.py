@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any, Literal
 
 from lmms_eval.api.model import lmms
@@ -66,27 +67,34 @@ class LaVITEval(lmms):  # type: ignore[misc]  # Any
         options = requests[0].args[1]
         how, ends = self._sampling(options), self._ends(options)
         said = [""] * len(inputs)
-        asked = [n for n, (images, _) in enumerate(inputs) if len(images) == 1]
-        mixed = [n for n, (images, _) in enumerate(inputs) if len(images) != 1]
+        shown = [[part for part in parts if not isinstance(part, str)] for parts in inputs]
+        asked = [n for n, images in enumerate(shown) if len(images) == 1]
+        mixed = [n for n, images in enumerate(shown) if len(images) != 1]
         if self.layout == "chat":
             mixed, asked = [], []
-            chats = [[_message(*one)] for one in inputs]
+            chats = [[_message(parts)] for parts in inputs]
             said = [_text(reply) for reply in self.pipe.chat(chats, sampling=how)]
         if asked:
-            images, texts = [inputs[n][0][0] for n in asked], [inputs[n][1] for n in asked]
+            images = [shown[n][0] for n in asked]
+            texts = [" ".join(part for part in inputs[n] if isinstance(part, str)) for n in asked]
             for n, text in zip(asked, self.pipe.ask(images, texts, sampling=how), strict=True):
                 said[n] = text
         if mixed:
-            pieces = [[*inputs[n][0], inputs[n][1]] for n in mixed]
+            pieces = [inputs[n] for n in mixed]
             for n, text in zip(mixed, self.pipe.complete(pieces, sampling=how), strict=True):
                 said[n] = text
         return [cut_before(text, ends)[0].strip() for text in said]
 
-    def _input(self, request: Any) -> tuple[list[Any], str]:
-        """Pictures and words of a request."""
+    def _input(self, request: Any) -> list[Any]:
+        """Pictures and words of a request, pictures first where the words mark no places."""
         context, _, pictures_of, document, task, split = request.args
-        pictures = pictures_of(self.task_dict[task][split][document]) or []
-        return list(pictures), context.replace("<image>", "").strip()
+        pictures = list(pictures_of(self.task_dict[task][split][document]) or [])
+        first, *rest = (words.strip() for words in context.split("<image>"))
+        if len(rest) == len(pictures):
+            parts = [first, *chain.from_iterable(zip(pictures, rest, strict=True))]
+        else:
+            parts = [*pictures, context.replace("<image>", "").strip()]
+        return [part for part in parts if part != ""] or [""]
 
     def _sampling(self, options: dict[str, Any]) -> Sampling:
         """A task's settings over those of the protocol."""
@@ -120,9 +128,10 @@ class LaVITEval(lmms):  # type: ignore[misc]  # Any
         raise InputError("LaVIT answers tasks of one round (generate_until); choose such a task")
 
 
-def _message(images: Sequence[Any], text: str) -> dict[str, Any]:
-    content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
-    return {"role": "user", "content": [*content, {"type": "text", "text": text}]}
+def _message(parts: Sequence[Any]) -> dict[str, Any]:
+    kinds = ("text" if isinstance(part, str) else "image" for part in parts)
+    content = [{"type": kind, kind: part} for kind, part in zip(kinds, parts, strict=True)]
+    return {"role": "user", "content": content}
 
 
 def _text(reply: Any) -> str:

@@ -138,7 +138,7 @@ class LaVITMultimodalProcessor(ProcessorMixin):
         pictures = [images] if isinstance(images, ImageInput) else list(images or ())
         texts = [text] if isinstance(text, str) else list(text or [""])
         if not any(MARK in words for words in texts):
-            each = len(pictures) if len(texts) == 1 else len(pictures) // len(texts)
+            each = len(pictures) if len(texts) == 1 else int(len(pictures) == len(texts))
             texts = [MARK * each + words for words in texts]
         places = sum(words.count(MARK) for words in texts)
         if places != len(pictures):
@@ -276,6 +276,8 @@ class LaVITForMultimodalLM(PreTrainedModel, GenerationMixin):
         rows = [row[kept.bool()].tolist() for row, kept in zip(input_ids, mask, strict=True)]
         prompts = [vars(self._prompt(row, values, read=mode == "text")) for row in rows]
         pad = how.pop("pad_token_id", None)
+        if generation_config is not None:
+            _check_config(generation_config)
         sampling = self._sampling(mode, generation_config or self.generation_config, how)
         stop = turn_ends(self.lavit)[1]
         requests = [
@@ -382,6 +384,16 @@ def _check(options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         if name not in USUAL or value != USUAL[name]:
             raise InputError(f"{name}={value!r} is not served: leave it out")
+
+
+def _check_config(config: GenerationConfig) -> None:
+    """Raise `InputError` for a setting that is not done here."""
+    done = {*SAMPLING, "do_sample", "transformers_version", "_from_model_config"}
+    done |= {f"{name}_token_id" for name in ("pad", "bos", "eos")}  # the LM's own
+    for name, value in config.to_diff_dict().items():
+        if name not in done and value is not None:
+            said = f"a GenerationConfig with {name}={value!r:.40} is not served"
+            raise InputError(f"{said}: use {', '.join(SAMPLING)}")
 
 
 def _asked(options: Mapping[str, Any]) -> dict[str, Any]:

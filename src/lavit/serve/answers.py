@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from lavit.generate.request import Reason
 from lavit.serve.errors import ApiError
-from lavit.serve.service import Service, left
+from lavit.serve.service import Service, until_gone
 from lavit.serve.ticket import PromptSize, Ticket
 
 
@@ -119,25 +119,15 @@ class EventStream(Response):
 
     async def __call__(
         self,
-        scope: MutableMapping[str, Any],
-        receive: Callable[[], Awaitable[MutableMapping[str, Any]]],
-        send: Callable[[MutableMapping[str, Any]], Awaitable[None]],
+        scope: Scope,
+        receive: Receive,
+        send: Send,
     ) -> None:
         """Send all events, unless the client leaves."""
-        writing = asyncio.ensure_future(self._write(send))
-        gone = asyncio.ensure_future(left(receive))
-        try:
-            await asyncio.wait({writing, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if writing.done():
-                writing.result()
-        finally:
-            self.ticket.close()
-            for each in (writing, gone):
-                each.cancel()
-                with contextlib.suppress(asyncio.CancelledError, Exception):
-                    await each
+        with contextlib.suppress(ApiError):  # the client has left
+            await until_gone(receive, self.ticket, self._write(send))
 
-    async def _write(self, send: Callable[[MutableMapping[str, Any]], Awaitable[None]]) -> None:
+    async def _write(self, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(start)
         try:

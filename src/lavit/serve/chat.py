@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -38,7 +39,10 @@ REASONS = {"end": "stop", "length": "length", "context": "length"}
 NOT_DONE = {
     "tools": ([],), "functions": ([],), "logprobs": (False,), "top_logprobs": (0,),
     "logit_bias": ({},), "audio": (), "frequency_penalty": (0,), "presence_penalty": (0,),
-    "response_format": ({"type": "text"},), "web_search_options": (),
+    "response_format": ({"type": "text"},), "web_search_options": (), "prediction": (),
+    "top_k": (-1, 0), "min_p": (0,), "repetition_penalty": (1,),
+    "mask": (), "input_image_mask": (), "background": ("auto", "opaque"),
+    "conversation": (), "prompt": (),
 }  # fmt: skip
 COLDEST = 0.01  # below, logits overflow, and the likeliest token is what is meant
 RequestSeed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
@@ -95,18 +99,23 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = False
 
 
-class RequestBody(BaseModel):
-    """What requests share; what would change the answer and is not done here is refused."""
+class OpenBody(BaseModel):
+    """Takes any field, but refuses what would change the answer and is not done here."""
 
     model_config = {"extra": "allow"}
-    model: str | None = None
 
     @model_validator(mode="after")
-    def _refuse(self) -> RequestBody:
+    def _refuse(self) -> OpenBody:
         for name, value in (self.model_extra or {}).items():
             if name in NOT_DONE and value is not None and value not in NOT_DONE[name]:
                 raise ValueError(f"{name} is not supported: leave it out")
         return self
+
+
+class RequestBody(OpenBody):
+    """What requests share."""
+
+    model: str | None = None
 
 
 class ChatRequest(RequestBody):
@@ -236,7 +245,7 @@ def chat_router(service: Service) -> APIRouter:
         if body.stream:
             return EventStream(service, ticket, _chunks(service, ticket, prompt, body))
         answer = _answer(service, ticket, prompt, body)
-        return JSONResponse(await until_gone(request, ticket, answer))
+        return JSONResponse(await until_gone(request.receive, ticket, answer))
 
     return router
 
@@ -301,17 +310,27 @@ async def _chunks(
         return sse({**head, "choices": [choice], **empty})
 
     text = codes = 0
+    mixed = body.picture_format == "content"
+    unpainted: Counter[int] = Counter()
+    held: defaultdict[int, str] = defaultdict(str)  # words behind a picture that is not painted yet
     for number in range(ticket.order.n):
         yield chunk(number, {"role": "assistant", "content": ""})
     async for update in ticket:
-        if update.kind == "text":
-            yield chunk(update.input, {"content": update.text})
-        elif update.kind == "image" and update.picture is not None:
+        choice = update.input
+        if update.kind == "text" and mixed and unpainted[choice]:
+            held[choice] += update.text
+        elif update.kind == "text":
+            yield chunk(choice, {"content": update.text})
+        elif update.kind == "image" and update.picture is None:
+            unpainted[choice] += 1
+        elif update.kind == "image":
             codes += len(update.codes)
             drawn = WrittenPicture(update.codes, update.picture)
             shown = await _shown(service, drawn, update.image)
-            name = "content" if body.picture_format == "content" else "images"
-            yield chunk(update.input, {name: [shown]})
+            yield chunk(choice, {"content" if mixed else "images": [shown]})
+            unpainted[choice] -= 1
+            if not unpainted[choice] and (words := held.pop(choice, "")):
+                yield chunk(choice, {"content": words})
         elif update.kind == "finished":
             text += update.tokens
             yield chunk(update.input, {}, _reason(body, update.reason or "end"))

@@ -92,7 +92,8 @@ def api_error(error: Exception, hidden: str = "") -> ApiError:
         return ApiError(error.status_code, detail, headers=error.headers)
     if isinstance(error, InputError):
         code = "moderation_blocked" if isinstance(error, Refused) else "invalid_value"
-        message = str(error).replace(hidden, "MODEL") if hidden else str(error)
+        whole = rf"(?<![\w/]){re.escape(hidden)}(?!\w)"  # no part of another word or path
+        message = re.sub(whole, "MODEL", str(error)) if hidden else str(error)
         return ApiError(400, message, code=code)
     log.error("a request failed", exc_info=error)
     return ApiError(500, "the server failed; its log says why", code="internal_error")

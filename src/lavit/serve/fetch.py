@@ -19,7 +19,7 @@ from lavit.serve.errors import ApiError
 
 PORTS = {"http": 80, "https": 443}
 REDIRECTS = 3
-SECONDS = 10.0  # for all of it
+SECONDS = 10.0  # for all of it, and for each line of a header
 MOVED = (301, 302, 303, 307, 308)
 
 
@@ -55,18 +55,20 @@ class Fetcher:
         host = str(parts.hostname)
         pinned = public_address(host, port)
         connection = http.client.HTTPConnection(host, port, timeout=SECONDS)
-        connection.sock = socket.create_connection((pinned, port), timeout=_left(until))
+        sock = socket.create_connection((pinned, port), timeout=_left(until))
+        connection.sock = sock
         try:
             if parts.scheme == "https":
                 context = ssl.create_default_context()
-                connection.sock = context.wrap_socket(connection.sock, server_hostname=host)
+                connection.sock = sock = context.wrap_socket(sock, server_hostname=host)
             path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
             headers = {"Accept": "image/*", "Connection": "close", "User-Agent": "lavit"}
             connection.request("GET", path, headers=headers)
-            answer = connection.getresponse()
+            sock.settimeout(_left(until))
+            answer = connection.getresponse()  # which takes the socket from the connection
             if answer.status in MOVED:
                 return answer.status, (answer.getheader("Location") or "").encode("latin-1")
-            return answer.status, self._body(answer, connection.sock, until)
+            return answer.status, self._body(answer, sock, until)
         finally:
             connection.close()
 
@@ -80,13 +82,11 @@ class Fetcher:
             raise ApiError(400, said, code="invalid_image_url")
         return port
 
-    def _body(
-        self, answer: http.client.HTTPResponse, sock: socket.socket | None, until: float
-    ) -> bytes:
+    def _body(self, answer: http.client.HTTPResponse, sock: socket.socket, until: float) -> bytes:
         found = bytearray()
         while True:
             left = _left(until)
-            if sock is not None and sock.fileno() >= 0:
+            if sock.fileno() >= 0:
                 sock.settimeout(left)
             piece = answer.read1(2**16)
             if not piece:

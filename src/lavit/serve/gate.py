@@ -121,7 +121,8 @@ def _name(host: str) -> str:
 
 def _is_form(scope: Scope) -> bool:
     kinds = [value for name, value in scope["headers"] if name.lower() == b"content-type"]
-    return any(kind.strip().lower().startswith(b"multipart/") for kind in kinds)
+    forms = [kind.strip().lower().startswith(b"multipart/") for kind in kinds]
+    return bool(forms) and all(forms)  # of several, the routes may read any
 
 
 def too_large(limits: Limits) -> ApiError:

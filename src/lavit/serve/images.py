@@ -182,7 +182,7 @@ async def _drawn(
         events = _events(service, ticket, prompt, canvas, name)
         return EventStream(service, ticket, events, _failed)
     answer = _answer(service, ticket, prompt, canvas)
-    return JSONResponse(await until_gone(request, ticket, answer))
+    return JSONResponse(await until_gone(request.receive, ticket, answer))
 
 
 def _failed(error: ApiError) -> bytes:

@@ -54,6 +54,8 @@ def serve_replicas(
         if count > has["CPU"]:
             said = f"replicas is {count}, and there are {has['CPU']:g} cores"
             raise InputError(f"{said}: a replica needs one")
+        nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+        cores = int(min(has["CPU"] // count, *filter(None, nodes)))  # which one node has
         serve.start(
             http_options=HTTPOptions(host=host, port=port),
             logging_config=LoggingConfig(log_level="ERROR", enable_access_log=False),
@@ -65,14 +67,14 @@ def serve_replicas(
             max_ongoing_requests=2 * limits.requests,  # past its own limit a replica answers 429
             graceful_shutdown_timeout_s=limits.stop_seconds,
             ray_actor_options={
-                "num_cpus": int(has["CPU"]) // count,  # as many threads have its products
+                "num_cpus": cores,  # as many threads have its products
                 "num_gpus": min(1, has.get("GPU", 0) / count),
             },
         )
+        serve.run(replica.bind(), name=APP)
         told: queue.SimpleQueue[int] = queue.SimpleQueue()
         for kind in (signal.SIGTERM, signal.SIGINT):
             signal.signal(kind, lambda number, _: told.put(number))
-        serve.run(replica.bind(), name=APP)
         log.info("%d replicas at http://%s:%d/v1", count, host, port)
         number = told.get()
         serve.delete(APP)  # what runs is answered first; a shutdown alone would cut it off

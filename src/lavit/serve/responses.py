@@ -24,6 +24,7 @@ from lavit.serve.chat import (
     ImageItem,
     ImageURL,
     MessageBody,
+    OpenBody,
     RequestBody,
     RequestSeed,
     Temperature,
@@ -72,7 +73,7 @@ class Drew(BaseModel):
     codes: list[int] | None = None
 
 
-class Tool(BaseModel):
+class Tool(OpenBody):
     """The one tool that there is: drawing."""
 
     type: Literal["image_generation"]
@@ -80,6 +81,18 @@ class Tool(BaseModel):
     quality: Quality | None = None
     output_format: Literal["png", "jpeg", "webp"] | None = None
     partial_images: Annotated[int, Field(ge=0, le=3)] | None = 0
+
+
+class Format(BaseModel):
+    """Of words: plain."""
+
+    type: Literal["text"] = "text"
+
+
+class WordsAs(BaseModel):
+    """How words are written."""
+
+    format: Format | None = None
 
 
 Items = Annotated[list[Drew | Said], Field(min_length=1, max_length=MESSAGES)]
@@ -102,6 +115,7 @@ class ResponseRequest(RequestBody):
     temperature: Temperature | None = None
     top_p: TopP | None = None
     seed: RequestSeed | None = None
+    text: WordsAs | None = None
     stream: bool | None = False
     previous_response_id: None = None  # nothing is stored
     background: Literal[False] | None = None
@@ -177,7 +191,7 @@ def response_router(service: Service) -> APIRouter:
         if body.stream:
             events = _events(ticket, writing)
             return EventStream(service, ticket, events, writing.failed)
-        return JSONResponse(await until_gone(request, ticket, _whole(ticket, writing)))
+        return JSONResponse(await until_gone(request.receive, ticket, _whole(ticket, writing)))
 
     return router
 

@@ -7,11 +7,11 @@ import contextlib
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Iterable
 from fractions import Fraction
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from starlette.requests import Request
+from starlette.types import Receive
 
 from lavit.config import InputError
 from lavit.generate.options import PictureSize
@@ -41,6 +41,8 @@ class Service:
         fetch_hosts: tuple[str, ...] = (),
     ) -> None:
         pipeline.model.needs("language")
+        if pipeline.model.pixels is not None:
+            _ = pipeline.release  # what it misses is said before the first request
         self.pipeline, self.limits = pipeline, limits
         self.name = pipeline.model.config.name
         self.created = int(time.time())
@@ -142,10 +144,10 @@ def seed_or_new(seed: int | None) -> int:
     return secrets.randbits(32) if seed is None else seed
 
 
-async def until_gone(request: Request, ticket: Ticket, work: Awaitable[T]) -> T:
+async def until_gone(receive: Receive, ticket: Ticket, work: Awaitable[T]) -> T:
     """What `work` gives; a client that leaves stops it. The ticket is closed at the end."""
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(left(request.receive))
+    gone = asyncio.ensure_future(left(receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -159,7 +161,7 @@ async def until_gone(request: Request, ticket: Ticket, work: Awaitable[T]) -> T:
                 await each
 
 
-async def left(receive: Callable[[], Awaitable[MutableMapping[str, Any]]]) -> None:
+async def left(receive: Receive) -> None:
     """Return when the client has left."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import TypeVar
 
@@ -45,7 +46,7 @@ class Worker:
         self.tickets: set[Ticket] = set()
         self._entries: dict[int, tuple[Ticket, int, int]] = {}  # ticket, choice, seed of a number
         self._wake = threading.Condition()
-        self._calls: deque[Callable[[], None]] = deque()
+        self._calls: deque[tuple[Callable[[], None], Callable[[Exception], None]]] = deque()
         self._left: list[Ticket] = []
         self._stopped = False
         metrics.watch("lanes", "rows of the batch that are taken", lambda: self.lanes)
@@ -69,7 +70,7 @@ class Worker:
             raise stopping()
         ticket = Ticket(order, self.limits.seconds, self.leave)
         self.tickets.add(ticket)
-        self._hand(lambda: self._begin(ticket))
+        self._hand(lambda: self._begin(ticket), ticket.fail)
         try:
             return ticket, await ticket.accepted
         except BaseException:
@@ -80,25 +81,22 @@ class Worker:
         """What a function of the pipeline gives, called between two steps."""
         if self._stopped:
             raise stopping()
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
-
-        def settle(result: T | None, error: Exception | None) -> None:
-            if future.done():
-                return
-            if error is not None:
-                future.set_exception(error)
-            else:
-                future.set_result(result)  # type: ignore[arg-type]
+        future: Future[T] = Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return  # nobody waits any more
             try:
-                loop.call_soon_threadsafe(settle, function(self.pipeline), None)
+                future.set_result(function(self.pipeline))
             except Exception as error:
-                loop.call_soon_threadsafe(settle, None, error)
+                future.set_exception(error)
 
-        self._hand(run)
-        return await future
+        def fail(error: Exception) -> None:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
+
+        self._hand(run, fail)
+        return await asyncio.wrap_future(future)
 
     def leave(self, ticket: Ticket) -> None:
         """A ticket is closed: its lanes are free from the step after the next."""
@@ -113,6 +111,8 @@ class Worker:
             ticket.fail(stopping())
         with self._wake:
             self._stopped = True
+            while self._calls:
+                self._calls.popleft()[1](stopping())
             self._wake.notify()
         self.painter.stop()
 
@@ -124,9 +124,10 @@ class Worker:
     def _session(self) -> Running:
         return Running(self.pipeline.engine, self.pipeline.model.text_tokenizer)
 
-    def _hand(self, call: Callable[[], None]) -> None:
+    def _hand(self, call: Callable[[], None], fail: Callable[[Exception], None]) -> None:
+        """Let the engine's thread call; `fail` is told if it never will."""
         with self._wake:
-            self._calls.append(call)
+            self._calls.append((call, fail))
             self._wake.notify()
 
     def _something(self) -> bool:
@@ -139,15 +140,17 @@ class Worker:
                 if self._stopped:
                     return
                 left, self._left = self._left, []
-                calls = [self._calls.popleft() for _ in range(min(TAKEN, len(self._calls)))]
+                calls = [self._calls.popleft()[0] for _ in range(min(TAKEN, len(self._calls)))]
             try:
                 self._turn(left, calls)
             except Exception as error:  # of the engine: nothing that runs can go on
+                broken = RuntimeError(f"the engine failed: {error}")  # whatever it is, no client's
+                broken.__cause__ = error
                 tickets = {entry[0] for entry in self._entries.values()}
                 self._entries.clear()
                 self.running = self._session()  # before anybody hears of it
                 for ticket in tickets:
-                    ticket.post(ticket.fail, error)
+                    ticket.post(ticket.fail, broken)
 
     def _turn(self, left: list[Ticket], calls: list[Callable[[], None]]) -> None:
         """Drop who left, take who came, and one step."""
