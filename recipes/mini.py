@@ -6,7 +6,8 @@ stopped; `--minutes` ends a leg by itself, so legs of nine minutes on a GPU are 
 and again (exit code 3 while more is to do).
 
 Command   python recipes/mini.py RUN [--hours 20] [--minutes 9]
-          OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 recipes/mini.py RUN     (a process a core)
+          OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 recipes/mini.py RUN     (a process a core;
+                                                     torchrun ends with 1 where a process has 3)
           lavit eval RUN/mini                        (every figure, own_* of the package's items)
 Data      made on the spot: scenes of all 160 objects and 48 coloured shapes, conversations of up to
           four turns, prompts and questions in free words; documentation of installed packages

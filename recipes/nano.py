@@ -23,8 +23,10 @@ from safetensors.torch import load_file, save_file
 
 from lavit.config import Mixture
 from lavit.data.scenes.dataset import write_pool
+from lavit.files import replacing
 from lavit.presets import nano, scaled
 from lavit.train.card import write_card
+from lavit.train.checkpoint import latest_checkpoint
 from lavit.train.run import open_run, train_stages
 from lavit.train.spread import make_accelerator
 
@@ -95,11 +97,14 @@ def train(run: Path, /, share: float = 1.0) -> None:
         write_pool(data, pictures=round(share * 100_000), processes=2)
     train_stages(open_run(talk, str(data), preset.model, before), ("tokenizer", "language"))
     with make_accelerator().main_process_first():
-        if not (run / "visual_tokenizer").exists():
-            ignored = shutil.ignore_patterns("language", "reader", "config.json", "training.json")
+        checkpoints = Path("checkpoints", "language")
+        kept = latest_checkpoint(talk / checkpoints)
+        if kept is not None and not (run / checkpoints).exists():  # copied whole, and last
+            names = ("language", "reader", "config.json", "training.json")
+            ignored = shutil.ignore_patterns(*names, "checkpoints")
             shutil.copytree(talk, run, ignore=ignored, dirs_exist_ok=True)
-            kept = max((talk / "checkpoints" / "language").iterdir(), key=lambda at: int(at.name))
-            shutil.copytree(kept, run / "checkpoints" / "language" / kept.name)
+            with replacing(run / checkpoints) as new:
+                shutil.copytree(kept, new / kept.name)
     train_stages(open_run(run, str(data), preset.model, training), ("language", "pixels"))
 
 

@@ -93,27 +93,12 @@ def build_prose(out: Path, *, progress: Callable[[int, int], None] | None = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text("\n".join(lines["train"]) + "\n")
-        held_out_file(out).write_text("\n".join(lines["held out"]) + "\n")
+        out.with_suffix(".held_out.jsonl").write_text("\n".join(lines["held out"]) + "\n")
         out.with_suffix(".packages.json").write_text(json.dumps(packages, indent=1) + "\n")
         out.with_suffix(".origin.json").write_text('{"texts": "of installed packages"}\n')
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror}") from error
     return counts
-
-
-def held_out_file(out: Path) -> Path:
-    """Where the held-out texts of a file of texts are."""
-    return out.with_suffix(".held_out.jsonl")
-
-
-def held_out_texts(out: Path) -> list[str]:
-    """The held-out texts beside a file of texts; none where there is no such file."""
-    file = held_out_file(out)
-    return (
-        [json.loads(line)["text"] for line in file.read_text().splitlines()]
-        if file.is_file()
-        else []
-    )
 
 
 def _fraction(name: str) -> float:

@@ -98,6 +98,8 @@ class Training:
     def go_to(self, step: int) -> None:
         """Train until so many steps are done."""
         while self.at < step:
+            if self.at == self.stage.prepared:
+                self.stage.prepare()
             share = schedule(self.at, self.steps, self.stage.config.warmup)
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = rate * share

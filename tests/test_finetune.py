@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,9 @@ def test_bad_input_is_one_clear_line(toy_run: Path, data: Path, tmp_path: Path) 
         finetune(toy_run, data, toy_run, training)
     with pytest.raises(InputError, match="no model at"):
         finetune(tmp_path / "new", data, tmp_path / "nowhere", training)
+    shutil.copytree(toy_run, tmp_path / "other")
+    with pytest.raises(InputError, match="holds a model or another training"):
+        finetune(tmp_path / "other", data, toy_run, training)
     with pytest.raises(InputError, match="positive time"):
         finetune(tmp_path / "new", data, toy_run, training, minutes=0)
     finetune(

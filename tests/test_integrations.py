@@ -253,7 +253,7 @@ def test_any_to_any_writes_what_the_pipeline_writes(toy_run: Path, any_to_any: A
 
 
 def test_any_to_any_is_saved_and_refuses_in_one_line(any_to_any: Any, tmp_path: Path) -> None:
-    from transformers import AutoConfig, AutoModelForMultimodalLM
+    from transformers import AutoConfig, AutoModelForMultimodalLM, GenerationConfig
 
     from lavit.storage import model_folder
 
@@ -268,6 +268,10 @@ def test_any_to_any_is_saved_and_refuses_in_one_line(any_to_any: Any, tmp_path: 
         ("padding='max_length' is not", lambda: processor("red", padding="max_length")),
         ("generation_mode is 'audio'", lambda: model.generate(**inputs, generation_mode="audio")),
         ("generate takes no num_return", lambda: model.generate(**inputs, num_return_sequences=2)),
+        (
+            "generate takes no max_length",
+            lambda: model.generate(**inputs, generation_config=GenerationConfig(max_length=9)),
+        ),
     ):
         with pytest.raises(InputError, match=line):
             call()

@@ -36,6 +36,7 @@ from lavit.generate.pipeline import Pipeline
 from lavit.generate.sampling import Sampling
 from lavit.presets import Preset, nano
 from lavit.train.language import train_text_tokenizer
+from lavit.visual_tokenizer.codebook import Codebook
 from lavit.visual_tokenizer.tokenizer import VisualTokenizer
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -239,6 +240,13 @@ def test_speedrun_races_three_selections(
     short = Sampling(temperature=0.0, max_tokens=8)
     captions = partialmethod(Pipeline.caption, sampling=short)
     monkeypatch.setattr(Pipeline, "caption", captions)
+    started, k_means = [], Codebook.k_means
+
+    def counted(codebook: Codebook, *given: Any, **how: Any) -> None:
+        started.append(codebook)
+        k_means(codebook, *given, **how)
+
+    monkeypatch.setattr(Codebook, "k_means", counted)
     how: dict[str, Any] = {"pictures": 12, "steps": 4, "every": 2, "count": 1, "seeds": 1}
     looked, reads = [], speedrun.reads
 
@@ -262,6 +270,7 @@ def test_speedrun_races_three_selections(
     assert [len(found["curve"]) for found in results["racers"]] == [2, 2, 2]
     speedrun.main(tmp_path, **how)
     assert "seed 0" not in capsys.readouterr().out  # a finished seed is kept
+    assert len(started) == len(speedrun.ARMS)  # codes of each tokenizer, as in a training
 
 
 def test_untaught_tokenizers_keep_as_many_or_all() -> None:

@@ -35,10 +35,12 @@ from lavit.presets import lavit_7b
 from lavit.sequence import VisualTokens
 from lavit.train import encoded
 from lavit.train.batches import draw_pictures
+from lavit.train.encoded import Encoded, language_stage
+from lavit.train.first import first_language
 from lavit.train.health import Alarm, CodeUse, check_codes, check_selector
 from lavit.train.language import train_text_tokenizer
 from lavit.train.loop import Report, schedule
-from lavit.train.run import open_run, train_stages
+from lavit.train.run import open_run, train_language, train_stages, whole_language
 from lavit.vision.encoder import Vision, load_vision
 from lavit.visual_tokenizer.tokenizer import cosine_distance
 from lavit.vocabulary import Vocabulary
@@ -239,6 +241,44 @@ def test_pictures_may_be_read_as_codes_in_training_too(
     first, second = ({n: t for n, t in part.items() if n.startswith("merger.")} for part in parts)
     assert second and all(second[name].equal(first[name]) for name in second)
     assert len((folder / "samples.jsonl").read_text().splitlines()) == 4
+
+
+def test_what_stays_frozen_is_whole_again_after_sharding(
+    toy_run: Path, toy_data: Path, tmp_path: Path
+) -> None:
+    folder, training = begun_run(toy_run, tmp_path / "run"), toy_training()
+    frozen = replace(training.language, steps=1, train_merger=False)
+    training = replace(training, language=frozen)
+    run = open_run(folder, toy_data, toy_config(), training)
+    encoded = Encoded(run)
+    language, text = first_language(run, encoded)
+    begun = run.config
+    train_language(run, language_stage(run, encoded, language, text), text)
+    run.config = begun
+    whole = whole_language(run, language, text)  # of a checkpoint that holds what trains
+    assert all(there.equal(whole.state_dict()[n]) for n, there in language.state_dict().items())
+    assert not any(p.requires_grad for p in whole.reader.merger.parameters())
+
+
+@pytest.mark.parametrize("name", ["checkpoint_every", "keep_last", "log_every"])
+def test_counts_of_the_loop_are_checked(
+    name: str, toy_run: Path, toy_data: Path, tmp_path: Path
+) -> None:
+    wrong = replace(toy_training(), **{name: 0})
+    with pytest.raises(InputError, match=f"{name} is 0"):
+        train_stages(open_run(tmp_path / "run", toy_data, toy_config(), wrong), ("tokenizer",))
+
+
+def test_a_tokenizer_keeps_by_a_rule(toy_data: Path, tmp_path: Path) -> None:
+    config = toy_config()
+    for changes, stages, said in (
+        ({"keep": "sample"}, ("tokenizer",), "draws other patches each time"),
+        ({"keep": "top_k:inf"}, ("tokenizer",), "is not understood"),
+        ({"spatial_positions": True}, ("tokenizer", "pixels"), "spatial_positions wants their"),
+    ):
+        wrong = replace(config, visual_tokenizer=replace(config.visual_tokenizer, **changes))
+        with pytest.raises(InputError, match=said):
+            train_stages(open_run(tmp_path / said[:4], toy_data, wrong, toy_training()), stages)
 
 
 def test_pictures_without_texts_serve_stages_that_need_none(toy_data: Path, tmp_path: Path) -> None:

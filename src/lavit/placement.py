@@ -80,7 +80,7 @@ def place(
         raise InputError(f"dtype {dtype!r} is not known: use one of {', '.join(DTYPES)}")
     if kind is None:
         half = where.type == "cuda"
-        bf16 = half and torch.cuda.is_bf16_supported()
+        bf16 = half and torch.cuda.is_bf16_supported(including_emulation=False)
         kind = torch.bfloat16 if bf16 else torch.float16 if half else torch.float32
     log.info("running on %s in %s", where, str(kind).removeprefix("torch."))
     return where, kind

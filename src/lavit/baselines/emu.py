@@ -195,7 +195,8 @@ class _FromNumbers(VisualTokenizer):
         *,
         keep: Keep | None = None,
     ) -> Patches:
-        return self.model.decode(list(self.model.rows(self.features.rows(codes))))
+        features = self.features.rows(codes.cpu()).to(codes.device)
+        return self.model.decode(list(self.model.rows(features)))
 
 
 class EmuEncoded(Encoded):

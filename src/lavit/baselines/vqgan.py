@@ -152,7 +152,7 @@ class VqganStage(Stage):
         pictures, quantise = self.module.fold(patches), step >= self.config.steps_a
         made, vectors, quantised = module(patches, quantise=quantise)
         l1 = (made - pictures).abs().mean()
-        likeness = self.perceptual(made, pictures)
+        likeness = self.perceptual.to(self.accelerator.device)(made, pictures)
         reconstruction = l1 + PERCEPTUAL * likeness
         loss, figures = reconstruction, {"l1": l1, "perceptual": likeness}
         self.quantised = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -201,6 +202,7 @@ def export(run: Words[str], /, out: Path, merge: bool = False, whole: bool = Fal
 
     --whole writes the whole model, a folder for lavit.load, in place of the language model alone.
     """
+    from lavit.generate.safety import FOLDER as CHECKER
     from lavit.model import LaVIT
     from lavit.storage import export_language, model_folder
 
@@ -214,4 +216,6 @@ def export(run: Words[str], /, out: Path, merge: bool = False, whole: bool = Fal
         if merge:
             model.merge_adapter()
         model.save_pretrained(out)
+        if (folder / CHECKER).is_dir():
+            shutil.copytree(folder / CHECKER, out / CHECKER)
     print(out)

@@ -39,6 +39,7 @@ from lavit.layout import (
 )
 from lavit.model import LaVIT
 from lavit.sequence import lay_out
+from lavit.visual_tokenizer.layers import Patches
 from lavit.visual_tokenizer.selector import KeepPolicy
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class Prompt:
 def lay_prompt(model: LaVIT, parts: Parts) -> Prompt:
     """Ids, slots and features of words and pictures in order."""
     model.needs("language")
-    language, vocabulary = model.language, model.language.vocabulary
+    vocabulary = model.language.vocabulary
     features: list[Tensor] = []
 
     def codes(part: ImagePart) -> tuple[int, ...]:
@@ -75,9 +76,7 @@ def lay_prompt(model: LaVIT, parts: Parts) -> Prompt:
             return tuple(_codes(model, part).tolist())
         model.needs("vision", "visual_tokenizer")
         patches = model.patches([open_image(part.image)])
-        keep = model.visual_tokenizer.select(patches, KeepPolicy.parse(part.keep))
-        prepared = model.visual_tokenizer.prepare(patches).to(language.rows.dtype)
-        features.append(language.read(prepared, keep))
+        features.append(looked_at(model, patches, KeepPolicy.parse(part.keep)))
         return (0,) * len(features[-1])  # ids of slots are never looked at
 
     ids, read_as = partial(ids_of, model.text_tokenizer), model.config.language.read_as
@@ -86,6 +85,13 @@ def lay_prompt(model: LaVIT, parts: Parts) -> Prompt:
     if not features:
         return Prompt(laid.ids, (), None)
     return Prompt(laid.ids, laid.slots, torch.cat(features))
+
+
+def looked_at(model: LaVIT, patches: Patches, policy: KeepPolicy) -> Float[Tensor, "kept width"]:
+    """What the language model reads of a picture's encoder features, under a keep policy."""
+    keep = model.visual_tokenizer.select(patches, policy)
+    prepared = model.visual_tokenizer.prepare(patches).to(model.language.rows.dtype)
+    return model.language.read(prepared, keep)
 
 
 def _codes(model: LaVIT, part: ImagePart) -> Tensor:

@@ -45,6 +45,7 @@ from lavit.generate.options import Messages, MessagesList, PictureSize, Seed
 from lavit.generate.prompts import (
     Prompt,
     conversations_of,
+    looked_at,
     sampling_of_codes,
     seeds_of,
     turn_ends,
@@ -76,6 +77,7 @@ SAMPLING = {  # names of transformers, and of `Sampling`
     "top_p": "top_p", "min_p": "min_p", "length_penalty": "length_penalty",
     "early_stopping": "early_stopping",
 }  # fmt: skip
+OWN = ("pad_token_id", "bos_token_id", "eos_token_id", "transformers_version")  # of the LM
 FROM_AUTO = ("trust_remote_code", "adapter_kwargs", "_from_auto", "_from_pipeline")
 InputIds = Int[Tensor, "rows tokens"]
 OutputIds = Int[Tensor, "rows written"]
@@ -276,9 +278,7 @@ class LaVITForMultimodalLM(PreTrainedModel, GenerationMixin):
         rows = [row[kept.bool()].tolist() for row, kept in zip(input_ids, mask, strict=True)]
         prompts = [vars(self._prompt(row, values, read=mode == "text")) for row in rows]
         pad = how.pop("pad_token_id", None)
-        if generation_config is not None:
-            _check_config(generation_config)
-        sampling = self._sampling(mode, generation_config or self.generation_config, how)
+        sampling = self._sampling(mode, generation_config, how)
         stop = turn_ends(self.lavit)[1]
         requests = [
             Request(sampling=sampling, seed=own, mode=mode, stop=stop, **prompt)
@@ -304,10 +304,8 @@ class LaVITForMultimodalLM(PreTrainedModel, GenerationMixin):
             if not codes:
                 model.needs("vision", "visual_tokenizer")
                 patches = model.vision.encode_pixels(next(values))
-                keep = model.visual_tokenizer.select(patches, KeepPolicy.parse("auto"))
                 if read:
-                    prepared = model.visual_tokenizer.prepare(patches)
-                    features.append(model.language.read(prepared.to(model.dtype), keep))
+                    features.append(looked_at(model, patches, KeepPolicy()))
                     document.append(Codes((0,) * len(features[-1]), read=True))
                 else:
                     codes = model.visual_tokenizer.encode(patches).codes.tolist()
@@ -317,15 +315,19 @@ class LaVITForMultimodalLM(PreTrainedModel, GenerationMixin):
         laid = lay_out((*document, Text(tuple(row))), known)
         return Prompt(laid.ids, laid.slots, torch.cat(features) if features else None)
 
-    def _sampling(self, mode: str, config: GenerationConfig, how: dict[str, Any]) -> Sampling:
+    def _sampling(
+        self, mode: str, config: GenerationConfig | None, how: dict[str, Any]
+    ) -> Sampling:
         """What the protocol says, and over it what is set in `config` and in `how`."""
-        if unknown := sorted(how.keys() - {*SAMPLING, "do_sample"}):
+        said = (config or self.generation_config).to_diff_dict()
+        asked = how if config is None else {**said, **how}
+        if unknown := sorted(asked.keys() - {*SAMPLING, *OWN, "do_sample"}):
             raise InputError(f"generate takes no {unknown[0]}: use {', '.join(SAMPLING)}")
         protocol = self.runner.protocol
         usual = protocol.chat
         if mode == "image":
             usual = sampling_of_codes(self.lavit, protocol, None, None)
-        given = {**config.to_diff_dict(), **how}
+        given = {**said, **how}
         ours = {SAMPLING[name]: given[name] for name in SAMPLING if given.get(name) is not None}
         if mode == "image" and "max_tokens" in ours:  # no picture has more
             ours["max_tokens"] = min(ours["max_tokens"], self.lavit.config.visual_tokenizer.patches)
@@ -384,16 +386,6 @@ def _check(options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         if name not in USUAL or value != USUAL[name]:
             raise InputError(f"{name}={value!r} is not served: leave it out")
-
-
-def _check_config(config: GenerationConfig) -> None:
-    """Raise `InputError` for a setting that is not done here."""
-    done = {*SAMPLING, "do_sample", "transformers_version", "_from_model_config"}
-    done |= {f"{name}_token_id" for name in ("pad", "bos", "eos")}  # the LM's own
-    for name, value in config.to_diff_dict().items():
-        if name not in done and value is not None:
-            said = f"a GenerationConfig with {name}={value!r:.40} is not served"
-            raise InputError(f"{said}: use {', '.join(SAMPLING)}")
 
 
 def _asked(options: Mapping[str, Any]) -> dict[str, Any]:

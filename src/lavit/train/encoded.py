@@ -182,6 +182,14 @@ def pixel_feed(run: Run[TrainConfig], encoded: Encoded) -> PixelFeed:
     return StreamedPixels(run.data, make, **how, **run.sharing)
 
 
+def check_reader(language: Language) -> None:
+    """Raise `InputError` for a rival's reader that learns from documents of its own."""
+    reader = language.reader
+    if reader.stage or reader.documents:
+        said = f"{type(reader).__name__} learns from encoded pictures alone"
+        raise InputError(f"{said}: train it without streaming or conversations")
+
+
 def language_stage(
     run: Run[TrainConfig], encoded: Encoded, language: Language, text: TextTokenizer
 ) -> LanguageStage:
@@ -190,6 +198,7 @@ def language_stage(
     make: dict[str, Any] = {"text": text, "vocabulary": language.vocabulary}
     make |= {"seed": run.training.seed, "rows": language.reader.rows}
     if config.stream:
+        check_reader(language)
         make |= {"sizes": (vision.patches, vision.dim), **run.sharing}
         encoded.tokenizer.to(run.accelerator.device)
         streams = StreamingDocuments(run.data, encoded.encode, config=config, **make)

@@ -47,7 +47,7 @@ from lavit.language.lora import inject_lora, merge_lora
 from lavit.language.model import Language
 from lavit.model import LaVIT
 from lavit.storage import model_folder
-from lavit.train.encoded import features_of, tokens_of
+from lavit.train.encoded import check_reader, features_of, tokens_of
 from lavit.train.language import LanguageStage
 from lavit.train.loop import Report, step_once
 from lavit.train.metrics import check_trackers
@@ -57,7 +57,7 @@ from lavit.train.settings import FREE
 from lavit.train.spread import make_accelerator
 
 log = logging.getLogger(__name__)
-COPIED = ("vision", "visual_tokenizer", "pixels", "base")
+COPIED = ("vision", "visual_tokenizer", "pixels", "safety_checker", "base")
 FILE = "finetune.json"  # what the folder's fine-tuning is
 MEASURED = 3  # steps whose time says how many fit into some minutes
 
@@ -188,6 +188,9 @@ def _open(
         raise InputError("fine-tuning runs in one process or under DDP: start it without FSDP")
     run = Run(folder, str(Path(data)), training, config, accelerator, settings=said)
     accelerator.wait_for_everyone()
+    begun = any((folder / name).exists() for name in ("config.json", "training.json"))
+    if begun and not (folder / FILE).exists():
+        raise InputError(f"{folder} holds a model or another training: give another --out")
     if (folder / FILE).exists():
         saved = read_json(folder / FILE)
         with naming(folder / FILE):
@@ -224,6 +227,7 @@ def _stage(
     replayed: tuple[Texts, int] | None,
 ) -> LanguageStage:
     """Stage 2 on conversations, and on texts that fill some rows of a step."""
+    check_reader(model.language)
     features, tokens = nothing_read(run.config.vision)
     if conversations.pictures:
         features = features_of(run, conversations.pictures, model.vision)
@@ -298,7 +302,7 @@ def _save_all(
 ) -> None:
     """The whole model folder: language and reader of this training, everything else copied."""
     kept = not adapted and run.training.keep_adapter
-    for part in COPIED[:-1] if kept else COPIED:
+    for part in COPIED if adapted else COPIED[:-1]:  # what is merged stands alone
         if (source / part).is_dir():
             shutil.copytree(source / part, run.folder / part, dirs_exist_ok=True)
     if (source / "training.json").exists():

@@ -36,6 +36,9 @@ def check_first(run: Run[TrainConfig], stages: Sequence[str], encoded: Encoded) 
     config = run.training.language
     if "language" in stages and not run.start:
         check_base(run.config.language, run.folder / "base")
+    if "pixels" in stages and run.config.visual_tokenizer.spatial_positions:
+        said = "a decoder learns from codes alone, and spatial_positions wants their places"
+        raise InputError(f"{said}: leave it out, or train without pixels")
     if "pixels" in stages and not run.start:
         _begun_pixels(run)
     if "language" in stages and not config.stream and not config.token_corpus:

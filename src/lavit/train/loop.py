@@ -134,6 +134,10 @@ def train(
     if accelerator.is_fsdp2 and not stage.shards:
         said = "FSDP2 shards the language stage only"
         raise InputError(f"{said}: train {stage.name} without --fsdp (DDP)")
+    counts = {"checkpoint_every": checkpoint_every, "keep_last": keep_last, "log_every": log_every}
+    for name, count in (*counts.items(), ("accumulate", stage.accumulate)):
+        if count < 1:
+            raise InputError(f"{name} is {count}: give 1 or more")
     stage.accelerator, folder = accelerator, run / "checkpoints" / stage.name
     if accelerator.is_fsdp2:
         module = shard(stage.module, accelerator)

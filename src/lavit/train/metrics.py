@@ -103,7 +103,7 @@ def _open(name: str, run: Path, stage: str, start: int) -> tuple[Write, Callable
     check_trackers([name])
     package = require(PACKAGES[name], extra="train")
     if name == "tensorboard":
-        board = package.SummaryWriter(str(run / name / stage), purge_step=start)
+        board = package.SummaryWriter(str(run / name / stage), purge_step=start + 1)
 
         def write(step: int, values: dict[str, float]) -> None:
             for figure, value in values.items():

@@ -41,6 +41,7 @@ from lavit.config import (
 from lavit.data.corpus import origin_of, with_more
 from lavit.data.documents import Documents
 from lavit.files import alone
+from lavit.language.model import Language
 from lavit.model import LaVIT
 from lavit.pixels.decoder import Pixels
 from lavit.storage import model_folder
@@ -240,7 +241,7 @@ def train_language(run: Run[TrainConfig], stage: LanguageStage, text: TextTokeni
     config, base = run.training.language, run.config.language
     sharded = run.accelerator.is_fsdp2
     if base.lora_rank and not sharded and run.accelerator.mixed_precision == "bf16":
-        halve_frozen(language)
+        halve_frozen(language.lm)
     origins = {"reader.merger.": "copied from the tokenizer"}
     if base.source != "random":
         origins["lm."] = f"loaded from {base.source}"
@@ -248,18 +249,29 @@ def train_language(run: Run[TrainConfig], stage: LanguageStage, text: TextTokeni
         origins = {"": f"loaded from {run.start.name}"}
     options: dict[str, Any] = {"warmup": config.warmup, "betas": (0.9, 0.95)}
     documents = stage.documents
-    if isinstance(documents, Documents) and not sharded and not config.token_corpus:
+    whole = not sharded and not config.token_corpus and not language.embeds
+    if isinstance(documents, Documents) and whole:
         options["sample"] = Samples(stage, documents.corpus, text)
         options["sample_every"] = run.training.sample_every
     elif run.training.sample_every:
-        log.info("no samples are written: they need encoded pictures and whole weights")
+        said = "no samples are written: they need codes, encoded pictures and whole weights"
+        log.info(said)
     train_loop(run, stage, origins, **options)
     if sharded and run.main:
-        language, _ = begun_language(run, Encoded(run), text)  # a shard cannot be saved
-        last = latest_checkpoint(run.folder / "checkpoints" / "language")
-        assert last is not None  # the loop ends with one
-        load_weights(last, language)
+        language = whole_language(run, language, text)  # a shard cannot be saved
     save_parts(run, LaVIT(run.config, language=language, text_tokenizer=text), "language")
+
+
+def whole_language(run: Run[TrainConfig], sharded: Language, text: TextTokenizer) -> Language:
+    """The language part that is spread over the ranks, whole, from the run's last checkpoint."""
+    language, _ = begun_language(run, Encoded(run), text)
+    trains = {name: each.requires_grad for name, each in sharded.named_parameters()}
+    for name, parameter in language.named_parameters():
+        parameter.requires_grad_(trains[name])  # a checkpoint holds what trains
+    last = latest_checkpoint(run.folder / "checkpoints" / "language")
+    assert last is not None  # the loop ends with one
+    load_weights(last, language)
+    return language
 
 
 def train_pixels(

@@ -47,5 +47,5 @@ def same_run(saved: Settings, mine: Settings, stages: Sequence[str]) -> bool:
             from_json(kind, saved[key]) == from_json(kind, mine[key])
             for key, kind in (("model", ModelConfig), ("training", TrainConfig))
         )
-    except (InputError, KeyError):
+    except (InputError, KeyError, TypeError):  # of a file that was edited
         return False

@@ -60,7 +60,7 @@ def make_accelerator(precision: Precision = "auto", *, fsdp: bool = False) -> Ac
         # whole: else transformers gives the encoders of other ranks no weights, and nobody does
         how: dict[str, Any] = {"auto_wrap_policy": wrap, "cpu_ram_efficient_loading": False}
         plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **how)
-    gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     if plugin is not None:
         plugin.mixed_precision_policy = sharded_precision(
             "bf16" if gpu and precision != "fp32" else "fp32"

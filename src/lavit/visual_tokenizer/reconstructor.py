@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lavit.config import TokenizerConfig
+from lavit.config import InputError, TokenizerConfig
 from lavit.visual_tokenizer.layers import CrossBlock, Patches, initialise
 
 
@@ -67,7 +67,8 @@ class Reconstructor(nn.Module):
         """
         table = self.places
         if (places is None) != (table is None):
-            raise ValueError("places are needed exactly where spatial_positions is set")
+            said = "a tokenizer with spatial_positions rebuilds pictures whose places are known"
+            raise InputError(f"{said}: codes alone are painted without it")
         rows = self.from_code(codes)
         rows = rows + (self.positions[: rows.shape[1]] if index is None else self.positions[index])
         if places is not None and table is not None:

@@ -81,7 +81,7 @@ class KeepPolicy:
             if not value and kind.replace(".", "", 1).isdigit():
                 return cls.parse(float(kind) if "." in kind else int(kind))
             return cls(kind, float(value) if value else 0.0)  # type: ignore[arg-type]  # checked
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             hint = "try auto, all, 64, 0.25 or top_k:64"
             raise InputError(f"keep={keep!r} is not understood ({error}): {hint}") from error
 

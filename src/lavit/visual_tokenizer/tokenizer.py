@@ -52,6 +52,9 @@ class VisualTokenizer(nn.Module):
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         self.config, self.keep = config, KeepPolicy.parse(config.keep)
+        if self.keep.kind in ("sample", "random"):
+            said = f"keep={self.keep.kind!r} draws other patches each time"
+            raise InputError(f"{said}: give a tokenizer a rule (auto, scattered, …)")
         self.selector = Selector(config.dim)
         self.merger = merger_of(config)
         self.codebook = Codebook(config.dim, config.codes, config.code_dim)
