@@ -15,7 +15,7 @@ from conftest import NAMES, toy_config, toy_picture, toy_training
 from lavit.cli import main
 from lavit.config import InputError
 from lavit.model import LaVIT
-from lavit.presets import PRESETS, Preset, lavit_7b, nano, with_encoder, with_lm
+from lavit.presets import PRESETS, Preset, lavit_7b, mini, nano, with_encoder, with_lm
 from lavit.train.run import open_run, train_stages
 from lavit.vision.encoder import encoder_at
 
@@ -86,6 +86,9 @@ def test_what_is_no_encoder_is_said(tmp_path: Path, toy_run: Path) -> None:
     eyes = encoder_at(str(encoder_folder("dinov2", tmp_path / "encoder")))
     with pytest.raises(InputError, match="lavit_7b cannot change its encoder"):
         with_encoder(lavit_7b(), eyes)
+    for chosen in (nano(), mini()):  # as many pixels for each patch of features as before
+        side = chosen.model.pixels.size // chosen.model.vision.grid
+        assert with_encoder(chosen, eyes).model.pixels.size == side * eyes.grid
 
 
 def test_what_is_missing_is_said_before_anything_is_trained(
@@ -128,6 +131,8 @@ def test_lora_without_a_layer_to_adapt_is_said_before_anything_is_trained(
 
 
 def test_a_trained_lm_learns_slowly() -> None:
+    own, other = mini(), with_lm(mini(), "some/name")  # a trained LM for a trained one
+    assert other.training.language.learning_rate == own.training.language.learning_rate
     before, after = nano(), with_lm(nano(), "some/name")
     expected = before.training.language.learning_rate / 10
     assert after.training.language == replace(before.training.language, learning_rate=expected)

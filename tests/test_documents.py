@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from conftest import toy_picture, toy_training
 from lavit.config import InputError, Mixture
 from lavit.data.corpus import Corpus, Picture, load_corpus, parse_mixture
 from lavit.data.documents import Documents
-from lavit.data.sources import Record
+from lavit.data.sources import Record, texts_of
 from lavit.data.text import TextPieces, Texts, cut
 from lavit.layout import answer_text, question_text
 from lavit.sequence import Image, Text, exact_choice, fill_from_front, lay_out, unpack
@@ -190,6 +191,51 @@ def test_prompts_of_a_source_take_the_place_of_its_captions(
         for p in corpus.pictures[:30]
     )
     assert all(p.prompts == (p.captions[0][:-1],) for p in corpus.pictures[30:])
+
+
+def test_questions_find_their_pictures_however_they_are_spelled(
+    toy_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Through links, as the hub's cache has them; what names no picture is counted."""
+    data, name = tmp_path / "linked", sorted((toy_data / "train").glob("*.png"))[0].name
+    (data / "train").mkdir(parents=True)
+    for path in (toy_data / "train").iterdir():
+        (data / "train" / path.name).symlink_to(path.resolve())
+    names = (f"./train/{name}", "train/no.png")
+    lines = [{"image": one, "question": "what?", "answer": "a"} for one in names]
+    (data / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with caplog.at_level("INFO"):
+        corpus = load_corpus(data)
+    assert [question.answer for question in corpus.questions] == ["a"]
+    assert "1 of 2 lines" in caplog.text and "questions.jsonl name pictures" in caplog.text
+
+
+def test_a_seed_of_scenes_is_no_weight() -> None:
+    assert parse_mixture("scenes:5") == [("scenes:5", 1.0)]
+    assert parse_mixture("scenes:0:2,prose:0.5") == [("scenes:0", 2.0), ("prose", 0.5)]
+
+
+def test_a_text_that_is_no_text_is_refused() -> None:
+    for cell in ({"raw": "a cat"}, [{"raw": "a cat"}], [["a cat"]]):
+        with pytest.raises(InputError, match="give a text, or a list of texts"):
+            texts_of(cell)
+
+
+def test_a_conversation_that_cannot_be_laid_out_is_left_out_and_named(
+    shapes: Path,
+) -> None:
+    long, seen = " ".join(["word"] * 60), {"type": "image", "image": "train/red dot.png"}
+    asked: list[Any] = [{"type": "text", "text": long}, seen]
+    talks = [
+        [{"role": "user", "content": what}, {"role": "assistant", "content": "yes"}]
+        for what in (asked, "a word?")
+    ]
+    lines = (json.dumps({"messages": talk}) for talk in talks)
+    (shapes / "conversations.jsonl").write_text("\n".join(lines))
+    documents = documents_of(load_corpus(shapes, talks=True), mixture=Mixture(conversation=1.0))
+    assert len(documents.batch(0).ids) and len(documents.left_out) == 1
+    (reason,) = documents.left_out.values()
+    assert "picture stands behind" in reason
 
 
 def test_a_source_that_gives_nothing_is_named(toy_data: Path) -> None:

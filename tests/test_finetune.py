@@ -19,6 +19,7 @@ from lavit.evaluate.forgetting import changes
 from lavit.generate.score import text_likelihood
 from lavit.language.lora import merge_lora
 from lavit.model import LaVIT
+from lavit.processing import LaVITProcessor
 from lavit.sequence import Text, lay_out, pack
 from lavit.train import finetune as finetune_room
 from lavit.train.finetune import finetune, finetune_training, prepare_lora
@@ -210,6 +211,8 @@ def test_a_kept_adapter_is_a_peft_folder_beside_its_base(
     with torch.no_grad():
         assert plain(ids).logits.shape[-1] == kept.language.vocabulary.size
     main(["export", str(tmp_path / "kept"), "--merge", "--whole", "--out", str(tmp_path / "whole")])
+    known = LaVITProcessor.from_pretrained(tmp_path / "kept").vocabulary
+    assert known == kept.language.vocabulary
     whole = LaVIT.from_pretrained(tmp_path / "whole")
     assert (whole.config.language.source, whole.config.language.lora_rank) == ("folder", 0)
     torch.testing.assert_close(logits(whole.language), logits(kept.language), **close)

@@ -163,6 +163,29 @@ def test_a_source_with_splits_of_its_own_keeps_them(tmp_path: Path) -> None:
     assert not divides(card)
 
 
+def test_a_test_folder_without_a_train_folder_is_no_training_data(folder: Path) -> None:
+    write(folder, 5, inside="test")
+    with pytest.raises(InputError, match="has test/, and no train/: put what is to be learnt"):
+        load_records(folder, "train")
+    assert len(load_records(folder, "test")) == 5
+
+
+def test_a_picture_s_own_name_says_nothing_of_splits(folder: Path) -> None:
+    before = texts(folder, "held_out")
+    for name in ("unit test", "val-isere", "dev"):
+        grey(255).save(folder / f"{name}.png")
+    assert divides(folder) and before <= texts(folder, "held_out")
+
+
+def test_shards_named_by_any_sign_are_splits(tmp_path: Path) -> None:
+    for split, sign in (("test", "_"), ("validation", "-"), ("held_out", ".")):
+        shards = tmp_path / split
+        shards.mkdir()
+        for name in ("train", split):
+            (shards / f"{name}{sign}000.parquet").touch()
+        assert not divides(shards), split
+
+
 def test_texts_alone_are_not_divided(tmp_path: Path) -> None:
     path = tmp_path / "prose.jsonl"
     path.write_text("\n".join(json.dumps({"text": f"line {n}"}) for n in range(COUNT)) + "\n")

@@ -368,6 +368,13 @@ def test_features_are_computed_once(toy_run: Path, toy_data: Path, tmp_path: Pat
     pinned = Vision(replace(config, sha256="0"), vision.encoder)
     assert compute_features(records, pinned, tmp_path).array.filename == first.array.filename
     assert compute_features(records[1:], vision, tmp_path).array.filename != first.array.filename
+    other = tmp_path / "other.png"  # a picture made anew under its name
+    records = [replace(records[0], image=str(other))]
+    found = []
+    for name in ("red bar", "blue dot"):
+        toy_picture(name).resize((40, 40) if found else (32, 32)).save(other)
+        found.append(compute_features(records, vision, tmp_path).rows(torch.arange(1)))
+    assert not torch.equal(*found)
 
 
 def test_features_are_shared_by_chunks_and_taken_up_by_any_number_of_processes(

@@ -50,6 +50,8 @@ def naming(path: Path) -> Iterator[None]:
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """An empty folder that takes the place of `folder` at the end, if anything lies in it then."""
+    if not folder.name:  # "." or ".."
+        raise InputError(f"cannot write to {folder}: name a folder inside it")
     new, old = (folder.with_name(f".{folder.name}.{age}") for age in ("new", "old"))
     try:
         shutil.rmtree(new, ignore_errors=True)

@@ -313,13 +313,14 @@ def preset(name: str) -> Preset:
 def with_lm(chosen: Preset, source: str) -> Preset:
     """The preset around a trained causal LM: a transformers folder or a hub name.
 
-    Its own text tokenizer is used. The LM learns at a tenth of the rate of a new one, so that it
-    keeps what it knows; visual rows and reader are new and keep theirs.
+    Its own text tokenizer is used. Where the preset's own LM is new, this one learns at a tenth of
+    its rate, so that it keeps what it knows; visual rows and reader are new and keep theirs.
     """
     if Path(source).is_dir():
         source = str(Path(source).resolve())  # a run goes on from any directory
     language = replace(chosen.model.language, source=source, architecture={})
-    rate = chosen.training.language.learning_rate / 10
+    new = chosen.model.language.source == "random"
+    rate = chosen.training.language.learning_rate / (10 if new else 1)
     training = replace(
         chosen.training, language=replace(chosen.training.language, learning_rate=rate)
     )
@@ -338,15 +339,10 @@ def with_encoder(chosen: Preset, vision: VisionConfig) -> Preset:
         raise InputError(f"preset {model.name} cannot change its encoder: {said}; use nano")
     heads = max(n for n in range(1, max(1, vision.dim // 64) + 1) if vision.dim % n == 0)
     seeing = replace(model.visual_tokenizer, heads=heads, dim=vision.dim, patches=vision.patches)
-    unet = model.pixels.unet
-    model = replace(
-        model,
-        vision=vision,
-        visual_tokenizer=seeing,
-        pixels=folded_pixels(
-            vision, patch=model.pixels.patch, width=unet["width"], depth=unet["depth"]
-        ),
-    )
+    unet, side = model.pixels.unet, model.pixels.size // model.vision.grid  # of a patch
+    sizes = {"patch": model.pixels.patch, "width": unet["width"], "depth": unet["depth"]}
+    pixels = replace(folded_pixels(vision, **sizes), size=vision.grid * side)
+    model = replace(model, vision=vision, visual_tokenizer=seeing, pixels=pixels)
     return replace(chosen, model=model)
 
 

@@ -30,7 +30,7 @@ from lavit.images import ImageInput, open_image, pixels
 from lavit.language.smollm2 import SMOLLM2, smollm2_config, smollm2_file
 from lavit.layout import ImagePart, Part, TextPart, ids_of, reading, segments
 from lavit.sequence import Batch, VisualTokens, lay_out, pack
-from lavit.storage import model_folder
+from lavit.storage import model_folder, place_of_base
 from lavit.vocabulary import MARKERS, Vocabulary
 
 Ids = Int[Tensor, "rows tokens"] | Sequence[Sequence[int]]  # joint ids
@@ -62,7 +62,7 @@ class LaVITProcessor:
             if language.source == SMOLLM2:
                 architecture = smollm2_config(smollm2_file(language.sha256))
             else:
-                architecture = AutoConfig.from_pretrained(where if saved else language.source)
+                architecture = AutoConfig.from_pretrained(place_of_base(language, where))
         except (OSError, ValueError) as error:
             line = str(error).splitlines()[0]
             raise InputError(f"{folder} has no language part that can be read: {line}") from error

@@ -114,7 +114,7 @@ def check_base(config: LanguageConfig, folder: Path) -> None:
     elif config.source == SMOLLM2:
         smollm2_file(config.sha256)
     else:
-        where = _place_of_base(config, folder)
+        where = place_of_base(config, folder)
         with _opening(where):
             _text_of(where)
         if config.lora_rank:
@@ -135,7 +135,7 @@ def load_base(
         if folder is not None and (folder / "tokenizer.json").is_file():
             return lm, AutoTokenizer.from_pretrained(folder)
         return lm, load_smollm2_text(file)
-    where = _place_of_base(config, folder)
+    where = place_of_base(config, folder)
     found = hash_of_base(where) if config.lora_rank and config.sha256 else None
     if found and found != config.sha256:
         said = f"the weights of {where} are not those that the adapter {folder} was trained over"
@@ -147,7 +147,7 @@ def load_base(
         return pretrained(AutoModelForCausalLM, where, strict=strict), text
 
 
-def _place_of_base(config: LanguageConfig, folder: Path | None) -> str | Path:
+def place_of_base(config: LanguageConfig, folder: Path | None) -> str | Path:
     """Folder or hub id of a base LM that is neither random nor SmolLM2."""
     if config.source == "base" and folder is not None:
         return folder.parent / "base"
@@ -280,7 +280,7 @@ def save_language(
             text.save_pretrained(new)
     if config.source == SMOLLM2:
         return replace(config, sha256=sha256(smollm2_file()))  # an adapter fits no other weights
-    return replace(config, sha256=hash_of_base(_place_of_base(config, folder / "language")))
+    return replace(config, sha256=hash_of_base(place_of_base(config, folder / "language")))
 
 
 def hash_of_base(where: str | Path) -> str | None:

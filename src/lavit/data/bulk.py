@@ -323,7 +323,7 @@ def _on_ray(job: CorpusJob, shards: Sequence[int], workers: int) -> Iterator[int
                 fn_constructor_kwargs={"job": job},
                 compute=ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
                 num_cpus=0.5,
-                num_gpus=gpus / workers if gpus else None,
+                num_gpus=min(1, gpus / workers) if gpus else None,
                 max_restarts=0,
             )
         for row in finished.iter_rows():

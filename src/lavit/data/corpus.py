@@ -14,6 +14,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from posixpath import normpath
 from typing import Any
 
 from lavit.config import InputError, read_json
@@ -120,6 +121,8 @@ def parse_mixture(data: str | Path) -> list[tuple[str, float]]:
     found = []
     for piece in str(data).split(","):
         name, colon, after = piece.strip().rpartition(":")
+        if name == "scenes" and after.isdigit():
+            colon = ""  # scenes:5 are those of seed 5; a weight of them is scenes:0:5
         weight = _number(after) if colon and not Path(piece.strip()).exists() else None
         if weight is None:
             name, weight = piece.strip(), 1.0
@@ -161,7 +164,7 @@ def with_more(model: Path, data: str | Path) -> dict[str, Any]:
 
 
 def _said_of(source: Path) -> dict[str, Any]:
-    places = [source / "origin.json", source.with_suffix(".origin.json")]
+    places = [source / "origin.json", source.absolute().with_suffix(".origin.json")]
     if source.is_file():
         places.append(source.parent / "origin.json")
     return next((read_json(place) for place in places if place.is_file()), {})
@@ -240,21 +243,20 @@ def _load_source(name: str, splits: Sequence[str], with_talks: bool, first: int)
         records += good
         broken += bad
     places = {below(record.name, folder): place for place, record in enumerate(records, first)}
-    questions = [
-        Question(places[line["image"]], line["question"], line["answer"])
-        for line in _lines(folder / "questions.jsonl", image=str, question=str, answer=str)
-        if line["image"] in places
-    ]
-    edits = [
-        Edit(
-            tuple(places[one] for one in sources),
-            line["prompt"],
-            places[line["target"]],
-            line["kind"],
-        )
-        for line in _lines(folder / "edits.jsonl", sources=list, prompt=str, target=str, kind=str)
-        if places.keys() >= {*(sources := line["sources"]), line["target"]}
-    ]
+    asked = _lines(folder / "questions.jsonl", image=str, question=str, answer=str)
+    changed = _lines(folder / "edits.jsonl", sources=list, prompt=str, target=str, kind=str)
+    questions, edits = [], []
+    for line in asked:
+        if (place := places.get(normpath(line["image"]))) is not None:
+            questions.append(Question(place, line["question"], line["answer"]))
+    for line in changed:
+        names = [normpath(one) for one in (*line["sources"], line["target"])]
+        if len(known := [places[one] for one in names if one in places]) == len(names):
+            edits.append(Edit(tuple(known[:-1]), line["prompt"], known[-1], line["kind"]))
+    for what, lines, used in (("questions", asked, questions), ("edits", changed, edits)):
+        if len(used) < len(lines):
+            lack = "%d of %d lines of %s/%s.jsonl name pictures that are not among those read"
+            log.info(lack, len(lines) - len(used), len(lines), name, what)
     silent = sum(not record.texts for record in records)
     if silent:
         log.info("%d of %d pictures of %s have no text", silent, len(records), name)
@@ -262,13 +264,12 @@ def _load_source(name: str, splits: Sequence[str], with_talks: bool, first: int)
     if with_talks and (path := folder / "conversations.jsonl").is_file():
         said = load_conversations(path, first=first + len(records))
         talks += said.items
-        records += said.pictures
-        broken += said.broken
-    pictures = [_picture(record) for record in records]
+        records += said.pictures  # what is broken was logged
+    pictures = [picture_of(record) for record in records]
     return _Source(pictures, questions, edits, talks, broken)
 
 
-def _picture(record: Record) -> Picture:
+def picture_of(record: Record) -> Picture:
     """What may be said of a picture."""
     asking = record.columns.get("prompts")
     if asking is None:  # who asks for a picture ends with no full stop

@@ -184,34 +184,34 @@ class Documents(Rows):
         return f"a text, {self.tokenizer.decode(list(first.ids[:16]))!r}"
 
     def _reading(self, source: Source, rng: Rng) -> list[Part]:
-        number = _one(source.read, rng)
-        return reading(number, _one(self.corpus.pictures[number].captions, rng))
+        number = one_of(source.read, rng)
+        return reading(number, one_of(self.corpus.pictures[number].captions, rng))
 
     def _writing(self, source: Source, rng: Rng) -> list[Part]:
-        number = _one(source.written, rng)
+        number = one_of(source.written, rng)
         prompts = self.corpus.pictures[number].prompts
-        if rng.random() < self.config.unconditional_fraction:
-            return drawing(None, number)
-        plain = rng.random() < 0.5  # half of the prompts are the first, the plain one
-        return drawing(prompts[0] if plain else _one(prompts, rng), number)
+        return written(prompts, number, self.config.unconditional_fraction, rng)
 
     def _question(self, source: Source, rng: Rng) -> list[Part]:
-        picture = self.corpus.questions[_one(source.part.questions, rng)].picture
+        picture = self.corpus.questions[one_of(source.part.questions, rng)].picture
         numbers = rng.permutation(self._asked[picture])[:ASKED]
         asked = (self.corpus.questions[number] for number in numbers)
         return asking(picture, *((one.question, one.answer) for one in asked))
 
     def _edit(self, source: Source, rng: Rng) -> list[Part]:
-        edit = self.corpus.edits[_one(source.part.edits, rng)]
+        edit = self.corpus.edits[one_of(source.part.edits, rng)]
         return editing(edit.sources, edit.prompt, edit.target)
 
     def _conversation(self, source: Source, rng: Rng) -> list[Part]:
-        talk = self.corpus.talks[_one(source.part.talks, rng)]
-        return _one(replies(talk.messages, self.tokenizer), rng)
+        talk = self.corpus.talks[one_of(source.part.talks, rng)]
+        try:
+            return one_of(replies(talk.messages, self.tokenizer), rng)
+        except InputError as error:
+            raise InputError(f"{talk.name}: {error}") from error
 
     def _text(self, source: Source, rng: Rng) -> list[Part]:
-        prompts = self.corpus.pictures[_one(source.written, rng)].prompts
-        return [TextPart(_one(prompts, rng), target=True, ends=True)]
+        prompts = self.corpus.pictures[one_of(source.written, rng)].prompts
+        return [TextPart(one_of(prompts, rng), target=True, ends=True)]
 
     def _rows(self, window: int, rows: int) -> list[list[Sequence]]:
         """Documents of each row of a window; the last one is kept, since steps come in order."""
@@ -220,11 +220,13 @@ class Documents(Rows):
             drawn: list[Sequence] = []
             room, long = rows * self.config.tokens, 0
             while room >= 0:
-                document = self.draw(rng)
+                document: Document | None = None
                 try:
+                    document = self.draw(rng)
                     drawn.append(self.lay_out(document, rng))
                 except InputError as error:
-                    self.left_out.add(self._name(document), error)
+                    about = str(error).partition(": ")[0]  # what could not be drawn
+                    self.left_out.add(self._name(document) if document else about, error)
                     long += 1
                     if long > MOST_LONG * (1 + len(drawn)):
                         raise InputError(f"next to no document fits: {error}") from error
@@ -247,8 +249,19 @@ def _own(codes: Codes, part: ImagePart) -> tuple[int, ...]:
     return codes(part.image) if part.read or part.codes is None else part.codes
 
 
-def _one(items: Sequence_[T], rng: Rng) -> T:
+def one_of(items: Sequence_[T], rng: Rng) -> T:
+    """One of these, each as likely as the others."""
     return items[int(rng.integers(len(items)))]
+
+
+def written(
+    prompts: Sequence_[str], number: int, unconditional_fraction: float, rng: Rng
+) -> list[Part]:
+    """A picture that is drawn as one of its prompts asks; unasked for a share, or without any."""
+    if not prompts or rng.random() < unconditional_fraction:
+        return drawing(None, number)
+    plain = rng.random() < 0.5  # half of the prompts are the first, the plain one
+    return drawing(prompts[0] if plain else one_of(prompts, rng), number)
 
 
 def by_shares(until: np.ndarray, rng: Rng) -> int:

@@ -78,7 +78,7 @@ def compute_features(
     (pictures done, pictures in all). The pictures must be readable (`data.corpus` sorts out).
     """
     encoder = to_json(replace(vision.config, sha256=None))  # the same once its file is pinned
-    said = json.dumps([[record.name for record in records], encoder])
+    said = json.dumps([[[record.name, record.size] for record in records], encoder])
     key = hashlib.sha256(said.encode()).hexdigest()[:16]
     path, marks = folder / f"features-{key}.npy", folder / f"features-{key}.done.npy"
     shape = (len(records), vision.config.patches, vision.config.dim)

@@ -13,7 +13,6 @@ always divided.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lavit.config import InputError
+from lavit.data.look import PICTURES
 
 HELD_OUT = "held_out"
 SHARE = 0.05
@@ -40,8 +40,15 @@ def divides(path: Path) -> bool:
     if (path / "train").is_dir():
         others = [sub for sub in path.iterdir() if sub.is_dir() and sub.name != "train"]
         return not any(file.is_file() for sub in others for file in sub.rglob("*"))
-    files = ((file.parent.name, *re.split(r"[-.\s]", file.stem)) for file in path.rglob("*"))
-    return set(OTHERS).isdisjoint(itertools.chain(*files))
+    return not any(_tells(file) for file in path.rglob("*") if file.is_file())
+
+
+def _tells(file: Path) -> bool:
+    """Does a file's place say that it is of another split? A picture's own name says nothing."""
+    words = [file.parent.name.lower()]
+    if file.suffix.lower() not in PICTURES:
+        words += re.split(r"[-._\s]", file.stem.lower())
+    return not set(OTHERS).isdisjoint(words) or HELD_OUT in words[0] + file.stem.lower()
 
 
 def lists_splits(folder: Path) -> bool:

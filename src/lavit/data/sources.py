@@ -11,6 +11,7 @@ them, `check` reports on a whole source.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from typing import Any
 from PIL import Image
 
 from lavit.config import InputError, require
-from lavit.data.held_out import HELD_OUT, divides, lists_splits, part_of, shards_of
+from lavit.data.held_out import HELD_OUT, OTHERS, divides, lists_splits, part_of, shards_of
 from lavit.data.look import PICTURES, link_column, look_at, say_unnamed
 from lavit.data.text import Texts, text_files
 from lavit.images import open_image
@@ -42,6 +43,13 @@ class Record:
     texts: tuple[str, ...]
     name: str  # where it came from, for messages
     columns: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Bytes of its file; 0 for one that is not there."""
+        if not isinstance(self.image, str):
+            return len(self.image)
+        return os.stat(self.image).st_size if os.path.isfile(self.image) else 0
 
     def open(self) -> Image.Image:
         """The picture as RGB; a broken or absent one raises `InputError` naming the record."""
@@ -199,7 +207,7 @@ def _open(
         raise InputError(f"{first}; to train on its texts alone, leave that column out")
     if image is None and text is None:
         lacks = f"{name!r} has no picture column among {', '.join(names)}"
-        raise InputError(f"{lacks}: name it image, or give image_column")
+        raise InputError(f"{lacks}: call that column image")
     if image is None:
         if divided and split != "train" and not streaming:
             raise InputError(f"{name!r} holds texts alone and has no split {split!r}")
@@ -341,9 +349,13 @@ def _load_folder(load_dataset: Any, path: Path, split: str, where: Mapping[str, 
     if not pictured:
         raise InputError(f"{str(path)!r} holds no pictures and no .tar or .parquet shards")
     inside = (path / split).is_dir()
+    others = sorted(sub.name for sub in path.iterdir() if sub.is_dir())
     if not inside and split != "train":
-        found = ", ".join(sorted(sub.name for sub in path.iterdir() if sub.is_dir())) or "none"
+        found = ", ".join(others) or "none"
         raise InputError(f"{str(path)!r} has no split {split!r}: its sub-folders are {found}")
+    if not inside and (named := [name for name in others if name.lower() in OTHERS]):
+        said = f"{str(path)!r} has {named[0]}/, and no train/"
+        raise InputError(f"{said}: put what is to be learnt into train/")
     folder = (path / split if inside else path).resolve()
     say_unnamed(folder)
     pattern = f"{folder}/**"
@@ -368,15 +380,18 @@ def _encoded(value: Any, folder: Path, name: str) -> tuple[str | bytes, str]:
 def texts_of(value: Any) -> tuple[str, ...]:
     """Texts of a cell: a text, or a list of them; empty ones are none."""
     items = value if isinstance(value, list | tuple) else [value]
+    if any(isinstance(item, Mapping | list | tuple) for item in items):
+        raise InputError(f"a text is {str(value)[:60]!r}: give a text, or a list of texts")
     return tuple(str(item).strip() for item in items if item is not None and str(item).strip())
 
 
 def below(name: str, data: str | Path) -> str:
     """A record's name below its source, so that a source may move."""
-    try:
-        return Path(name).resolve().relative_to(Path(data).resolve()).as_posix()
-    except (ValueError, OSError):
-        return name.removeprefix(str(data))
+    path = Path(os.path.abspath(name))  # a link among the pictures keeps its place
+    for folder in (Path(data).absolute(), Path(data).resolve()):
+        if path.is_relative_to(folder):
+            return path.relative_to(folder).as_posix()
+    return name.removeprefix(str(data))
 
 
 def licence_files(folder: Path) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Documents of stage 2 from streams: pictures are encoded block by block and become documents as
-data/documents.py makes them (reading, writing, text), questions and edits left out.
+data/documents.py makes them (reading, writing, texts of sources without pictures). Other kinds of
+the mixture need a whole data set: they are left out, which is said.
 
 Rows are filled window by window with the documents in the order of the stream, so none is lost but
 broken pictures and documents longer than a row, which are counted and named.
@@ -7,6 +8,7 @@ broken pictures and documents longer than a row, which are counted and named.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,13 +20,16 @@ from PIL import Image as Picture
 from torch import Tensor
 
 from lavit.config import InputError
-from lavit.data.documents import WINDOW, Rng, Rows
+from lavit.data.corpus import Picture as PictureTexts
+from lavit.data.corpus import picture_of
+from lavit.data.documents import WINDOW, Rng, Rows, one_of, written
 from lavit.data.stream import UNUSABLE, Ahead, StreamPlace, Streams, Taken
 from lavit.data.text import cut
-from lavit.layout import drawing, reading
+from lavit.layout import reading
 from lavit.sequence import Batch, VisualTokens, lay_out
 from lavit.sequence import Sequence as Document
 
+log = logging.getLogger(__name__)
 RECORDS = 32  # that are read and encoded together
 Encode = Callable[[list[Picture.Image]], tuple[Float[Tensor, "images patches dim"], VisualTokens]]
 Shown = tuple[Float[Tensor, "images patches dim"], Bool[Tensor, "images patches"]]
@@ -70,6 +75,9 @@ class StreamingDocuments(Rows):
         self.encode, self.sizes, self.rank = encode, sizes, rank
         self.rows = config.rows // ranks
         kinds = config.mixture
+        lost = {k: v for k, v in vars(kinds).items() if v and k not in ("reading", "writing")}
+        if lost and not rank:
+            log.warning("a stream gives no documents of the kinds %s", ", ".join(lost))
         both = kinds.reading + kinds.writing
         self.reading = kinds.reading / both if both else 1.0
         self._blocks: list[Block] = []  # read, and not all of it served
@@ -143,27 +151,27 @@ class StreamingDocuments(Rows):
         rng = np.random.default_rng([self.seed, self.rank, self._read])
         self._read += 1
         documents: list[Document] = []
-        pictures: list[tuple[Picture.Image, str, Taken]] = []
+        pictures: list[tuple[Picture.Image, Taken]] = []
         for _ in range(RECORDS):
             taken = self.streams.take(rng)
-            texts = taken.record.texts
-            text = texts[int(rng.integers(len(texts)))] if texts else ""
             if taken.pictured:
                 image = self.streams.open(taken)
-                pictures += [(image, text, taken)] if image is not None else []
-            elif text:
+                pictures += [(image, taken)] if image is not None else []
+            elif texts := taken.record.texts:
+                text = texts[int(rng.integers(len(texts)))]
                 pieces = cut(self.ids(text), self.config.tokens, self.vocabulary.end)
                 documents += [lay_out((piece,), self.vocabulary) for piece in pieces]
         patches: dict[int, Tensor] = {}
         keep: dict[int, Tensor] = {}
         if pictures:
-            features, tokens = self.encode([image for image, *_ in pictures])
+            features, tokens = self.encode([image for image, _ in pictures])
             # the host waits on the stream's thread, once for all pictures of the block
             features, tokens = features.to("cpu", torch.half), tokens.cpu()
             both = zip(tokens.split(), pictures, strict=True)
-            for number, (codes, (_, text, taken)) in enumerate(both):
+            for number, (codes, (_, taken)) in enumerate(both):
+                said = picture_of(taken.record)
                 try:
-                    documents.append(self._document(tuple(codes.tolist()), number, text, rng))
+                    documents.append(self._document(tuple(codes.tolist()), number, said, rng))
                 except InputError as error:
                     self.streams.leave_out(taken, error)
                     continue
@@ -173,12 +181,14 @@ class StreamingDocuments(Rows):
         order = rng.permutation(len(documents))
         return Block(start, tuple(documents[number] for number in order), patches, keep)
 
-    def _document(self, codes: tuple[int, ...], number: int, text: str, rng: Rng) -> Document:
-        """A picture with its text, read or written; without text, it is written unasked."""
-        reads, luck = rng.random() < self.reading, rng.random()
-        unasked = not text or (not reads and luck < self.config.unconditional_fraction)
-        read = reads and not unasked
-        parts = reading(number, text) if read else drawing(None if unasked else text, number)
+    def _document(
+        self, codes: tuple[int, ...], number: int, said: PictureTexts, rng: Rng
+    ) -> Document:
+        """A picture that is read or written; without a text for it, it is written unasked."""
+        if rng.random() < self.reading and said.captions:
+            parts = reading(number, one_of(said.captions, rng))
+        else:
+            parts = written(said.prompts, number, self.config.unconditional_fraction, rng)
         return self.lay_out(self.segments(parts, lambda _: codes), rng)
 
     def _place(self) -> StreamPlace:

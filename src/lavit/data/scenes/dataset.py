@@ -115,7 +115,7 @@ def stream_rows(seed: int = 0, *, split: str = "train") -> Any:
     texts = datasets.List(datasets.Value("string"))
     return datasets.IterableDataset.from_generator(
         _stretches,
-        features=datasets.Features(image=datasets.Image(decode=False), texts=texts),
+        features=datasets.Features(image=datasets.Image(decode=False), texts=texts, prompts=texts),
         gen_kwargs={"shards": list(range(STRETCHES)), "split": split, "seed": seed},
     )
 
@@ -125,7 +125,8 @@ def _stretches(shards: list[int], split: str, seed: int) -> Iterator[dict[str, A
         for index in range(shard * STRETCH, (shard + 1) * STRETCH):
             for one in unit_at(split, index, seed=seed).pictures:
                 encoded = {"bytes": png(one.scene, SIZE), "path": None}
-                yield {"image": encoded, "texts": list(one.texts)}
+                said = {"texts": list(one.texts), "prompts": list(one.prompts)}
+                yield {"image": encoded, **said}
 
 
 def write_pool(
@@ -150,6 +151,9 @@ def write_pool(
     rules = rules or Rules()
     if split not in SPLITS:
         raise InputError(f"there is no split {split!r} of scenes: choose from {', '.join(SPLITS)}")
+    if "ladder" in split:
+        said = f"scenes of {split!r} have no texts that tell them apart"
+        raise InputError(f"{said}: they are drawn where a model is measured (lavit eval)")
     if pictures < 1 or seed < 0 or size < 16 or conversations < 0:
         raise InputError(
             f"{pictures} pictures of {size} pixels, seed {seed}, {conversations} conversations: "

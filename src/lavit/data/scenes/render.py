@@ -33,14 +33,14 @@ XYZ = np.array([(0.4124, 0.3576, 0.1805), (0.2126, 0.7152, 0.0722), (0.0193, 0.1
 MINIMUM_CONTRAST = 20.0  # CIELAB, between a drawing's rim and the background
 
 
-def render(scene: Scene, size: int, *, noto: Path = NOTO) -> Image.Image:
+def render(scene: Scene, size: int) -> Image.Image:
     """The picture of a scene, RGB, `size` pixels wide and high.
 
     Raises `InputError` for an unknown style, or if a package of drawings is not installed.
     """
     picture = background(scene.background, scene.pattern, size).convert("RGBA")
     for thing in scene.things:
-        drawing = rotated(sprite(thing.name, thing.colour, scene.style, noto), thing.turn)
+        drawing = rotated(sprite(thing.name, thing.colour, scene.style), thing.turn)
         scale = thing.box.side * size / max(drawing.size)
         width, height = (max(1, round(side * scale)) for side in drawing.size)
         small = drawing.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
@@ -67,14 +67,14 @@ def background(colour: str, pattern: str, size: int) -> Image.Image:
 
 
 @lru_cache(maxsize=2048)
-def sprite(name: str, colour: str | None, style: str, noto: Path = NOTO) -> Image.Image:
+def sprite(name: str, colour: str | None, style: str) -> Image.Image:
     """A drawing on nothing (RGBA), cut to what is drawn."""
     if style not in READ_STYLES:
         raise InputError(f"there is no style {style!r}: choose from {', '.join(READ_STYLES)}")
     if name in SHAPES and colour is not None:
         drawing = shape(name, COLOURS[colour], outlined=style == "openmoji")
     elif style == "noto":
-        drawing = from_font(kind_of(name).codepoint, noto)
+        drawing = from_font(kind_of(name).codepoint, NOTO)
     else:
         drawing = from_package(kind_of(name).codepoint, style)
     return _cut(drawing)
@@ -108,7 +108,7 @@ def from_package(codepoint: str, style: str) -> Image.Image:
 def from_font(codepoint: str, font: Path) -> Image.Image:
     """One emoji of Noto Color Emoji."""
     if not font.is_file():
-        cure = "install Debian's fonts-noto-color-emoji, or name the file"
+        cure = "install Debian's fonts-noto-color-emoji"
         raise InputError(f"the style 'noto' needs the font file {font}: {cure}")
     drawing = Image.new("RGBA", (NOTO_SIZE * 2, NOTO_SIZE * 2))
     face = ImageFont.truetype(str(font), NOTO_SIZE)

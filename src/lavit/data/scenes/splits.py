@@ -44,6 +44,7 @@ MEASURING_SEED = 0x5CE7E5  # of the other splits
 TEST_SHARE = 0.05
 VALID_SHARE = 0.02
 VALID_PAIRS = 0.03
+FEWEST = 3  # objects: an edit needs one that its scene lacks
 MOST_IN_TRAINING = 4  # things
 Coloured = tuple[str, str]  # a shape and its colour
 # eight shapes in colours that training never shows; each shape and colour has others that it shows
@@ -70,8 +71,9 @@ class Rules:
 
     def __post_init__(self) -> None:
         most = len(objects())
-        if not 2 <= self.objects <= most:
-            raise InputError(f"scenes have 2 to {most} objects to choose from, not {self.objects}")
+        if not FEWEST <= self.objects <= most:
+            said = f"scenes have {FEWEST} to {most} objects to choose from"
+            raise InputError(f"{said}, not {self.objects}")
         share = self.held_out_pairs
         if not 0 <= share <= 1 - VALID_PAIRS:
             raise InputError(f"held_out_pairs is {share}: give a share from 0 to {1 - VALID_PAIRS}")
