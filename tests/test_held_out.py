@@ -212,7 +212,7 @@ def test_a_model_is_measured_on_what_is_held_out(
     ]  # fmt: skip
     assert all(figure["count"] == held for figure in found["figures"].values())
     assert found["figures"]["caption_loss"]["value"] > 0
-    assert "caption_loss" in (run / "README.md").read_text()
+    assert "caption_loss" not in (run / "README.md").read_text()  # it was trained on others
     first = out.read_bytes()
     main(["eval", str(run), "--data", str(folder), "--json", str(out)])
     assert out.read_bytes() == first
@@ -220,6 +220,27 @@ def test_a_model_is_measured_on_what_is_held_out(
         main(["eval", str(run), "--data", str(folder), "--figures", "read_test_exact"])
     assert stopped.value.code == 2
     assert "there is no figure 'read_test_exact'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["eval", str(run), "--data", str(folder), "--valid"])
+    assert "--valid is of scenes, and has no meaning on" in capsys.readouterr().err
+    scenes = write(tmp_path / "scenes", 3)
+    (scenes / "origin.json").write_text('{"scenes": {"objects": 160}}')
+    with pytest.raises(SystemExit):
+        main(["eval", str(run), "--data", str(scenes)])
+    assert "holds scenes, which are drawn and not read" in capsys.readouterr().err
+
+
+def test_a_model_whose_own_pictures_are_gone_is_not_measured_on_scenes(
+    toy_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(toy_run, run, ignore=shutil.ignore_patterns("cache", "checkpoints"))
+    said = json.loads((run / "training.json").read_text())
+    (run / "training.json").write_text(json.dumps(said | {"data": "gone/pics", "origin": None}))
+    with pytest.raises(SystemExit) as stopped:
+        main(["eval", str(run)])
+    assert stopped.value.code == 2
+    assert "was trained on gone/pics, which is not here" in capsys.readouterr().err
 
 
 def test_few_pictures_are_measured_and_it_is_said(

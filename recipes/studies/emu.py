@@ -18,6 +18,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import lavit
 from lavit.baselines.emu import Emu, EmuEncoded
 from lavit.config import TO_READ
 from lavit.evaluate.exam import Exam
@@ -39,7 +40,8 @@ class EmuExam(Exam):
 
     def opened(self) -> Pipeline:
         """Without guidance."""
-        self.emu = Emu.from_pretrained(self.folder, parts=TO_READ)
+        device, dtype = lavit.place()
+        self.emu = Emu.from_pretrained(self.folder, parts=TO_READ, device=device, dtype=dtype)
         usual = protocol_of("default", self.emu.config.vision.patches)
         protocol = replace(usual, drawing=replace(usual.drawing, guidance=1.0))
         return Pipeline(self.emu, safety=False, protocol=protocol)

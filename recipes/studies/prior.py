@@ -23,6 +23,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+import lavit
 from lavit.config import TO_READ
 from lavit.evaluate.drawing import reconstruct_atoms, reconstruct_error
 from lavit.evaluate.exam import Exam
@@ -76,7 +77,9 @@ def conditioned(painter: type[Painter]) -> type[Exam]:
 
     class Conditioned(Exam):
         def opened(self) -> Pipeline:
-            return painter(LaVIT.from_pretrained(self.folder, parts=TO_READ), safety=False)
+            device, dtype = lavit.place()
+            how: dict[str, Any] = {"parts": TO_READ, "device": device, "dtype": dtype}
+            return painter(LaVIT.from_pretrained(self.folder, **how), safety=False)
 
     Conditioned.__qualname__ = f"Conditioned {painter.__name__}"
     return Conditioned

@@ -23,6 +23,7 @@ import torch
 from PIL.Image import Image, Resampling
 from torch import Tensor
 
+import lavit
 from lavit.config import TO_READ, VisionConfig
 from lavit.data.scenes.render import render
 from lavit.data.scenes.world import Scene
@@ -59,7 +60,8 @@ class VqganExam(Exam):
 
     def opened(self) -> Pipeline:
         """With as many codes as there are patches."""
-        model = LaVIT.from_pretrained(self.folder, parts=TO_READ)
+        device, dtype = lavit.place()
+        model = LaVIT.from_pretrained(self.folder, parts=TO_READ, device=device, dtype=dtype)
         patches = model.config.vision.patches
         usual = protocol_of("default", patches)
         drawing = replace(usual.drawing, min_tokens=patches, max_tokens=patches)

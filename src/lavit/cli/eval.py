@@ -59,13 +59,14 @@ def evaluate(
     """Measure a model: reading, answering, drawing, editing and tokens on scenes, each with
     interval, floor and ceiling.
 
-    Predictions and the card go into the model's folder; those of a model that comes with lavit into
-    evaluation/NAME/ of the working folder, and its card stays unless its folder is named.
+    Predictions and the card go into the model's folder; of a model that comes with lavit, or from
+    the hub, into evaluation/NAME/ of the working folder, and its card stays unless its folder is
+    named.
     --count items a figure (default 500); --json FILE writes the figures as they are named;
     --valid measures on the validation splits (valid, valid_pairs), not the test sets. A stopped
     evaluation goes on with the same command; all figures of a run go into its card. On
     --data of your own, or of a model trained on such, the figures are those that any pictures have,
-    on a share that training left out.
+    on a share that training left out; those of --data are in no card.
 
     --task NAME measures a benchmark of the paper's table on its folder as downloaded, --data DIR
     (docs/evaluation.md); under torchrun the processes share the work. --batch examples (default
@@ -73,15 +74,16 @@ def evaluate(
     """
     of_rows: dict[str, Any] = {"inception": inception, "clip": clip, "batch": batch}
     of_rows |= {"pictures": pictures, "protocol": protocol}
+    of_scenes: dict[str, Any] = {"items": items, "objects": objects}
+    of_scenes |= {"held-out-pairs": held_out_pairs, "valid": valid or None}
     if task is not None:
-        of_scenes: dict[str, Any] = {"figures": figures, "items": items, "objects": objects}
-        of_scenes |= {"held-out-pairs": held_out_pairs, "valid": valid or None}
-        _refuse(of_scenes, f"has no meaning for --task {task}: leave it out")
+        why = f"has no meaning for --task {task}: leave it out"
+        _refuse({"figures": figures, **of_scenes}, why)
         _benchmark(model, task, data, json, {"seed": seed, "count": count, **of_rows})
         return
     _refuse(of_rows, "belongs to a benchmark: give --task NAME, or leave it out")
     from lavit.evaluate.examinee import Examinee, is_shipped, predictions_path
-    from lavit.evaluate.folder import is_scenes, own_data, training_data
+    from lavit.evaluate.folder import own_data
     from lavit.files import alone
     from lavit.storage import model_folder
 
@@ -89,16 +91,13 @@ def evaluate(
     names = [name.strip() for name in (figures or "").split(",") if name.strip()]
     if figures is not None and not names:
         raise InputError("--figures names none: give names separated by commas, or leave it out")
-    data = training_data(folder) if data is None else data
-    own = data is not None and not is_scenes(data)
-    if own and items is not None:
-        raise InputError("--items are judged as scenes are: leave --data out")
+    own = _own_data(folder, data, of_scenes)
     kept = predictions_path(folder, json)
     with alone(kept.parent, kept.name), ProgressBar() as progress:
         how: dict[str, Any] = {"seed": seed, "count": count, "kept": kept}
         how["progress"] = progress.count
-        if own:
-            found = own_data(Examinee(model, **how), str(data), names)
+        if own is not None:
+            found = own_data(Examinee(model, **how), own, names)
         else:
             from lavit.evaluate import evaluation
             from lavit.evaluate.exam import Exam
@@ -109,11 +108,26 @@ def evaluate(
             found = evaluation.evaluate(exam, names, items=items)
     if json is not None:
         write_json(json, found)
-    if not names and not valid:
-        _record(model, folder, found)
     _print(found)
+    if not names and not valid and (own is None or data is None):
+        _record(model, folder, found)
     if json is None and is_shipped(folder):
         print(f"predictions are kept in {kept.parent}")
+
+
+def _own_data(folder: Path, data: str | None, of_scenes: dict[str, Any]) -> str | None:
+    """Pictures of a user's own that a model is measured on: those given, else those that it was
+    trained on; None where these are scenes.
+    """
+    from lavit.evaluate.folder import is_scenes, training_data
+
+    found = training_data(folder) if data is None else data
+    if found is not None and not is_scenes(found):
+        _refuse(of_scenes, f"is of scenes, and has no meaning on {found}: leave it out")
+        return found
+    if data is not None and data.partition(":")[0] != "scenes":
+        raise InputError(f"{data} holds scenes, which are drawn and not read: leave --data out")
+    return None
 
 
 def _refuse(options: dict[str, Any], why: str) -> None:
@@ -182,11 +196,12 @@ def _print(found: dict[str, Any]) -> None:
     elif found["valid"]:
         print("on the validation splits: no figures to publish")
     elif found["test_hash"] is None:
-        print(f"config {found['config_hash']}  items of your own")
+        print(f"config {found['config_hash']}  own items alone, no figures of the test sets")
     else:
         others = "  NOT COMPARABLE with published figures: other scenes or other packages"
         said = "" if found["comparable"] else others
-        print(f"config {found['config_hash']}  test sets {found['test_hash'][:16]}{said}")
+        hashes = f"test sets {found['test_hash'][:16]}  judge {found['judge_hash']}"
+        print(f"config {found['config_hash']}  {hashes}{said}")
 
 
 def _print_figures(figures: dict[str, Any]) -> None:

@@ -58,7 +58,7 @@ def train(
     from lavit.vision.encoder import encoder_at
 
     _check_seed(seed)
-    _check_fsdp(fsdp, stage, plan, gpus)
+    _check_gpus(fsdp, stage, plan, gpus, memory)
     chosen = find(preset)
     if lm is not None:
         chosen = with_lm(chosen, lm)
@@ -98,7 +98,10 @@ def train(
     print(f"trained: {out}")
 
 
-def _check_fsdp(fsdp: bool, stage: str, plan: bool, gpus: int) -> None:
+def _check_gpus(fsdp: bool, stage: str, plan: bool, gpus: int, memory: float | None) -> None:
+    if not plan and (gpus != 1 or memory is not None):
+        said = "--gpus and --memory are of --plan"
+        raise InputError(f"{said}: several GPUs train by torchrun --nproc-per-node N")
     if fsdp and stage != "language":
         said = f"FSDP2 shards the language stage only, not {stage}"
         raise InputError(f"{said}: leave --fsdp out (DDP), and train language with it afterwards")

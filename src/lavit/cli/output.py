@@ -72,12 +72,12 @@ def write_pictures(pictures: Sequence[Image | None], out: Path) -> None:
         if picture is None:
             continue
         name, data = out if len(pictures) == 1 else out.with_stem(f"{out.stem}-{number}"), BytesIO()
-        picture.save(data, _format_of(out))
+        picture.save(data, format_of(out))
         write_whole(name, data.getvalue())
         print(name)
 
 
-def _format_of(out: Path) -> str:
+def format_of(out: Path) -> str:
     """The format of a picture's file, by its ending; raises `InputError` where there is none."""
     from PIL import Image
 
@@ -91,7 +91,7 @@ def write_drawn(draw: Callable[[], Sequence[Image]], out: Path) -> None:
     """Draw and save; where the safety checker refuses some pictures the others are saved first."""
     from lavit.generate.safety import Refused
 
-    _format_of(out)  # before anything is drawn
+    format_of(out)  # before anything is drawn
     try:
         pictures = draw()
     except Refused as refused:

@@ -22,6 +22,7 @@ from lavit.cli.output import (
     Watermark,
     Words,
     answer_with,
+    format_of,
     load_model,
     warn_of_unknown,
     write_drawn,
@@ -98,6 +99,7 @@ def chat(
     """
     from lavit.images import open_image
 
+    format_of(out)  # before anything is drawn
     lavit = load_model(model)
     messages: list[Mapping[str, Any]] = []
     shown: list[dict[str, Any]] = []
@@ -272,6 +274,7 @@ def inspect(
     from lavit.images import open_image
     from lavit.visualize import sheet, token_maps
 
+    format_of(out)
     lavit = load_model(model, [image], parts=TO_SEE)
     picture = open_image(image)
     mask = lavit.tokenize(picture, keep=keep).keep

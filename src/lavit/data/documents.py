@@ -190,7 +190,7 @@ class Documents(Rows):
     def _writing(self, source: Source, rng: Rng) -> list[Part]:
         number = one_of(source.written, rng)
         prompts = self.corpus.pictures[number].prompts
-        return written(prompts, number, self.config.unconditional_fraction, rng)
+        return asked_for(prompts, number, self.config.unconditional_fraction, rng)
 
     def _question(self, source: Source, rng: Rng) -> list[Part]:
         picture = self.corpus.questions[one_of(source.part.questions, rng)].picture
@@ -254,7 +254,7 @@ def one_of(items: Sequence_[T], rng: Rng) -> T:
     return items[int(rng.integers(len(items)))]
 
 
-def written(
+def asked_for(
     prompts: Sequence_[str], number: int, unconditional_fraction: float, rng: Rng
 ) -> list[Part]:
     """A picture that is drawn as one of its prompts asks; unasked for a share, or without any."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from lavit.config import InputError
 from lavit.data.corpus import Picture as PictureTexts
 from lavit.data.corpus import picture_of
-from lavit.data.documents import WINDOW, Rng, Rows, one_of, written
+from lavit.data.documents import WINDOW, Rng, Rows, asked_for, one_of
 from lavit.data.stream import UNUSABLE, Ahead, StreamPlace, Streams, Taken
 from lavit.data.text import cut
 from lavit.layout import reading
@@ -188,7 +188,7 @@ class StreamingDocuments(Rows):
         if rng.random() < self.reading and said.captions:
             parts = reading(number, one_of(said.captions, rng))
         else:
-            parts = written(said.prompts, number, self.config.unconditional_fraction, rng)
+            parts = asked_for(said.prompts, number, self.config.unconditional_fraction, rng)
         return self.lay_out(self.segments(parts, lambda _: codes), rng)
 
     def _place(self) -> StreamPlace:

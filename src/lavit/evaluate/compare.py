@@ -44,6 +44,7 @@ TUNING = 1000  # the seed that rates are chosen with, and no figure is of
 TUNING_SHARE = 0.25  # of the budget
 TOLERANCE = 0.05  # of FLOPs, below which a second run would be the same
 COLUMNS = ("tokens", "flops")  # what is equal among arms
+TRAINING = 2  # raised where the same settings come to other weights: 2, rows of codes from codebook
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Bench:
     ) -> None:
         self.study, self.out, self.watch, self.progress = study, out.resolve(), watch, progress
         self.data = StudyData(study, self.out, progress)
+        self._tried: dict[str, dict[float, float | None]] = {}
         self._encoded: tuple[tuple[Path, str], Encoded] | None = None  # the last tokenizer's
 
     def tokenizer(self, name: str, seed: int) -> Path:
@@ -97,17 +99,14 @@ class Bench:
         arm, preset = self.study.arms[name], self.study.preset_of(name)
         given = self.tokenizer_key(arm.selector_of) if arm.selector_of else ""
         given += "" if arm.selector is None else source_of(arm.selector)
-        tokenizer = to_json(preset.model.visual_tokenizer)
-        if not tokenizer["rival"]:
-            tokenizer.pop("rival")  # keys of runs that are older than rivals stay
-        parts: list[Any] = [to_json(preset.model.vision), tokenizer]
+        parts: list[Any] = [to_json(preset.model.vision), to_json(preset.model.visual_tokenizer)]
         parts += [to_json(preset.training.tokenizer), given, *self._shared(name)]
         return key_of(parts)
 
     def _shared(self, name: str) -> list[Any]:
         """What all stages of an arm depend on."""
         rules, rows = self.study.rules_of(name), self.study.arms[name].rows
-        source = "" if rows is None else source_of(rows)
+        source = [TRAINING] if rows is None else [TRAINING, source_of(rows)]
         training = self.study.preset_of(name).training
         return [rules.options(), source, self.study.pictures, training.clip, training.precision]
 
@@ -163,6 +162,8 @@ class Bench:
 
     def tried(self, name: str) -> dict[float, float | None]:
         """What an arm reaches with each rate after a quarter; None for one that fails to train."""
+        if name in self._tried:
+            return self._tried[name]
         found: dict[float, float | None] = {}
         for rate in self.study.rates if self.study.arms[name].rates else ():
             try:
@@ -172,6 +173,7 @@ class Bench:
                 continue
             seen = self.measured(name, run.folder, (self.study.chosen_by,), valid=True)
             found[rate] = seen["figures"][self.study.chosen_by]["value"]
+        self._tried[name] = found
         return found
 
     def model(self, name: str, seed: int, column: str = "tokens") -> Trained | None:
@@ -237,7 +239,8 @@ class Bench:
 
     def _language_key(self, name: str) -> str:
         arm, preset = self.study.arms[name], self.study.preset_of(name)
-        others = [self._language_key(one) for one in (arm.lm_of, arm.goes_on) if one]
+        before = [name for name in (arm.lm_of, arm.goes_on) if name]
+        others = [[self._language_key(name), self.study.arms[name].share] for name in before]
         parts = [to_json(preset.model.language), to_json(preset.training.language), others]
         texts = [arm.texts, *self.study.texts()] if arm.texts else []
         return key_of([*parts, *texts, preset.training.text_vocabulary, *self._shared(name)])
@@ -259,8 +262,10 @@ class Bench:
         cost = self._cost(name, seed)
         steps = steps or max(1, round(share * self._budget(seed) / cost.targets_per_step))
         cost = replace(cost, steps=steps)
-        pixels = to_json(self.study.preset_of(name).training.pixels)
-        parts = [self.tokenizer_key(name), self._language_key(name), steps, rate, pixels]
+        preset, arm = self.study.preset_of(name), self.study.arms[name]
+        parts = [self.tokenizer_key(name), self._language_key(name), steps, rate]
+        parts += [to_json(preset.training.pixels), to_json(preset.model.pixels)]
+        parts += [source_of(arm.conditioned)] if arm.conditioned else []
         start = self._start(name, seed, column)
         parts += [] if start is None else [start.name]
         seed_here = TUNING + seed if tuning else seed

@@ -16,11 +16,10 @@ import numpy as np
 from PIL import Image
 
 from lavit.data.scenes.dataset import unit_at
-from lavit.data.scenes.language import prompt
 from lavit.data.scenes.sample import build
 from lavit.data.scenes.splits import facts_key
 from lavit.data.scenes.world import Scene, facts
-from lavit.evaluate.drawing import drawn
+from lavit.evaluate.drawing import drawn, words_for
 from lavit.evaluate.exam import Exam
 from lavit.evaluate.examinee import scenes_of
 from lavit.evaluate.figures import Figure, average, share
@@ -39,7 +38,7 @@ def draw_copies(exam: Exam) -> Figure:
     items = [number for number, scene in enumerate(pool) if scene.things][: exam.count]
 
     def parts(item: int) -> list[str]:
-        return [prompt(pool[item], exam.rng(item, 30), full=True)]
+        return [words_for(exam, pool[item], exam.rng(item, 30))]
 
     pictures = drawn(exam, f"train {seed}", items, parts)
     same: dict[str, list[Scene]] = {}

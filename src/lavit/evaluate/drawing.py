@@ -13,14 +13,14 @@ import base64
 import io
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from lavit.data.scenes.language import plainly, prompt
-from lavit.data.scenes.world import Facts, facts
+from lavit.data.scenes.world import Facts, Scene, facts
 from lavit.evaluate import judge
 from lavit.evaluate.exam import Exam
 from lavit.evaluate.figures import Figure, average, averages, mean, share, turned
@@ -28,16 +28,19 @@ from lavit.evaluate.judge import Seen
 from lavit.generate.prompts import image_jobs
 from lavit.layout import mixed
 
-T = TypeVar("T")
 PartsOf = Callable[[int], list[Any]]  # the pictures and words that an item is written after
 
 
 def prompt_of(exam: Exam, split: str, item: int) -> str:
-    """The full prompt of a scene."""
-    scene = exam.scene(split, item)
+    """The full prompt of a scene of a split."""
+    return words_for(exam, exam.scene(split, item), exam.rng(item))
+
+
+def words_for(exam: Exam, scene: Scene, rng: np.random.Generator) -> str:
+    """A full prompt of a scene, worded as the model's training words them."""
     if exam.rules.plain:
         return plainly(scene).removesuffix(".")
-    return prompt(scene, exam.rng(item), full=True)
+    return prompt(scene, rng, full=True)
 
 
 def written(exam: Exam, task: str, items: Sequence[int], parts: PartsOf) -> list[list[Any]]:

@@ -1,7 +1,7 @@
 """`lavit eval`: every figure of a model by its stable name, as plain data.
 
-A figure that the model cannot have (a part is missing, or a font) has no value and says why; one
-that was asked for by name raises `InputError` instead. The same arguments give the same bytes. What
+A figure that the model cannot have (a part is missing, or a font) has no value and says why; where
+none of them can be had, `InputError` is raised. The same arguments give the same bytes. What
 the model said and drew is kept item by item, so a stopped evaluation goes on to the same figures.
 """
 
@@ -24,8 +24,9 @@ from lavit.evaluate.copies import draw_copies
 from lavit.evaluate.drawing import draw_all, draw_atoms, draw_swaps, reconstruct_all
 from lavit.evaluate.edits import compose_all, edit_all, edit_blind, edit_oracle, source_copies
 from lavit.evaluate.exam import Exam
-from lavit.evaluate.examinee import config_hash, measured
+from lavit.evaluate.examinee import config_hash, hash_of, measured
 from lavit.evaluate.figures import Figure
+from lavit.evaluate.judge import FOLDER as JUDGE
 from lavit.evaluate.judging import false_accepts, judge_test
 from lavit.evaluate.known import trained_rules
 from lavit.evaluate.ladder import ladder_blank, ladder_spearman
@@ -90,6 +91,8 @@ def evaluate(
         "figures": measured(figures, names, exam),
         "config_hash": config_hash(exam.folder),
         "weights_hash": exam.weights,
+        "judge_hash": hash_of(sorted(JUDGE.iterdir())),
+        "device": f"{exam.model.device.type} {str(exam.model.dtype).removeprefix('torch.')}",
         **({"test_hash": None, "comparable": False} if apart else test_hash(exam)),
         "valid": exam.valid,
         "seed": exam.seed,

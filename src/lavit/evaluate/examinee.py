@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from PIL.Image import Image
 
 import lavit
@@ -58,7 +59,8 @@ class Examinee:
         self.seed, self.progress = seed, progress
         self.trained = training_of(self.folder)
         self.weights = weights_hash(self.folder)
-        said = f"{self.weights} {config_hash(self.folder)} {seed} {about}"
+        where = f"{self.model.device.type} {self.model.dtype} {self.pipe.protocol}"
+        said = f"{self.weights} {config_hash(self.folder)} {seed} {about} {where} {code_hash()}"
         self.kept = Kept(kept, hashlib.sha256(said.encode()).hexdigest()[:16], self.progress)
         self.made = self.kept.made  # what the model said and drew
         self.cache: dict[Any, Any] = {}  # what several figures need, in memory
@@ -93,8 +95,10 @@ class Examinee:
         return [self.seed * SEED_STEP + item for item in items]
 
     def features(self, pictures: Sequence[Image]) -> Patches:
-        """Encoder features of pictures."""
-        return self.model.patches(pictures)
+        """Encoder features of pictures, some of which are in memory at a time."""
+        numbers = range(len(pictures))
+        batches = [numbers[at : at + BATCH] for at in numbers[::BATCH]]
+        return torch.cat([self.model.patches([pictures[n] for n in batch]) for batch in batches])
 
     def captions(self, task: str, items: Sequence[int], shown: Callable[[int], Image]) -> list[str]:
         """Captions of pictures, kept by item."""
@@ -192,17 +196,25 @@ def hash_of(paths: Iterable[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
+@cache
+def code_hash() -> str:
+    """A hash of this package's code."""
+    return hash_of(sorted(Path(lavit.__file__).parent.rglob("*.py")))
+
+
 def is_shipped(folder: Path) -> bool:
-    """Whether a model's folder is one of this package, which is not to be written."""
-    return folder.resolve().is_relative_to(WEIGHTS.resolve())
+    """Whether a model's folder is one of this package or of the hub's cache, not to be written."""
+    return folder.resolve().is_relative_to(WEIGHTS.resolve()) or folder.parent.name == "snapshots"
 
 
 def predictions_path(folder: Path, out: Path | None) -> Path:
     """Where predictions are kept: next to the JSON file, or in the model's folder; of a model of
-    this package in evaluation/NAME/ of the working folder.
+    this package or of the hub in evaluation/NAME/ of the working folder.
     """
     if out is None:
-        below = Path("evaluation") / folder.name if is_shipped(folder) else folder / "evaluation"
+        cached = folder.parent.name == "snapshots"
+        name = folder.parents[1].name if cached else folder.name
+        below = Path("evaluation") / name if is_shipped(folder) else folder / "evaluation"
         return below / "predictions.jsonl"
     if out.is_dir():
         raise InputError(f"{out} is a folder: give --json a file")

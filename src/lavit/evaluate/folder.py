@@ -18,6 +18,7 @@ from PIL.Image import Image
 from lavit.config import InputError
 from lavit.data.corpus import Corpus, load_corpus, origin_of, parse_mixture
 from lavit.data.held_out import HELD_OUT, SHARE, divides
+from lavit.data.sources import Record
 from lavit.evaluate.distance import distance_figure, jpeg_bytes
 from lavit.evaluate.examinee import (
     Examinee,
@@ -25,6 +26,7 @@ from lavit.evaluate.examinee import (
     chosen,
     config_hash,
     measured,
+    scenes_of,
     training_of,
 )
 from lavit.evaluate.figures import (
@@ -42,14 +44,27 @@ from lavit.generate.score import drawn_likelihood, likelihood, text_likelihood
 SPLITS = (HELD_OUT, "test", "validation", "valid")
 
 
+class Opened(Sequence[Image]):
+    """Pictures that are opened when they are asked for."""
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self.records = records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, place: int) -> Image:  # type: ignore[override]  # no slices
+        return self.records[place].open()
+
+
 class OwnPictures:
     """Pictures of a user's own, with what figures need of them."""
 
     def __init__(self, exam: Examinee, corpus: Corpus) -> None:
         self.exam = exam
-        self.pictures = corpus.pictures[: exam.asked or len(corpus.pictures)]
-        self.images: list[Image] = [one.record.open() for one in self.pictures]
-        self.features = exam.features(self.images)
+        self.pictures = corpus.pictures[: exam.count]
+        self.images = Opened([one.record for one in self.pictures])
+        self.features = exam.features(self.images)  # BATCH at a time
         self.tokens = exam.tokenizer.encode(self.features)
         self.lengths = self.tokens.lengths.cpu().numpy().astype(np.float64)
         names = repr([one.record.name for one in self.pictures])
@@ -79,10 +94,19 @@ def is_scenes(data: str) -> bool:
 
 
 def training_data(folder: Path) -> str | None:
-    """The data that a model was trained on, if its folder says and they are still there."""
+    """The data that a model was trained on; None where its folder does not say, or names scenes
+    that are drawn anew. Raises `InputError` for others that are not here.
+    """
     data = training_of(folder).get("data")
-    pieces = [] if not data else [name for name, _ in parse_mixture(data)]
-    return str(data) if pieces and all(Path(name).exists() for name in pieces) else None
+    if not data:
+        return None
+    gone = [name for name, _ in parse_mixture(data) if not Path(name).exists()]
+    if not gone:
+        return str(data)
+    if scenes_of(folder) is not None or is_scenes(data):
+        return None
+    said = f"{folder} was trained on {gone[0]}, which is not here"
+    raise InputError(f"{said}: say with --data where it is (scenes: for figures of those)")
 
 
 def held_out(data: str) -> tuple[Corpus, str]:

@@ -40,7 +40,7 @@ from lavit.evaluate.benchmarks.scores import (
     match_figures,
     unread_note,
 )
-from lavit.evaluate.examinee import config_hash, hash_of, weights_hash
+from lavit.evaluate.examinee import code_hash, config_hash, hash_of, weights_hash
 from lavit.evaluate.figures import Figure, mean, nothing, plain
 from lavit.evaluate.kept import TOGETHER, Kept, Progress
 from lavit.files import alone
@@ -327,8 +327,3 @@ def _hashed(path: Path | None) -> str | None:
     if path.is_dir():
         files = sorted(one for one in path.iterdir() if one.suffix in OF_CLIP)
     return f"{path.name} {hash_of(files)}"
-
-
-def code_hash() -> str:
-    """A hash of this package's code."""
-    return hash_of(sorted(Path(lavit.__file__).parent.rglob("*.py")))
