@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # releases that pip keeps to
 RELEASES ?= -c constraints.txt
 TESTS ?= tests
-EXTRAS := train,mini,eval,ray,published,serve,dev
+EXTRAS := train,mini,ray,published,serve,dev
 
 MINUTES ?= 30
 PICTURES ?= 30000

@@ -209,7 +209,7 @@ def test_bad_input_is_one_line(
         (["--count", "-1"], "count is -1"),
         (["--count", "0"], "count is 0"),
         (["--seed", "-1"], "seed is -1"),
-        (["--objects", "1"], "scenes have 2 to"),
+        (["--objects", "1"], "scenes have 3 to"),
         (["--held-out-pairs", "2"], "held_out_pairs is 2"),
         (["--figures", "own_read"], "own_read cannot be had: no items were given"),
         (["--figures", "read_test_exact", "--count", "2"], "this model has no language yet"),

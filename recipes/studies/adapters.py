@@ -2,7 +2,7 @@
 
 Command   lavit compare recipes/studies/adapters.py
 Cost      lavit compare recipes/studies/adapters.py --plan
-Score     docs/results.md
+Score     docs/results.md, once it is run whole
 
 All arms begin with one language model of the same seed, trained on the texts of scenes without
 pictures, and learn to read alone. Each has its own rates: the best of 0.5, 1 and 2 times the

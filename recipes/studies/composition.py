@@ -2,7 +2,7 @@
 
 Command   lavit compare recipes/studies/composition.py
 Cost      lavit compare recipes/studies/composition.py --plan
-Score     docs/results.md
+Score     docs/results.md, once it is run whole
 
 Pairs are held out by one hash, so those of a share of 0.1 are held out in every arm: all arms are
 tested on the same 500 scenes of them. Every scene of training has at most two kinds of things, and

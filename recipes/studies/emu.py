@@ -2,7 +2,7 @@
 
 Command   lavit compare recipes/studies/emu.py
 Cost      lavit compare recipes/studies/emu.py --plan
-Score     docs/results.md
+Score     docs/results.md, once it is run whole
 
 Same encoder, LM, documents and target tokens (one for each row of a picture, as for each code).
 Figures of identity go through what each paints from: features rebuilt from codes, or from rows;

@@ -2,7 +2,7 @@
 
 Command   lavit compare recipes/studies/lengths.py
 Cost      lavit compare recipes/studies/lengths.py --plan
-Score     docs/results.md
+Score     docs/results.md, once it is run whole
 
 At each of three budgets (the wanted share of patches) the selector of `dynamic` is given to the
 other arms, which learn everything else from nothing: `own` with the lengths it asks for,

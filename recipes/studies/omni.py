@@ -2,7 +2,7 @@
 
 Command   lavit compare recipes/studies/omni.py
 Cost      lavit compare recipes/studies/omni.py --plan
-Score     docs/results.md
+Score     docs/results.md, once it is run whole
 
 `texts` is the language model that the adapter and one joint arm begin with: the same one, trained
 on prose (Python's manual) and the texts of scenes without pictures, once a seed. The adapter and

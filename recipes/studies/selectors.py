@@ -2,7 +2,7 @@
 
 Command   lavit compare recipes/studies/selectors.py
 Cost      lavit compare recipes/studies/selectors.py --plan
-Score     docs/results.md
+Score     docs/results.md, once it is run whole
 
 Merger, codebook, reconstructor and LM are LaVIT's and trained alike; what chooses differs:
 

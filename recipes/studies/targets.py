@@ -2,7 +2,7 @@
 
 Command   lavit compare recipes/studies/targets.py
 Cost      lavit compare recipes/studies/targets.py --plan
-Score     docs/results.md
+Score     docs/results.md, once it is run whole
 
 Reading alone, and every position of a picture is a target (Eq. 6). LaVIT predicts the code of the
 next kept patch; rivals regress, at the same positions, its features (as Emu does its embeddings),

@@ -2,7 +2,7 @@
 
 Command   lavit compare recipes/studies/vqgan.py
 Cost      lavit compare recipes/studies/vqgan.py --plan
-Score     docs/results.md
+Score     docs/results.md, once it is run whole
 
 The same LM over 100 codes of a picture of the size that LaVIT's decoder paints; it reads them as
 codes and writes all of them, painted by VQGAN's own decoder. LaVIT writes a quarter as many and has

@@ -6,6 +6,7 @@ interval excludes 0 (differences.py); a result against the paper is said like an
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from lavit.config import write_json, write_whole
+from lavit.config import write_whole
 from lavit.evaluate.differences import Difference, paired_difference
 from lavit.evaluate.study import Comparison, Study
 
@@ -95,13 +96,13 @@ def write_results(study: Study, found: Outcome, docs: Path, command: str) -> Pat
         ]
         for column in found
     }
-    write_json(docs / f"results.{study.name}.json", data)
-    docs.mkdir(parents=True, exist_ok=True)
+    write_whole(docs / f"results.{study.name}.json", json.dumps(data) + "\n")
     plot(study, found).save(docs / f"results.{study.name}.png")
     page, begin = docs / "results.md", f"<!-- {study.name} -->"
     end = f"<!-- end of {study.name} -->"
     text = page.read_text(encoding="utf-8") if page.exists() else HEAD
-    part = f"{begin}\n{section(study, found, command)}\n{end}"
+    shown = f"![differences and their intervals](results.{study.name}.png)"
+    part = f"{begin}\n{section(study, found, command)}\n\n{shown}\n{end}"
     old = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
     new = old.sub(lambda _: part, text) if old.search(text) else f"{text.rstrip()}\n\n{part}\n"
     write_whole(page, new)

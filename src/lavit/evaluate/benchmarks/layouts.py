@@ -339,6 +339,9 @@ def load_examples(
     for example in found:
         if example.image is not None and not example.image.is_file():
             raise InputError(f"{example.image} is missing: unpack all pictures of {known.split}")
+        if known.kind != "caption" and not any(map(str.isalnum, example.text)):
+            said = f"{example.name} of {name} asks {example.text!r}, which has no words"
+            raise InputError(f"{said}: take it out of the file")
         if not example.references and known.kind != "export":
             raise InputError(f"{name} has nothing to compare {example.name} with")
     folder.digest.update(repr([example.name for example in found]).encode())
