@@ -31,7 +31,7 @@ HIDDEN = "text to hide in the pictures (needs invisible-watermark)"
 Watermark = Annotated[str | None, arg(help=HIDDEN)]
 Protocol = Annotated[
     Literal["default", "paper", "published"],
-    arg(help="how to sample: the paper's beams and best of four, …"),
+    arg(help="how to sample: the paper's beams, best of four drawings (not in streams), …"),
 ]
 DEFAULT_MODEL = "nano"  # comes with the package
 

@@ -131,10 +131,8 @@ def convert_folder(folder: Path, theirs: str, ours: str, manifest: Manifest) -> 
 
 
 def copy_rest(folder: Path, manifest: Manifest) -> None:
-    """Keep readme and licence aside; unknown weights raise `InputError`."""
+    """Keep readme and licence aside."""
     for path, relative in manifest.unknown(folder):
-        if path.suffix in WEIGHT_SUFFIXES:
-            raise InputError(f"{relative} is an unknown weight file: move it away")
         manifest.copy(path, relative, f"{KEPT}/{relative}")
 
 

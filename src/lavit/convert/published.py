@@ -28,6 +28,7 @@ from lavit.config import InputError, ModelConfig, read_config, write_config, wri
 from lavit.convert import names, sizes
 from lavit.convert.checks import check_language, check_pixels
 from lavit.convert.folders import (
+    WEIGHT_SUFFIXES,
     Manifest,
     convert_folder,
     copy_file,
@@ -187,6 +188,10 @@ def convert_published(folder: Path | str, out: Path | str) -> Converted:
     found = configs(files, ours)
     with replacing(out) as new:
         manifest = Manifest(new)
+        for _, relative in manifest.unknown(folder):  # before gigabytes are written
+            placed = relative in files or any(relative.startswith(f"{one}/") for one in FOLDERS)
+            if relative.endswith(WEIGHT_SUFFIXES) and not placed:
+                raise InputError(f"{relative} is an unknown weight file: move it away")
         for path, tensors in ours.items():
             save_tensors(tensors, new / path)
         for path, tensors in files.items():
