@@ -15,7 +15,8 @@ from lavit.cli import main
 from lavit.config import InputError
 from lavit.data.corpus import load_corpus
 from lavit.data.held_out import divides
-from lavit.data.sources import check, load_records, open_source, stream_source
+from lavit.data.inspect import check
+from lavit.data.sources import load_records, open_source, stream_source
 
 COUNT = 80
 
@@ -50,7 +51,7 @@ def test_training_and_what_is_held_out_are_all_and_apart(folder: Path) -> None:
     assert 1 <= len(held) <= 0.15 * COUNT
     corpus = load_corpus(folder)
     assert {picture.captions[0] for picture in corpus.pictures} == train
-    assert check(folder).records == COUNT
+    assert check(folder)["records"] == COUNT
     with pytest.raises(InputError, match="no split 'test': it has train and held_out"):
         load_records(folder, "test")
 

@@ -13,8 +13,8 @@ from PIL import Image
 
 from conftest import toy_picture
 from lavit.config import InputError
-from lavit.data.inspect import inspect_data
-from lavit.data.sources import Record, check, load_records, open_source, readable, stream_source
+from lavit.data.inspect import check, inspect_data
+from lavit.data.sources import Record, load_records, open_source, readable, stream_source
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
@@ -82,7 +82,7 @@ def as_folder(folder: Path, cache: Path) -> Path:
 @pytest.mark.parametrize("form", [as_folder, as_jsonl, as_parquet, as_tar])
 def test_every_form_gives_the_same_records(form, folder, tmp_path):
     source = form(folder, tmp_path)
-    records = load_records(source, "train", cache=tmp_path / "cache")
+    records = load_records(source, "train")
     found = {record.texts: record.open().getpixel((0, 0)) for record in records}
     assert found == {("red",): COLOURS["red"], ("green",): COLOURS["green"]}
     assert len(records) == 2 and records[-1].texts == records[1].texts
@@ -91,22 +91,20 @@ def test_every_form_gives_the_same_records(form, folder, tmp_path):
 
 
 def test_splits_stay_apart(folder, tmp_path):
-    unseen = load_records(folder, "unseen", cache=tmp_path / "cache")
+    unseen = load_records(folder, "unseen")
     assert [record.texts for record in unseen] == [("blue",)]
     assert unseen[0].columns["licence"] == "CC0"
     assert unseen[0].name.endswith("unseen/blue.png")
 
 
-def test_columns_can_be_named_and_hold_several_texts(folder, tmp_path):
-    rows = [{"where": "train/red.png", "said": ["red", "a red sheet", ""]}]
+def test_a_picture_may_have_several_texts(folder):
+    rows = [{"image": "train/red.png", "text": ["red", "a red sheet", ""]}]
     write_lines(folder / "more.jsonl", rows)
-    given = {"image_column": "where", "text_column": "said", "cache": tmp_path / "cache"}
-    (record,) = load_records(folder / "more.jsonl", **given)
+    (record,) = load_records(folder / "more.jsonl")
     assert record.texts == ("red", "a red sheet")
-    with pytest.raises(InputError, match="no picture column among where, said"):
-        load_records(folder / "more.jsonl", cache=tmp_path / "cache")
-    with pytest.raises(InputError, match="no column 'sad'"):
-        load_records(folder / "more.jsonl", **{**given, "text_column": "sad"})
+    write_lines(folder / "other.jsonl", [{"where": "train/red.png", "said": "red"}])
+    with pytest.raises(InputError, match="no picture column among where, said: call that column"):
+        load_records(folder / "other.jsonl")
 
 
 @pytest.mark.parametrize("form", [as_folder, as_jsonl, as_tar])
@@ -119,7 +117,7 @@ def test_a_broken_picture_is_named_and_the_rest_goes_on(form, folder, tmp_path, 
         _break_first(source / "00000.tar")
     else:
         source = form(folder, tmp_path)
-    good, bad = readable(load_records(source, "train", cache=tmp_path / "cache"))
+    good, bad = readable(load_records(source, "train"))
     assert [record.texts for record in good] == [("green",)]
     ((name, reason),) = bad
     assert ("0000" in name if form is as_tar else name.endswith("red.png")) and "\n" not in reason
@@ -136,7 +134,7 @@ def _break_first(shard: Path) -> None:
 
 def test_a_missing_picture_is_named(folder, tmp_path):
     write_lines(folder / "gone.jsonl", [{"image": "train/gone.png", "text": "gone"}])
-    records = load_records(folder / "gone.jsonl", cache=tmp_path / "cache")
+    records = load_records(folder / "gone.jsonl")
     good, bad = readable(records)
     assert good == [] and "gone.png" in bad[0][0] and "does not exist" in bad[0][1]
     assert readable([Record(image=b"", texts=(), name="row 7")])[1][0][0] == "row 7"
@@ -144,12 +142,12 @@ def test_a_missing_picture_is_named(folder, tmp_path):
 
 def test_check_reports_counts_texts_sizes_and_licences(folder, tmp_path):
     (folder / "train" / "green.png").write_bytes(b"\x89PNG")
-    report = check(folder, "train", cache=tmp_path / "cache")
-    assert (report.records, report.texts, report.without_text) == (2, 2, 0)
-    assert report.characters == (3, 4.0, 5)
-    assert report.sizes == {"6x4": 1}
-    assert report.licences == {"CC0": 2} and report.licence_files == ("LICENSE.txt",)
-    assert [name.rsplit("/", 1)[-1] for name, _ in report.broken] == ["green.png"]
+    report = check(folder, "train")
+    assert [report[name] for name in ("records", "texts", "without_text")] == [2, 2, 0]
+    assert report["characters"] == (3, 4.0, 5)
+    assert report["sizes"] == {"6x4": 1}
+    assert report["licences"] == {"CC0": 2} and report["licence_files"] == ("LICENSE.txt",)
+    assert [name.rsplit("/", 1)[-1] for name, _ in report["broken"]] == ["green.png"]
 
 
 def test_bad_sources_are_one_clear_line(folder, tmp_path):
@@ -168,7 +166,7 @@ def test_bad_sources_are_one_clear_line(folder, tmp_path):
         (tmp_path / "notes.md", "train", "not a known kind of data file"),
     ):
         with pytest.raises(InputError, match=words) as raised:
-            load_records(source, split, cache=tmp_path / "cache")
+            load_records(source, split)
         assert source.name in str(raised.value) and "\n" not in str(raised.value)
 
 
@@ -271,15 +269,15 @@ def test_a_missing_file_is_never_taken_for_a_hub_name() -> None:
 
 def test_an_unknown_split_is_refused_where_splits_exist(folder, tmp_path):
     with pytest.raises(InputError, match="no split 'other': its sub-folders are train, unseen"):
-        load_records(folder, "other", cache=tmp_path / "cache")
+        load_records(folder, "other")
     card = "---\nconfigs:\n- config_name: default\n  data_files:\n"
     card += (
         '  - split: train\n    path: "train/**"\n  - split: unseen\n    path: "unseen/**"\n---\n'
     )
     (folder / "README.md").write_text(card)
-    assert len(load_records(folder, "unseen", cache=tmp_path / "cache")) == 1
+    assert len(load_records(folder, "unseen")) == 1
     with pytest.raises(InputError, match="other") as raised:
-        load_records(folder, "other", cache=tmp_path / "cache")
+        load_records(folder, "other")
     assert "\n" not in str(raised.value)
 
 

@@ -66,7 +66,7 @@ def test_every_sample_is_used_or_named(tmp_path: Path, name: str, stream: bool) 
         source: Streamed = stream_source(folder)
         records = [source.record(row, place) for place, row in enumerate(source.rows)]
     else:
-        records = list(load_records(folder, cache=tmp_path / "cache"))
+        records = list(load_records(folder))
     good, bad = readable(records)
     assert "".join(record.texts[0][3:] if record.texts else "-" for record in good) == texts
     assert "".join(name.split("] ")[1][0] for name, _ in bad) == left_out
@@ -99,7 +99,7 @@ def test_a_caption_may_stand_in_the_json_of_a_sample(
         source: Streamed = stream_source(tmp_path / "tars")
         records = [source.record(row, place) for place, row in enumerate(source.rows)]
     else:
-        records = list(load_records(tmp_path / "tars", cache=tmp_path / "cache"))
+        records = list(load_records(tmp_path / "tars"))
     texts = [record.texts for record in records]
     assert texts[4:] == [("of é",), (), (), (), ("of f",)] and texts[1] == ("of b",)
     assert len(caplog.messages) == 2
@@ -121,10 +121,10 @@ def jpeg() -> bytes:
 def test_tars_of_text_are_texts_and_the_first_of_more_may_be(tmp_path: Path) -> None:
     """A source of pictures whose first shard has none stays one."""
     first = write_tar(tmp_path / "tars" / "0.tar", "a.txt b.txt")
-    assert list(open_source(first, cache=tmp_path / "cache")) == ["of a", "of b"]
+    assert list(open_source(first)) == ["of a", "of b"]
     assert stream_source(first).image is None
     write_tar(tmp_path / "tars" / "1.tar", "c.jpg c.txt")
-    found = open_source(first.parent, cache=tmp_path / "cache")
+    found = open_source(first.parent)
     assert not isinstance(found, Texts) and len(readable(found)[0]) == 1
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from lavit.config import InputError
 from lavit.data.conversation_forms import holds_conversations
 from lavit.data.conversations import load_conversations
 from lavit.data.corpus import parse_mixture
-from lavit.data.sources import check, licence_files, open_source, stream_source
+from lavit.data.sources import licence_files, load_records, open_source, stream_source, tried
 from lavit.data.text import Texts
 
 STREAMED = (".tar", ".parquet")
@@ -44,7 +43,37 @@ def _report(name: str, split: str, images: Path | None) -> dict[str, Any]:
     if holds_conversations(Path(name)):
         return _conversations(name, images)
     found = open_source(name, split)
-    return _texts(found) if isinstance(found, Texts) else asdict(check(name, split))
+    return _texts(found) if isinstance(found, Texts) else check(name, split)
+
+
+def check(data: str | Path, split: str = "train") -> dict[str, Any]:
+    """Read all of a split of pictures, held-out records too, and report."""
+    records = load_records(data, split, whole=split == "train")
+    sizes: Counter[str] = Counter()
+    licences: Counter[str] = Counter()
+    lengths: list[int] = []
+    broken, without_text = [], 0
+    for record, opened in tried(records):
+        if isinstance(opened, str):
+            broken.append((record.name, opened))
+        else:
+            sizes[f"{opened[0]}x{opened[1]}"] += 1
+        without_text += not record.texts
+        lengths += [len(text) for text in record.texts]
+        for name, value in record.columns.items():
+            if name.lower() in ("license", "licence"):
+                licences[str(value)] += 1
+    return {
+        "records": len(records),
+        "broken": broken,
+        "without_text": without_text,
+        "texts": len(lengths),
+        "characters": _spread(lengths),
+        "sizes": dict(sizes.most_common()),
+        "columns": list(records.rows.column_names),
+        "licences": dict(licences.most_common()),
+        "licence_files": licence_files(records.folder),
+    }
 
 
 def _texts(texts: Texts) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,27 +99,12 @@ class Records(Streamed, Sequence[Record]):
         return self.record(self.rows[index], index)
 
 
-@dataclass(frozen=True)
-class SourceReport:
-    """What `check` found in a source."""
-
-    records: int
-    broken: tuple[tuple[str, str], ...]  # (record, reason)
-    without_text: int
-    texts: int
-    characters: tuple[int, float, int]  # shortest, mean and longest text
-    sizes: Mapping[str, int]  # "width x height" -> pictures
-    columns: tuple[str, ...]
-    licences: Mapping[str, int]  # value of a licence column -> records
-    licence_files: tuple[str, ...]
-
-
-def load_records(data: str | Path, split: str = "train", **options: Any) -> Records:
-    """Open one split of a source of pictures; keyword arguments as `open_source`.
+def load_records(data: str | Path, split: str = "train", *, whole: bool = False) -> Records:
+    """Open one split of a source of pictures, as `open_source` does.
 
     A missing or empty source, an unknown split and a source without pictures raise `InputError`.
     """
-    found = open_source(data, split, **options)
+    found = open_source(data, split, whole=whole)
     if isinstance(found, Texts):
         raise InputError(f"{str(data)!r} holds no pictures, only texts")
     return found
@@ -130,20 +114,16 @@ def open_source(
     data: str | Path,
     split: str = "train",
     *,
-    image_column: str | None = None,
-    text_column: str | None = None,
-    cache: Path | None = None,
     whole: bool = False,
 ) -> Records | Texts:
     """Open one split of a source; where there are no pictures, its texts.
 
-    Columns are found by name unless given; `cache` is where `datasets` writes. A source without
-    splits of its own has "train" and "held_out" (data/held_out.py); `whole`: both, as "train".
+    Columns are found by name. A source without splits of its own has "train" and "held_out"
+    (data/held_out.py); `whole`: both, as "train".
     """
     if _is_text(Path(data)):
         return text_files(Path(data))
-    given = (image_column, text_column)
-    rows, image, text = _open(data, split, cache=cache, given=given, whole=whole)
+    rows, image, text = _open(data, split, whole=whole)
     if image is None:
         return Texts(rows, column=text, name=str(data))
     return Records(rows, image, text, _folder(data), str(data))
@@ -173,19 +153,17 @@ def _open(
     data: str | Path,
     split: str,
     *,
-    cache: Path | None = None,
-    given: tuple[str | None, str | None] = (None, None),
     whole: bool = False,
     streaming: bool = False,
 ) -> tuple[Any, str | None, str | None]:
     """Rows of a split whose pictures stay encoded, the column of pictures (None: texts alone) and
-    that of texts, found by name unless `given`.
+    that of texts.
     """
     datasets = require("datasets", extra="train")
     name, divided = str(data), divides(Path(data))
     if divided and split not in ("train", HELD_OUT):
         raise InputError(f"{name!r} has no split {split!r}: it has train and {HELD_OUT}, by hash")
-    rows = _load(datasets, data, "train" if divided else split, cache, streaming)
+    rows = _load(datasets, data, "train" if divided else split, streaming)
     if not streaming and len(rows) == 0:
         raise InputError(f"{name!r} is empty: split {split!r} holds no records")
     if rows.features is None:
@@ -194,15 +172,12 @@ def _open(
         except Exception as error:  # of whatever reads the first rows
             raise InputError(f"{name!r} cannot be opened: {_why(error)}") from error
     names = rows.column_names
-    for one in given:
-        if one is not None and one not in names:
-            raise InputError(f"{name!r} has no column {one!r}: it has {', '.join(names)}")
-    image = given[0] or next((one for one in IMAGE_COLUMNS if one in names), None)
-    if image is not None and given[0] is None and not _shows(rows, image):
+    image = next((one for one in IMAGE_COLUMNS if one in names), None)
+    if image is not None and not _shows(rows, image):
         image = None  # a path of something else
     words = TEXT_COLUMNS if image else (*TEXT_COLUMNS, *PROSE_COLUMNS)
-    text = given[1] or next((one for one in words if one in names), None)
-    if image is None and given[1] is None and (links := link_column(rows)):
+    text = next((one for one in words if one in names), None)
+    if image is None and (links := link_column(rows)):
         first = f"{name!r} holds links to pictures ({links}): download them, img2dataset makes tars"
         raise InputError(f"{first}; to train on its texts alone, leave that column out")
     if image is None and text is None:
@@ -237,43 +212,13 @@ def _shows(rows: Any, column: str) -> bool:
 
 def readable(records: Iterable[Record]) -> tuple[list[Record], list[tuple[str, str]]]:
     """Decode every picture once: the records that open, and (name, reason) of those that do not."""
-    tried = list(_tried(records))
-    good = [record for record, size in tried if not isinstance(size, str)]
-    return good, [(record.name, why) for record, why in tried if isinstance(why, str)]
+    found = list(tried(records))
+    good = [record for record, size in found if not isinstance(size, str)]
+    return good, [(record.name, why) for record, why in found if isinstance(why, str)]
 
 
-def check(data: str | Path, split: str = "train", **columns: Any) -> SourceReport:
-    """Read all of a split, held-out records too, and report; keyword arguments as `open_source`."""
-    records = load_records(data, split, whole=split == "train", **columns)
-    sizes: Counter[str] = Counter()
-    licences: Counter[str] = Counter()
-    lengths: list[int] = []
-    broken, without_text = [], 0
-    for record, opened in _tried(records):
-        if isinstance(opened, str):
-            broken.append((record.name, opened))
-        else:
-            sizes[f"{opened[0]}x{opened[1]}"] += 1
-        without_text += not record.texts
-        lengths += [len(text) for text in record.texts]
-        for name, value in record.columns.items():
-            if name.lower() in ("license", "licence"):
-                licences[str(value)] += 1
-    count = max(len(lengths), 1)
-    return SourceReport(
-        records=len(records),
-        broken=tuple(broken),
-        without_text=without_text,
-        texts=len(lengths),
-        characters=(min(lengths, default=0), sum(lengths) / count, max(lengths, default=0)),
-        sizes=dict(sizes.most_common()),
-        columns=tuple(records.rows.column_names),
-        licences=dict(licences.most_common()),
-        licence_files=licence_files(records.folder),
-    )
-
-
-def _tried(records: Iterable[Record]) -> Iterator[tuple[Record, tuple[int, int] | str]]:
+def tried(records: Iterable[Record]) -> Iterator[tuple[Record, tuple[int, int] | str]]:
+    """Each record with its picture's size, or why it does not open."""
     for record in records:
         try:
             yield record, record.open().size
@@ -281,12 +226,12 @@ def _tried(records: Iterable[Record]) -> Iterator[tuple[Record, tuple[int, int] 
             yield record, str(error)
 
 
-def _load(datasets: Any, data: str | Path, split: str, cache: Path | None, streaming: bool) -> Any:
+def _load(datasets: Any, data: str | Path, split: str, streaming: bool) -> Any:
     """A `datasets.Dataset`, or `IterableDataset`; what the library raises becomes one line."""
     from lavit.data.tars import load_dataset  # which imports `datasets`
 
-    path, name = Path(data), str(data)
-    if cache is None and path.exists() and not streaming:
+    path, name, cache = Path(data), str(data), None
+    if path.exists() and not streaming:
         cache = Path(datasets.config.HF_DATASETS_CACHE) / f"lavit-{_fingerprint(path)}"
     where: dict[str, Any] = {
         "cache_dir": None if cache is None else str(cache),
