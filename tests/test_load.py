@@ -86,9 +86,9 @@ def test_one_line_says_where(
     assert placement.place() == (torch.device("cpu"), torch.float32)
     assert placement.place("cpu", "bf16") == (torch.device("cpu"), torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     assert placement.place() == (torch.device("cuda"), torch.bfloat16)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
     assert placement.place("cuda:1") == (torch.device("cuda", 1), torch.float16)
     assert caplog.messages == [
         "running on cpu in float32",

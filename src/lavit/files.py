@@ -39,7 +39,7 @@ CODES = {  # of torch's number types in safetensors
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming(path: str | Path) -> Iterator[None]:
     """Put a path in front of what an `InputError` says."""
     try:
         yield

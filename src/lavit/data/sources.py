@@ -23,6 +23,7 @@ from lavit.config import InputError, require
 from lavit.data.held_out import HELD_OUT, OTHERS, divides, lists_splits, part_of, shards_of
 from lavit.data.look import PICTURES, link_column, look_at, say_unnamed
 from lavit.data.text import Texts, text_files
+from lavit.files import naming
 from lavit.images import open_image
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "file_name", "image_path", "path")
@@ -83,7 +84,8 @@ class Streamed:
         cells = dict(row)
         found = None if self.image is None else cells.pop(self.image, None)
         image, name = _encoded(found, self.folder, f"{self.name}[{place}]")
-        texts = texts_of(cells.get(self.text)) if self.text else ()
+        with naming(name):
+            texts = texts_of(cells.get(self.text)) if self.text else ()
         return Record(image, texts, name, cells)
 
 
