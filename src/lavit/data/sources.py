@@ -84,7 +84,7 @@ class Streamed:
         cells = dict(row)
         found = None if self.image is None else cells.pop(self.image, None)
         image, name = _encoded(found, self.folder, f"{self.name}[{place}]")
-        with naming(name):
+        with naming(f"{self.name}, record {place}"):
             texts = texts_of(cells.get(self.text)) if self.text else ()
         return Record(image, texts, name, cells)
 
