@@ -431,12 +431,16 @@ def test_velocity_is_a_configuration():
     assert pixels.sample(features, seeds=[0, 1]).isfinite().all()
 
 
-def test_callback_hears_every_step():
-    heard = []
-    built(grid_config()).sample(
-        some_features(1), seeds=[0], callback=lambda step, x: heard.append((step, tuple(x.shape)))
-    )
-    assert heard == [(step, (1, 12, 8, 8)) for step in range(3)]
+def test_latents_of_every_step_are_seen_and_may_be_changed():
+    pixels, features = built(grid_config()), some_features(1)
+    seen = [tuple(latents.shape) for latents in pixels.denoise(features, seeds=[0])]
+    assert seen == [(1, 12, 8, 8)] * 3
+    run = pixels.denoise(features, seeds=[0])
+    other = torch.zeros_like(next(run))
+    changed = run.send(other)
+    assert not torch.equal(changed, [*pixels.denoise(features, seeds=[0])][1])
+    last = [*pixels.denoise(features, seeds=[0])][-1]
+    assert torch.equal(pixels.pictures(last), pixels.sample(features, seeds=[0]))
 
 
 @pytest.mark.parametrize(

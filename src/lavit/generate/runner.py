@@ -6,7 +6,7 @@ inputs (prompts.py) ── Work: jobs, and what paints their pictures ─┬─ 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar, Unpack
@@ -62,7 +62,7 @@ class Work:
 
     jobs: list[Job]
     one: bool
-    paint: Painter | None = None  # None: they write text alone
+    painting: Mapping[str, Any] | None = None  # `steps` and `size`; None: they write text alone
 
 
 class Runner:
@@ -110,12 +110,10 @@ class Runner:
         steps: int | None = None,
         guidance: float | None = None,
         size: PictureSize | None = None,
-        watch: Callable[[int, Tensor], None] | None = None,
     ) -> list[Image.Image]:
         """Pictures of codes through reconstructor and pixel decoder, released (or `Refused`).
 
-        `codes` are those of each picture, `[kept]`; `watch` is called with the step's number and
-        the latents after each step.
+        `codes` are those of each picture, `[kept]`.
         """
         self.model.needs("visual_tokenizer", "pixels")
         done: list[Image.Image] = []
@@ -127,10 +125,32 @@ class Runner:
                     guidance=guidance,
                     seeds=list(seeds)[at : at + TOGETHER],
                     size=size,
-                    callback=watch,
                 )
             done += [to_image(picture) for picture in pictures]
         return self.release(done, seeds)
+
+    def denoise(
+        self, codes: Sequence[Tensor], *, seeds: Sequence[int], **how: Any
+    ) -> Iterator[Tensor]:
+        """Latents of pictures after each step of the solver; `how` is that of `Pixels.denoise`."""
+        self.model.needs("visual_tokenizer", "pixels")
+        return self.model.pixels.denoise(self.model.decode(codes), seeds=seeds, **how)
+
+    def finish(self, latents: Tensor, seeds: Sequence[int]) -> list[Image.Image]:
+        """Pictures of the last latents, released (or `Refused`)."""
+        pictures = self.model.pixels.pictures(latents)
+        return self.release([to_image(picture) for picture in pictures], seeds)
+
+    def previewed(
+        self, codes: Sequence[Tensor], *, seeds: Sequence[int], **how: Any
+    ) -> Iterator[tuple[int | None, Image.Image]]:
+        """A picture after each step of the solver, with the step's number; the last with None."""
+        for step, latents in enumerate(self.denoise(codes, seeds=seeds, **how)):
+            last = latents
+            (picture,) = self.preview(latents)
+            yield step, picture
+        (picture,) = self.finish(last, seeds)
+        yield None, picture
 
     def _ready(self, size: PictureSize | None, jobs: Sequence[Job] = ()) -> None:
         """Raise what would stop the picture at the end before work begins.
@@ -170,7 +190,7 @@ class Runner:
         """Work that writes a picture behind each input."""
         jobs = image_jobs(self.model, self.protocol, inputs.parts, **how)
         self._ready(size, jobs)
-        return Work(jobs, inputs.one, partial(self.paint, steps=steps, size=size))
+        return Work(jobs, inputs.one, {"steps": steps, "size": size})
 
     def _mixture(
         self,
@@ -192,7 +212,7 @@ class Runner:
         options = {"stop": stop, "mode": "mixed", "picture": inside}
         jobs = jobs_of(self.model, inputs.parts, how, seed=seed, ends=ends, **options)
         self._ready(size, jobs)
-        return Work(jobs, inputs.one, partial(self.paint, steps=steps, size=size))
+        return Work(jobs, inputs.one, {"steps": steps, "size": size})
 
     def replies(self, messages: Messages | MessagesList, out: Reply, **how: Any) -> Work:
         """Work: the assistant's turn behind each conversation, whose text ends where it does."""
@@ -210,7 +230,7 @@ class Runner:
     def _run(self, work: Work) -> list[Made]:
         """What each job wrote; all pictures are painted together at the end."""
         happening = updates(self.engine, self.model.text_tokenizer, work.jobs)
-        return gathered(happening, work.jobs, work.paint)
+        return gathered(happening, work.jobs, self._painter(work))
 
     def codes(self, work: Work) -> list[Tensor]:
         """The codes of the picture that each job writes, `[codes]`; none is painted."""
@@ -252,14 +272,18 @@ class Runner:
 
     def _stream(self, work: Work, previews: bool = False) -> Iterator[Update]:
         """What jobs write, as it happens."""
-        if previews and work.paint is None:
+        if previews and work.painting is None:
             raise InputError("a reply in words has no previews: leave previews out")
         if previews and self.release.checker is not None:
             remedy = "leave previews out, or load with safety=False"
             raise InputError(f"previews would pass the safety checker unseen: {remedy}")
-        show = self.preview if previews else None
+        show = partial(self.previewed, **(work.painting or {})) if previews else None
         run = partial(updates, self.engine, self.model.text_tokenizer, work.jobs)
-        return run(paint=work.paint, show=show)
+        return run(paint=self._painter(work), show=show)
+
+    def _painter(self, work: Work) -> Painter | None:
+        """What paints the pictures of some work."""
+        return None if work.painting is None else partial(self.paint, **work.painting)
 
     @torch.inference_mode()
     def preview(self, latents: Tensor) -> list[Image.Image]:

@@ -10,16 +10,13 @@ would cut the text.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from queue import SimpleQueue
 from typing import Literal
 
 import torch
 from PIL import Image
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lavit.generate.engine import Engine
@@ -29,9 +26,8 @@ from lavit.sequence import Image as ImageSegment
 from lavit.sequence import Text
 from lavit.vocabulary import Vocabulary
 
-# takes codes, seeds=… and maybe watch=…, which is called with each solver step and its latents
-Painter = Callable[..., list[Image.Image]]
-Preview = Callable[[Tensor], list[Image.Image]]  # latents to pictures
+Painter = Callable[..., list[Image.Image]]  # takes codes and seeds=…
+Preview = Callable[..., Iterator[tuple[int | None, Image.Image]]]  # the same; `Runner.previewed`
 UpdateKind = Literal["text", "image_start", "code", "preview", "image", "finished"]
 
 
@@ -173,46 +169,14 @@ def gathered(happening: Iterable[Update], jobs: Sequence[Job], paint: Painter | 
 
 def _painted(image: Update, seed: int, paint: Painter, show: Preview | None) -> Iterator[Update]:
     """The update `image` with its picture; before it, with `show`, one for each solver step."""
-    work = partial(paint, [torch.tensor(image.codes)], seeds=[seed])
+    codes = [torch.tensor(image.codes)]
     if show is None:
-        (picture,) = work()
+        (picture,) = paint(codes, seeds=[seed])
         yield replace(image, picture=picture)
         return
-    for step, found in _watched(work):
-        (picture,) = show(found) if isinstance(found, Tensor) else found
+    for step, picture in show(codes, seeds=[seed]):
         kind: UpdateKind = "image" if step is None else "preview"
         yield replace(image, kind=kind, picture=picture, step=step)
-
-
-def _watched(work: Painter) -> Iterator[tuple[int | None, Tensor | list[Image.Image]]]:
-    """Run `work(watch=…)` in a thread; yields what `watch` is called with, then (None, result)."""
-    found: SimpleQueue[tuple[int | None, Tensor | list[Image.Image] | BaseException]]
-    found = SimpleQueue()
-    stop = threading.Event()
-
-    def watch(step: int, latents: Tensor) -> None:
-        if stop.is_set():
-            raise RuntimeError("the stream was closed")
-        found.put((step, latents))
-
-    def run() -> None:
-        try:
-            found.put((None, work(watch=watch)))
-        except BaseException as error:
-            found.put((None, error))
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
-        step: int | None = 0
-        while step is not None:
-            step, value = found.get()
-            if isinstance(value, BaseException):
-                raise value
-            yield step, value
-    finally:
-        stop.set()
-        thread.join()
 
 
 class _Reply:

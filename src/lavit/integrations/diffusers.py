@@ -40,10 +40,6 @@ SCHEDULER = "scheduler/scheduler_config.json"  # of a pipeline, beside the model
 StepCallback = Callable[["LaVITPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 
 
-class _Interrupted(Exception):
-    """A callback has set `pipe._interrupt`."""
-
-
 class LaVITPipeline(DiffusionPipeline):  # type: ignore[misc]  # Any
     """A LaVIT (`lavit`) and the solver of its pixel decoder (`scheduler`)."""
 
@@ -191,26 +187,20 @@ class LaVITPipeline(DiffusionPipeline):  # type: ignore[misc]  # Any
         times = pixels.solver(self.scheduler, steps, self.lavit.device).timesteps
         self._interrupt, self._num_timesteps = False, len(times)
         self._guidance_scale = float(pixels.config.guidance if guidance is None else guidance)
-        last: list[Tensor] = []
+        run = pixels.denoise(
+            self.lavit.decode(codes), seeds=seeds, steps=steps, guidance=guidance,
+            sampler=self.scheduler, size=size,
+        )  # fmt: skip
+        now = next(run)
         with self.progress_bar(total=len(times)) as bar:
-
-            def stepped(step: int, now: Tensor) -> Tensor:
+            for step, time in enumerate(times):
                 bar.update()
                 if callback is not None:
-                    now = _changed(callback(self, step, times[step], {"latents": now}), now)
-                last[:] = [now]
-                if self.interrupt:
-                    raise _Interrupted
-                return now
-
-            try:
-                pictures = pixels.sample(
-                    self.lavit.decode(codes), seeds=seeds, steps=steps, guidance=guidance,
-                    sampler=self.scheduler, size=size, callback=stepped,
-                )  # fmt: skip
-            except _Interrupted:
-                pictures = pixels.pictures(last[0])
-        return last[0] if latents else pictures
+                    now = _changed(callback(self, step, time, {"latents": now}), now)
+                if self.interrupt or step + 1 == len(times):
+                    break
+                now = run.send(now)
+        return now if latents else pixels.pictures(now)
 
     def _shaped(self, found: Tensor, output_type: str, runner: Runner, seeds: Sequence[int]) -> Any:
         """What was painted in the form that is asked for; pictures pass the safety check."""

@@ -12,7 +12,7 @@ the published decoders take 25-50 DDIM steps.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -196,8 +196,14 @@ class Pixels(nn.Module):
         times = torch.randint(levels, (images,), **where)
         return noise, times, torch.rand(images, **where) < self.config.condition_dropout
 
+    def sample(self, features: Patches, **how: Any) -> PictureTensor:
+        """Paint one picture per row of features, -1..1; `how` is that of `denoise`."""
+        for latents in self.denoise(features, **how):
+            last = latents
+        return self.pictures(last)
+
     @torch.no_grad()
-    def sample(
+    def denoise(
         self,
         features: Patches,
         *,
@@ -206,14 +212,12 @@ class Pixels(nn.Module):
         guidance: float | None = None,
         sampler: str | SchedulerMixin | None = None,
         size: tuple[int, int] | str | None = None,
-        callback: Callable[[int, Tensor], Tensor | None] | None = None,
-    ) -> PictureTensor:
-        """Paint one picture per row of features, -1..1; what is None comes from the configuration.
+    ) -> Generator[Latents, Latents | None]:
+        """The latents after each step of the solver; what is None comes from the configuration.
 
         seeds: one per picture, its noise whatever the batch. sampler: "dpm", "ddim" or any
         diffusers scheduler. size: (height, width) in pixels, or an aspect ratio (`picture_size`).
-        callback: called with the step's number and the latents after each step; what it returns, if
-        anything, takes their place.
+        Latents that are sent back take the place of those after the step.
         """
         guidance = self.config.guidance if guidance is None else guidance
         if not guidance >= 0:
@@ -234,15 +238,14 @@ class Pixels(nn.Module):
         latents = latents.to(features.device) * solver.init_noise_sigma
         random = "generator" in inspect.signature(solver.step).parameters
         extra = {"generator": generators} if random else {}
-        for step, time in enumerate(solver.timesteps):
+        for time in solver.timesteps:
             scaled = solver.scale_model_input(latents, time).to(weight)
             found = self._guided(scaled, time, condition, guidance).float()
             latents = solver.step(found, time, latents, **extra).prev_sample
-            if callback is not None:
-                changed = callback(step, latents)
-                latents = latents if changed is None else changed
-        return self.pictures(latents)
+            changed = yield latents
+            latents = latents if changed is None else changed
 
+    @torch.no_grad()
     def pictures(self, latents: Latents) -> PictureTensor:
         """Pictures of clean latents, -1..1."""
         # one by one: SDXL's autoencoder takes GBs a picture

@@ -6,7 +6,6 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,10 +18,6 @@ from lavit.generate.safety import Refused
 from lavit.generate.stream import Update
 from lavit.serve.metrics import ServerMetrics
 from lavit.serve.ticket import Ticket
-
-
-class Left(Exception):
-    """Everybody who waited for a batch has left."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,11 +78,11 @@ class PainterThread:
         codes = [torch.tensor(each.update.codes) for each in batch]
         how = {"seeds": [each.seed for each in batch], "steps": steps, "size": size}
         try:
-            pictures: list[Image | None] = [
-                *self.pipeline.paint(codes, **how, watch=partial(self._watch, batch))
-            ]
-        except Left:
-            return
+            for step, latents in enumerate(self.pipeline.denoise(codes, **how)):
+                if self._stopped or all(each.ticket.closed for each in batch):
+                    return
+                self._show(batch, step, latents)
+            pictures: list[Image | None] = [*self.pipeline.finish(latents, how["seeds"])]
         except Refused as refused:
             pictures = list(refused.pictures)
         except Exception as error:
@@ -102,10 +97,8 @@ class PainterThread:
             self.metrics.picture.observe(time.monotonic() - ticket.started)
             ticket.post(ticket.take, replace(each.update, picture=picture))
 
-    def _watch(self, batch: list[Painting], step: int, latents: Tensor) -> None:
+    def _show(self, batch: list[Painting], step: int, latents: Tensor) -> None:
         """Post what is to be seen after a solver's step."""
-        if self._stopped or all(each.ticket.closed for each in batch):
-            raise Left
         steps = batch[0].how[0] or self.pipeline.model.pixels.config.steps
         for row, each in enumerate(batch):
             if step in preview_steps(each.ticket.order.previews, steps):
