@@ -34,11 +34,6 @@ class Cost:
     seconds: float = 0.0
 
     @property
-    def targets(self) -> float:
-        """Target tokens of the run."""
-        return self.steps * self.targets_per_step
-
-    @property
     def flops(self) -> float:
         """FLOPs of the run."""
         return self.steps * self.flops_per_step

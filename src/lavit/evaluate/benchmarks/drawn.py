@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from lavit.config import InputError
+from lavit.config import write_whole
 from lavit.files import sha256
 
 
@@ -30,15 +29,7 @@ class Drawings:
 
     def write(self, name: str, data: bytes) -> dict[str, str]:
         """Write a file, whole or not at all; returns its name and hash."""
-        path = self.folder / name
-        new = path.with_name(f".{path.name}.new")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            new.write_bytes(data)
-            os.replace(new, path)
-        except OSError as error:
-            said = f"{path} cannot be written ({error.strerror})"
-            raise InputError(f"{said}: give --pictures another folder") from error
+        write_whole(self.folder / name, data)
         return {name: hashlib.sha256(data).hexdigest()}
 
     def there(self, made: Any) -> bool:
