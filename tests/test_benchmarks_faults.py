@@ -69,7 +69,7 @@ def test_drawings_are_known_by_their_bytes(
     with alone(tmp_path, "other"), pytest.raises(InputError, match="another process is writing"):
         measured(out=tmp_path / "other")
     (tmp_path / "a file").write_text("")
-    with pytest.raises(InputError, match="cannot be written"):
+    with pytest.raises(InputError, match="cannot write to"):
         measured(out=tmp_path / "a file")
 
 
