@@ -4,10 +4,10 @@ Command   lavit compare recipes/studies/lengths.py
 Cost      lavit compare recipes/studies/lengths.py --plan
 Score     docs/results.md, once it is run whole
 
-At each of three budgets (the wanted share of patches) the selector of `dynamic` is given to the
-other arms, which learn everything else from nothing: `own` with the lengths it asks for,
-`permuted` with those of other pictures, `fixed` with their mean. `all` keeps every patch. `dynamic`
-itself learns under the noise of a selector that learns, so the claims are judged by `own`.
+At each of three budgets (the wanted share of patches) a selector is learned, and given to three
+arms, which learn everything else from nothing: `dynamic` with the lengths it asks for, `permuted`
+with those of other pictures, `fixed` with their mean. `all` keeps every patch. So no arm learns
+under the noise of a selector that still learns.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lavit.presets import Preset
 
 MIDDLE = 0.25
 RATES = (0.15, MIDDLE, 0.4)
-KEEP = {"own": "auto", "permuted": "dealt", "fixed": "mean"}
+KEEP = {"dynamic": "auto", "permuted": "dealt", "fixed": "mean"}
 FIGURES = ("tokenizer_distance", "kept_share", "read_pairs_exact", "write_identity")
 
 
@@ -30,28 +30,28 @@ def kept(preset: Preset, rate: float, keep: str) -> Preset:
 
 def arms() -> dict[str, Arm]:
     """All arms, those of the middle budget first."""
-    found = {}
+    found, selectors = {}, {}
     for rate in sorted(RATES, key=lambda rate: rate != MIDDLE):
-        learned = f"dynamic {rate:g}"
-        found[learned] = Arm(partial(kept, rate=rate, keep="auto"))
+        learned = f"selector {rate:g}"
+        change = partial(kept, rate=rate, keep="auto")
+        selectors[learned] = Arm(change, tokenizer_alone=True, measured=False)
         for name, keep in KEEP.items():
             change = partial(kept, rate=rate, keep=keep)
             found[f"{name} {rate:g}"] = Arm(change, selector_of=learned)
     found["all"] = Arm(partial(kept, rate=MIDDLE, keep="all"))
-    return found
+    return found | selectors
 
 
 def comparisons() -> tuple[Comparison, ...]:
-    """Own lengths against each other way; a distance is better where it is smaller."""
+    """Lengths by content against each other way; a distance is better where it is smaller."""
     found = []
     for figure, better in (("tokenizer_distance", -1), *((name, 1) for name in FIGURES[2:])):
         for rate in RATES:
             for name in ("permuted", "fixed"):
-                pair = f"own {rate:g}", f"{name} {rate:g}"
+                pair = f"dynamic {rate:g}", f"{name} {rate:g}"
                 found.append(Comparison(*pair, figure, better))
-            found.append(Comparison(f"dynamic {rate:g}", f"fixed {rate:g}", figure))
         claimed = better if figure != "tokenizer_distance" else 0
-        found.append(Comparison(f"own {MIDDLE:g}", "all", figure, claimed))
+        found.append(Comparison(f"dynamic {MIDDLE:g}", "all", figure, claimed))
     return tuple(found)
 
 
