@@ -176,6 +176,7 @@ def test_a_picture_s_own_name_says_nothing_of_splits(folder: Path) -> None:
     for name in ("unit test", "val-isere", "dev"):
         grey(255).save(folder / f"{name}.png")
     assert divides(folder) and before <= texts(folder, "held_out")
+    assert divides(folder.rename(folder.with_name("dev")))  # nor does the source's
 
 
 def test_shards_named_by_any_sign_are_splits(tmp_path: Path) -> None:

@@ -40,11 +40,14 @@ def divides(path: Path) -> bool:
     if (path / "train").is_dir():
         others = [sub for sub in path.iterdir() if sub.is_dir() and sub.name != "train"]
         return not any(file.is_file() for sub in others for file in sub.rglob("*"))
-    return not any(_tells(file) for file in path.rglob("*") if file.is_file())
+    files = (file.relative_to(path) for file in path.rglob("*") if file.is_file())
+    return not any(map(_tells, files))
 
 
 def _tells(file: Path) -> bool:
-    """Does a file's place say that it is of another split? A picture's own name says nothing."""
+    """Does a file's place in its source say that it is of another split? A picture's own name says
+    nothing.
+    """
     words = [file.parent.name.lower()]
     if file.suffix.lower() not in PICTURES:
         words += re.split(r"[-._\s]", file.stem.lower())
