@@ -48,10 +48,10 @@ def _tells(file: Path) -> bool:
     """Does a file's place in its source say that it is of another split? A picture's own name says
     nothing.
     """
-    words = [file.parent.name.lower()]
-    if file.suffix.lower() not in PICTURES:
-        words += re.split(r"[-._\s]", file.stem.lower())
-    return not set(OTHERS).isdisjoint(words) or HELD_OUT in words[0] + file.stem.lower()
+    folder = file.parent.name.lower()
+    stem = "" if file.suffix.lower() in PICTURES else file.stem.lower()
+    words = {folder, *re.split(r"[-._\s]", stem)}
+    return not words.isdisjoint(OTHERS) or HELD_OUT in stem
 
 
 def lists_splits(folder: Path) -> bool:
