@@ -2,7 +2,7 @@
 
 Command   lavit compare recipes/studies/replay.py
 Cost      lavit compare recipes/studies/replay.py --plan
-Score     docs/results.md, once it is run whole
+Score     docs/results.md
 
 All arms begin with one language model of the same seed (`texts`), trained on prose and, for a
 third of its tokens, on texts of scenes without pictures; it is measured for what is forgotten, and
