@@ -39,12 +39,12 @@ CODES = {  # of torch's number types in safetensors
 
 
 @contextmanager
-def naming(path: str | Path) -> Iterator[None]:
-    """Put a path in front of what an `InputError` says."""
+def naming(name: str | Path) -> Iterator[None]:
+    """Put the name of what is wrong in front of what an `InputError` says."""
     try:
         yield
     except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+        raise InputError(f"{name}: {error}") from error
 
 
 @contextmanager

@@ -239,8 +239,8 @@ class Bench:
 
     def _language_key(self, name: str) -> str:
         arm, preset = self.study.arms[name], self.study.preset_of(name)
-        before = [name for name in (arm.lm_of, arm.goes_on) if name]
-        others = [[self._language_key(name), self.study.arms[name].share] for name in before]
+        before = [one for one in (arm.lm_of, arm.goes_on) if one]
+        others = [[self._language_key(one), self.study.arms[one].share] for one in before]
         parts = [to_json(preset.model.language), to_json(preset.training.language), others]
         texts = [arm.texts, *self.study.texts()] if arm.texts else []
         return key_of([*parts, *texts, preset.training.text_vocabulary, *self._shared(name)])

@@ -55,7 +55,7 @@ class Examinee:
         self.folder = model_folder(model)
         self.pipe = self.opened()
         self.model = self.pipe.model
-        self.asked, self.count = count, count or COUNT  # items of a figure
+        self.count = count or COUNT  # items of a figure
         self.seed, self.progress = seed, progress
         self.trained = training_of(self.folder)
         self.weights = weights_hash(self.folder)
@@ -204,7 +204,12 @@ def code_hash() -> str:
 
 def is_shipped(folder: Path) -> bool:
     """Whether a model's folder is one of this package or of the hub's cache, not to be written."""
-    return folder.resolve().is_relative_to(WEIGHTS.resolve()) or folder.parent.name == "snapshots"
+    return folder.resolve().is_relative_to(WEIGHTS.resolve()) or _cached(folder)
+
+
+def _cached(folder: Path) -> bool:
+    """Whether a folder is one of the hub's cache, models--ORG--NAME/snapshots/COMMIT."""
+    return folder.parent.name == "snapshots"
 
 
 def predictions_path(folder: Path, out: Path | None) -> Path:
@@ -212,8 +217,7 @@ def predictions_path(folder: Path, out: Path | None) -> Path:
     this package or of the hub in evaluation/NAME/ of the working folder.
     """
     if out is None:
-        cached = folder.parent.name == "snapshots"
-        name = folder.parents[1].name if cached else folder.name
+        name = folder.parents[1].name if _cached(folder) else folder.name
         below = Path("evaluation") / name if is_shipped(folder) else folder / "evaluation"
         return below / "predictions.jsonl"
     if out.is_dir():

@@ -161,20 +161,19 @@ class LaVITPipeline(DiffusionPipeline):  # type: ignore[misc]  # Any
             raise InputError(f"num_images_per_prompt is {num_images_per_prompt!r}: give 1 or more")
         prompts = [one for one in prompts for _ in range(num_images_per_prompt)]
         seeds = _seeds(generator, len(prompts))
-        runner = self.runner
         with self._working(*WRITING):
             how: dict[str, Any] = {
                 "seed": seeds,
                 "sampling": sampling,
                 "guidance": writing_guidance,
             }
-            codes = runner.codes(runner.drawings(drawings_of(prompts), size=size, **how))
+            codes = self.runner.codes(self.runner.drawings(drawings_of(prompts), size=size, **how))
         with self._working(*PAINTING):
             found = self._paint(
                 codes, seeds, num_inference_steps, guidance_scale, size, callback_on_step_end,
                 latents=output_type == "latent",
             )  # fmt: skip
-        images = self._shaped(found, output_type, runner, seeds)
+        images = self._shaped(found, output_type, seeds)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _paint(
@@ -202,11 +201,11 @@ class LaVITPipeline(DiffusionPipeline):  # type: ignore[misc]  # Any
                 now = run.send(now)
         return now if latents else pixels.pictures(now)
 
-    def _shaped(self, found: Tensor, output_type: str, runner: Runner, seeds: Sequence[int]) -> Any:
+    def _shaped(self, found: Tensor, output_type: str, seeds: Sequence[int]) -> Any:
         """What was painted in the form that is asked for; pictures pass the safety check."""
         if output_type == "latent":
             return found
-        images = runner.release([to_image(picture) for picture in found], seeds)
+        images = self.runner.release([to_image(picture) for picture in found], seeds)
         if output_type == "pil":
             return images
         pictures = (found.float() + 1) / 2
