@@ -260,6 +260,7 @@ def twice(rows: str) -> Callable[[Any], Any]:
     [
         ("vqav2", QUESTIONS, every("questions", image_id="42"), "is '42', expected a whole number"),
         ("vqav2", QUESTIONS, every("questions", question=None), "is None, expected a text"),
+        ("vqav2", QUESTIONS, every("questions", question="?!"), "asks '.!', which has no words"),
         ("vqav2", QUESTIONS, twice("questions"), "more than once .420, 730"),
         ("vqav2", ANSWERS, twice("annotations"), "question 730 twice"),
         ("vqav2", ANSWERS, every("annotations", answers=[{"answer": 2}]), "answer is 2"),

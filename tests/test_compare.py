@@ -8,6 +8,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 from conftest import toy_config, toy_training
 from lavit.config import InputError, Mixture
 from lavit.evaluate import measure, pace
+from lavit.evaluate.budget import Cost
 from lavit.evaluate.compare import COLUMNS, Bench, compare
 from lavit.evaluate.differences import paired_difference
 from lavit.evaluate.results import section, write_results
@@ -161,6 +163,25 @@ def test_processes_share_the_arms(tmp_path: Path) -> None:
             assert not other.done() and held.name not in names  # it waits for what another makes
             held.write_text('{"row": {"seed": "of another process"}}')
         assert other.result()["tokens"]["features"] == [{"seed": "of another process"}]
+
+
+def test_arms_that_differ_in_what_others_lack_share_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another decoder on the same language model; another share of the LM that it begins with."""
+    seen: list[str] = []
+    cost = Cost(targets_per_step=10.0, flops_per_step=1.0)
+    monkeypatch.setattr(Bench, "_cost", lambda *_: cost)
+    monkeypatch.setattr(Bench, "_start", lambda *_: None)
+    monkeypatch.setattr(Bench, "_train", lambda *given: seen.append(given[3].name))
+    other = partial(in_model, part="pixels", guidance=7.0)
+    arms = {"base": Arm(), "own": Arm(lm_of="base"), "painted": Arm(other, lm_of="base")}
+    for share in (1.0, 0.5):
+        study = replace(TWO, arms=arms | {"base": Arm(share=share)})
+        bench = Bench(study, tmp_path)
+        for name in ("own", "painted"):
+            bench._language(name, 0, 1.0, share=1.0)
+    assert len({*seen}) == 4
 
 
 def test_a_study_is_checked(tmp_path: Path) -> None:

@@ -193,7 +193,11 @@ def test_a_kept_adapter_is_a_peft_folder_beside_its_base(
 
     training = settings(toy_run, lora=4, steps=2)
     finetune(tmp_path / "merged", data, toy_run, training)
-    finetune(tmp_path / "kept", data, toy_run, replace(training, keep_adapter=True))
+    checked = tmp_path / "checked"  # a model with a safety checker
+    shutil.copytree(toy_run, checked, ignore=shutil.ignore_patterns("checkpoints", "cache"))
+    (checked / "safety_checker").mkdir()
+    (checked / "safety_checker" / "config.json").write_text("{}")
+    finetune(tmp_path / "kept", data, checked, replace(training, keep_adapter=True))
     merged, kept = (LaVIT.from_pretrained(tmp_path / name) for name in ("merged", "kept"))
     assert read_config(tmp_path / "kept").language.source == "base"
     sha256 = read_config(tmp_path / "kept").language.sha256
@@ -213,6 +217,7 @@ def test_a_kept_adapter_is_a_peft_folder_beside_its_base(
     main(["export", str(tmp_path / "kept"), "--merge", "--whole", "--out", str(tmp_path / "whole")])
     known = LaVITProcessor.from_pretrained(tmp_path / "kept").vocabulary
     assert known == kept.language.vocabulary
+    assert (tmp_path / "whole" / "safety_checker" / "config.json").is_file()
     whole = LaVIT.from_pretrained(tmp_path / "whole")
     assert (whole.config.language.source, whole.config.language.lora_rank) == ("folder", 0)
     torch.testing.assert_close(logits(whole.language), logits(kept.language), **close)

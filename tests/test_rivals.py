@@ -34,6 +34,7 @@ from lavit.language.model import Language
 from lavit.language.reader import MergerReader
 from lavit.layout import drawing
 from lavit.sequence import IGNORE, Image, Text, lay_out, pack
+from lavit.train.encoded import check_reader
 from lavit.visual_tokenizer.merger import Merger
 from lavit.visual_tokenizer.selector import KeepPolicy
 from lavit.visual_tokenizer.tokenizer import cosine_distance
@@ -134,6 +135,12 @@ def test_image_positions_regress_and_words_stay_as_they_are(goals: str) -> None:
 def emu_reader(count: int = 4) -> EmuReader:
     sizes = {"patches": 16, "queries": count, "depth": 2, "heads": 2, "rebuild_depth": 1}
     return loud(EmuReader(DIM, WIDTH, **sizes))  # type: ignore[return-value]
+
+
+def test_a_reader_with_documents_of_its_own_is_refused_where_others_are_made() -> None:
+    reader = emu_reader()
+    with pytest.raises(InputError, match="EmuReader learns from encoded pictures alone"):
+        check_reader(language_of(reader, reader.language))
 
 
 def test_rows_of_emu_do_not_see_those_behind_them() -> None:

@@ -153,6 +153,8 @@ def test_a_pool_is_an_ordinary_data_set(tmp_path: Path) -> None:
 def test_a_longer_pool_begins_with_the_shorter_one(tmp_path: Path) -> None:
     for count in (30, 40):
         write_pool(tmp_path / str(count), pictures=count)
+    with pytest.raises(InputError, match="scenes of 'ladder' have no texts that tell them apart"):
+        write_pool(tmp_path / "ladder", split="ladder", pictures=3)
     short, long = (
         (tmp_path / str(n) / "train" / "metadata.jsonl").read_text().splitlines() for n in (30, 40)
     )

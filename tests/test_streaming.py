@@ -103,6 +103,28 @@ def test_two_processes_read_disjoint_records_whose_union_is_the_stream(shards: P
     assert sorted(seen[0] + seen[1]) == sorted(f"grey {number}" for number in range(SHARDS * EACH))
 
 
+def test_a_stream_asks_as_a_data_set_does(tmp_path: Path) -> None:
+    """By the column `prompts`; without it, by captions that end with no full stop."""
+    import datasets
+
+    stream = io.BytesIO()
+    Image.new("RGB", (4, 4), (9, 9, 9)).save(stream, "PNG")
+    picture = {"bytes": stream.getvalue(), "path": None}
+    asked = []
+    for column in ({"prompts": [["grey 1"]]}, {}):
+        rows = {"image": [picture], "text": ["grey 0."], **column}
+        table = datasets.Dataset.from_dict(rows)
+        table = table.cast_column("image", datasets.Image(decode=False))
+        place = tmp_path / f"{len(column)}.parquet"
+        table.to_parquet(str(place))
+        documents = documents_of(str(place), mixture=Mixture(writing=1.0))
+        first = unpack(documents.batch(0), documents.vocabulary)[0][0]
+        words = [id for id in first.ids if id < documents.vocabulary.image_start]
+        asked.append(documents.tokenizer.decode(words))
+    assert "grey 1" in asked[0] and "grey 0" in asked[1]
+    assert "." not in asked[1]
+
+
 def test_a_stream_begins_again_and_can_be_taken_up_anywhere(shards: Path) -> None:
     stream = Stream(str(shards))
     texts = [stream.take().texts[0] for _ in range(2 * SHARDS * EACH)]

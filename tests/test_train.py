@@ -113,6 +113,17 @@ def test_other_settings_on_the_same_folder_are_refused(toy_run: Path, toy_data: 
         open_run(toy_run, toy_data, toy_config(), replace(toy_training(), seed=1))
 
 
+def test_settings_that_were_spoiled_are_other_settings(
+    toy_run: Path, toy_data: Path, tmp_path: Path
+) -> None:
+    folder = begun_run(toy_run, tmp_path / "run")
+    said = read_json(folder / "training.json")
+    for part in ("training", "model"):
+        write_json(folder / "training.json", said | {part: None})
+        with pytest.raises(InputError, match="other settings"):
+            open_run(folder, toy_data, toy_config(), toy_training())
+
+
 def test_settings_that_change_no_figure_may_change(
     toy_run: Path, toy_data: Path, tmp_path: Path
 ) -> None:
