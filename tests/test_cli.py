@@ -142,6 +142,16 @@ def test_the_papers_protocol_is_a_flag(
     assert said == lavit.load(toy_run, protocol="paper").caption([picture])
 
 
+@pytest.mark.parametrize("option", [("--gpus", "8"), ("--memory", "24")])
+def test_options_of_a_plan_start_no_training(
+    option: tuple[str, str], toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "all", "--data", str(toy_data), "--out", str(tmp_path / "run"), *option])
+    assert stopped.value.code == 2 and not (tmp_path / "run").exists()
+    assert "--gpus and --memory are of --plan" in capsys.readouterr().err
+
+
 def test_chat_reads_lines(
     toy_run: Path,
     picture: str,
@@ -239,8 +249,6 @@ def test_ask_answers(toy_run: Path, picture: str, capsys: pytest.CaptureFixture[
         ("train", "tokenizer", "--data", "EMPTY", "--out", "RUN", "--minutes", "nan"),
         ("train", "tokenizer", "--data", "EMPTY", "--out", "RUN", "--minutes", "inf"),
         ("train", "tokenizer", "--data", "scenes", "--out", "RUN", "--stream", "--seed", "-1"),
-        ("train", "tokenizer", "--data", "scenes", "--out", "RUN", "--gpus", "8"),
-        ("train", "tokenizer", "--data", "scenes", "--out", "RUN", "--memory", "24"),
         ("chat", "--out", "x.xyz"),
         ("inspect", "PICTURE", "--out", "x.xyz"),
         ("train", "language", "--plan", "--lora", "-3"),

@@ -181,7 +181,7 @@ def test_a_picture_s_own_name_says_nothing_of_splits(folder: Path) -> None:
 
 def test_shards_named_by_any_sign_are_splits(tmp_path: Path) -> None:
     for split, sign in (("test", "_"), ("validation", "-"), ("held_out", ".")):
-        shards = tmp_path / split
+        shards = tmp_path / f"shards of {len(split)}"
         shards.mkdir()
         for name in ("train", split):
             (shards / f"{name}{sign}000.parquet").touch()
