@@ -157,9 +157,8 @@ class Runner:
 
         What the language model cannot serve is refused first.
         """
-        engine = self.engine
         for job in jobs:
-            engine.check(job.request)
+            self.engine.check(job.request)
         self.model.needs("visual_tokenizer", "pixels")
         painted = self.model.pixels.picture_size(size)
         self.model.pixels.check_size(painted)
