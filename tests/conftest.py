@@ -22,6 +22,7 @@ os.environ |= {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
 }
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # what torchrun warns of else, in ranks of tests
 
 
 def check_annotations() -> None:
