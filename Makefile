@@ -23,7 +23,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 # bytecode is kept, of what pytest and the checkers of annotations make of the code too
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
 
 # the suite on the oldest torch and transformers that are allowed, then on the newest of everything;
 # TESTS=tests/test_language.py runs a part of it
