@@ -8,19 +8,40 @@ At each of three budgets (the wanted share of patches) a selector is learned, an
 arms, which learn everything else from nothing: `dynamic` with the lengths it asks for, `permuted`
 with those of other pictures, `fixed` with their mean. `all` keeps every patch. So no arm learns
 under the noise of a selector that still learns.
+
+What is drawn is judged by what is written (`write_identity`), since a decoder for each arm would
+double the cost. `minutes_to_read` are those of training the LM until its loss of text, the mean of
+every tenth of 100 steps, is LEVEL; documents are the same in all arms, so equal losses are equal
+reading. An arm that never gets there counts with its whole run.
 """
 
 from __future__ import annotations
 
 from functools import partial
 
+from lavit.config import read_json
+from lavit.evaluate.exam import Exam
+from lavit.evaluate.figures import Figure, average, plain
 from lavit.evaluate.study import Arm, Comparison, Study, in_model, in_training
 from lavit.presets import Preset
+from lavit.train.metrics import read_lines
 
 MIDDLE = 0.25
 RATES = (0.15, MIDDLE, 0.4)
 KEEP = {"dynamic": "auto", "permuted": "dealt", "fixed": "mean"}
-FIGURES = ("tokenizer_distance", "kept_share", "read_pairs_exact", "write_identity")
+SMALLER = ("tokenizer_distance", "minutes_to_read")  # is better
+FIGURES = (*SMALLER, "kept_share", "read_pairs_exact", "write_identity")
+LEVEL, LOGGED = 0.3, 10  # nats a token of text; reports, of 10 steps each, that are averaged
+
+
+def minutes_to_read(exam: Exam) -> Figure:
+    """Minutes of stage 2 until the LM reads as well as LEVEL says."""
+    said = [line for line in read_lines(exam.folder / "metrics.jsonl") if "text_loss" in line]
+    losses, steps = [one["text_loss"] for one in said], [one["step"] for one in said]
+    ends = range(LOGGED, len(losses) + 1)
+    there = (steps[n - 1] for n in ends if average(losses[n - LOGGED : n]) <= LEVEL)
+    seconds = float(read_json(exam.folder / "seconds.json")["language"])
+    return plain(seconds / 60 * next(there, steps[-1]) / steps[-1], 1)
 
 
 def kept(preset: Preset, rate: float, keep: str) -> Preset:
@@ -43,9 +64,10 @@ def arms() -> dict[str, Arm]:
 
 
 def comparisons() -> tuple[Comparison, ...]:
-    """Lengths by content against each other way; a distance is better where it is smaller."""
+    """Lengths by content against each other way."""
     found = []
-    for figure, better in (("tokenizer_distance", -1), *((name, 1) for name in FIGURES[2:])):
+    for figure in (name for name in FIGURES if name != "kept_share"):
+        better = -1 if figure in SMALLER else 1
         for rate in RATES:
             for name in ("permuted", "fixed"):
                 pair = f"dynamic {rate:g}", f"{name} {rate:g}"
@@ -65,4 +87,5 @@ STUDY = Study(
     figures=FIGURES,
     comparisons=comparisons(),
     seeds=5,
+    own={"minutes_to_read": minutes_to_read},
 )
