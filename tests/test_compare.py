@@ -263,9 +263,17 @@ def test_a_page_says_what_is_missing_and_what_is_at_its_floor() -> None:
     page = section(study, found_of(a=low, b=[entry([0.09, 0.09])] * 2), "lavit compare toy.py")
     assert "both at the floor" in page and "(0.110, 0.105; floor 0.100)" in page
     assert "Rates of a, by read_pairs_likelihood on validation: 0.5: -1.250, 1: failed." in page
+    assert "\n- both at the floor: a against b (f)\n" in page
     high = [entry([0.5, 0.52]), entry([0.5, 0.54])]
-    page = section(study, found_of(a=high, b=low), "lavit compare toy.py")
-    assert "as claimed" in page and "both at" not in page
+    found = found_of(a=high, b=low)
+    page = section(study, found, "lavit compare toy.py")
+    assert "\n- as claimed: a against b (f)\n" in page and "both at" not in page
+    equal = {"flops": {"a": [None, None], "b": found_of(b=high)["tokens"]["b"]}}
+    page = section(study, found | equal, "lavit compare toy.py")
+    assert "- at equal FLOPs: the same, but for these\n  - not settled: a against b (f)\n" in page
+    equal["flops"]["b"] = [None, None]
+    page = section(study, found | equal, "lavit compare toy.py")
+    assert "- at equal FLOPs: the same\n" in page
     gone = [entry([0.1, 0.2]), entry(None)]  # of the second seed alone
     page = section(study, found_of(a=gone, b=low), "lavit compare toy.py")
     assert "none (1)" in page and "(1) it has no decoder." in page

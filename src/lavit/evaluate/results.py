@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
@@ -119,6 +120,7 @@ def section(study: Study, found: Outcome, command: str) -> str:
         f"    {command}",
         "",
         *wrap(f"Claimed: {study.claim}", 100),
+        *_found(study, found),
         "",
         items + ".",
     ]
@@ -127,6 +129,35 @@ def section(study: Study, found: Outcome, command: str) -> str:
         lines += ["", f"### {TITLES[column]}", "", *_values(study, found, column)]
         lines += ["", *_compared(study, found, column)]
     return "\n".join([*lines, "", *wrap(f"At scale: {study.at_scale}", 100)])
+
+
+def _found(study: Study, found: Outcome) -> list[str]:
+    """What comparisons came to: each verdict at equal tokens, and what changes at equal FLOPs."""
+    by_column: dict[str, dict[tuple[str, str], str]] = {}
+    for column in found:
+        for one, apart in zip(study.comparisons, differences(study, found, column), strict=True):
+            said = "missing" if apart is None else verdict(found, column, one, apart)
+            key = f"{one.arm} against {one.against}", one.figure
+            by_column.setdefault(column, {})[key] = said
+    first = by_column.pop("tokens", {})
+    lines = [f"- {said}: {_listed(first, said)}" for said in dict.fromkeys(first.values())]
+    for column, own in by_column.items():
+        others = {key: said for key, said in own.items() if said != first[key]}
+        end = "the same" if not others else "the same, but for these"
+        lines.append(f"- {TITLES[column].replace('Equal', 'at equal')}: {end}")
+        lines += [f"  - {said}: {_listed(others, said)}" for said in dict.fromkeys(others.values())]
+    more = {"-": "  ", " ": "    "}  # how far a line's next lines go in
+    wrapped = (wrap(line, 100, subsequent_indent=more[line[0]]) for line in lines)
+    return ["", "Found:", "", *chain.from_iterable(wrapped)] if lines else []
+
+
+def _listed(verdicts: Mapping[tuple[str, str], str], wanted: str) -> str:
+    """Comparisons of one verdict, the figures of a pair together."""
+    pairs: dict[str, list[str]] = {}
+    for (pair, figure), said in verdicts.items():
+        if said == wanted:
+            pairs.setdefault(pair, []).append(figure)
+    return "; ".join(f"{pair} ({', '.join(figures)})" for pair, figures in pairs.items())
 
 
 def _values(study: Study, found: Outcome, column: str) -> list[str]:
