@@ -18,11 +18,12 @@ from conftest import NAMES, toy_picture
 from lavit.cli import main
 from lavit.config import InputError
 from lavit.data.scenes import frozen, sample
+from lavit.data.scenes.dataset import described
 from lavit.data.scenes.language import prompt
 from lavit.data.scenes.render import render
 from lavit.data.scenes.sample import scene_at
 from lavit.data.scenes.splits import Rules
-from lavit.data.scenes.world import Scene, facts
+from lavit.data.scenes.world import SHAPES, Scene, facts
 from lavit.evaluate import (
     conversing,
     copies,
@@ -40,6 +41,7 @@ from lavit.evaluate.exam import Exam
 from lavit.evaluate.examinee import Missing, chosen, predictions_path, weights_hash
 from lavit.evaluate.folder import is_scenes
 from lavit.evaluate.known import rules_of
+from lavit.evaluate.minimal import renamed, write_minimal_pairs
 from lavit.evaluate.own import load_items
 
 COUNT = 3
@@ -246,6 +248,39 @@ def test_the_command_writes_what_it_prints(
     assert (tmp_path / "figures.predictions.jsonl").exists()
     main([*words, "--json", str(out)])
     assert out.read_bytes() == first
+
+
+def test_a_plain_world_is_described_in_words_that_training_has(run: Path) -> None:
+    """They were worded freely, and rates of studies were chosen by words never learnt."""
+    plain = Exam(run, count=COUNT, rules=Rules(24, plain=True))
+    for item in range(COUNT):
+        scene = plain.scene("pairs", item)
+        said = described(scene, np.random.default_rng(item), plain.rules).texts
+        assert reading.told(plain, scene, item) in said
+
+
+def test_words_of_a_minimal_pair_differ_in_one_name() -> None:
+    rules = Rules(24, plain=True)
+    for item in range(60):
+        scene = scene_at("pairs", item, rules=rules)
+        other = renamed(scene, rules, np.random.default_rng(item))
+        pairs = zip(scene.things, other.things, strict=True)
+        changed = {(one.name, two.name) for one, two in pairs if one != two}
+        assert len(changed) == 1 and len(other.names) == len(scene.names)
+        (before, after), = changed  # fmt: skip
+        assert before != after and after not in scene.names
+        assert (before in SHAPES) == (after in SHAPES)
+        assert all(replace(two, name=one.name) == one for one, two in zip(
+            scene.things, other.things, strict=True))  # fmt: skip
+
+
+def test_nano_finds_codes_likelier_behind_their_own_prompt() -> None:
+    nano = Exam("nano", count=8)
+    found = write_minimal_pairs(nano)
+    assert found.value == 1 and found.floor == ("a guess", 0.5)
+    codes = nano.true_codes("pairs")
+    nano.true_codes = lambda split: codes[4:] + codes[:4]  # type: ignore[method-assign]
+    assert write_minimal_pairs(nano).value < 1  # other pictures' codes say nothing of the pair
 
 
 @pytest.fixture

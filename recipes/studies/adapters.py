@@ -27,7 +27,7 @@ READERS: dict[str, dict[str, Any]] = {
         "_class_name": "QFormer", "queries": 32, "hidden": 224, "depth": 6, "heads": 4, "every": 2,
     },
 }  # fmt: skip
-FIGURES = ("read_test_exact", "read_pairs_exact")
+FIGURES = ("read_test_exact", "read_pairs_exact", "read_pairs_likelihood")
 
 
 def texts(preset: Preset) -> Preset:

@@ -30,8 +30,13 @@ from lavit.presets import Preset
 from lavit.visual_tokenizer.layers import Patches
 
 FIGURES = (
-    "read_test_exact", "read_pairs_exact", "identity_kept", "write_identity", "draw_test_atoms",
-)  # fmt: skip
+    "read_test_exact",
+    "read_pairs_exact",
+    "read_pairs_likelihood",
+    "identity_kept",
+    "write_identity",
+    "draw_test_atoms",
+)
 DIGITS = 4  # of rows that are kept
 
 

@@ -9,7 +9,12 @@ from __future__ import annotations
 
 from lavit.evaluate.study import Arm, Comparison, Study, in_model
 
-FIGURES = ("read_test_exact", "read_pairs_exact", "write_identity")
+FIGURES = (
+    "read_test_exact",
+    "read_pairs_exact",
+    "read_pairs_likelihood",
+    "write_minimal_pairs",
+)
 
 STUDY = Study(
     name="input",

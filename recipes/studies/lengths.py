@@ -9,7 +9,7 @@ arms, which learn everything else from nothing: `dynamic` with the lengths it as
 with those of other pictures, `fixed` with their mean. `all` keeps every patch. So no arm learns
 under the noise of a selector that still learns.
 
-What is drawn is judged by what is written (`write_identity`), since a decoder for each arm would
+Writing is judged before it is painted (`write_minimal_pairs`), since a decoder for each arm would
 double the cost. `minutes_to_read` are those of training the LM until its loss of text, the mean of
 every tenth of 100 steps, is LEVEL; documents are the same in all arms, so equal losses are equal
 reading. An arm that never gets there counts with its whole run.
@@ -30,8 +30,14 @@ MIDDLE = 0.25
 RATES = (0.15, MIDDLE, 0.4)
 KEEP = {"dynamic": "auto", "permuted": "dealt", "fixed": "mean"}
 SMALLER = ("tokenizer_distance", "minutes_to_read")  # is better
-FIGURES = (*SMALLER, "kept_share", "read_pairs_exact", "write_identity")
-LEVEL, LOGGED = 0.3, 10  # nats a token of text; reports, of 10 steps each, that are averaged
+FIGURES = (
+    *SMALLER,
+    "kept_share",
+    "read_pairs_exact",
+    "read_pairs_likelihood",
+    "write_minimal_pairs",
+)
+LEVEL, LOGGED = 0.4, 10  # nats a token of text; reports, of 10 steps each, that are averaged
 
 
 def minutes_to_read(exam: Exam) -> Figure:

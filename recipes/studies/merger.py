@@ -14,7 +14,12 @@ from functools import partial
 
 from lavit.evaluate.study import Arm, Comparison, Study, in_model
 
-FIGURES = ("tokenizer_distance", "read_pairs_exact", "write_identity")
+FIGURES = (
+    "tokenizer_distance",
+    "read_pairs_exact",
+    "read_pairs_likelihood",
+    "write_minimal_pairs",
+)
 OTHERS = {"mean": {"gathers": "mean"}, "drop": {"gathers": "drop"}}
 OTHERS |= {"bidirectional": {"causal": False}}
 

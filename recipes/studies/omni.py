@@ -34,7 +34,8 @@ from lavit.presets import Preset
 FIGURES = (
     "read_test_exact",
     "read_pairs_exact",
-    "write_identity",
+    "read_pairs_likelihood",
+    "write_minimal_pairs",
     "read_drawn_exact",
     "read_told_exact",
 )
@@ -101,8 +102,7 @@ ARMS = {
     "read half, as much": Arm(partial(learns, reading=1.0), rows=halves, share=LIKE_JOINT),
     "draw half": Arm(partial(learns, writing=1.0), rows=halves),
 }
-READ, WRITTEN = FIGURES[:2], FIGURES[2]
-HALVES = FIGURES[3:]
+READ, WRITTEN, HALVES = FIGURES[:3], FIGURES[3], FIGURES[4:]
 
 STUDY = Study(
     name="omni",

@@ -33,7 +33,13 @@ from lavit.evaluate.text import perplexity
 from lavit.presets import Preset
 
 WEIGHT, FIRST = 0.028, 0.1  # of prose, to 1 of pictures; to 1 of their texts
-FIGURES = {"text_nats": -1, "read_test_exact": 0, "read_pairs_exact": 0, "write_identity": 0}
+FIGURES = {
+    "text_nats": -1,
+    "read_test_exact": 0,
+    "read_pairs_exact": 0,
+    "read_pairs_likelihood": 0,
+    "write_minimal_pairs": 0,
+}
 
 
 def paragraphs(text: str) -> list[str]:

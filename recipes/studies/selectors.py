@@ -58,7 +58,8 @@ FIGURES = (
     "tokenizer_distance",
     "identity_kept",
     "read_pairs_exact",
-    "write_identity",
+    "read_pairs_likelihood",
+    "write_minimal_pairs",
 )
 
 
@@ -113,7 +114,7 @@ STUDY = Study(
     figures=FIGURES,
     comparisons=tuple(
         Comparison("given", name, figure, 0 if name in UNCLAIMED else better)
-        for figure, better in zip(FIGURES[1:], (-1, 1, 1, 1), strict=True)
+        for figure, better in zip(FIGURES[1:], (-1, 1, 1, 1, 1), strict=True)
         for name in ("learned", "random", *ARMS, "oracle")
     ),
     rates=(1.0, 2.0),

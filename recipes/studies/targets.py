@@ -21,7 +21,7 @@ from lavit.config import Mixture
 from lavit.evaluate.study import Arm, Comparison, Study, in_model, in_training
 from lavit.presets import Preset
 
-FIGURES = ("read_test_exact", "read_pairs_exact")
+FIGURES = ("read_test_exact", "read_pairs_exact", "read_pairs_likelihood")
 GOALS = {"features": "features", "pixels (MAE)": "pixels", "HOG (MaskFeat)": "hog"}
 WEIGHTS = {"hog": 10.0}  # its entries' squares have a mean of 0.09, those of the others of 1
 

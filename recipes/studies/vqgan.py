@@ -37,11 +37,15 @@ from lavit.images import to_image
 from lavit.model import LaVIT
 from lavit.presets import Preset, pico
 
+READING = ("read_test_exact", "read_pairs_exact", "read_pairs_likelihood")
 FIGURES = {
-    "tokens_per_picture": 0, "reconstruct_atoms": 0, "reconstruct_error": 0, "read_test_exact": 1,
-    "read_pairs_exact": 1, "draw_test_atoms": 1,
-}  # fmt: skip
-READING = ("read_test_exact", "read_pairs_exact")
+    "tokens_per_picture": 0,
+    "reconstruct_atoms": 0,
+    "reconstruct_error": 0,
+    **dict.fromkeys(READING, 1),
+    "write_minimal_pairs": 1,
+    "draw_test_atoms": 1,
+}
 
 
 class Folded(Pipeline):

@@ -18,10 +18,15 @@ from lavit.evaluate.exam import Exam, world_hash
 from lavit.evaluate.examinee import Missing, config_hash, hash_of
 from lavit.evaluate.figures import Figure, nothing
 from lavit.evaluate.judge import FOLDER as JUDGE
+from lavit.evaluate.minimal import write_minimal_pairs
 from lavit.evaluate.reading import read_likelihood
 from lavit.evaluate.study import Study
 
 Say = Callable[[str, int, int], None]
+MORE: dict[str, Callable[[Exam], Figure]] = {
+    "read_pairs_likelihood": read_likelihood,
+    "write_minimal_pairs": write_minimal_pairs,
+}
 
 
 def key_of(said: Any) -> str:
@@ -35,8 +40,8 @@ def source_of(thing: Any) -> str:
 
 
 def known_figures(study: Study) -> dict[str, Callable[[Exam], Figure]]:
-    """Figures of `lavit eval`, what rates are chosen by, and the study's own."""
-    return FIGURES | {"read_pairs_likelihood": read_likelihood} | dict(study.own)
+    """Figures of `lavit eval`, those that tell young models apart, and the study's own."""
+    return FIGURES | MORE | dict(study.own)
 
 
 def figures_key(study: Study, name: str, names: tuple[str, ...], **more: Any) -> str:

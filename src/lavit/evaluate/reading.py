@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL.Image import Image
 
-from lavit.data.scenes.language import describe
+from lavit.data.scenes.language import describe, plainly
 from lavit.data.scenes.parse import parse
 from lavit.data.scenes.questions import SceneQuestion, normal, questions, right
 from lavit.data.scenes.sample import scene_at
@@ -55,7 +55,7 @@ def read_exact(exam: Exam, split: str) -> Figure:
         exam.picture(scenes[items[0]])  # without its font nothing is asked
     texts = exam.captions(f"read {split}", items, lambda item: exam.picture(scenes[item]))
     hits = exact(texts, said)
-    truth = [describe(scene, exam.rng(item)) for item, scene in scenes.items()]
+    truth = [told(exam, scene, item) for item, scene in scenes.items()]
     return share(
         hits,
         floor=("another picture's caption", average(exact(turned(texts, 1), said))),
@@ -68,10 +68,15 @@ def read_likelihood(exam: Exam) -> Figure:
     """Mean log-likelihood, in nats a token, of true descriptions of things never seen together."""
     exam.needs("language")
     scenes = [exam.scene("pairs", item) for item in range(exam.count)]
-    told = [describe(scene, exam.rng(item)) for item, scene in enumerate(scenes)]
+    texts = [told(exam, scene, item) for item, scene in enumerate(scenes)]
     model = exam.pipe.model
-    shown = zip(told, map(exam.picture, scenes), strict=True)
+    shown = zip(texts, map(exam.picture, scenes), strict=True)
     return mean([likelihood(model, words, picture) for words, picture in shown])
+
+
+def told(exam: Exam, scene: Scene, item: int) -> str:
+    """The true description of a scene, worded as the model's training words them."""
+    return plainly(scene) if exam.rules.plain else describe(scene, exam.rng(item))
 
 
 def mistakes(texts: Sequence[str], said: Sequence[Facts]) -> dict[str, float]:

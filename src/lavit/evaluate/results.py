@@ -32,7 +32,9 @@ HEAD = """# Results
 Written by `lavit compare`, a part for each study of recipes/studies/; the values of all items and
 the hashes of all weights are in the JSON files beside this page. A difference is stated as settled
 only if all seeds agree in sign and the 95 % interval (two-level bootstrap over seeds and items)
-excludes 0.
+excludes 0. Beside figures of `lavit eval` there are two that tell young models apart:
+`read_pairs_likelihood`, nats a token of true descriptions, and `write_minimal_pairs`, the share of
+pictures whose codes are likelier behind their prompt than behind one with another name in it.
 """
 
 
