@@ -18,6 +18,7 @@ from transformers import (
     OPTConfig,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen3Config,
 )
 
 from lavit.config import InputError
@@ -392,13 +393,16 @@ def test_generation_stops_between_steps(engine: Engine) -> None:
             vocab_size=61, intermediate_size=96, num_key_value_heads=1, sliding_window=None, **SIZES
         ),
         Qwen2Config(vocab_size=61, intermediate_size=96, num_key_value_heads=4, **SIZES),
+        Qwen3Config(
+            vocab_size=61, intermediate_size=96, num_key_value_heads=2, head_dim=12, **SIZES
+        ),
     ],
     ids=lambda config: config.model_type,
 )
 def test_packed_equals_plain(config: PreTrainedConfig, caplog: pytest.LogCaptureFixture) -> None:
     model = language(config)
     for name, parameter in model.lm.named_parameters():
-        if name.endswith("bias"):
+        if name.endswith(("bias", "norm.weight")):
             torch.nn.init.normal_(parameter)
     caplog.set_level(logging.INFO, "lavit")
     packed = decoder_for(model)

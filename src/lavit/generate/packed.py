@@ -23,7 +23,8 @@ from lavit.language.model import Language
 
 log = logging.getLogger(__name__)
 
-LLAMA_SHAPED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+# Qwen3 has a norm on each head's query and key besides
+LLAMA_SHAPED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 # Rows that the packing is made for. Any number is computed right (`packing_works` tries it);
 # up to this many are fast: packed for 8, sixteen rows take 1.4 times what they take packed for 64,
 # which costs fewer rows nothing.
@@ -73,10 +74,25 @@ class Layer:
         attention, mlp = block.self_attn, block.mlp
         self.norm_attention = block.input_layernorm.weight.detach()
         self.qkv = Packed.of(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.norm_heads = _head_norms(attention)
         self.out = Packed.of(attention.o_proj)
         self.norm_mlp = block.post_attention_layernorm.weight.detach()
         self.gate_up = Packed.of(mlp.gate_proj, mlp.up_proj)
         self.down = Packed.of(mlp.down_proj)
+
+
+def _head_norms(attention: Any) -> Float[Tensor, "heads dim"] | None:
+    """Weights of the norms of all queries and keys, a row for each head; None without them."""
+    if not hasattr(attention, "q_norm"):
+        return None
+    weights = []
+    for norm, linear in (
+        (attention.q_norm, attention.q_proj),
+        (attention.k_norm, attention.k_proj),
+    ):
+        weight = norm.weight.detach()
+        weights.append(weight.expand(linear.out_features // len(weight), -1))
+    return torch.cat(weights)
 
 
 class PackedDecoder(Decoder):
@@ -102,6 +118,8 @@ class PackedDecoder(Decoder):
         for number, layer in enumerate(self.layers):
             qkv = layer.qkv(self._norm(x, layer.norm_attention)).view(lanes, -1, dim)
             turned, v = qkv.split([heads + pairs, pairs], 1)
+            if layer.norm_heads is not None:
+                turned = self._norm(turned, None) * layer.norm_heads
             turned = torch.addcmul(turned * cos, turned.roll(dim // 2, -1), turn)
             q, k = turned.split([heads, pairs], 1)
             keys, values = memory.update(k[:, :, None], v[:, :, None], number)
@@ -113,8 +131,8 @@ class PackedDecoder(Decoder):
         memory.advance([1] * lanes)
         return self._norm(x, self.norm)
 
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, weight.shape, weight, self.config.rms_norm_eps)
+    def _norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], weight, self.config.rms_norm_eps)
 
     def text_logits(self, hidden: Hidden) -> Float[Tensor, "lanes text"]:
         """Logits of the text ids."""
