@@ -14,12 +14,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import toy_config, toy_training
 from lavit.config import InputError, Mixture
 from lavit.evaluate import measure, pace
-from lavit.evaluate.budget import Cost
-from lavit.evaluate.compare import COLUMNS, Bench, compare
+from lavit.evaluate.bench import Bench
+from lavit.evaluate.budget import Cost, _on_cpu
+from lavit.evaluate.compare import COLUMNS, compare
 from lavit.evaluate.differences import paired_difference
 from lavit.evaluate.results import section, write_results
 from lavit.evaluate.study import Arm, Comparison, Study, in_model, load_study
@@ -171,7 +174,7 @@ def test_arms_that_differ_in_what_others_lack_share_no_run(
     """Another decoder on the same language model; another share of the LM that it begins with."""
     seen: list[str] = []
     cost = Cost(targets_per_step=10.0, flops_per_step=1.0)
-    monkeypatch.setattr(Bench, "_cost", lambda *_: cost)
+    monkeypatch.setattr(Bench, "_counted", lambda *_: cost)
     monkeypatch.setattr(Bench, "_start", lambda *_: None)
     monkeypatch.setattr(Bench, "_train", lambda *given: seen.append(given[3].name))
     other = partial(in_model, part="pixels", guidance=7.0)
@@ -182,6 +185,25 @@ def test_arms_that_differ_in_what_others_lack_share_no_run(
         for name in ("own", "painted"):
             bench._language(name, 0, 1.0, share=1.0)
     assert len({*seen}) == 4
+
+
+def test_arms_of_fewer_targets_a_row_have_more_rows_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that all make about as many steps: of orthogonal ones, the number is what counts."""
+    counted = {"features": Cost(600.0, 5.0), "codes": Cost(200.0, 4.0)}
+    monkeypatch.setattr(Bench, "_counted", lambda _, name, seed: counted[name])
+    bench = Bench(TWO, tmp_path)
+    rows = {name: bench._preset(name, 1.0, 9).training.language.rows for name in TWO.arms}
+    assert rows == {"features": 2, "codes": 6}
+    assert bench._cost("codes", 0) == Cost(600.0, 12.0)
+    assert bench._cost("features", 0) == counted["features"]
+
+
+def test_products_that_are_added_in_place_count() -> None:
+    with FlopCounterMode(display=False, custom_mapping=_on_cpu()) as counter:
+        torch.zeros(2, 5).addmm_(torch.ones(2, 3), torch.ones(3, 5))
+    assert counter.get_total_flops() == 2 * 2 * 3 * 5
 
 
 def test_a_study_is_checked(tmp_path: Path) -> None:
@@ -387,6 +409,8 @@ def test_arms_of_other_parts_have_a_pace_of_their_own() -> None:
     assert set(paces) == {"", "Emu"}
     lines = {line.what: line for line in pace.plan_study(study, 3, paces)}
     steps = toy_preset().training.language.steps
-    mean = sum(one.language for one in paces.values()) / 2
+    # with as many target tokens, of which the arms have not as many a step
+    usual = paces[""].targets
+    mean = sum(one.language * usual / one.targets for one in paces.values()) / 2
     language = lines["language models, equal tokens"]
     assert language.minutes == pytest.approx(steps * mean / 60)

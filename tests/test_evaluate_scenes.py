@@ -270,6 +270,11 @@ def test_words_of_a_minimal_pair_differ_in_one_name() -> None:
         (before, after), = changed  # fmt: skip
         assert before != after and after not in scene.names
         assert (before in SHAPES) == (after in SHAPES)
+        kept = [name for name in scene.names if name != before]
+        kinds = [one for one in (SHAPES if before in SHAPES else rules.objects_named)
+                 if one not in scene.names]  # fmt: skip
+        strange = {one for one in kinds if any(rules.pair_of(one, k) != "train" for k in kept)}
+        assert not strange or after in strange  # both pairs are unseen
         assert all(replace(two, name=one.name) == one for one, two in zip(
             scene.things, other.things, strict=True))  # fmt: skip
 

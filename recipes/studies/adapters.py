@@ -6,12 +6,13 @@ Score     docs/results.md, once it is run whole
 
 All arms begin with one language model of the same seed, trained on the texts of scenes without
 pictures, and learn to read alone. Each has its own rates: the best of 0.5, 1 and 2 times the
-preset's, by the likelihood of descriptions on validation after a quarter of the budget. The
-Q-Former is narrower and shallower than BLIP-2's (12 layers of 768), else as it is there.
+preset's, by the likelihood of validation descriptions in seed 0. The Q-Former is narrower and
+shallower than BLIP-2's (12 layers of 768), else as it is there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from lavit.config import Mixture
 from lavit.evaluate.study import Arm, Comparison, Study, in_model, in_training
 from lavit.presets import Preset
 
+Row = dict[str, Any]
 READERS: dict[str, dict[str, Any]] = {
     "LaVIT": {},
     "linear": {"_class_name": "LinearReader"},
@@ -31,8 +33,14 @@ FIGURES = ("read_test_exact", "read_pairs_exact", "read_pairs_likelihood")
 
 
 def texts(preset: Preset) -> Preset:
-    """Prompts alone, without their pictures."""
+    """Texts alone, without their pictures."""
     return in_training(preset, "language", mixture=Mixture(text=1.0))
+
+
+def told(rows: Iterable[Row]) -> Iterator[Row]:
+    """Whole descriptions as texts: a frozen LM must have seen how they end."""
+    for row in rows:
+        yield {**row, "prompts": row["texts"]}
 
 
 def reads_by(preset: Preset, reader: dict[str, Any], train_lm: bool) -> Preset:
@@ -52,7 +60,7 @@ def arms() -> dict[str, Arm]:
         for train in (True, False)
         for name, reader in READERS.items()
     }
-    return {**found, "texts": Arm(texts, measured=False)}
+    return {**found, "texts": Arm(texts, rows=told, measured=False)}
 
 
 STUDY = Study(

@@ -9,8 +9,8 @@ next kept patch; rivals regress, at the same positions, its features (as Emu doe
 its pixels (MAE) or its HOG (MaskFeat), by a squared error of which an answer of 0 would get about 1
 of each goal; `none` predicts nothing there, so that its budget of target tokens is of words alone
 (the column of equal FLOPs is the fair one for it). Each arm's rates: the best of 0.5, 1 and 2 times
-the preset's, by the likelihood of descriptions on validation after a quarter of the budget.
-lavit.baselines.regression says what is taken from the papers.
+the preset's, by the likelihood of validation descriptions in seed 0. lavit.baselines.regression
+says what is taken from the papers.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ codes and writes all of them, painted by VQGAN's own decoder. LaVIT writes a qua
 a diffusion decoder; it reads features, so one arm of it reads its codes, as VQGAN must, and the
 claim of reading is judged between these two. VQGAN's stage 1 has 700 steps of 16 pictures at 1e-3,
 about as long as LaVIT's tokenizer and decoder take together; the rates of stage 2 are for each arm
-the best of 0.5, 1 and 2 times the preset's, by the likelihood of descriptions on validation after a
-quarter of the budget. lavit.baselines.vqgan says what is taken from the paper, and what differs.
+the best of 0.5, 1 and 2 times the preset's, by the likelihood of validation descriptions in seed 0.
+lavit.baselines.vqgan says what is taken from the paper, and what differs.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def compare(
     second shell, both share the arms. Tables, plots and data go to --docs, runs to --out, which
     studies share.
     """
-    from lavit.evaluate.compare import Bench
+    from lavit.evaluate.bench import Bench
     from lavit.evaluate.compare import compare as run
     from lavit.evaluate.pace import paces_of, plan_study
     from lavit.evaluate.results import write_results

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.flop_counter import (
     FlopCounterMode,
+    mm_flop,
     sdpa_backward_flop_count,
     sdpa_flop_count,
 )
@@ -65,10 +66,13 @@ def targets_per_step(stage: LanguageStage) -> float:
 
 
 def _on_cpu() -> dict[Any, Any]:
-    """Formulae of the attention that CPUs have, by the shapes of its arguments."""
+    """Formulae of what is counted as nothing, by the shapes of its arguments: the attention that
+    CPUs have, and products that are added in place.
+    """
     name = "_scaled_dot_product_flash_attention_for_cpu"
     forward, backward = (getattr(torch.ops.aten, f"{name}{end}") for end in ("", "_backward"))
     return {
         forward: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
         backward: lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4]),
+        torch.ops.aten.addmm_: lambda _, a, b, **__: mm_flop(a, b),
     }

@@ -2,8 +2,9 @@
 one thing's name changed?
 
 Nothing is sampled and nothing judged, so the figure tells models apart that are still too young to
-draw anything whole. Scenes are of `pairs`, whose things training never showed together; the other
-name is an object's for an object, a shape's for a shape.
+draw anything whole. Scenes are of `pairs`, whose things training never showed together. The other
+name is an object's for an object, a shape's for a shape, and where there is one of a pair that
+training never showed either, so that neither prompt is the more familiar.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ def renamed(scene: Scene, rules: Rules, rng: np.random.Generator) -> Scene:
     """The scene with another name for the things of one group."""
     old = pick(rng, scene.names)
     kinds = SHAPES if old in SHAPES else rules.objects_named
-    new = pick(rng, [name for name in kinds if name not in scene.names])
+    fresh = [name for name in kinds if name not in scene.names]
+    left = [name for name in scene.names if name != old]
+    unseen = [new for new in fresh if any(rules.pair_of(new, one) != "train" for one in left)]
+    new = pick(rng, unseen or fresh)
     changed = (replace(one, name=new if one.name == old else one.name) for one in scene.things)
     return replace(scene, things=tuple(changed))

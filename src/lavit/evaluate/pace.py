@@ -12,8 +12,8 @@ from statistics import median
 
 from lavit.config import TrainConfig, to_json
 from lavit.data.scenes.dataset import write_pool
+from lavit.evaluate.bench import Bench
 from lavit.evaluate.budget import targets_per_step
-from lavit.evaluate.compare import TUNING_SHARE, Bench
 from lavit.evaluate.measure import key_of
 from lavit.evaluate.study import Study
 from lavit.generate.pipeline import Pipeline
@@ -142,7 +142,7 @@ def plan_study(study: Study, seeds: int, paces: Mapping[str, Pace]) -> list[Plan
     others = [of_arm(name, "language") for name in list(trained)[1:]]
     item = study.count * usual.caption / 60
     tries = [
-        TUNING_SHARE * of_arm(name, "language") + item for name, arm in trained.items() if arm.rates
+        arm.share * of_arm(name, "language") + item for name, arm in trained.items() if arm.rates
     ]
     # arms that only what measures them sets apart share their decoder
     painting = {(bench.tokenizer_key(n), _later(study, n)): n for n, a in arms.items() if a.pixels}
@@ -158,7 +158,7 @@ def plan_study(study: Study, seeds: int, paces: Mapping[str, Pace]) -> list[Plan
         line("tokenizers", [of_arm(name, "tokenizer") for name in stage_1.values()], seeds),
         line("language models, equal tokens", language, seeds),
         line("language models, equal FLOPs, most", others, seeds),
-        line("quarter runs that choose rates", tries, len(study.rates)),
+        line("language models at other rates", tries, max(0, len(study.rates) - 1)),
         line("decoders", [of_arm(name, "pixels") for name in painting.values()], seeds),
         PlanLine("measurements", measured * seeds, item * max(1, wordy)),
     ]

@@ -78,7 +78,7 @@ class Study:
     pictures: int = 6000
     count: int = 200
     rates: tuple[float, ...] = ()  # a multiple of all the preset's rates of stage 2
-    # on the validation splits, after a quarter of the budget, when few captions are whole yet
+    # on the validation splits, by seed 0
     chosen_by: str = "read_pairs_likelihood"
     own: Mapping[str, Callable[[Exam], Figure]] = field(default_factory=dict)
     texts: Callable[[], Sequence[str]] = tuple  # without pictures, that arms may mix in
